@@ -1,0 +1,3 @@
+from moco_eval.cli import main
+
+main()

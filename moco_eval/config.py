@@ -1,0 +1,324 @@
+"""Configs: YAML files checked by pydantic models. Nothing unknown, mistyped or impossible gets past `load`."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moco_eval.errors import InputError
+
+Positive = Field(gt=0)
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Views(Model):
+    """How an image becomes a query and a key; the recipes are in pretraining/views.py."""
+
+    recipe: Literal["moco_v1", "moco_v2", "cifar10", "digits"]
+    backend: Literal["reference"] = "reference"
+    size: int = Field(224, ge=8)
+
+
+class Sgd(Model):
+    """SGD; `lr` belongs to the batch size written beside it."""
+
+    lr: float = Positive
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class Schedule(Model):
+    """The learning rate, set once per epoch.
+
+    cosine: lr/2 (1 + cos(pi e/E)) with e counted from `count_from` (0 in MoCo v2, 1 in the CIFAR-10 demo);
+    step: a tenth (`gamma`) at each of `milestones`, in epochs.
+    """
+
+    kind: Literal["cosine", "step"]
+    epochs: int = Positive
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+    count_from: Literal[0, 1] = 0
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self):
+        if (self.kind == "step") != bool(self.milestones):
+            raise ValueError(f"schedule.kind {self.kind!r} {'needs' if self.kind == 'step' else 'takes no'} milestones")
+        return self
+
+
+class KnnMonitor(Model):
+    """The kNN monitor during pretraining. `feature`: pooled, or head (the 128-d output, as the CIFAR-10 demo)."""
+
+    every: int = Positive
+    k: int = Field(200, gt=0)
+    temperature: float = Field(0.07, gt=0)
+    feature: Literal["pooled", "head"] = "pooled"
+
+
+class KeepCheckpoints(Model):
+    last: int = Field(2, gt=0)
+    every: int = Field(50, gt=0)
+
+
+class Expect(Model):
+    """A published number for this recipe."""
+
+    protocol: str
+    metrics: dict[str, float]
+    std: float | None = None
+    source: str
+
+
+class PretrainConfig(Model):
+    """A pretraining recipe in the paper's symbols; see docs/protocols."""
+
+    protocol: str
+    arch: str
+    mechanism: Literal["moco"] = "moco"
+    head: Literal["linear", "mlp"] = "linear"
+    dim: int = Field(128, gt=0)
+    queue_size: int = Positive
+    momentum: float = Field(0.999, ge=0, le=1)
+    temperature: float = Positive
+    symmetric: bool = False
+    views: Views
+    bn: Literal["auto", "shuffle", "split", "none"] = "auto"
+    bn_groups: int = Field(8, gt=0)
+    bn_permute: bool = True
+    batch_size: int = Positive
+    optimizer: Sgd
+    schedule: Schedule
+    precision: Literal["fp32", "bf16"] = "fp32"
+    knn: KnnMonitor | None = None
+    checkpoints: KeepCheckpoints = KeepCheckpoints()
+    bad_images: int = Field(100, ge=0)
+    log_every: int = Field(10, gt=0)
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+    expect: Expect | None = None
+
+    @model_validator(mode="after")
+    def _the_queue_holds_a_step(self):
+        pushed = self.batch_size * (2 if self.symmetric else 1)
+        if self.queue_size < pushed:
+            how = f"batch {self.batch_size}" + (", symmetric" if self.symmetric else "")
+            raise ValueError(
+                f"queue_size {self.queue_size} holds less than one step's {pushed} keys ({how}); "
+                f"take at least {pushed}"
+            )
+        return self
+
+
+class Augmentation(Model):
+    """Training crops of the linear protocol: area scale of the random-resized crop, horizontal flip or not."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+
+
+class LinearConfig(Model):
+    """Linear classification on frozen features."""
+
+    protocol: str
+    batch_size: int = Positive
+    optimizer: Sgd
+    schedule: Schedule
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class KnnConfig(Model):
+    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest."""
+
+    protocol: str
+    k: int = Positive
+    temperature: float = Positive
+    feature: Literal["pooled", "head"] = "pooled"
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+# Keys that do not move a number beyond the spread of the seed; all others count as deviations.
+NEUTRAL_KEYS = ("workers", "seed", "expect", "log_every", "checkpoints", "bad_images", "knn", "views.backend")
+
+ModelT = TypeVar("ModelT", bound=Model)
+
+
+def folder() -> Path:
+    """The shipped configs: inside the installed package, or beside it in a clone."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def shipped(kind: str | None = None) -> list[str]:
+    """Names of the shipped configs, such as 'pretrain/moco_v2_r50'; of one kind, or all."""
+    pattern = f"{kind}/*.yaml" if kind else "*/*.yaml"
+    return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().glob(pattern))
+
+
+def find(name: str, kind: str) -> Path:
+    """The file of a config given by path or by shipped name ('moco_v2_r50' or 'pretrain/moco_v2_r50').
+
+    Raises:
+        InputError: neither a file nor a shipped name; the message names the closest.
+    """
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
+        if not Path(name).is_file():
+            raise InputError(f"config {name} does not exist; shipped ones: {', '.join(_short(kind))}")
+        return Path(name)
+    path = folder() / kind / f"{name.removeprefix(kind + '/')}.yaml"
+    if not path.is_file():
+        raise InputError(f"no {kind} config named {name!r}.{did_you_mean(name, _short(kind))}")
+    return path
+
+
+def _short(kind: str) -> list[str]:
+    return [name.split("/", 1)[1] for name in shipped(kind)]
+
+
+def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = ()) -> ModelT:
+    """Read, override and check a config.
+
+    Args:
+        name: a path, or the name of a shipped config of this kind.
+        kind: its folder under configs/.
+        model: the pydantic model it must satisfy.
+        overrides: 'key=value' strings with dotted keys; values are YAML.
+    Raises:
+        InputError: with file, line (or the --set), the value and, for an unknown key, the nearest known one.
+    """
+    path = find(name, kind)
+    values, lines = read_yaml(path)
+    for override in overrides:
+        _apply(values, lines, override)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(error, path, lines, model)) from None
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML mapping and, for each dotted key, where it stands ('line 14').
+
+    Raises:
+        InputError: unreadable, not YAML, not a mapping, or the same key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no mapping of keys to values")
+    lines: dict[str, str] = {}
+    for key, line in _keys(node, ""):
+        if key in lines:
+            raise InputError(f"key {key!r} stands twice in {path.name}, {lines[key]} and line {line}")
+        lines[key] = f"line {line}"
+    return values, lines
+
+
+def _keys(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            yield key, key_node.start_mark.line + 1
+            yield from _keys(value_node, key + ".")
+
+
+def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override!r} is not key=value; for example --set batch_size=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        if not isinstance(place.get(parent), dict):
+            place[parent] = {}
+        place = place[parent]
+    place[last] = value
+    lines[key] = f"--set {override}"
+
+
+def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: type[Model]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
+    place = where if where.startswith("--set") else f"{path.name} {where}".strip()
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r} in {place}.{did_you_mean(key, _fields(model))}"
+    if first["type"] == "missing":
+        return f"{path.name} lacks the key {key!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if not key:
+        return f"{path.name}: {message}"
+    return f"{key} is {first['input']!r} in {place}: {message}"
+
+
+def _dots(key: str) -> list[int]:
+    return [i for i in range(len(key) - 1, 0, -1) if key[i] == "."]
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                names += _fields(inner, f"{prefix}{name}.")
+    return names
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' or the list of what there is, for the end of an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close and "." not in word:
+        close = [name for name in known if name.rsplit(".", 1)[-1] == word][:1]
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+def dump(config: BaseModel) -> str:
+    """The fully resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(ours: BaseModel, canonical: BaseModel, free: Iterable[str] = ()) -> list[str]:
+    """In words, where `ours` leaves the canonical recipe of its protocol; `free` keys are the row's own choice."""
+    left, right = flatten(ours.model_dump(mode="json")), flatten(canonical.model_dump(mode="json"))
+    skipped = (*NEUTRAL_KEYS, "precision", *free)
+    return [
+        f"{key} {left.get(key)} instead of {right.get(key)}"
+        for key in dict.fromkeys((*left, *right))
+        if left.get(key) != right.get(key) and not any(key == skip or key.startswith(skip + ".") for skip in skipped)
+    ]

@@ -1,0 +1,1 @@
+"""Encoders: building them, recognising and loading anyone's checkpoint with proof, exporting it."""

@@ -1,0 +1,13 @@
+"""The three ways a command ends other than well; the command line gives each its exit code."""
+
+
+class InputError(ValueError):
+    """What the user gave is wrong: the message says what happened, the value, the way out. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run itself failed (a loss that is not finite, too many unreadable images). Exit code 1."""
+
+
+class Interrupted(Exception):
+    """Stopped by Ctrl-C, SIGTERM or SIGUSR1 with its state saved; run again to go on. Exit code 3."""

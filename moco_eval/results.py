@@ -1,0 +1,241 @@
+"""The run directory and the result record: what was done, on what, with which weights, and how it came out."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from moco_eval import __version__, config, files
+from moco_eval.encoders.encoder import Encoder
+from moco_eval.errors import InputError
+from moco_eval.runtime import barrier, is_main, log
+from moco_eval.statistics import summarise
+
+SCHEMA = "moco-eval/result@1"
+# config keys under which a run goes on although they differ: they do not change what it computes
+RESUMABLE_KEYS = ("workers", "log_every", "checkpoints")
+
+
+def default_output(command: str, encoder: Encoder, dataset: str, protocol: str) -> Path:
+    """runs/<command>-<run name>-<sha8>-<dataset>-<protocol>: two encoders never collide."""
+    name = "-".join((command, encoder.run_name, encoder.sha256[:8], dataset, protocol.split("@")[0].split("/")[-1]))
+    return Path("runs") / name
+
+
+def open_run(output: Path, resolved: dict[str, Any]) -> bool:
+    """Make or re-open a run directory.
+
+    Args:
+        output: the directory; made if it is not there.
+        resolved: everything that defines the run (config, data, weights); written to config.yaml.
+    Returns:
+        Whether the directory already held this very run.
+    Raises:
+        InputError: it holds another run or something else, or cannot be written.
+    """
+    try:
+        found = _found(output, resolved)
+    finally:
+        barrier()
+    if is_main():
+        files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
+    barrier()
+    return found
+
+
+def _found(output: Path, resolved: dict[str, Any]) -> bool:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; give a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    if not (output / "config.yaml").is_file():
+        raise InputError(f"--output {output} holds files that are no run of ours; choose another or empty it")
+    before, _ = config.read_yaml(output / "config.yaml")
+    old, new = config.flatten(before), config.flatten(_plain(resolved))
+    for key in dict.fromkeys((*new, *old)):
+        kept = key.removeprefix("config.")
+        if old.get(key) != new.get(key) and not kept.startswith(RESUMABLE_KEYS):
+            raise InputError(
+                f"--output {output} holds another run: {key} is {old.get(key)} there and {new.get(key)} now; "
+                "choose another --output"
+            )
+    return True
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return yaml.safe_load(yaml.safe_dump(values))
+
+
+def environment(seed: int | None = None) -> dict[str, Any]:
+    """Command line, versions, hardware, git commit, seed."""
+    return {
+        "command": shlex.join(["moco-eval", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {"moco-eval": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn", "pycocotools", "pillow")},
+        "hardware": hardware(),
+        "commit": _commit(),
+        "seed": seed,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the clone we run from; None from an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        shown = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return shown.stdout.strip()
+
+
+@dataclass
+class Cost:
+    """Seconds, images and peak memory of an evaluation, over its sessions."""
+
+    device: str
+    seconds: float = 0.0
+    images: int = 0
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "seconds": round(self.seconds, 2),
+            "images": self.images,
+            "peak_memory_MB": peak_memory_mb(self.device),
+            "device": self.device,
+        }
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak memory of this process in MB: on the GPU where one is used, resident otherwise."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kilobytes / (1e6 if sys.platform == "darwin" else 1e3), 1)
+
+
+@dataclass
+class Result:
+    """The result record; percent under `metrics`. Field meanings: docs/results.md.
+
+    `over` says what the trials vary: head, finetune or pretrain. `interval` is over test images, per metric.
+    `deviations` are the differences from the protocol that may move the number; empty means comparable.
+    """
+
+    protocol: str
+    dataset: dict[str, Any]
+    encoder: Encoder
+    trials: list[dict[str, Any]]
+    over: str
+    selection: str
+    cost: Cost
+    interval: dict[str, tuple[float, float]] = field(default_factory=dict)
+    equivalences: list[str] = field(default_factory=list)
+    deviations: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        metrics, std = summarise([trial["metrics"] for trial in self.trials])
+        inherited = [f"encoder: {words}" for words in (self.encoder.pretraining or {}).get("deviations", [])]
+        return {
+            "schema": SCHEMA,
+            "protocol": self.protocol,
+            "dataset": self.dataset,
+            "encoder": self.encoder.record(),
+            "metrics": metrics,
+            "std": std,
+            "interval": {name: list(bounds) for name, bounds in self.interval.items()},
+            "trials": self.trials,
+            "over": self.over,
+            "selection": self.selection,
+            "equivalences": self.equivalences,
+            "deviations": [*self.deviations, *inherited],
+            "cost": self.cost.record(),
+            "environment": environment(),
+        } | self.extra
+
+    def write(self, output: Path) -> dict[str, Any]:
+        """Write result.json (first process only) and say where; returns the record."""
+        record = self.record()
+        if is_main():
+            files.write_json(output / "result.json", record)
+            log(f"result: {output / 'result.json'}")
+        return record
+
+
+def finished(output: Path) -> dict[str, Any] | None:
+    """The record of a run that is already done."""
+    path = output / "result.json"
+    return files.read_json(path) if path.is_file() else None
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Every result record below a folder, each with its run directory under `run`; other files are passed over.
+
+    Raises:
+        InputError: the folder does not exist, or a result.json is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--runs {folder} does not exist")
+    records = []
+    for path in sorted(folder.rglob("result.json")):
+        record = files.read_json(path)
+        if isinstance(record, dict) and record.get("schema") == SCHEMA:
+            records.append(record | {"run": str(path.parent)})
+    return records
+
+
+def deviations(ours: BaseModel, canonical: BaseModel, free: tuple[str, ...] = ()) -> list[str]:
+    """Differences of a config from its protocol's, in words; see `config.differences`."""
+    return config.differences(ours, canonical, free)
+
+
+def equivalences(precision: str) -> list[str]:
+    """Differences whose harmlessness a test or measurement of ours shows; bf16 is listed once that is so."""
+    return [] if precision == "fp32" else []

@@ -1,0 +1,262 @@
+"""Device, precision, seeds, processes: the same command on a CPU, one GPU or many.
+
+Collectives vanish at world size 1.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from moco_eval.errors import InputError, Interrupted, RunFailed
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def log(message: str) -> None:
+    """One line to stderr, from the first process only."""
+    if is_main():
+        console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    log(f"warning: {message}")
+
+
+# Processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values in place, on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate every rank's tensor (equal shapes) along dimension 0, in rank order; no gradient."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[torch.device]:
+    """Join torchrun's process group if there is one; yield this process's device; leave the group at the end.
+
+    Raises:
+        InputError: a device that is not there.
+    """
+    chosen = _device(device)
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield chosen
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is no device; take auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no CUDA device is visible here; take --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise InputError(f"--device {name!r} is not supported; take auto, cpu, cuda or cuda:N")
+    return device
+
+
+def launch(nproc: int, arguments: list[str]) -> int:
+    """Run `moco-eval ARGUMENTS` in `nproc` processes on this machine by torchrun's elastic launcher.
+
+    Returns:
+        The exit code: 0, or that of the process that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return next((code for code in codes if code in (1, 2, 3)), 1)
+    except (SignalException, KeyboardInterrupt):
+        return 3
+    return 0
+
+
+# Seeds and precision
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's generators; each rank its own stream, rank 0 that of one process."""
+    random.seed(seed + rank())
+    np.random.seed((seed + rank()) % 2**32)
+    torch.manual_seed(seed + rank())
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 arithmetic where the precision says so; fp32 switches TF32 off, which is the published arithmetic."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def require_finite(loss: float, what: str, way_out: str) -> None:
+    """Raises RunFailed where the loss is not finite."""
+    if not np.isfinite(loss):
+        raise RunFailed(f"the loss is {loss} at {what}; {way_out}")
+
+
+# Interruption
+
+
+class Stop:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that long work looks at between steps.
+
+    A second SIGINT ends the process at once. Every rank must agree before it stops: `requested` is collective.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to stop."""
+        if world_size() == 1:
+            return self.signal is not None
+        return bool(all_sum(torch.tensor([float(self.signal is not None)])).item())
+
+    def check(self, saved: str) -> None:
+        """Raises Interrupted if this process was asked to stop; `saved` says what is safe."""
+        if self.signal is not None:
+            raise Interrupted(f"stopped by {signal.Signals(self.signal).name}; {saved}")
+
+
+# Progress
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task):
+        from rich.text import Text
+
+        per_step = task.fields.get("images", 1)
+        return Text(f"{(task.speed or 0.0) * per_step:.0f} {task.fields.get('unit', 'images')}/s")
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, images: int = 1, done: int = 0, unit: str = "images"):
+    """A progress bar with rate and time left; yields `advance(steps=1, note='')`.
+
+    Args:
+        title: what is under way.
+        total: steps in all.
+        images: images per step, for the rate.
+        done: steps of an earlier session.
+        unit: what is counted.
+    """
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
+    with Progress(*columns, console=console, disable=not (is_main() and console.is_terminal)) as bar:
+        task = bar.add_task(title, total=total, completed=done, images=images, unit=unit, note="")
+
+        def advance(steps: int = 1, note: str | None = None) -> None:
+            bar.update(task, advance=steps, **({} if note is None else {"note": note}))
+
+        yield advance
+
+
+def track(items: Iterable, title: str, total: int, images: int = 1) -> Iterator:
+    """Iterate with a progress bar."""
+    with progress(title, total, images) as advance:
+        for item in items:
+            yield item
+            advance()
