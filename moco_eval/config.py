@@ -97,7 +97,7 @@ class PretrainConfig(Model):
     schedule: Schedule
     precision: Literal["fp32", "bf16"] = "fp32"
     knn: KnnMonitor | None = None
-    checkpoints: KeepCheckpoints = KeepCheckpoints()
+    checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints(last=2, every=50))
     bad_images: int = Field(100, ge=0)
     log_every: int = Field(10, gt=0)
     workers: int = Field(8, ge=0)
@@ -110,8 +110,7 @@ class PretrainConfig(Model):
         if self.queue_size < pushed:
             how = f"batch {self.batch_size}" + (", symmetric" if self.symmetric else "")
             raise ValueError(
-                f"queue_size {self.queue_size} holds less than one step's {pushed} keys ({how}); "
-                f"take at least {pushed}"
+                f"queue_size {self.queue_size} holds less than one step's {pushed} keys ({how}); take at least {pushed}"
             )
         return self
 

@@ -26,7 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import InputError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -170,12 +170,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def require_finite(loss: float, what: str, way_out: str) -> None:
-    """Raises RunFailed where the loss is not finite."""
-    if not np.isfinite(loss):
-        raise RunFailed(f"the loss is {loss} at {what}; {way_out}")
-
-
 # Interruption
 
 
@@ -209,10 +203,9 @@ class Stop:
             return self.signal is not None
         return bool(all_sum(torch.tensor([float(self.signal is not None)])).item())
 
-    def check(self, saved: str) -> None:
-        """Raises Interrupted if this process was asked to stop; `saved` says what is safe."""
-        if self.signal is not None:
-            raise Interrupted(f"stopped by {signal.Signals(self.signal).name}; {saved}")
+    def name(self) -> str:
+        """The signal that this process got; another rank's, where it got none."""
+        return "another process" if self.signal is None else signal.Signals(self.signal).name
 
 
 # Progress
@@ -249,7 +242,9 @@ def progress(title: str, total: int, images: int = 1, done: int = 0, unit: str =
         task = bar.add_task(title, total=total, completed=done, images=images, unit=unit, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            bar.update(task, advance=steps, **({} if note is None else {"note": note}))
+            bar.advance(task, steps)
+            if note is not None:
+                bar.update(task, note=note)
 
         yield advance
 
