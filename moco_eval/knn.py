@@ -69,14 +69,18 @@ def monitor(
     test: ImageSet,
     preprocessing: Preprocessing,
     device: torch.device,
+    *,
     k: int,
     temperature: float,
+    workers: int,
 ) -> float:
     """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back."""
     assert train.labels is not None and test.labels is not None
     training = net.training
     net.eval()
-    bank, queries = (extract(net, images, preprocessing, device, title="kNN") for images in (train, test))
+    bank, queries = (
+        extract(net, images, preprocessing, device, workers=workers, title="kNN") for images in (train, test)
+    )
     net.train(training)
     scores = vote(
         nearest(queries.to(device), bank.to(device), min(k, len(bank))),

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 from moco_eval import config as configs
 from moco_eval import files
@@ -24,7 +23,7 @@ from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features import extract, network
 from moco_eval.knn import accuracy, precision_deviation
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import Stop, all_sum, autocast, barrier, is_main, log, progress, warn, world_size
+from moco_eval.runtime import Stop, all_sum, autocast, barrier, is_main, log, parallel, progress, warn, world_size
 from moco_eval.statistics import bootstrap_interval
 
 
@@ -134,7 +133,7 @@ class Training:
         self.classifier = new_classifier(self._feature_dim(), len(task.train.classes), seed).to(device)
         self.start = snapshot(self.classifier)
         self.losses: list[torch.Tensor] = []
-        self.ddp = DistributedDataParallel(self.classifier) if world_size() > 1 else self.classifier
+        self.ddp = parallel(self.classifier)
         settings = self.config.optimizer
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(),

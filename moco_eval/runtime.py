@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import sys
+import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
@@ -54,6 +56,15 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def parallel(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with gradients averaged over ranks; buffers stay each rank's own. Itself at world size 1."""
+    if world_size() == 1:
+        return module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a new name for broadcast_buffers since torch 2.14
+        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def barrier() -> None:
@@ -142,6 +153,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        run_id=uuid.uuid4().hex,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)

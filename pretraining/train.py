@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 
@@ -21,7 +20,7 @@ from moco_eval.data.loader import Batches, draw_seed, loader
 from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.results import open_run
-from moco_eval.runtime import Stop, all_sum, autocast, broadcast_, is_main, log, progress, warn, world_size
+from moco_eval.runtime import Stop, all_sum, autocast, broadcast_, is_main, log, parallel, progress, warn, world_size
 from pretraining import checkpoint
 from pretraining.bn import same_on_all_ranks
 from pretraining.moco import MoCo, build_moco, chance_loss
@@ -180,7 +179,7 @@ class Trainer:
         self.run, self.output, self.model, self.device = run, output, model, device
         self.checkpoints = output / "checkpoints"
         self.optimizer = _optimizer(model, run.config)
-        self.ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+        self.ddp = parallel(model)
         self.test = _monitor_images(run)
         self.step = 0
         self.window: list[torch.Tensor] = []  # loss, accuracy, spread of each step since the last log line
@@ -316,7 +315,16 @@ class Trainer:
             encoder.fc = torch.nn.Identity()
         expects = preprocessing(self.run.config.views)
         try:
-            return knn.monitor(encoder, self.run.images, test, expects, self.device, monitor.k, monitor.temperature)
+            return knn.monitor(
+                encoder,
+                self.run.images,
+                test,
+                expects,
+                self.device,
+                k=monitor.k,
+                temperature=monitor.temperature,
+                workers=self.run.config.workers,
+            )
         finally:
             encoder.fc = head
 

@@ -23,7 +23,7 @@ DIGITS_TRAIN = 1297  # the first 1,297 digits train, the last 500 test: other wr
 CIFAR_STATISTICS: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 SMALL: dict[str, Preprocessing] = {
     "cifar10": Preprocessing(size=32, resize=32, **CIFAR_STATISTICS),
-    "digits": Preprocessing(size=32, resize=32, mean=(0.305, 0.305, 0.305), std=(0.335, 0.335, 0.335)),
+    "digits": Preprocessing(size=64, resize=64, mean=(0.305, 0.305, 0.305), std=(0.335, 0.335, 0.335)),
 }
 
 

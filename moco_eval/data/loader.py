@@ -115,15 +115,11 @@ def share(batch: Sequence | np.ndarray) -> Sequence | np.ndarray:
 
 
 def loader(examples: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
-    """A DataLoader over those batches; small in-memory sets are read in this process."""
-    images = getattr(examples, "images", None)
-    if images is not None and images.pixels is not None:
-        workers = 0
+    """A DataLoader over those batches, whose workers live as long as the iteration."""
     return DataLoader(
         examples,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
