@@ -258,7 +258,9 @@ def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None
 
 
 def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: type[Model]) -> str:
-    first = error.errors()[0]
+    first = min(
+        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
+    )  # a mistyped key explains a missing one
     key = ".".join(str(part) for part in first["loc"])
     where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
     place = where if where.startswith("--set") else f"{path.name} {where}".strip()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moco_eval.data.images import ImageSet
-from moco_eval.data.loader import Batches, Examples, loader, test_transform
+from moco_eval.data.loader import Batches, Examples, loader, clean_transform
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
 from moco_eval.runtime import autocast, gather, progress, rank, world_size
@@ -51,7 +51,7 @@ def extract(
     batches = Batches(len(images), batch_size, 0, range(1), shuffle=False, drop_last=False)
     rows = []
     with progress(title, len(batches), batch_size) as advance:
-        examples = Examples(images, test_transform(preprocessing))
+        examples = Examples(images, clean_transform(preprocessing))
         for step, (views, _, _) in enumerate(loader(examples, batches, workers, device)):
             with autocast(device, precision):
                 mine = net(views.to(device, non_blocking=True)).flatten(1).float()

@@ -17,7 +17,7 @@ from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import LinearConfig, Schedule
 from moco_eval.data.images import ImageSet, preprocessing_for
-from moco_eval.data.loader import Batches, Examples, loader, train_transform
+from moco_eval.data.loader import Batches, Examples, loader, crop_transform
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features import extract, network
@@ -151,7 +151,7 @@ class Training:
         """Train, check that only the classifier moved, and score the test images: (images, classes)."""
         epochs, first = self.config.schedule.epochs, self._restore()
         augmentation = self.config.augmentation
-        crops = train_transform(self.preprocessing, augmentation.crop_scale, augmentation.flip)
+        crops = crop_transform(self.preprocessing, augmentation.crop_scale, augmentation.flip)
         batches = Batches(
             images=len(self.images),
             batch_size=self.config.batch_size,

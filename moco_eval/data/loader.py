@@ -13,7 +13,7 @@ from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.runtime import rank, world_size
 
 
-def test_transform(preprocessing: Preprocessing) -> transforms.Compose:
+def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
     return transforms.Compose(
         [
@@ -25,7 +25,7 @@ def test_transform(preprocessing: Preprocessing) -> transforms.Compose:
     )
 
 
-def train_transform(
+def crop_transform(
     preprocessing: Preprocessing, crop_scale: tuple[float, float] = (0.08, 1.0), flip: bool = True
 ) -> transforms.Compose:
     """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform."""
