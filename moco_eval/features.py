@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moco_eval.data.images import ImageSet
-from moco_eval.data.loader import Batches, Examples, loader, clean_transform
+from moco_eval.data.loader import Batches, Examples, clean_transform, loader
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
 from moco_eval.runtime import autocast, gather, progress, rank, world_size

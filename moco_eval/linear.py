@@ -17,7 +17,7 @@ from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import LinearConfig, Schedule
 from moco_eval.data.images import ImageSet, preprocessing_for
-from moco_eval.data.loader import Batches, Examples, loader, crop_transform
+from moco_eval.data.loader import Batches, Examples, crop_transform, loader
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features import extract, network

@@ -67,7 +67,9 @@ def test_the_checkpoint_has_the_official_layout(two_epochs):
     assert {"module.queue", "module.queue_ptr"} <= keys
     assert {key.split(".")[1] for key in keys} == {"encoder_q", "encoder_k", "queue", "queue_ptr"}
     # main_lincls.py's rule: strip encoder_q's prefix, leave out fc, and exactly fc must be missing
-    kept = {k[len("module.encoder_q.") :]: v for k, v in state["state_dict"].items() if k.startswith("module.encoder_q")}
+    kept = {
+        k[len("module.encoder_q.") :]: v for k, v in state["state_dict"].items() if k.startswith("module.encoder_q")
+    }
     kept = {k: v for k, v in kept.items() if not k.startswith("fc")}
     found = build_resnet("resnet18_quarter").load_state_dict(kept, strict=False)
     assert set(found.missing_keys) == {"fc.weight", "fc.bias"} and not found.unexpected_keys
@@ -107,7 +109,9 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
     for left, right in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
         assert torch.equal(left["momentum_buffer"], right["momentum_buffer"])
     timing = {"images_per_second", "data_wait"}
-    plain = [[{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / x)] for x in ("whole", "parts")]
+    plain = [
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / x)] for x in ("whole", "parts")
+    ]
     assert plain[0] == plain[1]
 
 
@@ -220,5 +224,7 @@ def test_batch_size_carries_the_learning_rate_along(tmp_path):
 def test_mistakes_of_the_command_line_are_one_line(tmp_path):
     assert "needs --dataset; for example" in error_line("pretrain", "digits")
     assert "Did you mean 'digits'" in error_line("pretrain", "digit", "--dataset", "digits")
-    assert "--data /nowhere does not exist" in error_line("pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere")
+    assert "--data /nowhere does not exist" in error_line(
+        "pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere"
+    )
     assert "cannot write" in error_line(*command(Path("/proc/run")))

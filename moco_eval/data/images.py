@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moco_eval import pickles
 from moco_eval.config import did_you_mean
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
@@ -184,28 +184,6 @@ CIFAR10_FILES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test":
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class _CifarUnpickler(pickle.Unpickler):
-    """Admits what the CIFAR batches hold: numpy arrays of bytes, and nothing else that is code."""
-
-    ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core") if _NUMPY_2 else module, name)
-
-
-_NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
-
-
 def _cifar10(folder: Path, split: str) -> ImageSet:
     root = folder if (folder / "test_batch").is_file() else folder / "cifar-10-batches-py"
     parts = [_cifar_batch(root / file) for file in CIFAR10_FILES[split]]
@@ -225,20 +203,11 @@ def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             f"{path} is missing; --data must hold cifar-10-batches-py with its five train and one test batch"
         )
+    batch = pickles.read(path, encoding="bytes")
     try:
-        with path.open("rb") as file:
-            batch = _CifarUnpickler(file, encoding="bytes").load()
         rows, labels = batch[b"data"], np.asarray(batch[b"labels"], dtype=np.int64)
         pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as error:
+    except (KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{path} is not a CIFAR-10 batch: {error}; fetch the data set again") from None
     if len(labels) != len(pixels) or pixels.dtype != np.uint8:
         raise InputError(f"{path} is not a CIFAR-10 batch: {len(pixels)} images, {len(labels)} labels")
