@@ -1,0 +1,1 @@
+"""Data sets by name, their decoding, transforms and loaders."""
