@@ -77,7 +77,7 @@ class DetectionData:
 
 
 class Objects:
-    """Collects the checked boxes of one split; `clip` cuts boxes to their image and passes over unknown classes."""
+    """Checks the boxes of one split; `clip` cuts boxes to their image and passes over unknown classes."""
 
     def __init__(self, split: str, classes: Sequence[str], clip: bool):
         self.split = split
@@ -120,19 +120,21 @@ class Objects:
         if not np.isfinite(corners).all() or x1 < x0 or y1 < y0:
             raise InputError(f"{where}: box {_show(corners)} is not min before max; correct the file")
         if x1 == x0 or y1 == y0:
-            return self._note("boxes of zero area dropped", where)
+            self._note("boxes of zero area dropped", where)
+            return None
         width, height = size
         if min(x0, y0) < -slack or x1 > width + slack or y1 > height + slack:
             if not self.clip:
                 raise InputError(
-                    f"{where}: box {_show(corners)} lies outside its {width}x{height} image; correct the file, "
-                    "or --set data.clip=true cuts such boxes"
+                    f"{where}: box {_show(corners)} lies outside its {width}x{height} image; "
+                    "correct the file, or --set data.clip=true cuts such boxes"
                 )
             self._note("boxes cut to their image", where)
             x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
             y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
             if x1 <= x0 or y1 <= y0:
-                return self._note("boxes of zero area dropped", where)
+                self._note("boxes of zero area dropped", where)
+                return None
         return x0, y0, x1, y1
 
     def _note(self, what: str, where: str) -> None:
@@ -142,9 +144,8 @@ class Objects:
         """One line on stderr for each kind of thing that was changed, with the first files."""
         for what, places in self._notes.items():
             files = list(dict.fromkeys(places))
-            log(
-                f"{self.split}: {len(places)} {what}: {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
-            )
+            more = ", ..." if len(files) > 5 else ""
+            log(f"{self.split}: {len(places)} {what}: {', '.join(files[:5])}{more}")
 
 
 def _show(corners: Iterable[float]) -> str:
@@ -155,7 +156,7 @@ def make_sample(
     image_id: str | int,
     path: Path,
     size: tuple[int, int],
-    rows: list[tuple[tuple[float, ...], int, bool, bool]],
+    rows: Sequence[tuple[tuple[float, ...], int, bool, bool]],
 ) -> Sample:
     """A sample from rows of (corners, label, difficult, crowd)."""
     return Sample(

@@ -1,4 +1,4 @@
-"""COCO format: annotations/instances_<split>.json and the images in <split>/ or images/, with any categories."""
+"""COCO format: annotations/instances_<split>.json, images in <split>/ or images/, any categories."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def read_coco_folder(
 
 
 def read_coco(root: Path) -> DetectionData:
-    """The official COCO: train2017 to val2017, its counts checked; a few of its boxes reach outside and are cut."""
+    """The official COCO, train2017 to val2017, its counts checked; boxes that reach outside are cut."""
     for split, count in OFFICIAL.items():
         found = len(_load(root, split)["images"])
         if found != count:
@@ -100,7 +100,7 @@ def _load(root: Path, split: str) -> dict[str, Any]:
 def _read(
     root: Path, values: dict[str, Any], split: str, categories: dict[int, str], clip: bool
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
-    """The samples of a split, and its annotations without those that were dropped, as pycocotools takes them."""
+    """The samples of a split, and its annotations that were kept, as pycocotools takes them."""
     path = _path(root, split)
     objects = Objects(split, tuple(categories.values()), clip)
     names = {item["id"]: item.get("name") for item in values["categories"]}

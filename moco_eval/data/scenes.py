@@ -1,7 +1,7 @@
 """Detection scenes drawn from scikit-learn's real handwritten digits, written in VOC and in COCO format.
 
-Training scenes hold digits of the first 1,297 images only, test scenes of the last 500 only: the split that the
-classification digits have too.
+Training scenes hold digits of the first 1,297 images only, test scenes of the last 500 only: the split of the
+classification digits.
 """
 
 import json
@@ -116,8 +116,8 @@ def _write_voc(root: Path, split: str, scenes: list[Scene]) -> None:
     for name, (canvas, objects) in zip(names, scenes):
         Image.fromarray(canvas).convert("RGB").save(root / "JPEGImages" / f"{name}.png")
         items = "".join(
-            f"<object><name>{digit}</name><difficult>0</difficult><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
-            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            f"<object><name>{digit}</name><difficult>0</difficult><bndbox><xmin>{x0 + 1}</xmin>"
+            f"<ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
             for (x0, y0, x1, y1), digit in objects
         )
         size = f"<size><width>{CANVAS}</width><height>{CANVAS}</height><depth>3</depth></size>"
@@ -131,7 +131,8 @@ def _write_voc(root: Path, split: str, scenes: list[Scene]) -> None:
 def _write_coco(root: Path, split: str, scenes: list[Scene]) -> None:
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, (canvas, objects) in enumerate(scenes, start=1):
         file_name = f"{number:06d}.png"
         Image.fromarray(canvas).convert("RGB").save(root / split / file_name)

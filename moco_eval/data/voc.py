@@ -18,9 +18,22 @@ from moco_eval.data.boxes import (
 from moco_eval.errors import InputError
 
 VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-    "sheep sofa train tvmonitor"
-).split()
+    *(
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+    ),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
 # images of the official splits: (year, split) to count
 OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "test"): 4952}
 
@@ -89,9 +102,9 @@ def read_voc(root: Path) -> DetectionData:
     train, test = parts["2007", "trainval"] + parts["2012", "trainval"], parts["2007", "test"]
     return DetectionData(
         name="voc",
-        classes=tuple(VOC_CLASSES),
-        train=_read(train, "trainval07+12", tuple(VOC_CLASSES), clip=True),
-        test=_read(test, "test2007", tuple(VOC_CLASSES), clip=True),
+        classes=VOC_CLASSES,
+        train=_read(train, "trainval07+12", VOC_CLASSES, clip=True),
+        test=_read(test, "test2007", VOC_CLASSES, clip=True),
         train_split="trainval07+12",
         test_split="test2007",
         fingerprint=fingerprint(root, [path for entry in train + test for path in (entry.image, entry.xml)]),
@@ -103,7 +116,8 @@ def _splits(root: Path, train: str | None, test: str | None) -> tuple[str, str]:
     for folder in (root, root / "JPEGImages", root / "Annotations", lists):
         if not folder.is_dir():
             raise InputError(
-                f"{folder} does not exist; VOC format is JPEGImages/, Annotations/ and ImageSets/Main/ below --data"
+                f"{folder} does not exist; VOC format is JPEGImages/, Annotations/ and ImageSets/Main/"
+                " below --data"
             )
     there = {path.stem for path in lists.glob("*.txt")}
     if test is None:

@@ -1,4 +1,4 @@
-"""Average precision: VOC's (11-point and area) at any IoU, and COCO's by pycocotools. Independent of the engine."""
+"""Average precision: VOC's (11-point and area) at any IoU, and COCO's by pycocotools; for any engine."""
 
 import contextlib
 import io
@@ -28,8 +28,8 @@ Scores = dict[str, float | None]
 def evaluate(data: DetectionData, found: Sequence[Detections]) -> tuple[dict[str, float], dict[str, Scores]]:
     """The metrics of a test split and those of each class, in percent.
 
-    VOC format: AP, AP50, AP75 by the 11-point rule (as the published VOC numbers), AP_area, AP50_area, AP75_area by
-    the area. COCO format: AP, AP50, AP75 by pycocotools.
+    VOC format: AP, AP50, AP75 by the 11-point rule (as the published VOC numbers), and the same by the area under
+    the curve as AP_area, AP50_area, AP75_area. COCO format: AP, AP50, AP75 by pycocotools.
 
     Args:
         found: one entry per image of data.test, in its order.
@@ -50,7 +50,7 @@ def voc_ap(
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """VOC AP at IoU .5:.95, .5 and .75; see `evaluate`.
 
-    Source: Everingham et al. 2010, the devkit's VOCevaldet; AP over ten IoUs as in detectron2's VOC evaluator.
+    Source: Everingham et al. 2010 and the devkit; AP over ten IoUs as in detectron2's VOC evaluator.
     """
     per_class: dict[str, Scores] = {}
     for label, name in enumerate(classes):
@@ -72,7 +72,7 @@ def _named(values: Sequence[float | None], suffix: str = "") -> Scores:
 def _means(per_class: dict[str, Scores]) -> dict[str, float]:
     """Over the classes that have objects; 0 where none has."""
     names = next(iter(per_class.values()))
-    known = {name: [s[name] for s in per_class.values() if s[name] is not None] for name in names}
+    known = {name: [v for s in per_class.values() if (v := s[name]) is not None] for name in names}
     return {name: float(np.mean(values)) if values else 0.0 for name, values in known.items()}
 
 
@@ -81,9 +81,9 @@ def class_curve(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Recall and precision of a class after each of its detections, highest score first.
 
-    A detection belongs to the ground truth it overlaps most. It is right if their IoU is above `iou` and no better
-    scored detection took that one; it counts neither way if that one is difficult; else it is wrong. VOC's IoU of
-    inclusive pixels, with 1 added to width and height, is the plain IoU here, because boxes carry xmin - 1.
+    A detection belongs to the object it overlaps most. It is right if their IoU is above `iou` and no better
+    scored detection took that object; it counts neither way if the object is difficult; else it is wrong. The IoU
+    of VOC's inclusive pixels (1 added to width and height) is the plain one here: boxes carry xmin - 1.
 
     Returns:
         Two arrays of length detections, or None where the class has no object that is not difficult.
@@ -109,8 +109,7 @@ def class_curve(
 def _best_overlaps(
     samples: Sequence[Sample], found: Sequence[Detections], label: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each detection of a class its best IoU, the number of that object (-1: none) and its score; and which
-    objects are difficult."""
+    """Each detection's best IoU, that object's number (-1: none) and score; whether each object is difficult."""
     overlaps, owners, scores, difficult = (
         [np.zeros(0)],
         [np.zeros(0, np.int64)],
@@ -145,7 +144,7 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
-    """VOC2007's AP: the mean, over recalls 0, 0.1, ..., 1, of the best precision at that recall or a higher one."""
+    """VOC2007's AP: the mean over recalls 0, 0.1, ..., 1 of the best precision from there on."""
     return float(np.mean([precision[recall >= level].max(initial=0.0) for level in np.arange(0.0, 1.1, 0.1)]))
 
 

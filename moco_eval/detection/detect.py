@@ -37,7 +37,7 @@ def detect(
     Args:
         dataset: one of DATASETS.
         data: its folder; for 'digits' where its scenes are kept, by default output/scenes.
-        output: run directory: config.yaml, metrics.jsonl, checkpoints/, detections.json, pictures/, result.json.
+        output: run directory; see docs/detection.md for what is in it.
         train_split, test_split: for voc-folder and coco-folder.
     Returns:
         The result record; that of a finished run at once.

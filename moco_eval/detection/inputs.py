@@ -1,6 +1,6 @@
-"""What the torchvision engine reads: images resized and flipped as detectron2 does, batches derived from the seed.
+"""What the torchvision engine reads: images resized and flipped as detectron2 does, in batches.
 
-Everything random about iteration i hangs on (seed, i) alone, so that a resumed run sees what it would have seen.
+All that is random about iteration i hangs on (seed, i) alone: a resumed run sees what it would have seen.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def shuffle_labels(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def batches(samples: Sequence[Sample], recipe: DetectConfig) -> Iterator[list[Draw]]:
-    """Endless batches, iteration 0 first: a new order each epoch, wide and tall images apart where the recipe says so."""
+    """Endless batches from iteration 0 on: a new order each epoch; wide and tall images apart if so asked."""
     waiting: dict[bool, list[int]] = {False: [], True: []}
     iteration = 0
     for epoch in itertools.count():
@@ -54,7 +54,7 @@ def batches(samples: Sequence[Sample], recipe: DetectConfig) -> Iterator[list[Dr
 
 
 def resized(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:
-    """Width and height with the shorter side at `shorter`, the longer at most `longest`, each rounded half up."""
+    """Width and height for a shorter side of `shorter` and a longer of at most `longest`, rounded half up."""
     width, height = size
     scale = shorter / min(width, height)
     new_width, new_height = (shorter, scale * height) if width < height else (scale * width, shorter)

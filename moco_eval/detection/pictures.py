@@ -17,7 +17,7 @@ WIDTH = 320  # pixels of each half
 def draw_pictures(
     data: DetectionData, found: Sequence[Detections], folder: Path, count: int = 6, score: float = 0.3
 ) -> list[Path]:
-    """Write PNGs of test images spread over the split: left the ground truth, right the detections above `score`.
+    """Write PNGs of images spread over the test split: left the truth, right what scores `score` or more.
 
     Returns:
         Their paths, folder/<number>-<image>.png.

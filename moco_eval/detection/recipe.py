@@ -1,4 +1,4 @@
-"""A detection recipe: every number of a fine-tuning, as a config; and its learning rate over the iterations."""
+"""A detection recipe: every number of a fine-tuning, as a config; and its learning rate."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -38,8 +38,8 @@ class Rpn(Model):
     pre_nms_test: Count = 6000
     post_nms_test: Count = 1000
     nms: Fraction = 0.7
-    background_iou: float = Field(0.3, ge=0, le=1)
-    foreground_iou: float = Field(0.7, ge=0, le=1)
+    background_iou: float = Field(default=0.3, ge=0, le=1)
+    foreground_iou: float = Field(default=0.7, ge=0, le=1)
     batch_per_image: Count = 256
     positive_fraction: Fraction = 0.5
 
@@ -50,13 +50,13 @@ class Roi(Model):
     batch_per_image: Count = 512
     positive_fraction: Fraction = 0.25
     foreground_iou: Fraction = 0.5
-    pool_size: int = Field(14, ge=2)
+    pool_size: int = Field(default=14, ge=2)
 
 
 class Testing(Model):
     """What the detector may say: least score, NMS among boxes of a class, boxes per image."""
 
-    score: float = Field(0.05, ge=0, lt=1)
+    score: float = Field(default=0.05, ge=0, lt=1)
     nms: Fraction = 0.5
     detections: Count = 100
 
@@ -92,7 +92,7 @@ class Scenes(Model):
 
     train: Count = 200
     test: Count = 60
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 class KeepState(Model):
@@ -119,13 +119,13 @@ class DetectConfig(Model):
     checkpoints: KeepState = KeepState()
     log_every: int = Field(20, gt=0)
     workers: int = Field(4, ge=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     expect: Expect | None = None
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a protocol name stands for: the shipped config, its data set and, where it fixes one, its architecture."""
+    """What a protocol stands for: a shipped config, a data set and, where it fixes one, an architecture."""
 
     recipe: str
     dataset: str

@@ -1,8 +1,9 @@
-"""The engine that installs with pip: Faster R-CNN R50-C4 of torchvision's blocks, with detectron2's definitions.
+"""The engine that installs with pip: Faster R-CNN C4 of torchvision's blocks, by detectron2's definitions.
 
-Where torchvision's blocks differ from detectron2's C4 model they are overridden here: anchors (unrounded, sizes
-first, fixed stride), RoIAlign (aligned, adaptive sampling), L1 box losses and their normalisers, initialisation, no
-padding beyond the batch, no decay of norms; resizing is in inputs.py. docs/detection.md lists them.
+Where torchvision's blocks differ from detectron2's C4 model they are overridden here: anchors (unrounded,
+sizes first, fixed stride), RoIAlign (aligned, adaptive sampling), L1 box losses and their normalisers,
+initialisation, no padding beyond the batch, no decay of norms; resizing is in inputs.py. docs/detection.md lists
+them all.
 """
 
 import copy
@@ -46,7 +47,7 @@ def fine_tune_and_detect(
     device: torch.device,
     cost: Cost,
 ) -> list[Detections]:
-    """Train the detector from the encoder's weights, or go on from the last checkpoint, and run it on the test split.
+    """Train the detector from the encoder, or go on from the last checkpoint, and run it on the test split.
 
     Args:
         output: run directory; holds checkpoints/last.pth and metrics.jsonl.
@@ -133,10 +134,10 @@ class _Heads(RoIHeads):
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN on layer3 (C4), with layer4, an extra BN and the mean over places as the head of each region.
+    """Faster R-CNN on layer3 (C4); layer4, an extra BN and the mean over places are the head of each region.
 
-    In training: 8-bit RGB images (3, H, W) of any size and their targets (boxes (N, 4), labels (N,) from 1) to a dict
-    of losses. In evaluation: images to a list of dicts of boxes, scores and labels, in the images' pixels.
+    In training: 8-bit RGB images (3, H, W) of any size and their targets (boxes (N, 4), labels (N,) from 1) to
+    losses by name. In evaluation: images to dicts of boxes, scores and labels, in the images' pixels.
     Source: arXiv:1911.05722, appendix A.3, and the released detection code.
     """
 
@@ -217,13 +218,13 @@ def check_architecture(encoder: Encoder) -> None:
         )
     if arch.cifar_stem:
         raise InputError(
-            f"detect cannot take {encoder.arch}: its CIFAR stem leaves layer3 at stride 4 and C4 is defined at 16; "
-            f"take {encoder.arch.removesuffix('_cifar')}"
+            f"detect cannot take {encoder.arch}: its CIFAR stem leaves layer3 at stride 4, C4 is "
+            f"defined at 16; take {encoder.arch.removesuffix('_cifar')}"
         )
 
 
 def build_detector(encoder: Encoder, classes: int, recipe: DetectConfig) -> FasterRCNN:
-    """The detector with every backbone tensor of the encoder in it, bit for bit; the rest drawn from the seed."""
+    """The detector with every backbone tensor of the encoder, bit for bit; the rest is drawn by the seed."""
     torch.manual_seed(_seed(recipe.seed, 0))
     model = FasterRCNN(encoder, classes, recipe)
     ours = model.backbone.state_dict() | {
@@ -332,7 +333,7 @@ def _precise_bn(
 ) -> None:
     """Replace each BN's running statistics by those over the next `precise_bn` training batches.
 
-    Mean of the batches' means; variance of all their elements together, from the mean of their second moments.
+    Mean of the batches' means; variance of all their elements together, from the mean of second moments.
     """
     if recipe.precise_bn == 0:
         return
