@@ -18,6 +18,7 @@ from moco_eval.files import read_json
 CANVAS = 128
 SIDE = (20, 40)  # pixels a digit's 8x8 image is enlarged to
 COUNT = (2, 6)
+DIGITS = tuple("0123456789")
 TRAIN_DIGITS = 1297
 Scene = tuple[np.ndarray, list[tuple[tuple[int, int, int, int], int]]]
 
@@ -147,6 +148,6 @@ def _write_coco(root: Path, split: str, scenes: list[Scene]) -> None:
                 "iscrowd": 0,
             }
             annotations.append({"id": len(annotations) + 1, **item})
-    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(DIGITS, start=1)]
     values = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")

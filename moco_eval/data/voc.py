@@ -48,9 +48,14 @@ class _Entry:
 
 
 def read_voc_folder(
-    root: Path, train_split: str | None, test_split: str | None, clip: bool = False, name: str = "voc-folder"
+    root: Path,
+    train_split: str | None,
+    test_split: str | None,
+    clip: bool = False,
+    name: str = "voc-folder",
+    classes: tuple[str, ...] = (),
 ) -> DetectionData:
-    """Any data in VOC format; the classes are those of the training split, sorted.
+    """Any data in VOC format.
 
     Args:
         root: holds JPEGImages, Annotations and ImageSets/Main.
@@ -58,12 +63,13 @@ def read_voc_folder(
         test_split: by default test, else val.
         clip: cut boxes to their image and pass over unknown classes, which are refused otherwise.
         name: the dataset's name in the record.
+        classes: by default those of the training split, sorted.
     Raises:
         InputError: what is missing, damaged or contradictory, with its file.
     """
     train_split, test_split = _splits(root, train_split, test_split)
     train, test = _entries(root, train_split), _entries(root, test_split)
-    classes = _classes(train)
+    classes = classes or _classes(train)
     return DetectionData(
         name=name,
         classes=classes,

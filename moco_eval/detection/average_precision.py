@@ -28,8 +28,8 @@ Scores = dict[str, float | None]
 def evaluate(data: DetectionData, found: Sequence[Detections]) -> tuple[dict[str, float], dict[str, Scores]]:
     """The metrics of a test split and those of each class, in percent.
 
-    VOC format: AP, AP50, AP75 by the 11-point rule (as the published VOC numbers), and the same by the area under
-    the curve as AP_area, AP50_area, AP75_area. COCO format: AP, AP50, AP75 by pycocotools.
+    VOC format: AP, AP50, AP75 by the 11-point rule (as the published VOC numbers), and by the area under the
+    curve as AP_area, AP50_area, AP75_area. COCO format: AP, AP50, AP75 by pycocotools.
 
     Args:
         found: one entry per image of data.test, in its order.
@@ -82,8 +82,8 @@ def class_curve(
     """Recall and precision of a class after each of its detections, highest score first.
 
     A detection belongs to the object it overlaps most. It is right if their IoU is above `iou` and no better
-    scored detection took that object; it counts neither way if the object is difficult; else it is wrong. The IoU
-    of VOC's inclusive pixels (1 added to width and height) is the plain one here: boxes carry xmin - 1.
+    scored detection took that object; it counts neither way if the object is difficult; else it is wrong. The
+    IoU of VOC's inclusive pixels (1 added to width and height) is the plain one here: boxes carry xmin - 1.
 
     Returns:
         Two arrays of length detections, or None where the class has no object that is not difficult.
@@ -109,7 +109,7 @@ def class_curve(
 def _best_overlaps(
     samples: Sequence[Sample], found: Sequence[Detections], label: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each detection's best IoU, that object's number (-1: none) and score; whether each object is difficult."""
+    """Each detection's best IoU, that object's number (-1: none) and score; which objects are difficult."""
     overlaps, owners, scores, difficult = (
         [np.zeros(0)],
         [np.zeros(0, np.int64)],

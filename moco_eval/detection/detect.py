@@ -9,7 +9,7 @@ from moco_eval import files, results, runtime
 from moco_eval.config import did_you_mean
 from moco_eval.data.boxes import DetectionData
 from moco_eval.data.coco import read_coco, read_coco_folder
-from moco_eval.data.scenes import write_scenes
+from moco_eval.data.scenes import DIGITS, write_scenes
 from moco_eval.data.voc import read_voc, read_voc_folder
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.pictures import draw_pictures
@@ -103,7 +103,7 @@ def open_digits(
 ) -> DetectionData:
     """The built-in scenes, drawn if they are not there, read as any VOC folder."""
     write_scenes(folder, seed=scenes.seed, train=scenes.train, test=scenes.test)
-    return read_voc_folder(folder / "voc", train_split, test_split, name="digits")
+    return read_voc_folder(folder / "voc", train_split, test_split, name="digits", classes=DIGITS)
 
 
 def _judge(

@@ -2,8 +2,8 @@
 
 Where torchvision's blocks differ from detectron2's C4 model they are overridden here: anchors (unrounded,
 sizes first, fixed stride), RoIAlign (aligned, adaptive sampling), L1 box losses and their normalisers,
-initialisation, no padding beyond the batch, no decay of norms; resizing is in inputs.py. docs/detection.md lists
-them all.
+initialisation, no padding beyond the batch, no decay of norms; resizing is in inputs.py. docs/detection.md
+lists them all.
 """
 
 import copy
@@ -72,7 +72,7 @@ def fine_tune_and_detect(
 class _Anchors(AnchorGenerator):
     """Unrounded anchors, sizes before ratios, on a fixed stride."""
 
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=torch.device("cpu")):  # noqa: B008
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=None):
         sizes = torch.as_tensor(scales, dtype=dtype, device=device)[:, None]
         heights = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[None, :]
         width, height = (sizes / heights).flatten(), (sizes * heights).flatten()
@@ -136,8 +136,8 @@ class _Heads(RoIHeads):
 class FasterRCNN(nn.Module):
     """Faster R-CNN on layer3 (C4); layer4, an extra BN and the mean over places are the head of each region.
 
-    In training: 8-bit RGB images (3, H, W) of any size and their targets (boxes (N, 4), labels (N,) from 1) to
-    losses by name. In evaluation: images to dicts of boxes, scores and labels, in the images' pixels.
+    In training: 8-bit RGB images (3, H, W) of any size and their targets (boxes (N, 4), labels (N,) from 1)
+    to losses by name. In evaluation: images to dicts of boxes, scores and labels, in the images' pixels.
     Source: arXiv:1911.05722, appendix A.3, and the released detection code.
     """
 
