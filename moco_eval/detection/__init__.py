@@ -1,0 +1,1 @@
+"""Detection: an encoder fine-tuned inside Faster R-CNN and judged by average precision."""
