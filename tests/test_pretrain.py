@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(tmp_path):
 
 
 def test_another_run_in_the_same_place_is_refused(two_epochs, tmp_path):
-    with pytest.raises(InputError, match="config.optimizer.lr is 0.01 there and 0.5 now"):
+    with pytest.raises(InputError, match=r"config.optimizer.lr is 0.01 there and 0.5 now"):
         run(two_epochs, "schedule.epochs=2", "knn={every: 2, k: 20}", "optimizer.lr=0.5")
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="no run of ours"):

@@ -91,13 +91,13 @@ def test_keys_equal_one_process_with_split_bn_under_the_same_permutation(ranks):
     """Two processes' BN groups are halves of the permuted batch; split BN's are its even and odd rows."""
     torch.manual_seed(0)
     model = build_moco(config("bn_groups=2"), "split")
-    forth, back = permutation(BATCH, torch.Generator().manual_seed(1))
+    forth, _ = permutation(BATCH, torch.Generator().manual_seed(1))
     interleaved = torch.stack([forth[: BATCH // 2], forth[BATCH // 2 :]], dim=1).flatten()
     with torch.no_grad():
         encoded = torch.nn.functional.normalize(model.encoder_k(images()[interleaved]), dim=1)
     expected = encoded[torch.argsort(interleaved)]
-    for rank in ranks:
-        assert torch.allclose(rank["keys"], expected, atol=1e-5)
+    for each in ranks:
+        assert torch.allclose(each["keys"], expected, atol=1e-5)
 
 
 def test_queue_is_the_same_on_both_ranks_and_full_of_keys(ranks):
@@ -128,5 +128,5 @@ def test_queue_holds_both_ranks_keys_in_rank_order(tmp_path):
 
 def test_features_of_two_processes_are_those_of_one(ranks):
     alone = extract(flatten, open_images("digits", None, "test"), Preprocessing(32, 32), torch.device("cpu"))
-    for rank in ranks:
-        assert np.array_equal(rank["features"].numpy(), alone.numpy())
+    for each in ranks:
+        assert np.array_equal(each["features"].numpy(), alone.numpy())

@@ -83,7 +83,7 @@ def _as_stored(encoder: Encoder, which: str) -> State:
 
 
 def _require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, Any], path: Path) -> None:
-    if list(ours) != list(theirs) and set(ours) != set(theirs):
+    if set(ours) != set(theirs):
         raise RunFailed(f"{path} does not hold the tensors that were written to it")
     changed = [
         name for name in ours if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])

@@ -63,7 +63,7 @@ def format_description(facts: dict[str, Any]) -> str:
         f"  origin         {facts['origin']}",
         f"  architecture   {facts['arch']}, {facts['parameters'] / 1e6:.2f} M parameters, "
         f"{facts['feature_dim']}-d pooled feature",
-        f"  loaded         {facts['tensors_loaded']} of {facts['tensors_loaded']} backbone tensors, {facts['encoder']} encoder",
+        f"  loaded         all {facts['tensors_loaded']} backbone tensors, {facts['encoder']} encoder",
         f"  head           {facts['head'] or 'none'}",
         f"  preprocessing  {_preprocessing(facts['preprocessing'])}",
         f"  pretraining    {_pretraining(facts['pretraining'])}",

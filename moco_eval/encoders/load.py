@@ -87,7 +87,7 @@ def _proven(path: Path, state: State, arch: str, given: bool) -> tuple[nn.Module
         {str(t.dtype) for n, t in found.items() if wanted[n].is_floating_point() and t.dtype != torch.float32}
     )
     if halves:
-        warnings.append(f"stored as {', '.join(halves)}, loaded as float32")
+        warnings.append(f"stored as {', '.join(sorted(halves))}, loaded as float32")
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds values that are not finite; the training that made it diverged")
