@@ -19,11 +19,23 @@ from moco_eval.config import LinearConfig, Schedule
 from moco_eval.data.images import ImageSet, preprocessing_for
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.features import extract, network
 from moco_eval.knn import accuracy, precision_deviation
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import Stop, all_sum, autocast, barrier, is_main, log, parallel, progress, warn, world_size
+from moco_eval.runtime import (
+    Stop,
+    all_sum,
+    autocast,
+    barrier,
+    is_main,
+    log,
+    parallel,
+    progress,
+    require_finite,
+    warn,
+    world_size,
+)
 from moco_eval.statistics import bootstrap_interval
 
 
@@ -192,11 +204,10 @@ class Training:
             all_sum(torch.stack(self.losses).mean()).item() / world_size(),
         )
         self.losses = []
-        if not np.isfinite(loss):
-            raise RunFailed(f"the loss is {loss} in epoch {done - 1}; a smaller --set optimizer.lr may help")
+        require_finite(loss, f"in epoch {done - 1}", "a smaller --set optimizer.lr may help")
         self._save(done)
-        if stop.requested() and done < epochs:
-            raise Interrupted(f"stopped by {stop.name()} after epoch {done} of {epochs}; run the same command to go on")
+        if done < epochs:
+            stop.check(f"epoch {done} of {epochs} is saved: run the same command to go on")
 
     @torch.no_grad()
     def score(self) -> torch.Tensor:

@@ -28,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, Interrupted, RunFailed
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -182,6 +182,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def require_finite(loss: float, what: str, way_out: str) -> None:
+    """Raises RunFailed where the loss is not finite."""
+    if not np.isfinite(loss):
+        raise RunFailed(f"the loss is {loss} {what}; {way_out}")
+
+
 # Interruption
 
 
@@ -215,9 +221,11 @@ class Stop:
             return self.signal is not None
         return bool(all_sum(torch.tensor([float(self.signal is not None)])).item())
 
-    def name(self) -> str:
-        """The signal that this process got; another rank's, where it got none."""
-        return "another process" if self.signal is None else signal.Signals(self.signal).name
+    def check(self, saved: str) -> None:
+        """Raises Interrupted on every rank where any was asked to stop; `saved` says what is safe. Collective."""
+        if self.requested():
+            name = "another process" if self.signal is None else signal.Signals(self.signal).name
+            raise Interrupted(f"stopped by {name}; {saved}")
 
 
 # Progress

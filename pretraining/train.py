@@ -18,7 +18,7 @@ from moco_eval.config import KnnMonitor, PretrainConfig, Schedule
 from moco_eval.data.images import ImageSet, open_images
 from moco_eval.data.loader import Batches, draw_seed, loader
 from moco_eval.encoders.build import architecture
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.results import open_run
 from moco_eval.runtime import Stop, all_sum, autocast, broadcast_, is_main, log, parallel, progress, warn, world_size
 from pretraining import checkpoint
@@ -227,7 +227,8 @@ class Trainer:
                     self.end_epoch()
                     started = time.perf_counter()
                 if stop.requested():
-                    self.stop(stop)
+                    self.save_unless_done()
+                    stop.check(f"saved at step {self.step} of {self.run.steps}: run the same command to go on")
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
@@ -355,15 +356,12 @@ class Trainer:
             },
         }
 
-    def stop(self, stop: Stop) -> None:
-        """Save where we are and end."""
+    def save_unless_done(self) -> None:
+        """A checkpoint in the middle of an epoch."""
         if self.window:
             self.finite_window()
         if self.step != self.saved:
             self.save()
-        raise Interrupted(
-            f"stopped by {stop.name()}; saved at step {self.step} of {self.run.steps}: run the same command to go on"
-        )
 
     def count_substitutes(self, bad: list[int]) -> None:
         """Name each unreadable image once. Raises RunFailed above the limit."""
