@@ -290,6 +290,24 @@ def test_bad_data_arguments(tmp_path, dataset, data, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_image_damaged_since_it_was_listed_stops_in_one_line(tmp_path):
+    data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    data.train[0].path.write_bytes(data.train[0].path.read_bytes()[:200])
+    for workers in (0, 1):
+        r = recipe("digits_r50_c4", f"workers={workers}", "batch_size=4")
+        with pytest.raises(InputError, match=r"cannot read .*train_0000\.png") as error:
+            next(inputs.training_batches(data.train, r, 0, 1))
+        assert "\n" not in str(error.value)
+
+
+def test_a_training_split_without_boxes_is_refused(tmp_path):
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    path = tmp_path / "scenes/coco/annotations/instances_train2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    with pytest.raises(InputError, match="none of the 4 images of train2017 has a box"):
+        run(tmp_path / "run", dataset="coco-folder", data=tmp_path / "scenes/coco")
+
+
 @pytest.mark.slow
 def test_a_detector_learns_the_scenes_and_shuffled_labels_do_not(tmp_path):
     def ap50(name, *overrides):

@@ -12,6 +12,7 @@ from moco_eval.data.coco import read_coco, read_coco_folder
 from moco_eval.data.scenes import DIGITS, write_scenes
 from moco_eval.data.voc import read_voc, read_voc_folder
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
+from moco_eval.detection.inputs import trainable
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.recipe import DetectConfig, Scenes, departures
 from moco_eval.detection.torchvision_engine import check_architecture, fine_tune_and_detect
@@ -91,7 +92,10 @@ def open_data(
     if dataset == "coco":
         return read_coco(data)
     read = read_voc_folder if dataset == "voc-folder" else read_coco_folder
-    return read(data, train_split, test_split, clip)
+    opened = read(data, train_split, test_split, clip)
+    if not trainable(opened.train):
+        raise InputError(f"none of the {len(opened.train)} images of {opened.train_split} has a box to train on")
+    return opened
 
 
 def open_digits(folder: Path, scenes: Scenes, train_split: str | None, test_split: str | None) -> DetectionData:

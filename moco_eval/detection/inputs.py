@@ -6,6 +6,7 @@ All that is random about iteration i hangs on (seed, i) alone: a resumed run see
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco_eval.data.boxes import Sample, read_image
 from moco_eval.detection.recipe import DetectConfig
+from moco_eval.errors import InputError
 
 Draw = tuple[int, int, int]  # iteration, place in the batch, index of the sample
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -31,7 +33,9 @@ def trainable(samples: Sequence[Sample]) -> list[Sample]:
 
 def shuffle_labels(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """The control: all labels dealt out anew among all boxes."""
-    labels = np.random.default_rng([seed, 1]).permutation(np.concatenate([sample.labels for sample in samples]))
+    labels = np.random.default_rng([seed, 1]).permutation(
+        np.concatenate([sample.labels for sample in samples])
+    )
     ends = np.cumsum([len(sample.labels) for sample in samples])[:-1]
     return [replace(sample, labels=part) for sample, part in zip(samples, np.split(labels, ends))]
 
@@ -103,29 +107,43 @@ class _Testing(Dataset):
         self.samples = samples
         self.input = recipe.input
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         image = read_image(self.samples[index].path)
         return _pixels(image, resized(image.size, self.input.min_size_test, self.input.max_size)), image.size
 
 
-def _as_lists(rows: list) -> tuple[list, ...]:
-    return tuple(list(column) for column in zip(*rows))
-
-
-def training_batches(samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int) -> Iterator[Batch]:
+def training_batches(
+    samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int
+) -> Iterator[Batch]:
     """The batches of iterations start to stop - 1."""
-    draws = itertools.islice(batches(samples, recipe), start, stop)
-    dataset = _Training(samples, recipe)
-    return iter(_loader(dataset, recipe, batch_sampler=list(draws)))
+    draws = list(itertools.islice(batches(samples, recipe), start, stop))
+    return _load(_Training(samples, recipe), draws, recipe.workers)
 
 
-def images_to_detect(samples: Sequence[Sample], recipe: DetectConfig) -> DataLoader:
+def images_to_detect(
+    samples: Sequence[Sample], recipe: DetectConfig
+) -> Iterator[tuple[list[Tensor], list[tuple[int, int]]]]:
     """The test images one by one, resized, each with its width and height on disk."""
-    return _loader(_Testing(samples, recipe), recipe, batch_size=1)
+    return _load(_Testing(samples, recipe), [[index] for index in range(len(samples))], recipe.workers)
 
 
-def _loader(dataset: Dataset, recipe: DetectConfig, **options) -> DataLoader:
-    return DataLoader(dataset, num_workers=recipe.workers, collate_fn=_as_lists, **options)
+class _Refusals(Dataset):
+    """Hands on an unreadable image as a value: raised in a worker, it would bring that worker's traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            return error
+
+
+def _load(dataset: Dataset, keys: list, workers: int) -> Iterator[Any]:
+    loader = DataLoader(_Refusals(dataset), batch_sampler=keys, num_workers=workers, collate_fn=list)
+    for rows in loader:
+        for row in rows:
+            if isinstance(row, InputError):
+                raise row
+        yield tuple(list(column) for column in zip(*rows))

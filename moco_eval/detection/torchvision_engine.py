@@ -86,6 +86,14 @@ class _Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
+class _ProposalHead(RPNHead):
+    """Its scores and box deltas in fp32 whatever the precision: bf16 places a box to three digits only."""
+
+    def forward(self, x):
+        logits, deltas = super().forward(x)
+        return [level.float() for level in logits], [level.float() for level in deltas]
+
+
 class _ProposalNetwork(RegionProposalNetwork):
     """L1 instead of smooth L1; both losses over the number of anchors asked for, not of those found."""
 
@@ -171,7 +179,7 @@ def _proposal_network(channels: int, recipe: DetectConfig) -> RegionProposalNetw
     rpn, anchors = recipe.rpn, recipe.anchors
     return _ProposalNetwork(
         _Anchors((anchors.sizes,), (anchors.ratios,)),
-        RPNHead(channels, len(anchors.sizes) * len(anchors.ratios)),
+        _ProposalHead(channels, len(anchors.sizes) * len(anchors.ratios)),
         fg_iou_thresh=rpn.foreground_iou,
         bg_iou_thresh=rpn.background_iou,
         batch_size_per_image=rpn.batch_per_image,
