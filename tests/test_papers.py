@@ -1,0 +1,355 @@
+import copy
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moco_eval import config, papers
+from moco_eval.config import PretrainConfig
+from moco_eval.errors import InputError
+
+IDS = [name for name, _ in papers.tables()]
+PROMISED = [
+    "cifar10-demo",
+    "moco-v1-fig3",
+    "moco-v1-momentum",
+    "moco-v1-1",
+    "moco-v1-2a",
+    "moco-v1-2b",
+    "moco-v1-3",
+]
+PROMISED += [
+    "moco-v1-4",
+    "moco-v1-5a",
+    "moco-v1-5b",
+    "moco-v1-5c",
+    "moco-v1-5d",
+    "moco-v2-1",
+    "moco-v2-2",
+    "moco-v2-3",
+]
+# sha256 over every published number, in order; recompute it only for a correction checked against the paper
+PUBLISHED_SHA256 = "568620476bb4fcc5d80897a40404160c62f43cc2641e7da32104cbd9a56fd63c"
+
+
+def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):
+    """A record as `knn` writes it for an encoder of the CIFAR-10 recipe; a fixture, not a measurement."""
+    settings = {
+        "protocol": "pretrain/cifar10-demo@1",
+        "arch": "resnet18_cifar",
+        "queue_size": 4096,
+        "momentum": 0.99,
+        "temperature": 0.1,
+        "views": {"recipe": "cifar10", "size": 32},
+        "bn": "split",
+        "batch_size": 512,
+        "optimizer": {"lr": 0.06, "weight_decay": 5e-4},
+        "schedule": {"kind": "cosine", "epochs": epochs, "count_from": 1},
+        "seed": seed,
+    }
+    recipe = PretrainConfig.model_validate({**settings, **changes}).model_dump(mode="json")
+    pretraining = {
+        "protocol": recipe["protocol"],
+        "dataset": {"name": "cifar10", "fingerprint": "ab"},
+        "bn": recipe["bn"],
+        "processes": 1,
+        "epochs": epochs,
+        "deviations": [],
+        "config": recipe,
+    }
+    return {
+        "protocol": "knn/cifar10-demo@1",
+        "dataset": {"name": "cifar10", "split": "test", "fingerprint": "cd", "images": 10000, "classes": 10},
+        "encoder": {
+            "path": "epoch_0200.pth",
+            "sha256": f"{seed}{time}",
+            "origin": "moco-eval/1",
+            "arch": "resnet18_cifar",
+            "pretraining": pretraining,
+        },
+        "metrics": {"top1": top1},
+        "std": {},
+        "trials": [{"seed": 0, "metrics": {"top1": top1}}],
+        "over": "head",
+        "deviations": list(deviations),
+        "environment": {"time": time},
+        "run": f"runs/{seed}",
+    }
+
+
+def ours(records, table="cifar10-demo"):
+    """Lines that hold something of ours."""
+    return [line for line in papers.compare(papers.load_table(table), records).lines if line.ours]
+
+
+def changed(record, path, value):
+    record = copy.deepcopy(record)
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return record
+
+
+# The published numbers
+
+
+def numbers(table):
+    """Every published number of a table, in order, with where it stands."""
+    for row in table.rows:
+        for kind in ("published", "std", "trials"):
+            for name, value in getattr(row, kind).items():
+                yield f"{table.id}/{row.label}/{kind}/{name}", value
+    for point in table.curve.points if table.curve else ():
+        yield f"{table.id}/curve/{point.epoch}", (point.knn_top1, point.train_loss)
+
+
+def test_published_numbers_have_not_moved():
+    words = json.dumps([item for name in sorted(IDS) for item in numbers(papers.load_table(name))])
+    assert hashlib.sha256(words.encode()).hexdigest() == PUBLISHED_SHA256
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", IDS)
+def test_numbers_equal_the_reference_file(name, shared_data):
+    path = shared_data.parent / "reference" / "paper_tables.yaml"
+    if not path.is_file():
+        pytest.skip("no reference file")
+    entries = {entry["id"]: entry for entry in yaml.safe_load(path.read_text())["entries"]}
+    table = papers.load_table(name)
+    theirs = []
+    for entry in (entries[name] for name in table.reference):
+        for row in entry["rows"]:
+            for value in row["metrics"].values():
+                theirs += value if isinstance(value, list) else [value]
+    mine = []
+    for _, value in numbers(table):
+        mine += value if isinstance(value, tuple) else [value]
+    assert sorted(map(str, mine)) == sorted(map(str, theirs))
+    assert next(entries[name]["source"] for name in table.reference) == table.source
+
+
+@pytest.mark.data
+def test_rows_of_the_reference_file_keep_their_numbers(shared_data):
+    """Each number is in its row, too: tables of one entry have its rows in its order."""
+    path = shared_data.parent / "reference" / "paper_tables.yaml"
+    if not path.is_file():
+        pytest.skip("no reference file")
+    entries = {entry["id"]: entry for entry in yaml.safe_load(path.read_text())["entries"]}
+    checked = 0
+    for table in map(papers.load_table, IDS):
+        if len(table.reference) > 1 or table.id == "moco-repo-linear":
+            continue
+        rows = entries[table.reference[0]]["rows"]
+        assert [row.published for row in table.rows] == [row["metrics"] for row in rows]
+        assert all(row.label.startswith(theirs["method"]) for row, theirs in zip(table.rows, rows))
+        checked += len(rows)
+    assert checked > 80
+
+
+def test_the_promised_tables_are_there_under_their_own_names():
+    assert set(PROMISED) <= set(IDS)
+    for name in IDS:
+        table = papers.load_table(name)
+        assert table.id == name and table.rows and table.caption and table.source
+
+
+def test_rows_agree_with_the_shipped_recipes_they_need():
+    """What a row asks of the encoder is what the shipped config of its protocol gives."""
+    if not config.shipped("pretrain"):
+        pytest.skip("no shipped pretraining configs")
+    for table, label, name in (
+        ("cifar10-demo", "asymmetric loss, 200 epochs", "cifar10"),
+        ("moco-v2-2", "MoCo v1, 200 epochs, batch 256", "moco_v1_r50"),
+        ("moco-v2-2", "MoCo v2, 200 epochs, batch 256", "moco_v2_r50"),
+    ):
+        (row,) = [row for row in papers.load_table(table).rows if row.label == label]
+        recipe = config.load(name, "pretrain", PretrainConfig).model_dump(mode="json")
+        flat = config.flatten(recipe)
+        assert {key: flat[key] for key in row.match.config} == row.match.config
+        assert (row.match.arch, row.match.epochs) == (recipe["arch"], recipe["schedule"]["epochs"])
+        assert row.match.protocol == recipe["protocol"]
+
+
+def test_unknown_table_names_the_nearest():
+    with pytest.raises(InputError, match=r"no table 'cifar-demo'. Did you mean 'cifar10-demo'\?"):
+        papers.load_table("cifar-demo")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.update(colums=1), "unknown key 'colums'"),
+        (lambda t: t["rows"][0].update(unavailable="too hard"), "unavailable"),
+        (lambda t: t["rows"][0].pop("match"), "needs a match or a reason"),
+        (lambda t: t["rows"][0]["published"].update(top9=1.0), "which is no column"),
+        (lambda t: t["columns"]["linear_top1"].update(title="kNN top-1"), "two columns of one title"),
+        (lambda t: t["columns"]["linear_top1"].pop("protocol"), "go together"),
+        (lambda t: t["rows"][0]["match"].pop("epochs"), "all three or none"),
+    ],
+)
+def test_a_table_file_with_a_mistake_is_refused(change, words, tmp_path):
+    values = yaml.safe_load((config.folder() / "papers" / "cifar10-demo.yaml").read_text())
+    change(values)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=words):
+        config.load(str(path), "papers", papers.Table)
+
+
+# Which record belongs where
+
+
+def test_a_record_goes_to_its_row_with_its_difference():
+    (line,) = ours([cifar_record(82.1)])
+    assert (line.row, line.column.title) == ("asymmetric loss, 200 epochs", "kNN top-1")
+    assert line.difference == pytest.approx(82.1 - 82.6)
+    assert line.mark is None and line.ours.n == 1
+
+
+def test_the_symmetric_run_goes_to_the_symmetric_row():
+    (line,) = ours([cifar_record(88.0, epochs=400, symmetric=True)])
+    assert line.row == "symmetric loss, 400 epochs" and line.published == 88.5
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("protocol",), "knn/instdisc@1"),
+        (("dataset", "name"), "digits"),
+        (("dataset", "labels_per_class"), 10),
+        (("metrics",), {"top5": 99.0}),
+        (("encoder", "arch"), "resnet18"),
+        (("encoder", "pretraining"), None),
+        (("encoder", "pretraining", "epochs"), 150),
+        (("encoder", "pretraining", "protocol"), "pretrain/moco-v1@1"),
+        (("encoder", "pretraining", "dataset", "name"), "digits"),
+        (("encoder", "pretraining", "bn"), "none"),
+        (("encoder", "pretraining", "bn"), "shuffle"),  # in one process: shuffles nothing
+        (("encoder", "pretraining", "config", "queue_size"), 8192),
+        (("encoder", "pretraining", "config", "momentum"), 0.9),
+        (("encoder", "pretraining", "config", "schedule", "epochs"), 800),  # stopped a quarter of the way
+    ],
+)
+def test_another_thing_belongs_to_no_row(path, value):
+    assert ours([cifar_record()])
+    assert not ours([changed(cifar_record(), path, value)])
+
+
+def voc_record(encoder, **changes):
+    metrics = {"AP50": 60.0, "AP": 34.0, "AP75": 33.0}
+    return {
+        "protocol": "detect/voc-r50-c4-24k@1",
+        "dataset": {"name": "voc", "fingerprint": "ef"},
+        "encoder": {"path": "x", "sha256": "1", "arch": "resnet50", "pretraining": None, **encoder},
+        "metrics": metrics,
+        "std": {},
+        "trials": [{"seed": 0, "metrics": metrics}],
+        "over": "finetune",
+        "deviations": [],
+        "environment": {"time": "2026-01-01T00:00:00+0000"},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("encoder", "row"),
+    [
+        ({"origin": "random", "path": "random:resnet50"}, "random init"),
+        ({"origin": "moco-eval/1", "pretraining": {"epochs": 0, "config": {}}}, "random init"),
+        ({"origin": "torchvision", "path": "torchvision:resnet50:IMAGENET1K_V1"}, "supervised, IN-1M"),
+        ({"origin": "torchvision", "path": "torchvision:resnet50:IMAGENET1K_V2"}, None),
+        ({"origin": "torchvision", "path": "runs/converted.pth"}, None),
+        ({"origin": "facebookresearch/moco v1", "path": "moco_v1.pth.tar"}, None),
+    ],
+)
+def test_rows_of_weights_that_were_not_pretrained_here(encoder, row):
+    rows = {line.row for line in ours([voc_record(encoder)], "moco-v1-2b")}
+    assert rows == ({row} if row else set())
+
+
+def test_a_deviation_is_marked_bracketed_and_footnoted_and_never_joins_the_mean():
+    records = [cifar_record(82.0), cifar_record(90.0, seed=1, deviations=["k 20 instead of 200"])]
+    done = papers.compare(papers.load_table("cifar10-demo"), records)
+    clean, marked = [line for line in done.lines if line.ours]
+    assert (clean.ours.mean, clean.ours.n, clean.mark) == (82.0, 1, None)
+    assert (marked.ours.mean, marked.mark) == (90.0, 1)
+    assert done.footnotes == ["runs/1: k 20 instead of 200"]
+    text = papers.render(done, "text")
+    assert "(+7.40)" in text and "[1] not comparable: runs/1: k 20 instead of 200" in text
+
+
+def test_what_the_row_itself_varies_is_no_deviation():
+    record = cifar_record(epochs=200, deviations=["encoder: queue_size 4096 instead of 65536"])
+    assert [line.mark for line in ours([record])] == [None]
+
+
+def test_repeated_pretrainings_are_averaged_and_files_of_one_run_are_not():
+    seeds = [cifar_record(value, seed=seed) for seed, value in enumerate((82.0, 83.0, 84.0))]
+    again = cifar_record(70.0, seed=2, time="2025-01-01T00:00:00+0000")  # an older file of the third run
+    (line,) = ours([*seeds, again])
+    assert (line.ours.mean, line.ours.std, line.ours.n, line.ours.over) == (83.0, 1.0, 3, "pretrain")
+
+
+def test_records_over_different_things_are_not_averaged_the_newest_counts():
+    old = cifar_record(80.0)
+    other_data = changed(cifar_record(81.0, seed=1), ("dataset", "fingerprint"), "other")
+    other_recipe = cifar_record(82.0, seed=2, temperature=0.2, time="2026-02-01T01:00:00+0100")
+    (line,) = ours([old, other_data, other_recipe])
+    assert (line.ours.mean, line.ours.n) == (82.0, 1)
+
+
+def test_heads_keep_their_own_spread():
+    record = cifar_record(82.0) | {"std": {"top1": 0.3}, "trials": [{}] * 5}
+    (line,) = ours([record])
+    assert (line.ours.std, line.ours.n, line.ours.over) == (0.3, 5, "head")
+
+
+# How it is shown
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("form", ["text", "markdown", "csv"])
+def test_every_table_in_every_format_shows_every_number(name, form):
+    table = papers.load_table(name)
+    shown = papers.render(papers.compare(table, []), form)
+    for row in table.rows:
+        for value in row.published.values():
+            assert value is None or str(value) in shown
+    assert shown == papers.render(papers.compare(table, []), form)
+
+
+def test_csv_can_be_read_back():
+    text = papers.render(papers.compare(papers.load_table("cifar10-demo"), [cifar_record(82.1)]), "csv")
+    first, second = list(csv.DictReader(text.splitlines()))[:2]
+    assert (first["published"], first["ours"], first["n"], first["comparable"]) == (
+        "82.6",
+        "82.1",
+        "1",
+        "yes",
+    )
+    assert second["ours"] == second["difference"] == ""
+
+
+def test_the_published_spread_is_printed():
+    text = papers.render(papers.compare(papers.load_table("moco-repo-linear"), []), "text")
+    assert "60.8 ± 0.2" in text and "67.5 ± 0.1" in text
+
+
+def test_text_is_not_read_as_markup():
+    record = cifar_record(82.0, deviations=["[bold]x[/bold]"])
+    text = papers.render(papers.compare(papers.load_table("cifar10-demo"), [record]), "text")
+    assert "[bold]x[/bold]" in text and "[1]" in text
+
+
+def test_unknown_format():
+    with pytest.raises(InputError, match="Did you mean 'markdown'"):
+        papers.render(papers.compare(papers.load_table("cifar10-demo"), []), "markdwn")
+
+
+def test_no_table_file_names_this_machine():
+    for path in (config.folder() / "papers").glob("*.yaml"):
+        assert "/work" not in Path(path).read_text()
