@@ -277,9 +277,7 @@ def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
         mean, std = mean_and_std([record["metrics"][column.metric] for record in repeats.values()])
         return Ours(mean, std, len(repeats), "pretrain", runs, deviations)
     std = newest["std"].get(column.metric)
-    return Ours(
-        newest["metrics"][column.metric], std, len(newest["trials"]), newest["over"], runs, deviations
-    )
+    return Ours(newest["metrics"][column.metric], std, len(newest["trials"]), newest["over"], runs, deviations)
 
 
 def _same(record: Record, other: Record) -> bool:
@@ -385,9 +383,7 @@ def _markdown(comparison: Comparison) -> str:
     rows = [HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(_cells, comparison.lines)]
     grid = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     below = [f"- {words}" for words in (*_below(comparison), f"published: {table.source}")]
-    return "\n".join(
-        [f"**{table.id}: {table.paper}, {table.table}.** {table.caption}", "", *grid, "", *below]
-    )
+    return "\n".join([f"**{table.id}: {table.paper}, {table.table}.** {table.caption}", "", *grid, "", *below])
 
 
 def _csv(comparison: Comparison) -> str:

@@ -123,7 +123,6 @@ def _judge(
         over="finetune",
         selection="last-iteration",
         cost=cost,
-        equivalences=results.equivalences(config.precision),
         deviations=_deviations(encoder, data, config),
         extra={
             "engine": ENGINE,

@@ -33,9 +33,7 @@ def trainable(samples: Sequence[Sample]) -> list[Sample]:
 
 def shuffle_labels(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """The control: all labels dealt out anew among all boxes."""
-    labels = np.random.default_rng([seed, 1]).permutation(
-        np.concatenate([sample.labels for sample in samples])
-    )
+    labels = np.random.default_rng([seed, 1]).permutation(np.concatenate([sample.labels for sample in samples]))
     ends = np.cumsum([len(sample.labels) for sample in samples])[:-1]
     return [replace(sample, labels=part) for sample, part in zip(samples, np.split(labels, ends))]
 
@@ -112,9 +110,7 @@ class _Testing(Dataset):
         return _pixels(image, resized(image.size, self.input.min_size_test, self.input.max_size)), image.size
 
 
-def training_batches(
-    samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int
-) -> Iterator[Batch]:
+def training_batches(samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int) -> Iterator[Batch]:
     """The batches of iterations start to stop - 1."""
     draws = list(itertools.islice(batches(samples, recipe), start, stop))
     return _load(_Training(samples, recipe), draws, recipe.workers)
