@@ -97,7 +97,7 @@ class PretrainConfig(Model):
     schedule: Schedule
     precision: Literal["fp32", "bf16"] = "fp32"
     knn: KnnMonitor | None = None
-    checkpoints: KeepCheckpoints = KeepCheckpoints()
+    checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints(last=2, every=50))
     bad_images: int = Field(100, ge=0)
     log_every: int = Field(10, gt=0)
     workers: int = Field(8, ge=0)
@@ -110,8 +110,7 @@ class PretrainConfig(Model):
         if self.queue_size < pushed:
             how = f"batch {self.batch_size}" + (", symmetric" if self.symmetric else "")
             raise ValueError(
-                f"queue_size {self.queue_size} holds less than one step's {pushed} keys ({how}); "
-                f"take at least {pushed}"
+                f"queue_size {self.queue_size} holds less than one step's {pushed} keys ({how}); take at least {pushed}"
             )
         return self
 
@@ -259,7 +258,9 @@ def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None
 
 
 def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: type[Model]) -> str:
-    first = error.errors()[0]
+    first = min(
+        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
+    )  # a mistyped key explains a missing one
     key = ".".join(str(part) for part in first["loc"])
     where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
     place = where if where.startswith("--set") else f"{path.name} {where}".strip()

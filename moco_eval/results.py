@@ -234,8 +234,3 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def deviations(ours: BaseModel, canonical: BaseModel, free: tuple[str, ...] = ()) -> list[str]:
     """Differences of a config from its protocol's, in words; see `config.differences`."""
     return config.differences(ours, canonical, free)
-
-
-def equivalences(precision: str) -> list[str]:
-    """Differences whose harmlessness a test or measurement of ours shows; bf16 is listed once that is so."""
-    return [] if precision == "fp32" else []

@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import sys
+import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
@@ -26,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import InputError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -54,6 +56,15 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def parallel(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with gradients averaged over ranks; buffers stay each rank's own. Itself at world size 1."""
+    if world_size() == 1:
+        return module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a new name for broadcast_buffers since torch 2.14
+        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def barrier() -> None:
@@ -142,6 +153,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        run_id=uuid.uuid4().hex,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
@@ -168,12 +180,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def require_finite(loss: float, what: str, way_out: str) -> None:
-    """Raises RunFailed where the loss is not finite."""
-    if not np.isfinite(loss):
-        raise RunFailed(f"the loss is {loss} at {what}; {way_out}")
 
 
 # Interruption
@@ -209,10 +215,9 @@ class Stop:
             return self.signal is not None
         return bool(all_sum(torch.tensor([float(self.signal is not None)])).item())
 
-    def check(self, saved: str) -> None:
-        """Raises Interrupted if this process was asked to stop; `saved` says what is safe."""
-        if self.signal is not None:
-            raise Interrupted(f"stopped by {signal.Signals(self.signal).name}; {saved}")
+    def name(self) -> str:
+        """The signal that this process got; another rank's, where it got none."""
+        return "another process" if self.signal is None else signal.Signals(self.signal).name
 
 
 # Progress
@@ -249,7 +254,9 @@ def progress(title: str, total: int, images: int = 1, done: int = 0, unit: str =
         task = bar.add_task(title, total=total, completed=done, images=images, unit=unit, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            bar.update(task, advance=steps, **({} if note is None else {"note": note}))
+            bar.advance(task, steps)
+            if note is not None:
+                bar.update(task, note=note)
 
         yield advance
 

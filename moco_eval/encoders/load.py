@@ -5,7 +5,7 @@ import re
 import urllib.error
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from moco_eval import files
 from moco_eval.config import did_you_mean
 from moco_eval.encoders.build import ARCHITECTURES, architecture, build_backbone, build_resnet
 from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.encoders.recognise import SUFFIXES, Checkpoint, recognise
+from moco_eval.encoders.recognise import SAFETENSORS, SUFFIXES, Checkpoint, recognise
 from moco_eval.errors import InputError
 
 OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
@@ -40,24 +40,16 @@ def load(source: str, arch: str | None = None, encoder: str = "query", seed: int
     if arch is not None:
         architecture(arch)
     kind, colon, rest = source.partition(":")
-    if source == "pixels" or (colon and kind in ("random", "torchvision")):
-        loaded = (
-            _pixels()
-            if source == "pixels"
-            else _torchvision(rest)
-            if kind == "torchvision"
-            else _random(rest, seed)
-        )
-        if encoder == "key":
-            raise InputError(f"--encoder key: {source} has no momentum encoder; leave it out")
-        if arch not in (None, loaded.arch):
-            raise InputError(f"--arch {arch} contradicts {source}; leave it out")
-        return loaded
     if colon and kind in NOT_YET:
-        raise InputError(
-            f"{source}: the prefix {kind}: is not built yet; give a path, random:ARCH or torchvision:ARCH"
-        )
-    return _from_file(source, arch, encoder)
+        raise InputError(f"{source}: the prefix {kind}: is not built yet; give a path, random:ARCH or torchvision:ARCH")
+    if source != "pixels" and not (colon and kind in ("random", "torchvision")):
+        return _from_file(source, arch, encoder)
+    if encoder == "key":
+        raise InputError(f"--encoder key: {source} has no momentum encoder; leave it out")
+    loaded = _pixels() if source == "pixels" else _random(rest, seed) if kind == "random" else _torchvision(rest)
+    if arch not in (None, loaded.arch):
+        raise InputError(f"--arch {arch} contradicts {source}; leave it out")
+    return loaded
 
 
 def _random(arch: str, seed: int) -> Encoder:
@@ -100,9 +92,7 @@ def _torchvision(rest: str) -> Encoder:
         raise InputError(f"torchvision:{arch} is no network we build.{did_you_mean(arch, known)}")
     published = get_model_weights(arch)
     if name and name != "DEFAULT" and name not in published.__members__:
-        raise InputError(
-            f"torchvision has no weights {name!r} of {arch}.{did_you_mean(name, published.__members__)}"
-        )
+        raise InputError(f"torchvision has no weights {name!r} of {arch}.{did_you_mean(name, published.__members__)}")
     weights = published[name or "DEFAULT"]
     source = f"torchvision:{rest}"
     tensors = _download(source, weights)
@@ -118,11 +108,9 @@ def _torchvision(rest: str) -> Encoder:
         origin=f"torchvision {weights}",
         sha256=sha256_of_tensors(parts.backbone),
         tensors_loaded=len(parts.backbone),
-        dropped=[_classifier(tensors["fc.weight"])],
+        dropped=[_classifier([tensors["fc.weight"], tensors["fc.bias"]])],
         warnings=parts.warnings,
-        preprocessing=Preprocessing(
-            cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std)
-        ),
+        preprocessing=Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std)),
     )
 
 
@@ -145,12 +133,12 @@ def _from_file(source: str, arch: str | None, encoder: str) -> Encoder:
     backbone = prove(source, parts.backbone, arch, parts.warnings)
     return Encoder(
         source=source,
-        run_name=run_name(Path(source)),
+        run_name=run_name(Path(source)) + ("-key" if encoder == "key" else ""),
         arch=arch,
         backbone=backbone,
         feature_dim=architecture(arch).feature_dim,
-        head=_head(source, parts, architecture(arch).feature_dim),
-        origin=found.layout.origin,
+        head=_head(source, parts.head, architecture(arch).feature_dim),
+        origin=_origin(found),
         sha256=files.sha256_of(source),
         tensors_loaded=len(parts.backbone),
         dropped=parts.dropped,
@@ -216,27 +204,24 @@ def split(found: Checkpoint, encoder: str) -> Parts:
     """
     layout = found.layout
     prefix = layout.prefix(encoder)
-    ours = {
-        name.removeprefix(prefix): tensor for name, tensor in found.tensors.items() if name.startswith(prefix)
-    }
+    ours = {name.removeprefix(prefix): tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
     if not ours:
         there, other = ("momentum", "key") if encoder == "query" else ("query", "query")
         raise InputError(f"{found.path}: only the {there} encoder is in this file: --encoder {other}")
     rest = [name for name in found.tensors if not name.startswith(prefix)]
     head = {name: tensor for name, tensor in ours.items() if name.startswith(layout.head)}
     backbone = {name: tensor for name, tensor in ours.items() if name not in head}
-    parts = Parts.of(
-        backbone, {name.removeprefix(layout.head): t for name, t in head.items()} if layout.projection else {}
-    )
+    projection = {name.removeprefix(layout.head): tensor for name, tensor in head.items()} if layout.projection else {}
+    parts = Parts.of(backbone, projection)
     parts.raw = {name: tensor for name, tensor in ours.items() if layout.projection or name not in head}
     if head and not layout.projection:
-        parts.dropped.append(_classifier(next(iter(head.values()))))
+        parts.dropped.append(_classifier(list(head.values())))
     parts.dropped += [*_rest(found, rest, encoder), *found.dropped]
     return parts
 
 
-def _classifier(weight: Tensor) -> tuple[str, str]:
-    return f"fc ({weight.shape[0]} classes)", "a classifier's last layer is no part of the feature"
+def _classifier(tensors: list[Tensor]) -> tuple[str, str]:
+    return f"fc ({len(tensors)} tensors)", "a classifier on the pooled feature, no part of the encoder"
 
 
 def _rest(found: Checkpoint, names: list[str], encoder: str) -> Iterable[tuple[str, str]]:
@@ -255,24 +240,18 @@ def _rest(found: Checkpoint, names: list[str], encoder: str) -> Iterable[tuple[s
             continue
         reason = next(((what, why) for mark, what, why in layout.dropped if re.match(mark, name)), None)
         if reason is None:
-            raise InputError(
-                f"{found.path}: tensor {name} belongs to no part of a {layout.origin} checkpoint"
-            )
+            raise InputError(f"{found.path}: tensor {name} belongs to no part of a {layout.origin} checkpoint")
         yield reason
 
 
 def _fp32(tensors: dict[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
     """Quantised, half and double weights as fp32, which is what evaluations compute in; says so."""
     odd = [
-        name
-        for name, t in tensors.items()
-        if t.is_quantized or (t.is_floating_point() and t.dtype != torch.float32)
+        name for name, t in tensors.items() if t.is_quantized or (t.is_floating_point() and t.dtype != torch.float32)
     ]
     if odd:
         kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in odd}))
-        warnings.append(
-            f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})"
-        )
+        warnings.append(f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})")
     cast = {name: tensors[name].dequantize() if tensors[name].is_quantized else tensors[name] for name in odd}
     return {name: cast[name].float() if name in cast else tensor for name, tensor in tensors.items()}
 
@@ -280,7 +259,7 @@ def _fp32(tensors: dict[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
 # Which architecture?
 
 
-@lru_cache(maxsize=None)
+@cache
 def _expected(arch: str) -> dict[str, Tensor]:
     """Names, shapes and dtypes of an architecture's backbone, without its memory."""
     with torch.device("meta"):
@@ -324,16 +303,14 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     for name in tensors:
         if found := re.match(r"layer(\d+)\.(\d+)\.", name):
             blocks.setdefault(found[1], set()).add(found[2])
-    if not blocks or "conv1.weight" not in tensors:
+    if not blocks or "conv1.weight" not in tensors or tensors["conv1.weight"].ndim != 4:
         first = ", ".join(list(tensors)[:3])
         return f"no ResNet under torchvision's names (its tensors: {first}, ...)"
     kind = "bottleneck" if any(name.endswith("conv3.weight") for name in tensors) else "basic"
     depth = "-".join(str(len(blocks[stage])) for stage in sorted(blocks, key=int))
     stem = tensors["conv1.weight"].shape
     widths = [
-        tensors[name].shape[0]
-        for name in (f"layer{stage}.0.conv1.weight" for stage in blocks)
-        if name in tensors
+        tensors[name].shape[0] for name in (f"layer{stage}.0.conv1.weight" for stage in blocks) if name in tensors
     ]
     shortcuts = "" if any(".downsample." in name for name in tensors) else ", shortcuts without parameters"
     return (
@@ -359,29 +336,21 @@ def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str
     expected = _expected(arch)
     counters = [name for name in expected if name.endswith(OPTIONAL)]
     if not any(name in tensors for name in counters):
-        warnings.append(
-            f"num_batches_tracked is absent ({len(counters)} counts, as in old files) and was set to 0"
-        )
-        tensors |= {}
-        complete = tensors | {name: torch.zeros((), dtype=torch.int64) for name in counters}
-    else:
-        complete = tensors
-    _require_match(source, complete, expected, arch)
-    _require_finite(source, complete)
-    _doubt_statistics(complete, warnings)
+        warnings.append(f"num_batches_tracked is absent ({len(counters)} counts, as in old files) and was set to 0")
+        tensors = tensors | {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    _require_match(source, tensors, expected, arch)
+    _require_finite(source, tensors)
+    _doubt_statistics(tensors, warnings)
     with torch.device("meta"):
         net = build_backbone(arch)
-    net.load_state_dict({name: tensor.clone() for name, tensor in complete.items()}, assign=True)
+    net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     loaded = net.state_dict()
-    assert loaded.keys() == complete.keys() and all(
-        torch.equal(loaded[name], complete[name]) for name in loaded
-    )
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in loaded)
     return net.eval()
 
 
-def _require_match(
-    source: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], arch: str
-) -> None:
+def _require_match(source: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], arch: str) -> None:
     shared = [name for name in expected if name in tensors]
     wrong: dict[str, list[str]] = {
         "have another shape": [name for name in shared if tensors[name].shape != expected[name].shape],
@@ -416,9 +385,7 @@ def _explanation(tensors: Mapping[str, Tensor], arch: str) -> str:
     """The nearest explanation of a mismatch, and the way out."""
     best, share = nearest(tensors)
     if best != arch and share > 0.9:
-        stem = (
-            " (CIFAR stem)" if ARCHITECTURES[best].cifar_stem and not ARCHITECTURES[arch].cifar_stem else ""
-        )
+        stem = " (CIFAR stem)" if ARCHITECTURES[best].cifar_stem and not ARCHITECTURES[arch].cifar_stem else ""
         return f"This looks like {best}{stem}: try --arch {best}."
     if structure(tensors) != structure(_expected(arch)):
         return f"The file holds {structure(tensors)}."
@@ -439,9 +406,7 @@ def _doubt_statistics(tensors: Mapping[str, Tensor], warnings: list[str]) -> Non
     means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
     variances = [tensor for name, tensor in tensors.items() if name.endswith("running_var")]
     if all((mean == 0).all() for mean in means) and all((variance == 1).all() for variance in variances):
-        warnings.append(
-            "every BN running statistic is at its initial value: this encoder never saw data in train mode"
-        )
+        warnings.append("every BN running statistic is at its initial value: this encoder never saw data in train mode")
     elif any((variance < 0).any() for variance in variances):
         warnings.append("a BN running variance is negative: the features will not be finite")
 
@@ -449,25 +414,23 @@ def _doubt_statistics(tensors: Mapping[str, Tensor], warnings: list[str]) -> Non
 # What travels with the backbone
 
 
-def _head(source: str, parts: Parts, feature_dim: int) -> nn.Module | None:
+def _head(source: str, tensors: dict[str, Tensor], feature_dim: int) -> nn.Module | None:
     """The projection head: linear (MoCo v1) or two layers with a ReLU (v2); None where the file has none."""
-    tensors = parts.head
     if not tensors:
         return None
-    last = "2.weight" if "2.weight" in tensors else "weight"
-    hidden = tensors["0.weight"].shape[0] if "0.weight" in tensors and last == "2.weight" else 0
-    if last not in tensors:
-        raise InputError(f"{source}: the projection head is incomplete: it holds {', '.join(tensors)} only")
-    dim = tensors[last].shape[0]
-    with torch.device("meta"):
-        layers = (nn.Linear(feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim)) if hidden else ()
-        head: nn.Module = nn.Sequential(*layers) if layers else nn.Linear(feature_dim, dim)
-    for name in {**head.state_dict(), **tensors}:
-        there, wanted = tensors.get(name), head.state_dict().get(name)
-        if there is None or wanted is None or there.shape != wanted.shape:
-            shapes = f"{_size(there) if there is not None else 'missing'}, expected {_size(wanted) if wanted is not None else 'none'}"
-            raise InputError(f"{source}: the projection head does not fit: {name} is {shapes}")
-    _require_finite(source, {f"head {name}": tensor for name, tensor in tensors.items()})
+    if tensors.keys() == {"weight", "bias"}:
+        head: nn.Module = nn.Linear(feature_dim, len(tensors["bias"]), device="meta")
+    elif tensors.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        hidden, dim = len(tensors["0.bias"]), len(tensors["2.bias"])
+        layers = nn.Linear(feature_dim, hidden, device="meta"), nn.ReLU(), nn.Linear(hidden, dim, device="meta")
+        head = nn.Sequential(*layers)
+    else:
+        raise InputError(f"{source}: the projection head is neither linear nor an MLP: it holds {', '.join(tensors)}")
+    for name, wanted in head.state_dict().items():
+        if tensors[name].shape != wanted.shape or tensors[name].dtype != wanted.dtype:
+            there = f"{_size(tensors[name])} {tensors[name].dtype}"
+            raise InputError(f"{source}: the projection head's {name} is {there}, expected {_size(wanted)} float32")
+    _require_finite(source, {f"the head's {name}": tensor for name, tensor in tensors.items()})
     head.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     return head.eval()
 
@@ -484,8 +447,18 @@ def _preprocessing(found: Checkpoint) -> Preprocessing | None:
         raise InputError(f"{found.path}: its preprocessing entry is damaged: {error}") from None
 
 
+def _origin(found: Checkpoint) -> str:
+    """The layout; for a copy that our `convert` wrote, also what it was made of."""
+    made_of = found.values.get("origin") if found.layout.format == SAFETENSORS else None
+    return f"{found.layout.origin}, from {made_of}" if made_of else found.layout.origin
+
+
 def _pretraining(found: Checkpoint) -> dict[str, Any] | None:
+    """What the file says of its pretraining; an official one says how many epochs it has had."""
     values: Any = found.values.get("pretraining")
     if values is not None and not isinstance(values, dict):
         raise InputError(f"{found.path}: its pretraining entry is a {type(values).__name__}, not a dict")
+    epochs = found.values.get("epoch")
+    if values is None and found.layout.projection and isinstance(epochs, int):
+        return {"epochs": epochs}
     return values

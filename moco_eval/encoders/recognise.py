@@ -21,6 +21,12 @@ from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
 
 FORMAT = "moco-eval/1"
+SAFETENSORS = "moco-eval/1 safetensors"
+IMAGENET = Preprocessing()
+QUEUE = (
+    (r"queue$", "queue", "the negative keys of pretraining"),
+    (r"queue_ptr$", "queue_ptr", "the queue's position"),
+)
 SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors")
 
 
@@ -48,39 +54,53 @@ class Layout:
     head: str = "fc."
     projection: bool = False
     dropped: tuple[tuple[str, str, str], ...] = ()
-    preprocessing: Preprocessing | None = Preprocessing()
+    preprocessing: Preprocessing | None = IMAGENET
 
     def prefix(self, encoder: str) -> str:
         """Raises InputError where the layout has no such encoder."""
         if encoder == "query":
             return self.query
         if self.key is None:
-            raise InputError(
-                f"--encoder {encoder}: a {self.origin} checkpoint has one encoder only; leave it out"
-            )
+            raise InputError(f"--encoder {encoder}: a {self.origin} checkpoint has one encoder only; leave it out")
         return self.key
 
 
-_MOCO = {"query": "encoder_q.", "key": "encoder_k.", "projection": True} | {
-    "dropped": (
-        (r"queue$", "queue", "the negatives of pretraining"),
-        (r"queue_ptr$", "queue_ptr", "the queue's position"),
-    )
-}
-
 # The first row that fits is taken: the specific ones stand first.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("moco-eval", format=FORMAT, preprocessing=None, **_MOCO),
     Layout(
-        "moco-eval safetensors",
-        format=f"{FORMAT} safetensors",
-        head="head.",
+        "moco-eval",
+        format=FORMAT,
+        query="encoder_q.",
+        key="encoder_k.",
         projection=True,
+        dropped=QUEUE,
         preprocessing=None,
     ),
-    Layout("facebookresearch/moco v2", marks=(r"^encoder_[qk]\.fc\.0\.",), **_MOCO),
-    Layout("facebookresearch/moco v1", marks=(r"^encoder_[qk]\.fc\.(weight|bias)$",), **_MOCO),
-    Layout("facebookresearch/moco without its head", marks=(r"^encoder_[qk]\.",), **_MOCO),
+    Layout("moco-eval safetensors", format=SAFETENSORS, head="head.", projection=True, preprocessing=None),
+    Layout(
+        "facebookresearch/moco v2",
+        marks=(r"^encoder_[qk]\.fc\.0\.",),
+        query="encoder_q.",
+        key="encoder_k.",
+        projection=True,
+        dropped=QUEUE,
+    ),
+    Layout(
+        "facebookresearch/moco v1",
+        marks=(r"^encoder_[qk]\.fc\.(weight|bias)$",),
+        query="encoder_q.",
+        key="encoder_k.",
+        projection=True,
+        dropped=QUEUE,
+    ),
+    Layout(
+        "facebookresearch/moco without its head",
+        marks=(r"^encoder_[qk]\.",),
+        query="encoder_q.",
+        key="encoder_k.",
+        projection=True,
+        dropped=QUEUE,
+    ),
     Layout("torchvision ResNet", marks=(r"^(conv1|bn1|fc)\.", r"^layer\d\.")),
 )
 
@@ -90,10 +110,11 @@ STATE = {
     "scaler": "the loss scaler's state, for resuming",
     "step": "the training step, for resuming",
     "sampler": "the data order, for resuming",
+    "window": "measurements since the last log line, for resuming",
     "rng": "random generators, for resuming",
     "best_acc1": "the accuracy its own training saw",
 }
-READ = ("state_dict", "arch", "epoch", "format", "preprocessing", "pretraining", "config")
+READ = ("state_dict", "arch", "epoch", "format", "preprocessing", "pretraining", "config", "origin")
 
 
 @dataclass(frozen=True)
@@ -126,26 +147,23 @@ def recognise(path: Path) -> Checkpoint:
     tensors = _without_module(path, tensors)
     layout = _layout(path, tensors, beside.get("format"))
     dropped = [(name, STATE.get(name, "not used by an evaluation")) for name in beside if name not in READ]
-    dropped += [
-        (name, "not a tensor") for name, value in tensors.items() if not isinstance(value, torch.Tensor)
-    ]
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    dropped += [(name, "not a tensor") for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    tensors = {name: value.detach() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    sparse = [name for name, value in tensors.items() if value.layout != torch.strided]
+    if sparse:
+        raise InputError(f"{path}: {sparse[0]} is stored as {tensors[sparse[0]].layout}; only dense tensors are read")
     return Checkpoint(path, layout, tensors, beside, dropped)
 
 
 def _tensors(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The named tensors, under `state_dict` or at the top, and what stands beside them."""
     inner = values.get("state_dict")
-    tensors = (
-        inner if isinstance(inner, dict) else {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
-    )
+    tensors = inner if isinstance(inner, dict) else {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
     if not any(isinstance(value, torch.Tensor) for value in tensors.values()):
         known = ", ".join(str(name) for name in list(values)[:6]) or "none, it is empty"
         raise InputError(f"{path} holds no tensors; its entries: {known}")
     beside = (
-        {str(k): v for k, v in values.items() if not isinstance(v, torch.Tensor)}
-        if tensors is not inner
-        else values
+        {str(k): v for k, v in values.items() if not isinstance(v, torch.Tensor)} if tensors is not inner else values
     )
     return tensors, {str(k): v for k, v in beside.items() if k != "state_dict"}
 
@@ -160,9 +178,7 @@ def _without_module(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 def _layout(path: Path, names: dict[str, Any], format_: Any) -> Layout:
     known = [row.format for row in LAYOUTS if row.format]
     if isinstance(format_, str) and format_.startswith("moco-eval/") and format_ not in known:
-        raise InputError(
-            f"{path} has the format {format_!r}, which this version does not know; update moco-eval"
-        )
+        raise InputError(f"{path} has the format {format_!r}, which this version does not know; update moco-eval")
     for row in LAYOUTS:
         if row.format == format_ if row.format else all(_found(mark, names) for mark in row.marks):
             return row
@@ -181,7 +197,7 @@ def _found(mark: str, names: dict[str, Any]) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """The dict a checkpoint file holds; tensors stay on disk until used where the file allows it.
 
-    For safetensors, the tensors and the metadata's entries (JSON) side by side.
+    For safetensors, the tensors and what our own `convert` wrote in the metadata, side by side.
     Raises:
         InputError: missing, a folder, empty, truncated, no checkpoint, or it needs code that we do not run.
     """
@@ -222,9 +238,7 @@ def _start(path: Path) -> bytes:
 def _folder(path: Path) -> str:
     inside = path / "checkpoints"
     if inside.is_dir():
-        return (
-            f"{path} is a run directory{_newest_words(inside, '; give its newest checkpoint: ', full=True)}"
-        )
+        return f"{path} is a run directory{_newest_words(inside, '; give its newest checkpoint: ', full=True)}"
     return f"{path} is a folder, not a checkpoint{_newest_words(path, '; the newest there is ')}"
 
 
@@ -245,17 +259,11 @@ def _is_safetensors(start: bytes) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = {name: _json(text) for name, text in (file.metadata() or {}).items()}
-            return metadata | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
+            about = json.loads((file.metadata() or {}).get("moco-eval", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is a damaged safetensors file: {_one_line(str(error))}") from None
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    return {**about, **tensors} if isinstance(about, dict) else tensors
 
 
 # Objects that people store beside weights; all other code a pickle names is called what it is.

@@ -1,0 +1,402 @@
+"""The command line: parse, load the config, call. Imports happen inside the commands, so --help is instant."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moco_eval import __version__
+from moco_eval.errors import InputError, Interrupted, RunFailed
+
+FOLDER = click.Path(path_type=Path)
+
+
+def options(*wanted: click.Option | Callable) -> Callable:
+    """Several click options as one decorator, shown in the order given."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(wanted):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+run_options = options(
+    click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."),
+    click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; the config's where not given."),
+    click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
+    click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
+    click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any config key; may be repeated."),
+    click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+)
+data_options = options(
+    click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none."),
+)
+encoder_options = options(
+    click.option("--arch", help="Architecture, where the file does not say."),
+    click.option("--encoder", type=click.Choice(["query", "key"]), default="query", show_default=True),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="moco-eval")
+def cli() -> None:
+    """Train MoCo encoders, and measure how well any encoder transfers, beside the papers' own numbers.
+
+    CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], pixels.
+    """
+
+
+@cli.command()
+@click.argument("config")
+@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10 or flat.")
+@data_options
+@run_options
+def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, **given: Any) -> int:
+    """Train an encoder by momentum contrast.
+
+    CONFIG is a file or a shipped name (see `moco-eval configs`): moco-eval pretrain digits --dataset digits
+    """
+    from moco_eval.config import PretrainConfig
+    from moco_eval.runtime import log, processes, world_size
+    from pretraining import train
+
+    if dataset is None:
+        raise InputError("pretrain needs --dataset; for example: moco-eval pretrain digits --dataset digits")
+    resolved = _config(config, "pretrain", PretrainConfig, given)
+    output = given["output"] or Path("runs") / f"pretrain-{Path(config).stem}-{dataset}"
+    if nproc > 1 or given["dry_run"]:
+        planned = train.plan(resolved, dataset, data, nproc)
+        if given["dry_run"]:
+            click.echo(f"{planned.describe()}\noutput: {output}")
+            return 0
+        return _launch(nproc)
+    with processes(given["device"]) as device:
+        run = train.plan(resolved, dataset, data, world_size())
+        log(run.describe())
+        last = train.pretrain(run, output, device)
+        log(f"done: {last}")
+    return 0
+
+
+@cli.command()
+@click.argument("checkpoint")
+@encoder_options
+def inspect(checkpoint: str, arch: str | None, encoder: str) -> None:
+    """Whose checkpoint is this? Every tensor accounted for, or it says why not."""
+    from moco_eval.encoders.inspect import describe, format_description
+
+    click.echo(format_description(describe(checkpoint, arch, encoder)))
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.argument("out", type=FOLDER)
+@click.option("--to", required=True, type=click.Choice(["detectron2", "torchvision", "safetensors"]))
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@encoder_options
+def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, encoder: str) -> None:
+    """Write an encoder in another framework's format, and prove the copy."""
+    from moco_eval.encoders.export import convert as convert_checkpoint
+
+    click.echo(convert_checkpoint(checkpoint, out, to, arch=arch, encoder=encoder, force=force))
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet or cifar10.")
+@click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
+@data_options
+@encoder_options
+@run_options
+def knn(checkpoint: str, dataset: str, protocol: str, data: Path | None, nproc: int, **given: Any) -> int:
+    """Weighted k-nearest-neighbour classification on frozen features."""
+    from moco_eval import knn as protocols
+    from moco_eval.config import KnnConfig
+    from moco_eval.data.images import open_images
+    from moco_eval.encoders.load import load
+    from moco_eval.results import default_output
+    from moco_eval.runtime import processes
+
+    config = _config(protocol, "knn", KnnConfig, given)
+    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    train, test = (open_images(dataset, data, split) for split in ("train", "test"))
+    output = given["output"] or default_output("knn", encoder, dataset, config.protocol)
+    if given["dry_run"]:
+        click.echo(_evaluation_plan(encoder, config, train, test, output))
+        return 0
+    if nproc > 1:
+        return _launch(nproc)
+    with processes(given["device"]) as device:
+        _print_record(protocols.evaluate(encoder, train, test, config, output, device))
+    return 0
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet or cifar10.")
+@click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, digits, or a file.")
+@click.option("--feature", type=click.Choice(["pooled", "head"]), default="pooled", show_default=True)
+@click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")
+@click.option(
+    "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
+)
+@data_options
+@encoder_options
+@run_options
+def linear(
+    checkpoint: str,
+    dataset: str,
+    protocol: str,
+    feature: str,
+    labels: str | None,
+    trials: int,
+    data: Path | None,
+    nproc: int,
+    **given: Any,
+) -> int:
+    """Linear classification on frozen features; the backbone is checked bit for bit."""
+    from moco_eval import linear as protocols
+    from moco_eval.config import LinearConfig
+    from moco_eval.data.images import open_images
+    from moco_eval.encoders.load import load
+    from moco_eval.results import default_output
+    from moco_eval.runtime import processes
+
+    config = _config(protocol, "linear", LinearConfig, given)
+    per_class = _labels(labels)
+    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    train, test = (open_images(dataset, data, split) for split in ("train", "test"))
+    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
+    output = given["output"] or default_output("linear", encoder, regime, config.protocol)
+    if given["dry_run"]:
+        click.echo(_evaluation_plan(encoder, config, train, test, output))
+        return 0
+    if nproc > 1:
+        return _launch(nproc)
+    task = protocols.Task(encoder, train, test, config, feature, per_class, trials)
+    with processes(given["device"]) as device:
+        _print_record(protocols.evaluate(task, output, device))
+    return 0
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--dataset", help="voc, coco, voc-folder, coco-folder or digits (built in).")
+@click.option("--recipe", help="A shipped recipe or a file; the data set's own where not given.")
+@click.option("--train-split", help="Of voc-folder and coco-folder.")
+@click.option("--test-split", help="Of voc-folder and coco-folder.")
+@click.option("--engine", type=click.Choice(["auto", "torchvision"]), default="auto", show_default=True)
+@data_options
+@encoder_options
+@run_options
+def detect(
+    checkpoint: str,
+    dataset: str | None,
+    recipe: str | None,
+    train_split: str | None,
+    test_split: str | None,
+    engine: str,
+    data: Path | None,
+    nproc: int,
+    **given: Any,
+) -> int:
+    """Fine-tune a detector on the encoder and measure its average precision."""
+    from moco_eval.detection import detect as detection
+    from moco_eval.detection.recipe import DetectConfig
+    from moco_eval.encoders.load import load
+    from moco_eval.results import default_output
+    from moco_eval.runtime import processes
+
+    if dataset is None:
+        raise InputError(
+            "detect needs --dataset; for example: moco-eval detect runs/v2/checkpoints/last.pth --dataset voc "
+            "--data /datasets/VOCdevkit, or built in: --dataset digits"
+        )
+    config = _config(
+        recipe or ("digits_r50_c4" if dataset == "digits" else "r50_c4_24k"), "detect", DetectConfig, given
+    )
+    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    output = given["output"] or default_output("detect", encoder, dataset, config.protocol)
+    if given["dry_run"]:
+        click.echo(detection.plan(encoder, dataset, data, config, output, train_split, test_split))
+        return 0
+    if nproc > 1:
+        return _launch(nproc)
+    with processes(given["device"]) as device:
+        record = detection.detect(encoder, dataset, data, config, output, device, train_split, test_split)
+    click.echo(detection.format_table(record))
+    return 0
+
+
+@cli.command()
+@click.argument("table_id", metavar="ID", required=False)
+@click.option("--list", "list_tables", is_flag=True, help="Name every table.")
+@click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Where our results are.")
+@click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
+def table(table_id: str | None, list_tables: bool, runs: Path, form: str) -> None:
+    """A paper's table with our runs beside it."""
+    from moco_eval import papers, results
+
+    if list_tables:
+        for name, caption in papers.tables():
+            click.echo(f"{name:<20} {caption}")
+        return
+    if table_id is None:
+        raise InputError("table needs an ID; moco-eval table --list names them")
+    published = papers.load_table(table_id)
+    records = results.read(runs) if runs.is_dir() or runs != Path("runs") else []
+    click.echo(papers.render(papers.compare(published, records), form))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
+@click.option("--output", type=FOLDER, default=Path("report.html"), show_default=True)
+def report(runs: tuple[Path, ...], output: Path) -> None:
+    """One self-contained HTML page about runs."""
+    from moco_eval.report import write_report
+
+    write_report(list(runs), output)
+    click.echo(output)
+
+
+@cli.command()
+@click.argument("action", type=click.Choice(["list", "show"]), default="list")
+@click.argument("name", required=False)
+def configs(action: str, name: str | None) -> None:
+    """Name the shipped configs, or show one: moco-eval configs show pretrain/cifar10"""
+    from moco_eval import config
+
+    if action == "list":
+        for shipped in config.shipped():
+            click.echo(shipped)
+        return
+    if name not in config.shipped():
+        raise InputError(f"no shipped config named {name!r}.{config.did_you_mean(str(name), config.shipped())}")
+    click.echo((config.folder() / f"{name}.yaml").read_text(encoding="utf-8"), nl=False)
+
+
+@cli.command()
+@click.option("--output", type=FOLDER, default=Path("runs/demo"), show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def demo(output: Path, device: str) -> None:
+    """The whole path on built-in real data, in minutes, on a CPU."""
+    from moco_eval.demo import run
+
+    run(output, device)
+
+
+def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
+    """The config with --set and the shared options applied; --batch-size carries the learning rate along."""
+    from moco_eval import config
+
+    overrides = list(given["settings"])
+    overrides += [f"{key}={given[key]}" for key in ("precision", "workers", "seed") if given[key] is not None]
+    loaded = config.load(name, kind, model, overrides)
+    batch = given["batch_size"]
+    if batch is None or batch == loaded.batch_size:
+        return loaded
+    overrides.append(f"batch_size={batch}")
+    if hasattr(loaded, "optimizer"):
+        rate = loaded.optimizer.lr * batch / loaded.batch_size
+        overrides.append(f"optimizer.lr={rate!r}")
+        click.echo(
+            f"--batch-size {batch} instead of {loaded.batch_size}: lr {rate:g} instead of {loaded.optimizer.lr:g}",
+            err=True,
+        )
+    return config.load(name, kind, model, overrides)
+
+
+def _labels(text: str | None) -> int | None:
+    if text is None:
+        return None
+    number, _, rest = text.partition("-")
+    if rest != "per-class" or not number.isdigit() or int(number) == 0:
+        raise InputError(f"--labels {text!r} is not N-per-class; for example --labels 10-per-class")
+    return int(number)
+
+
+def _launch(nproc: int) -> int:
+    """This very command in `nproc` processes."""
+    from moco_eval.runtime import launch
+
+    arguments = sys.argv[1:]
+    kept = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument != "--nproc" and not argument.startswith("--nproc="):
+            kept.append(argument)
+        skip = argument == "--nproc"
+    return launch(nproc, kept)
+
+
+def _evaluation_plan(encoder: Any, config: Any, train: Any, test: Any, output: Path) -> str:
+    from moco_eval.config import dump
+
+    return "\n".join(
+        [
+            f"{config.protocol} of {encoder.source}",
+            f"encoder: {encoder.origin}, {encoder.arch}, {encoder.tensors_loaded} tensors loaded",
+            f"data: {train.name}, {len(train)} training and {len(test)} test images, {len(train.classes)} classes",
+            f"output: {output}",
+            dump(config).rstrip(),
+        ]
+    )
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    """The numbers of a result record to stdout, from the first process."""
+    from moco_eval.runtime import is_main
+
+    if not is_main():
+        return
+    for name, value in record["metrics"].items():
+        std, trials = record["std"].get(name), len(record["trials"])
+        spread = f" ± {std:.2f} ({trials} trials)" if std is not None else ""
+        low_high = record["interval"].get(name)
+        interval = f"  [{low_high[0]:.2f}, {low_high[1]:.2f}] over test images" if low_high and std is None else ""
+        click.echo(f"{record['protocol']} {record['dataset']['name']} {name} {value:.2f}{spread}{interval}")
+    for words in record["deviations"]:
+        click.echo(f"  not comparable with published numbers: {words}")
+
+
+def _message(error: Exception) -> str:
+    """The last line of an error that a loader process sent, else the message itself."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run a command; exit 0 done, 1 the run failed, 2 wrong input, 3 interrupted and resumable."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
+    try:
+        code = cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except InputError as error:
+        click.echo(f"Error: {_message(error)}", err=True)
+        code = 2
+    except RunFailed as error:
+        click.echo(f"Error: {_message(error)}", err=True)
+        code = 1
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        click.echo(f"Interrupted: {error}" if str(error) else "Interrupted; run the same command to go on", err=True)
+        code = 3
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

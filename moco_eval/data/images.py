@@ -1,0 +1,281 @@
+"""Image data sets by name: the built-in digits, CIFAR-10, class folders, flat folders."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from moco_eval import pickles
+from moco_eval.config import did_you_mean
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.errors import InputError
+
+NAMES = ("digits", "imagefolder", "imagenet", "cifar10", "flat")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DIGITS_TRAIN = 1297  # the first 1,297 digits train, the last 500 test: other writers, for the most part
+
+CIFAR_STATISTICS: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+SMALL: dict[str, Preprocessing] = {
+    "cifar10": Preprocessing(size=32, resize=32, **CIFAR_STATISTICS),
+    "digits": Preprocessing(size=64, resize=64, mean=(0.305, 0.305, 0.305), std=(0.335, 0.335, 0.335)),
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A split of a data set: RGB images by index, and their labels where it has them.
+
+    Attributes:
+        name, split: what it is.
+        classes: class names; empty for `flat`.
+        labels: class of each image, (N,) int64; None for `flat`.
+        fingerprint: sha256 over sorted relative paths and sizes, or over the pixels of a built-in set.
+        pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
+        files: the image files.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    labels: np.ndarray | None
+    fingerprint: str
+    pixels: np.ndarray | None = None
+    files: np.ndarray | tuple[str, ...] = ()
+    labels_per_class: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.files) if self.pixels is None else len(self.pixels)
+
+    def image(self, index: int) -> Image.Image:
+        """Raises InputError naming the file where it cannot be read."""
+        return decode(self.files[index]) if self.pixels is None else Image.fromarray(self.pixels[index])
+
+    def record(self) -> dict[str, Any]:
+        """The `dataset` part of a result record."""
+        record = {
+            "name": self.name,
+            "split": self.split,
+            "fingerprint": self.fingerprint,
+            "images": len(self),
+            "classes": len(self.classes),
+        }
+        return record | ({"labels_per_class": self.labels_per_class} if self.labels_per_class else {})
+
+    def few_labels(self, per_class: int, seed: int) -> "ImageSet":
+        """A random subset with `per_class` images of each class, drawn from `seed`.
+
+        Raises:
+            InputError: a class has fewer.
+        """
+        assert self.labels is not None
+        counts = Counter(self.labels.tolist())
+        rarest = min(range(len(self.classes)), key=lambda label: counts[label])
+        if counts[rarest] < per_class:
+            raise InputError(
+                f"--labels {per_class}-per-class: class {self.classes[rarest]!r} has {counts[rarest]} images"
+            )
+        generator = np.random.default_rng(seed)
+        chosen = [
+            generator.permutation(np.flatnonzero(self.labels == label))[:per_class]
+            for label in range(len(self.classes))
+        ]
+        return self._take(np.sort(np.concatenate(chosen)), per_class)
+
+    def _take(self, indices: np.ndarray, per_class: int) -> "ImageSet":
+        assert self.labels is not None
+        if self.pixels is not None:
+            return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], labels_per_class=per_class)
+        return replace(
+            self, files=np.asarray(self.files)[indices], labels=self.labels[indices], labels_per_class=per_class
+        )
+
+
+def decode(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB: grey, palette, CMYK as PIL converts them, 16 bits scaled to 8.
+
+    EXIF rotation is ignored, as torchvision does in classification.
+    Raises:
+        InputError: unreadable, truncated, or no image at all.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I;16") or image.mode == "I":
+                sixteen = np.asarray(image).astype(np.int64)
+                return Image.fromarray((sixteen.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow reads; remove or replace it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}); remove or replace it") from None
+
+
+def open_images(name: str, data: Path | None, split: str) -> ImageSet:
+    """Open a data set.
+
+    Args:
+        name: one of NAMES.
+        data: its folder; None for built-in ones, or where MOCO_EVAL_DATA says it.
+        split: 'train' or 'test' (an imagefolder's `val/`).
+    Raises:
+        InputError: unknown name, missing or empty folder, a class without images, an incomplete copy.
+    """
+    if name not in NAMES:
+        raise InputError(f"Invalid value for '--dataset': {name!r}.{did_you_mean(name, NAMES)}")
+    if name == "digits":
+        return _digits(split)
+    folder = data_folder(name, data)
+    if name == "cifar10":
+        return _cifar10(folder, split)
+    if name == "flat":
+        return _flat(folder, split)
+    images = _imagefolder(name, folder, split)
+    if name == "imagenet" and len(images.classes) != 1000:
+        raise InputError(
+            f"{folder} has {len(images.classes)} class folders, ImageNet has 1000; for other data take "
+            "--dataset imagefolder"
+        )
+    return images
+
+
+def data_folder(name: str, data: Path | None) -> Path:
+    """`data`, or what MOCO_EVAL_DATA names; must be a folder."""
+    if data is None and os.environ.get("MOCO_EVAL_DATA"):
+        data = Path(os.environ["MOCO_EVAL_DATA"])
+    if data is None:
+        raise InputError(
+            f"--dataset {name} needs --data FOLDER (or the environment variable MOCO_EVAL_DATA); for example "
+            f"--dataset {name} --data /datasets/{name}, or try the built-in --dataset digits, which needs none"
+        )
+    if not data.exists():
+        raise InputError(f"--data {data} does not exist")
+    if not data.is_dir():
+        raise InputError(f"--data {data} is a file; give the folder of the data set")
+    return data
+
+
+def _digits(split: str) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
+    eight_pixels = np.round(bunch.images[part] * (255 / 16)).astype(np.uint8)
+    large = [
+        Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in eight_pixels
+    ]
+    pixels = np.stack([np.asarray(image) for image in large])
+    return ImageSet(
+        name="digits",
+        split=split,
+        classes=tuple(str(digit) for digit in range(10)),
+        labels=bunch.target[part].astype(np.int64),
+        fingerprint=hashlib.sha256(eight_pixels.tobytes()).hexdigest(),
+        pixels=pixels,
+    )
+
+
+CIFAR10_FILES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _cifar10(folder: Path, split: str) -> ImageSet:
+    root = folder if (folder / "test_batch").is_file() else folder / "cifar-10-batches-py"
+    parts = [_cifar_batch(root / file) for file in CIFAR10_FILES[split]]
+    pixels = np.concatenate([part[0] for part in parts])
+    return ImageSet(
+        name="cifar10",
+        split=split,
+        classes=CIFAR10_CLASSES,
+        labels=np.concatenate([part[1] for part in parts]),
+        fingerprint=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        pixels=pixels,
+    )
+
+
+def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing; --data must hold cifar-10-batches-py with its five train and one test batch"
+        )
+    batch = pickles.read(path, encoding="bytes")
+    try:
+        rows, labels = batch[b"data"], np.asarray(batch[b"labels"], dtype=np.int64)
+        pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    except (KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise InputError(f"{path} is not a CIFAR-10 batch: {error}; fetch the data set again") from None
+    if len(labels) != len(pixels) or pixels.dtype != np.uint8:
+        raise InputError(f"{path} is not a CIFAR-10 batch: {len(pixels)} images, {len(labels)} labels")
+    return np.ascontiguousarray(pixels), labels
+
+
+def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
+    directory = {"train": "train", "test": "val"}[split]
+    root = folder / directory
+    if not root.is_dir():
+        raise InputError(
+            f"{folder} has no {directory}/ folder; an imagefolder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
+        )
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        raise InputError(f"{root} holds no class folders; for images without classes take --dataset flat")
+    files: list[str] = []
+    labels: list[int] = []
+    sizes: list[tuple[str, int]] = []
+    for label, name_of_class in enumerate(classes):
+        found = _image_files(root / name_of_class)
+        if not found:
+            raise InputError(f"class folder {root / name_of_class} holds no images; fill or remove it")
+        files += [path for path, _ in found]
+        sizes += [(str(Path(path).relative_to(folder)), size) for path, size in found]
+        labels += [label] * len(found)
+    return ImageSet(
+        name=name,
+        split=directory,
+        classes=tuple(classes),
+        labels=np.asarray(labels, dtype=np.int64),
+        fingerprint=fingerprint(sizes),
+        files=np.asarray(files),
+    )
+
+
+def _flat(folder: Path, split: str) -> ImageSet:
+    if split != "train":
+        raise InputError("--dataset flat has no labels: it is for pretraining only; take imagefolder to evaluate")
+    found = _image_files(folder)
+    if not found:
+        raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
+    sizes = [(str(Path(path).relative_to(folder)), size) for path, size in found]
+    return ImageSet("flat", "train", (), None, fingerprint(sizes), files=np.asarray([path for path, _ in found]))
+
+
+def _image_files(folder: Path) -> list[tuple[str, int]]:
+    """Image files below a folder with their sizes, sorted; an array of strings forks without copies."""
+    found = []
+    for directory, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if name.lower().endswith(EXTENSIONS):
+                path = os.path.join(directory, name)  # noqa: PTH118 (a million files: strings, not Path objects)
+                try:
+                    found.append((path, os.stat(path).st_size))  # noqa: PTH116
+                except OSError as error:
+                    raise InputError(f"cannot read {path}: {error.strerror}") from None
+    return sorted(found)
+
+
+def fingerprint(sizes: Sequence[tuple[str, int]]) -> str:
+    """sha256 over sorted relative paths and sizes."""
+    digest = hashlib.sha256()
+    for path, size in sorted(sizes):
+        digest.update(f"{Path(path).as_posix()}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Preprocessing:
+    """The encoder's own contract; where it has none (`random:`, `pixels`), the data set's."""
+    return encoder_says or SMALL.get(dataset, Preprocessing())

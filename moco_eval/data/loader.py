@@ -1,0 +1,125 @@
+"""Transforms and loaders for evaluation. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from moco_eval.data.images import ImageSet
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.runtime import rank, world_size
+
+
+def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
+    """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
+    return transforms.Compose(
+        [
+            transforms.Resize(preprocessing.resize),
+            transforms.CenterCrop(preprocessing.size),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )
+
+
+def crop_transform(
+    preprocessing: Preprocessing, crop_scale: tuple[float, float] = (0.08, 1.0), flip: bool = True
+) -> transforms.Compose:
+    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale),
+            *([transforms.RandomHorizontalFlip()] if flip else []),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )
+
+
+def draw_seed(seed: int, epoch: int, index: int) -> int:
+    """A 64-bit seed for one image in one epoch."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
+
+
+@dataclass
+class Examples(Dataset):
+    """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs."""
+
+    images: ImageSet
+    transform: transforms.Compose
+    seed: int = 0
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = item
+        image = self.images.image(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw_seed(self.seed, epoch, index))
+            tensor = self.transform(image)
+        label = -1 if self.images.labels is None else int(self.images.labels[index])
+        return tensor, label, index
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass
+class Batches:
+    """A batch sampler: this rank's (epoch, index) pairs of each batch, for a run of epochs.
+
+    The batch is global: each rank takes its contiguous share of every batch, so ranks are disjoint and the
+    order of images does not depend on how many ranks share them.
+    """
+
+    images: int
+    batch_size: int
+    seed: int
+    epochs: range
+    shuffle: bool
+    drop_last: bool
+    first_step: int = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in self.epochs:
+            order = self.order(epoch)
+            start = self.first_step if epoch == self.epochs.start else 0
+            for step in range(start, self.steps_per_epoch):
+                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                yield [(epoch, int(index)) for index in share(batch)]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of all images in an epoch, the same on every rank."""
+        if not self.shuffle:
+            return np.arange(self.images)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.images)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(self.images, self.batch_size)
+        return whole + bool(rest and not self.drop_last)
+
+    def size(self, step: int) -> int:
+        """How many images the given batch of an epoch holds, over all ranks."""
+        return min(self.batch_size, self.images - step * self.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.epochs) * self.steps_per_epoch - self.first_step
+
+
+def share(batch: Sequence | np.ndarray) -> Sequence | np.ndarray:
+    """This rank's contiguous share of a batch; shares differ by one at most."""
+    ranks, mine = world_size(), rank()
+    return batch[len(batch) * mine // ranks : len(batch) * (mine + 1) // ranks]
+
+
+def loader(examples: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
+    """A DataLoader over those batches, whose workers live as long as the iteration."""
+    return DataLoader(
+        examples,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )

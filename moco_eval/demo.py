@@ -1,0 +1,58 @@
+"""The whole path on built-in real data: pretrain, kNN, linear, detection, report. Every step is the ordinary one.
+
+Only the command line and this walk know both packages; `pretraining` is imported when the walk begins.
+"""
+
+import time
+from pathlib import Path
+
+from moco_eval import config, knn, linear
+from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
+from moco_eval.data.images import open_images
+from moco_eval.detection.detect import detect
+from moco_eval.detection.recipe import DetectConfig
+from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.load import load
+from moco_eval.report import write_report
+from moco_eval.runtime import log, processes
+
+FEW, DRAWS = 10, 5  # labels per class in the few-label regime, and how often they are drawn
+
+
+def run(output: Path, device: str) -> None:
+    """Write runs and report.html below `output`; running it again goes on where it stopped."""
+    from pretraining import train
+
+    started = time.perf_counter()
+    with processes(device) as chosen:
+        log("1/5 pretrain: MoCo on 1,297 handwritten digits, labels unused")
+        recipe = config.load("digits", "pretrain", PretrainConfig)
+        last = train.pretrain(train.plan(recipe, "digits", None, 1), output / "pretrain", chosen)
+        encoders = {
+            "moco": load(str(last)),
+            "random": load(str(last.with_name("epoch_0000.pth"))),  # the same network before training
+            "pixels": load("pixels"),
+        }
+        _classify(encoders, output, chosen)
+        log("5/5 detection: Faster R-CNN R50-C4 layout on scenes of digits")
+        scenes = config.load("digits_r50_c4", "detect", DetectConfig)
+        for name in ("moco", "random"):
+            detect(encoders[name], "digits", output / "scenes", scenes, output / f"detect-{name}", chosen, None, None)
+        write_report([output], output / "report.html")
+    log(f"done in {(time.perf_counter() - started) / 60:.1f} minutes: open {output / 'report.html'}")
+
+
+def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:
+    training, test = (open_images("digits", None, split) for split in ("train", "test"))
+    log(f"2/5 kNN of {', '.join(encoders)}")
+    for name, encoder in encoders.items():
+        knn.evaluate(encoder, training, test, config.load("digits", "knn", KnnConfig), output / f"knn-{name}", device)
+    log(f"3/5 linear, {FEW} labels per class, {DRAWS} draws")
+    few = config.load("digits_few", "linear", LinearConfig)
+    for name, encoder in encoders.items():
+        task = linear.Task(encoder, training, test, few, labels_per_class=FEW, trials=DRAWS)
+        linear.evaluate(task, output / f"linear-{FEW}-{name}", device)
+    log("4/5 linear, all labels")
+    everything = config.load("digits", "linear", LinearConfig)
+    for name, encoder in encoders.items():
+        linear.evaluate(linear.Task(encoder, training, test, everything), output / f"linear-{name}", device)

@@ -1,0 +1,74 @@
+"""Features of a whole data set, in order, from however many processes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moco_eval.data.images import ImageSet
+from moco_eval.data.loader import Batches, Examples, clean_transform, loader
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.errors import InputError
+from moco_eval.runtime import autocast, gather, progress, rank, world_size
+
+
+def network(encoder: Encoder, feature: str) -> nn.Module:
+    """The backbone alone (`pooled`), or with its projection head (`head`).
+
+    Raises:
+        InputError: head is asked of an encoder without one.
+    """
+    if feature == "pooled":
+        return encoder.backbone
+    if encoder.head is None:
+        raise InputError(
+            f"{encoder.source} has no projection head ({encoder.origin}); evaluate its pooled feature instead "
+            "(--protocol instdisc)"
+        )
+    return nn.Sequential(encoder.backbone, encoder.head)
+
+
+@torch.no_grad()
+def extract(
+    net: Callable[[torch.Tensor], torch.Tensor],
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    title: str = "features",
+) -> torch.Tensor:
+    """Features of the clean images, (images, D) float32 on the CPU, in the data set's order, on every rank.
+
+    Args:
+        net: (N, 3, H, W) to (N, D), in evaluation mode.
+        batch_size: images per step, over all processes.
+    Raises:
+        InputError: an image cannot be read; it names the file.
+    """
+    batches = Batches(len(images), batch_size, 0, range(1), shuffle=False, drop_last=False)
+    rows = []
+    with progress(title, len(batches), batch_size) as advance:
+        examples = Examples(images, clean_transform(preprocessing))
+        for step, (views, _, _) in enumerate(loader(examples, batches, workers, device)):
+            with autocast(device, precision):
+                mine = net(views.to(device, non_blocking=True)).flatten(1).float()
+            rows.append(_in_order(mine, batches.size(step)).cpu())
+            advance()
+    return torch.cat(rows)
+
+
+def _in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:
+    """All rows of a batch from the ranks' contiguous shares of it; see `data.loader.share`."""
+    ranks = world_size()
+    if ranks == 1:
+        return mine
+    bounds = [batch * r // ranks for r in range(ranks + 1)]
+    longest = max(bounds[r + 1] - bounds[r] for r in range(ranks))
+    assert len(mine) == bounds[rank() + 1] - bounds[rank()]
+    padded = mine.new_zeros((longest, *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    everyone = gather(padded)
+    return torch.cat([everyone[r * longest : r * longest + bounds[r + 1] - bounds[r]] for r in range(ranks)])

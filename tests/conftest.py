@@ -1,0 +1,25 @@
+"""Shared fixtures. Outside data is optional: tests that want it are marked `data` and skip with a reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    path = Path(os.environ.get("MOCO_EVAL_SHARED_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no data sets in {path.parent.name}/{path.name} beside the repository")
+    return path
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch) -> Path:
+    """A test in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,230 @@
+"""Pretraining as a whole: its files, its checkpoints, and going on after being stopped."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import error_line, moco_eval, start
+from PIL import Image
+
+from moco_eval import config as configs
+from moco_eval.config import PretrainConfig
+from moco_eval.encoders.build import build_resnet
+from moco_eval.errors import InputError, RunFailed
+from pretraining.train import plan, pretrain
+from pretraining.views import TwoViews
+
+FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "log_every=7", "symmetric=false", "queue_size=256"]
+CPU = torch.device("cpu")
+
+
+def config(*settings: str) -> PretrainConfig:
+    return configs.load("digits", "pretrain", PretrainConfig, [*FAST, "knn=null", *settings])
+
+
+def run(output: Path, *settings: str) -> dict:
+    last = pretrain(plan(config(*settings), "digits", None, 1), output, CPU)
+    return torch.load(last, weights_only=True)
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    run(output, "schedule.epochs=2", "knn={every: 2, k: 20}")
+    return output
+
+
+def test_a_run_leaves_what_the_design_says(two_epochs):
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "views.png"}
+    assert {path.name for path in two_epochs.iterdir()} == expected
+    names = {path.name for path in (two_epochs / "checkpoints").iterdir()}
+    assert names == {"epoch_0000.pth", "epoch_0001.pth", "epoch_0002.pth", "last.pth"}
+    assert list((two_epochs / "tensorboard").iterdir())
+
+
+def test_metrics_start_with_the_chance_level_and_end_with_knn(two_epochs):
+    metrics = lines(two_epochs)
+    assert metrics[0]["chance"] == pytest.approx(5.5491, abs=1e-3)  # log 257
+    assert metrics[0]["queue_full_step"] == 4
+    assert [line["step"] for line in metrics if "loss" in line] == [7, 14, 20, 21, 28, 35, 40]
+    assert 20 < metrics[-1]["knn_top1"] <= 100
+    assert {"loss", "accuracy", "lr", "feature_std", "images_per_second", "data_wait"} <= metrics[1].keys()
+
+
+def test_the_checkpoint_has_the_official_layout(two_epochs):
+    state = torch.load(two_epochs / "checkpoints" / "last.pth", weights_only=True)
+    assert {"epoch", "arch", "state_dict", "optimizer", "step", "sampler", "config", "format"} <= state.keys()
+    assert (state["epoch"], state["step"], state["format"]) == (2, 40, "moco-eval/1")
+    keys = state["state_dict"].keys()
+    assert {"module.queue", "module.queue_ptr"} <= keys
+    assert {key.split(".")[1] for key in keys} == {"encoder_q", "encoder_k", "queue", "queue_ptr"}
+    # main_lincls.py's rule: strip encoder_q's prefix, leave out fc, and exactly fc must be missing
+    kept = {
+        k[len("module.encoder_q.") :]: v for k, v in state["state_dict"].items() if k.startswith("module.encoder_q")
+    }
+    kept = {k: v for k, v in kept.items() if not k.startswith("fc")}
+    found = build_resnet("resnet18_quarter").load_state_dict(kept, strict=False)
+    assert set(found.missing_keys) == {"fc.weight", "fc.bias"} and not found.unexpected_keys
+
+
+def test_the_optimiser_covers_both_encoders_and_moves_one(two_epochs):
+    first, last = (torch.load(two_epochs / "checkpoints" / f"epoch_000{i}.pth", weights_only=True) for i in (0, 2))
+    parameters = sum(1 for key in last["state_dict"] if key.endswith(("weight", "bias")))
+    assert len(last["optimizer"]["param_groups"][0]["params"]) == parameters
+    moved = last["state_dict"]["module.encoder_q.conv1.weight"] - first["state_dict"]["module.encoder_q.conv1.weight"]
+    assert moved.abs().max() > 1e-4
+
+
+def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", "schedule.epochs=2")
+    from pretraining.train import Trainer
+
+    step = Trainer.train_step
+
+    def stops_at(where):
+        def train_step(self, *views):
+            step(self, *views)
+            if self.step == where:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return train_step
+
+    from moco_eval.errors import Interrupted
+
+    for where in (3, 24):
+        monkeypatch.setattr(Trainer, "train_step", stops_at(where))
+        with pytest.raises(Interrupted, match=f"SIGTERM; saved at step {where} of 40"):
+            run(tmp_path / "parts", "schedule.epochs=2")
+    monkeypatch.setattr(Trainer, "train_step", step)
+    parts = run(tmp_path / "parts", "schedule.epochs=2")
+    assert all(torch.equal(whole["state_dict"][key], parts["state_dict"][key]) for key in whole["state_dict"])
+    for left, right in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
+        assert torch.equal(left["momentum_buffer"], right["momentum_buffer"])
+    timing = {"images_per_second", "data_wait"}
+    plain = [
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / x)] for x in ("whole", "parts")
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(tmp_path):
+    with pytest.raises(RunFailed, match=r"in epoch 0, step \d+; the last good checkpoint is .*last.pth \(step 0\)"):
+        run(tmp_path, "optimizer.lr=1e30", "schedule.epochs=1")
+    state = torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_another_run_in_the_same_place_is_refused(two_epochs, tmp_path):
+    with pytest.raises(InputError, match="config.optimizer.lr is 0.01 there and 0.5 now"):
+        run(two_epochs, "schedule.epochs=2", "knn={every: 2, k: 20}", "optimizer.lr=0.5")
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="no run of ours"):
+        run(tmp_path, "schedule.epochs=1")
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_a_damaged_checkpoint_is_said(tmp_path):
+    run(tmp_path, "schedule.epochs=1")
+    last = tmp_path / "checkpoints" / "last.pth"
+    damaged = last.read_bytes()[:5000]
+    last.unlink()
+    last.write_bytes(damaged)
+    with pytest.raises(InputError, match="cannot be resumed from"):
+        run(tmp_path, "schedule.epochs=1")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """96 small pictures without classes; the 5th is text."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(96):
+        Image.effect_noise((40, 40), 10 + i).convert("RGB").save(folder / f"{i:03}.jpg")
+    (folder / "004.jpg").write_text("no image")
+    return folder
+
+
+def test_an_unreadable_image_has_a_fixed_substitute_and_a_limit(photos, tmp_path, capsys):
+    flat = config("batch_size=32", "schedule.epochs=2", "bn_groups=4", "views.recipe=moco_v2")
+    pretrain(plan(flat, "flat", photos, 1), tmp_path / "run", CPU)
+    assert capsys.readouterr().err.count("004.jpg") == 1
+    images = plan(flat, "flat", photos, 1).images
+    assert TwoViews(images, flat.views, 0)[0, 4][2:] == (4, 5)
+    strict = flat.model_copy(update={"bad_images": 0})
+    with pytest.raises(RunFailed, match="more than 0 images cannot be read"):
+        pretrain(plan(strict, "flat", photos, 1), tmp_path / "strict", CPU)
+
+
+def command(output: Path, epochs: int = 3) -> list:
+    settings = [f"--set={setting}" for setting in [*FAST, "knn=null", f"schedule.epochs={epochs}"]]
+    return ["pretrain", "digits", "--dataset", "digits", "--output", output, *settings]
+
+
+def wait_for(path: Path, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_an_epoch_it_goes_on_from_the_last_checkpoint(tmp_path):
+    process = start(*command(tmp_path / "killed"))
+    wait_for(tmp_path / "killed" / "checkpoints" / "epoch_0001.pth", process)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "checkpoints" / "epoch_0003.pth").exists()
+    _, err = moco_eval(*command(tmp_path / "killed"))
+    assert "resuming at step" in err
+    moco_eval(*command(tmp_path / "whole"))
+    ends = [torch.load(tmp_path / name / "checkpoints" / "last.pth", weights_only=True) for name in ("killed", "whole")]
+    assert all(torch.equal(ends[0]["state_dict"][key], ends[1]["state_dict"][key]) for key in ends[0]["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_3(tmp_path, number):
+    process = start(*command(tmp_path / "run", epochs=50))
+    wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 3, err
+    assert f"stopped by {signal.Signals(number).name}; saved at step" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_two_processes_by_nproc(tmp_path):
+    moco_eval(*command(tmp_path / "run", epochs=1), "--nproc", "2")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
+    assert (state["step"], state["pretraining"]["bn"], state["pretraining"]["processes"]) == (20, "shuffle", 2)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    out, _ = moco_eval(*command(tmp_path / "run"), "--dry-run")
+    assert "chance level of the loss: 5.5491; the queue is filled after 4 steps" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_size_carries_the_learning_rate_along(tmp_path):
+    out, err = moco_eval(*command(tmp_path / "run"), "--batch-size", "128", "--dry-run")
+    assert "batch 128, lr 0.02" in out
+    assert "--batch-size 128 instead of 64: lr 0.02 instead of 0.01" in err
+
+
+def test_mistakes_of_the_command_line_are_one_line(tmp_path):
+    assert "needs --dataset; for example" in error_line("pretrain", "digits")
+    assert "Did you mean 'digits'" in error_line("pretrain", "digit", "--dataset", "digits")
+    assert "--data /nowhere does not exist" in error_line(
+        "pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere"
+    )
+    assert "cannot write" in error_line(*command(Path("/proc/run")))

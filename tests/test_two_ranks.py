@@ -1,0 +1,132 @@
+"""Two gloo processes: shuffling BN, the queue, the batches. One launch serves every test."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+from moco_eval import config as configs
+from moco_eval.config import PretrainConfig
+from moco_eval.data.images import open_images
+from moco_eval.data.loader import Batches, share
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.features import extract
+from moco_eval.runtime import rank, world_size
+from pretraining.bn import permutation, same_on_all_ranks, shuffle
+from pretraining.moco import build_moco
+from pretraining.train import plan, pretrain
+
+BATCH = 16
+
+
+def config(*settings: str) -> PretrainConfig:
+    base = ["arch=resnet18_quarter", "knn=null", "batch_size=32", "queue_size=64", "log_every=5"]
+    return configs.load("digits", "pretrain", PretrainConfig, [*base, *settings])
+
+
+def images(seed: int = 5) -> torch.Tensor:
+    return torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def flatten(batch: torch.Tensor) -> torch.Tensor:
+    return batch.flatten(1)[:, :7]
+
+
+def both_ranks(folder) -> dict:
+    """Everything the tests below look at, as one rank sees it."""
+    rows = torch.arange(12)[:, None] * torch.ones(1, 2)
+    forth, back = permutation(12, torch.Generator().manual_seed(3))
+    mine = share(rows)
+    batches = Batches(101, 32, 0, range(2), shuffle=True, drop_last=True)
+
+    def keys(permute: bool, bn: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = build_moco(config(f"bn_permute={permute}", "bn_groups=2"), bn)
+        return model.encode_keys(share(images()), torch.Generator().manual_seed(1))[1]
+
+    few = open_images("digits", None, "test")
+    run = plan(config("schedule.epochs=2"), "digits", None, world_size())
+    last = pretrain(run, folder / "run", torch.device("cpu"))
+    state = torch.load(last, weights_only=True)
+    return {
+        "shuffled": shuffle(mine, forth),
+        "restored": shuffle(shuffle(mine, forth), back),
+        "indices": [index for batch in batches for index in batch],
+        "keys": keys(True, "shuffle"),
+        "keys_unshuffled": keys(False, "shuffle"),
+        "keys_no_bn_groups": keys(True, "none"),
+        "same": same_on_all_ranks(torch.ones(3)),
+        "different": same_on_all_ranks(torch.full((3,), float(rank()))),
+        "features": extract(flatten, few, Preprocessing(32, 32), torch.device("cpu"), batch_size=33),
+        "queue": state["state_dict"]["module.queue"],
+        "steps": state["step"],
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(both_ranks, folder, folder)
+
+
+def test_batches_are_disjoint_and_complete(ranks):
+    alone = [index for batch in Batches(101, 32, 0, range(2), shuffle=True, drop_last=True) for index in batch]
+    seen = [set(map(tuple, rank["indices"])) for rank in ranks]
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == set(alone)
+
+
+def test_shuffled_rows_cross_ranks_and_come_back(ranks):
+    forth, _ = permutation(12, torch.Generator().manual_seed(3))
+    assert torch.cat([rank["shuffled"] for rank in ranks])[:, 0].tolist() == forth.tolist()
+    assert (ranks[0]["shuffled"][:, 0] >= 6).any() and (ranks[1]["shuffled"][:, 0] < 6).any()
+    assert torch.cat([rank["restored"] for rank in ranks])[:, 0].tolist() == list(range(12))
+
+
+def test_shuffling_changes_the_keys_where_there_is_bn(ranks):
+    assert not torch.allclose(ranks[0]["keys"], ranks[0]["keys_unshuffled"], atol=1e-4)
+
+
+def test_keys_equal_one_process_with_split_bn_under_the_same_permutation(ranks):
+    """Two processes' BN groups are halves of the permuted batch; split BN's are its even and odd rows."""
+    torch.manual_seed(0)
+    model = build_moco(config("bn_groups=2"), "split")
+    forth, back = permutation(BATCH, torch.Generator().manual_seed(1))
+    interleaved = torch.stack([forth[: BATCH // 2], forth[BATCH // 2 :]], dim=1).flatten()
+    with torch.no_grad():
+        encoded = torch.nn.functional.normalize(model.encoder_k(images()[interleaved]), dim=1)
+    expected = encoded[torch.argsort(interleaved)]
+    for rank in ranks:
+        assert torch.allclose(rank["keys"], expected, atol=1e-5)
+
+
+def test_queue_is_the_same_on_both_ranks_and_full_of_keys(ranks):
+    assert ranks[0]["steps"] == 80
+    assert torch.equal(ranks[0]["queue"], ranks[1]["queue"])
+    assert ranks[0]["same"] and not ranks[0]["different"]
+
+
+def queue_after_fifty(folder) -> dict:
+    """Fifty steps with recognisable keys: each rank's keys are made of its own rank number and the step."""
+    torch.manual_seed(0)
+    model = build_moco(config("queue_size=40", "batch_size=32"), "none")
+    from moco_eval.runtime import gather
+
+    for step in range(50):
+        model.push(gather(torch.full((4, 64), 1000.0 * rank() + step)))
+    return {"queue": model.queue[0], "pointer": model.queue_ptr.item()}
+
+
+@pytest.mark.slow
+def test_queue_holds_both_ranks_keys_in_rank_order(tmp_path):
+    results = run_ranks(queue_after_fifty, tmp_path, tmp_path)
+    expected = torch.cat([torch.tensor([float(s)] * 4 + [1000.0 + s] * 4) for s in range(45, 50)])
+    for result in results:
+        assert torch.equal(result["queue"], expected)
+        assert result["pointer"] == 0
+
+
+def test_features_of_two_processes_are_those_of_one(ranks):
+    alone = extract(flatten, open_images("digits", None, "test"), Preprocessing(32, 32), torch.device("cpu"))
+    for rank in ranks:
+        assert np.array_equal(rank["features"].numpy(), alone.numpy())
