@@ -82,7 +82,7 @@ def _write_safetensors(encoder: Encoder, which: str, path: Path) -> int:
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()},
         path,
-        metadata={"format": "pt", "moco-eval": json.dumps(about)},
+        metadata={"moco-eval": json.dumps(about)},  # one entry: several are written in a random order
     )
     _require_equal(encoder, load(str(path), encoder.arch), path)
     return len(state)

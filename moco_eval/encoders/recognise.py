@@ -4,12 +4,11 @@ A layout is a row of LAYOUTS; reading, proof of load and export work from the ro
 """
 
 import json
-import pickle
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +206,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            zipped = start.startswith(b"PK") and zipfile.is_zipfile(path)
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            values = _load_torch(path, start.startswith(b"PK") and zipfile.is_zipfile(path))
     except MemoryError:
         raise InputError(f"{path} does not fit into memory") from None
     except Exception as error:  # torch.load raises a dozen kinds for a file that is not one of its own
@@ -216,6 +214,13 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}, not a dict of named tensors")
     return dict(values)
+
+
+def _load_torch(path: Path, zipped: bool) -> Any:
+    if zipped and path.suffix != ".safetensors":  # torch would go by that suffix, not by the contents
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _start(path: Path) -> bytes:
@@ -301,19 +306,29 @@ def _refused_code(path: Path, start: bytes, error: str) -> str | None:
         return found[1]
     if "Weights only load failed" not in error or not start.startswith(b"\x80"):
         return None
-    strings: list[str] = []
+    names = list(_named_code(path))
+    return next((name for name in names if not name.startswith(HARMLESS)), names[0] if names else None)
+
+
+def _named_code(path: Path) -> Iterator[str]:
+    """The globals that a pickle names, read off its opcodes as far as they go; nothing is unpickled."""
+    strings: list[str] = [""]
+    memo: list[str] = []
     try:
         with path.open("rb") as file:
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == "GLOBAL":
-                    return str(argument).replace(" ", ".")
-                if opcode.name == "STACK_GLOBAL":
-                    return ".".join(strings[-2:])
-                if isinstance(argument, str):
+                    yield str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    yield ".".join(strings[-2:])
+                elif opcode.name == "MEMOIZE":
+                    memo.append(strings[-1])
+                elif opcode.name in ("BINGET", "LONG_BINGET") and int(argument or 0) < len(memo):
+                    strings.append(memo[int(argument or 0)])
+                elif isinstance(argument, str):
                     strings.append(argument)
-    except (ValueError, OSError, pickle.UnpicklingError):
-        pass
-    return None
+    except (ValueError, OSError):
+        return
 
 
 def _is_text(start: bytes) -> bool:
