@@ -6,16 +6,19 @@ detection/convert-pretrain-to-detectron2.py.
 
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from moco_eval import files, pickles
+from moco_eval.config import did_you_mean
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.encoders.load import load
-from moco_eval.encoders.recognise import State, read
+from moco_eval.encoders.inspect import probe_features
+from moco_eval.encoders.load import Parts, load, prove, split
+from moco_eval.encoders.recognise import SAFETENSORS, recognise
 from moco_eval.errors import InputError, RunFailed
 
 
@@ -32,65 +35,103 @@ def convert(
     Raises:
         InputError: as `load`; the output exists; pixels have no weights.
     """
-    if output.exists() and not force:
-        raise InputError(f"{output} exists; add --force to overwrite it")
+    if to not in WRITERS:
+        raise InputError(f"--to {to!r} is not built yet.{did_you_mean(to, WRITERS)}")
+    _require_free(source, output, force)
     loaded = load(source, arch, encoder)
     if not loaded.tensors_loaded:
         raise InputError(f"{source} has no weights to convert")
-    write = {"detectron2": _write_detectron2, "torchvision": _write_torchvision, "safetensors": _write_safetensors}
-    with files.atomic(output) as path:
-        copied = write[to](loaded, encoder, path)
-    return f"{output}: {copied} tensors of {loaded.origin} ({loaded.arch}) for {to}, read back and equal bit for bit"
+    try:
+        with files.atomic(output) as path:
+            copied = WRITERS[to](loaded, encoder, path)
+    except OSError as error:
+        raise RunFailed(f"cannot write {output}: {error.strerror}") from None
+    return f"{output}: {copied} tensors of {loaded.origin} ({loaded.arch}) for {to}, read back: same activations"
+
+
+def _require_free(source: str, output: Path, force: bool) -> None:
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; give the name of a file")
+    if output.exists() and Path(source).exists() and output.samefile(source):
+        raise InputError(f"{output} is the checkpoint itself; give another name")
+    if output.exists() and not force:
+        raise InputError(f"{output} exists; add --force to overwrite it")
 
 
 def _write_torchvision(encoder: Encoder, which: str, path: Path) -> int:
+    """A plain state dict in fp32 under torchvision's names, without fc."""
     state = encoder.backbone.state_dict()
-    torch.save(dict(state), path)
-    _require_equal(state, torch.load(path, weights_only=True), path)
+    with path.open("wb") as file:  # through a file object the bytes do not depend on the file's name
+        torch.save(dict(state), file)
+    _require_equal(encoder, load(str(path), encoder.arch), path)
     return len(state)
 
 
 def _write_safetensors(encoder: Encoder, which: str, path: Path) -> int:
-    from safetensors.torch import load_file, save_file
-
-    state = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    """Backbone and head in fp32, and in the metadata all that travels with them."""
+    head = encoder.head.state_dict() if encoder.head is not None else {}
+    state = encoder.backbone.state_dict() | {f"head.{name}": tensor for name, tensor in head.items()}
     about = {
+        "format": SAFETENSORS,
         "origin": encoder.origin,
         "arch": encoder.arch,
         "source_sha256": encoder.sha256,
         "preprocessing": asdict(encoder.preprocessing) if encoder.preprocessing else None,
         "pretraining": encoder.pretraining,
     }
-    save_file(state, path, metadata={"format": "pt", "moco-eval": json.dumps(about)})
-    _require_equal(state, load_file(path), path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        path,
+        metadata={"moco-eval": json.dumps(about)},  # one entry: several are written in a random order
+    )
+    _require_equal(encoder, load(str(path), encoder.arch), path)
     return len(state)
 
 
 def _write_detectron2(encoder: Encoder, which: str, path: Path) -> int:
+    """What the official converter writes: the file's own tensors, in its order, the projection head included."""
     state = _as_stored(encoder, which)
-    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+    try:
+        arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+    except TypeError:
+        kinds = ", ".join(sorted({str(tensor.dtype) for tensor in state.values()}))
+        raise InputError(f"{encoder.source}: numpy, and so detectron2's file, has no type for one of {kinds}") from None
     pickles.write(path, {"model": arrays, "__author__": "MOCO", "matching_heuristics": True})
-    back = pickles.read(path)["model"]
-    _require_equal(state, {torchvision_name(name): torch.from_numpy(array) for name, array in back.items()}, path)
+    back = {torchvision_name(name): torch.from_numpy(array) for name, array in pickles.read(path)["model"].items()}
+    if list(back) != list(state) or any(not _same_bytes(back[name], state[name]) for name in state):
+        raise RunFailed(f"{path} does not hold the tensors that were written to it")
+    parts = Parts.of({name: tensor for name, tensor in back.items() if not name.startswith("fc.")}, {})
+    copy = replace(encoder, backbone=prove(str(path), parts.backbone, encoder.arch, []), head=None)
+    _require_equal(replace(encoder, head=None), copy, path)
     return len(state)
 
 
-def _as_stored(encoder: Encoder, which: str) -> State:
-    """The encoder's tensors in the file's own order, the head included, as the official converter takes them."""
-    if encoder.source.partition(":")[0] in ("random", "torchvision"):
+def _as_stored(encoder: Encoder, which: str) -> dict[str, torch.Tensor]:
+    """Backbone and projection head exactly as in the file, in its order."""
+    if encoder.source.startswith(("random:", "torchvision:")):
         return encoder.backbone.state_dict()
-    return read(Path(encoder.source)).encoders[which]
+    stored = split(recognise(Path(encoder.source)), which)
+    return stored.raw
 
 
-def _require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, Any], path: Path) -> None:
-    if set(ours) != set(theirs):
-        raise RunFailed(f"{path} does not hold the tensors that were written to it")
-    changed = [
-        name for name in ours if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
-    ]
-    if changed:
-        raise RunFailed(f"{path}: {len(changed)} tensors came back changed, first {changed[0]}")
+def _same_bytes(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
 
+
+def _require_equal(encoder: Encoder, copy: Encoder, path: Path) -> None:
+    """Raises RunFailed unless both give the same features of the probe image, bit for bit, and the same head."""
+    ours, theirs = probe_features(encoder), probe_features(copy)
+    if not torch.equal(ours, theirs):
+        raise RunFailed(f"{path}: the copy's activations differ by up to {(ours - theirs).abs().max():.3g}")
+    if encoder.head is not None and copy.head is not None and not torch.equal(encoder.head(ours), copy.head(ours)):
+        raise RunFailed(f"{path}: the copy's projection head gives other values")
+
+
+WRITERS: dict[str, Callable[[Encoder, str, Path], int]] = {
+    "detectron2": _write_detectron2,
+    "torchvision": _write_torchvision,
+    "safetensors": _write_safetensors,
+}
 
 _TO_DETECTRON2 = (
     (r"^(?!layer)", "stem."),
@@ -101,7 +142,7 @@ _TO_DETECTRON2 = (
 )
 _TO_TORCHVISION = (
     (r"^stem\.", ""),
-    (r"res([2-5])", lambda match: f"layer{int(match.group(1)) - 1}"),
+    (r"^res([2-5])", lambda match: f"layer{int(match.group(1)) - 1}"),
     (r"conv([1-3])\.norm", r"bn\1"),
     (r"shortcut\.norm", "downsample.1"),
     (r"shortcut", "downsample.0"),

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
+
+PROBE_SIZE = 64
 
 
 def describe(source: str, arch: str | None = None, encoder: str = "query") -> dict[str, Any]:
@@ -46,9 +48,8 @@ def probe_image(size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def probe_features(encoder: Encoder) -> torch.Tensor:
-    """Pooled feature of the fixed picture, (1, D): two people can compare theirs."""
-    size = (encoder.preprocessing or Preprocessing()).size
-    return encoder.backbone.eval()(probe_image(size)).flatten(1)
+    """Pooled feature of the fixed picture, (1, D), whatever the preprocessing: two people can compare theirs."""
+    return encoder.backbone.eval()(probe_image(PROBE_SIZE)).flatten(1)
 
 
 def activations_sha256(features: torch.Tensor) -> str:
@@ -89,6 +90,7 @@ def _preprocessing(values: dict[str, Any] | None) -> str:
 def _pretraining(said: dict[str, Any] | None) -> str:
     if said is None:
         return "not said"
-    name = said.get("dataset", {}).get("name")
-    parts = [said.get("protocol"), f"on {name}" if name else None, f"{said.get('epochs')} epochs"]
-    return ", ".join(part for part in parts if part)
+    dataset = said.get("dataset")
+    name = dataset.get("name") if isinstance(dataset, dict) else dataset
+    parts = [said.get("protocol"), f"on {name}" if name else None, f"{said.get('epochs', 'unknown')} epochs"]
+    return ", ".join(str(part) for part in parts if part)

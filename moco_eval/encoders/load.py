@@ -1,216 +1,72 @@
-"""Loading with proof: every backbone tensor is matched in name, shape and type, or nothing is loaded."""
+"""Load anyone's encoder with proof: every backbone tensor matched in name, shape and dtype, or an error."""
 
 import hashlib
 import re
-from collections import OrderedDict
+import urllib.error
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from moco_eval import files
+from moco_eval.config import did_you_mean
 from moco_eval.encoders.build import ARCHITECTURES, architecture, build_backbone, build_resnet
 from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.encoders.recognise import Contents, State, describe_shapes, infer_architecture, read
+from moco_eval.encoders.recognise import SAFETENSORS, SUFFIXES, Checkpoint, recognise
 from moco_eval.errors import InputError
+
+OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
+NOT_YET = ("timm", "zoo")
 
 
 def load(source: str, arch: str | None = None, encoder: str = "query", seed: int = 0) -> Encoder:
-    """Load CHECKPOINT.
+    """Load and prove an encoder; its backbone comes back in eval mode.
 
     Args:
-        source: a path, or random:ARCH, torchvision:ARCH[:WEIGHTS], pixels.
-        arch: overrides what the shapes say.
+        source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]` or `pixels`.
+        arch: overrides the architecture read from the tensors' shapes.
         encoder: 'query' or 'key' (the momentum encoder).
-        seed: of `random:`.
+        seed: of the weights of `random:`.
     Raises:
-        InputError: not a checkpoint, or not every backbone tensor is accounted for; the message says which.
+        InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
-    kind, _, rest = source.partition(":")
-    if kind == "random" and rest:
-        return _random(source, rest, seed)
-    if kind == "torchvision" and rest:
-        return _torchvision(source, rest)
-    if source == "pixels":
-        return _pixels()
-    if kind in ("timm", "zoo") and rest:
-        raise InputError(f"{source}: {kind}: encoders are not built yet; give a file, random:, torchvision: or pixels")
-    return _file(source, arch, encoder)
+    if encoder not in ("query", "key"):
+        raise InputError(f"--encoder is {encoder!r}; it must be query or key")
+    if arch is not None:
+        architecture(arch)
+    kind, colon, rest = source.partition(":")
+    if colon and kind in NOT_YET:
+        raise InputError(f"{source}: the prefix {kind}: is not built yet; give a path, random:ARCH or torchvision:ARCH")
+    if source != "pixels" and not (colon and kind in ("random", "torchvision")):
+        return _from_file(source, arch, encoder)
+    if encoder == "key":
+        raise InputError(f"--encoder key: {source} has no momentum encoder; leave it out")
+    loaded = _pixels() if source == "pixels" else _random(rest, seed) if kind == "random" else _torchvision(rest)
+    if arch not in (None, loaded.arch):
+        raise InputError(f"--arch {arch} contradicts {source}; leave it out")
+    return loaded
 
 
-def _file(source: str, arch: str | None, which: str) -> Encoder:
-    path = Path(source)
-    contents = read(path)
-    if which not in contents.encoders:
-        has = "only the momentum encoder: take --encoder key" if which == "query" else "no momentum encoder"
-        raise InputError(f"{path} ({contents.origin}) holds {has}")
-    state = contents.encoders[which]
-    name = arch or infer_architecture(state)
-    if name is None:
-        raise InputError(f"{path} is no architecture that is known here: {describe_shapes(state)}; {_known()}")
-    backbone, loaded, warnings = _proven(path, state, name, given=arch is not None)
-    head, dropped = _head(state, contents)
-    preprocessing, extras = contents.extras.get("preprocessing"), contents.extras
-    return Encoder(
-        source=source,
-        run_name=run_name(path) + ("-key" if which == "key" else ""),
-        arch=name,
-        backbone=backbone,
-        feature_dim=architecture(name).feature_dim,
-        head=head,
-        origin=contents.origin,
-        sha256=files.sha256_of(path),
-        tensors_loaded=loaded,
-        dropped=dropped + _dropped(contents, which),
-        warnings=warnings,
-        preprocessing=Preprocessing.from_dict(preprocessing) if preprocessing else Preprocessing(),
-        pretraining=extras.get("pretraining") or _official(extras),
-    )
-
-
-def _official(extras: dict) -> dict | None:
-    """What an official checkpoint says of its pretraining: how many epochs."""
-    return {"epochs": extras["epoch"]} if isinstance(extras.get("epoch"), int) else None
-
-
-def _proven(path: Path, state: State, arch: str, given: bool) -> tuple[nn.Module, int, list[str]]:
-    """A backbone that holds exactly these tensors; how many; doubts."""
-    backbone = build_backbone(arch)
-    wanted, warnings = backbone.state_dict(), []
-    found = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    counters = [name for name in wanted if name.endswith("num_batches_tracked") and name not in found]
-    if counters:
-        warnings.append(f"{len(counters)} num_batches_tracked counters are not in the file; nothing reads them")
-        found |= {name: wanted[name] for name in counters}
-    _require_all(path, found, wanted, arch, given)
-    halves = sorted(
-        {str(t.dtype) for n, t in found.items() if wanted[n].is_floating_point() and t.dtype != torch.float32}
-    )
-    if halves:
-        warnings.append(f"stored as {', '.join(sorted(halves))}, loaded as float32")
-    for name, tensor in found.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: {name} holds values that are not finite; the training that made it diverged")
-    backbone.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}, strict=True)
-    means = [tensor for name, tensor in found.items() if name.endswith("running_mean")]
-    if means and not any(mean.any() for mean in means):
-        warnings.append("every batch-norm running mean is zero, its initial value: was this network ever trained?")
-    return backbone, len(found) - len(counters), warnings
-
-
-def _require_all(path: Path, found: State, wanted: State, arch: str, given: bool) -> None:
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    shapes = [name for name in found if name in wanted and found[name].shape != wanted[name].shape]
-    types = [n for n in found if n in wanted and found[n].is_floating_point() != wanted[n].is_floating_point()]
-    start = f"{path}: {{}} of {len(wanted)} backbone tensors {{}} {arch} (first: {{}}).{_hint(found, arch, given)}"
-    if shapes:
-        sizes = f"{shapes[0]}, {_size(found[shapes[0]])}, expected {_size(wanted[shapes[0]])}"
-        raise InputError(start.format(len(shapes), "have another shape in", sizes))
-    if missing:
-        raise InputError(start.format(len(missing), "are missing for", missing[0]))
-    if extra:
-        raise InputError(
-            f"{path}: {len(extra)} tensors have no place in {arch} (first: {extra[0]}).{_hint(found, arch, given)}"
-        )
-    if types:
-        kind = f"{types[0]} is {found[types[0]].dtype}"
-        raise InputError(f"{path}: {len(types)} tensors are of another type ({kind}); quantised weights are not read")
-
-
-def _size(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
-
-
-def _hint(found: State, arch: str, given: bool) -> str:
-    """The nearest explanation."""
-    likely = infer_architecture(found) if "conv1.weight" in found else None
-    if likely and likely != arch:
-        return f" This looks like {likely}: " + (f"try --arch {likely}." if given else "is the file damaged?")
-    inner = found.get("layer1.0.conv1.weight")
-    if inner is not None and "layer1.0.conv3.weight" in found and inner.shape[0] == 2 * found["conv1.weight"].shape[0]:
-        return " This looks like wide_resnet50_2 or wide_resnet101_2, which are not read yet."
-    return ""
-
-
-def _known() -> str:
-    return f"known: {', '.join(ARCHITECTURES)}"
-
-
-def _head(state: State, contents: Contents) -> tuple[nn.Module | None, list[tuple[str, str]]]:
-    """The projection head, or None and why `fc` is left out."""
-    parts = {name.removeprefix("fc."): tensor for name, tensor in state.items() if name.startswith("fc.")}
-    if not parts:
-        return None, []
-    if not contents.layout.head:
-        return None, [
-            (f"fc ({len(parts)} tensors)", "a classifier on top of the pooled feature, not part of the encoder")
-        ]
-    if parts.keys() == {"weight", "bias"}:
-        head: nn.Module = _linear(parts["weight"])
-    elif parts.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
-        head = nn.Sequential(_linear(parts["0.weight"]), nn.ReLU(), _linear(parts["2.weight"]))
-    else:
-        return None, [(f"fc ({len(parts)} tensors)", f"a head of unknown form: {', '.join(parts)}")]
-    head.load_state_dict({name: tensor.float() for name, tensor in parts.items()}, strict=True)
-    return head, [(f"fc ({len(parts)} tensors)", "the projection head: read, and used only where --feature head asks")]
-
-
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
-
-
-def _dropped(contents: Contents, which: str) -> list[tuple[str, str]]:
-    dropped = []
-    for other in contents.encoders.keys() - {which}:
-        kind = "momentum (key) encoder" if other == "key" else "query encoder"
-        dropped.append((f"the {kind} ({len(contents.encoders[other])} tensors)", f"--encoder {other} would take it"))
-    for name in contents.others:
-        why = (reason for prefix, reason in contents.layout.others if name.startswith(prefix))
-        dropped.append((name, next(why, "no part of an encoder")))
-    return dropped
-
-
-def _random(source: str, arch: str, seed: int) -> Encoder:
-    architecture(arch)
+def _random(arch: str, seed: int) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build_resnet(arch)
-    backbone.fc = nn.Identity()
-    return _built(source, f"random-{arch}", arch, backbone, f"random initialisation, seed {seed}", None)
-
-
-def _torchvision(source: str, rest: str) -> Encoder:
-    arch, _, weights = rest.partition(":")
-    if arch not in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-        raise InputError(f"{source}: {arch!r} is none of torchvision's ResNet-18 to 152")
-    import torchvision
-
-    chosen = weights or "DEFAULT"
-    try:
-        net = torchvision.models.get_model(arch, weights=chosen)
-    except (KeyError, ValueError):
-        raise InputError(f"{source}: torchvision has no weights {chosen!r} for {arch}; try IMAGENET1K_V1") from None
-    except OSError as error:
-        raise InputError(f"{source}: the weights cannot be downloaded ({error}); is there a network?") from None
+        net = build_resnet(arch)
     net.fc = nn.Identity()
-    return _built(source, rest.replace(":", "-"), arch, net, f"torchvision supervised, {chosen}", Preprocessing())
-
-
-def _built(
-    source: str, name: str, arch: str, backbone: nn.Module, origin: str, preprocessing: Preprocessing | None
-) -> Encoder:
     return Encoder(
-        source=source,
-        run_name=_safe(name),
+        source=f"random:{arch}",
+        run_name=f"random-{arch}",
         arch=arch,
-        backbone=backbone,
+        backbone=net.eval(),
         feature_dim=architecture(arch).feature_dim,
         head=None,
-        origin=origin,
-        sha256=weights_sha256(backbone.state_dict()),
-        tensors_loaded=len(backbone.state_dict()),
-        preprocessing=preprocessing,
+        origin=f"random initialisation, seed {seed}",
+        sha256=sha256_of_tensors(net.state_dict()),
+        tensors_loaded=len(net.state_dict()),
     )
 
 
@@ -219,31 +75,390 @@ def _pixels() -> Encoder:
         source="pixels",
         run_name="pixels",
         arch="pixels",
-        backbone=nn.Flatten(),
-        feature_dim=0,
+        backbone=nn.Flatten().eval(),
+        feature_dim=0,  # the images' own size, known at first use
         head=None,
-        origin="the image itself, flattened",
+        origin="raw pixels",
         sha256=hashlib.sha256(b"pixels").hexdigest(),
         tensors_loaded=0,
     )
 
 
-def weights_sha256(state: State | OrderedDict) -> str:
-    """Over names and bytes, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _torchvision(rest: str) -> Encoder:
+    """torchvision's published weights, through the same proof as a file."""
+    arch, _, name = rest.partition(":")
+    known = [name for name, ours in ARCHITECTURES.items() if ours.width == 1 and not ours.cifar_stem]
+    if arch not in known:
+        raise InputError(f"torchvision:{arch} is no network we build.{did_you_mean(arch, known)}")
+    published = get_model_weights(arch)
+    if name and name != "DEFAULT" and name not in published.__members__:
+        raise InputError(f"torchvision has no weights {name!r} of {arch}.{did_you_mean(name, published.__members__)}")
+    weights = published[name or "DEFAULT"]
+    source = f"torchvision:{rest}"
+    tensors = _download(source, weights)
+    parts = Parts.of({key: value for key, value in tensors.items() if not key.startswith("fc.")}, {})
+    cuts = weights.transforms()
+    return Encoder(
+        source=source,
+        run_name=_safe(f"torchvision-{arch}-{weights.name}" if name else f"torchvision-{arch}"),
+        arch=arch,
+        backbone=prove(source, parts.backbone, arch, parts.warnings),
+        feature_dim=architecture(arch).feature_dim,
+        head=None,
+        origin=f"torchvision {weights}",
+        sha256=sha256_of_tensors(parts.backbone),
+        tensors_loaded=len(parts.backbone),
+        dropped=[_classifier([tensors["fc.weight"], tensors["fc.bias"]])],
+        warnings=parts.warnings,
+        preprocessing=Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std)),
+    )
+
+
+def _download(source: str, weights) -> dict[str, Tensor]:
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu")
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{source}: the server answers {error.code} for {weights.url}") from None
+    except (OSError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        raise InputError(
+            f"{source}: cannot download {weights.url} ({words}); without a network, give the path of a file"
+        ) from None
+
+
+def _from_file(source: str, arch: str | None, encoder: str) -> Encoder:
+    found = recognise(Path(source))
+    parts = split(found, encoder)
+    arch = arch or infer(source, parts.backbone)
+    backbone = prove(source, parts.backbone, arch, parts.warnings)
+    return Encoder(
+        source=source,
+        run_name=run_name(Path(source)) + ("-key" if encoder == "key" else ""),
+        arch=arch,
+        backbone=backbone,
+        feature_dim=architecture(arch).feature_dim,
+        head=_head(source, parts.head, architecture(arch).feature_dim),
+        origin=_origin(found),
+        sha256=files.sha256_of(source),
+        tensors_loaded=len(parts.backbone),
+        dropped=parts.dropped,
+        warnings=parts.warnings,
+        preprocessing=_preprocessing(found),
+        pretraining=_pretraining(found),
+    )
 
 
 def run_name(path: Path) -> str:
-    """The file's stem; RUN-epoch_0012 for RUN/checkpoints/epoch_0012.pth."""
-    stem = path.name.split(".")[0]
+    """A checkpoint's short name: its stem; RUN-epoch_0012 for RUN/checkpoints/epoch_0012.pth."""
+    path = path.absolute()
+    stem = next(
+        (path.name.removesuffix(suffix) for suffix in (".pth.tar", *SUFFIXES) if path.name.endswith(suffix)),
+        "",
+    )
+    stem = stem or path.stem
     if path.parent.name == "checkpoints" and path.parent.parent.name:
         stem = f"{path.parent.parent.name}-{stem}"
     return _safe(stem)
 
 
 def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "encoder"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:100] or "checkpoint"
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# A checkpoint's tensors, in groups
+
+
+@dataclass
+class Parts:
+    """A state dict cut up: the backbone and head under torchvision's names in fp32, and what was left.
+
+    `raw` holds backbone and head exactly as they are in the file, in its order, for exact copies.
+    """
+
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    dropped: list[tuple[str, str]]
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, backbone: dict[str, Tensor], head: dict[str, Tensor]) -> "Parts":
+        warnings: list[str] = []
+        return cls(_fp32(backbone, warnings), _fp32(head, warnings), backbone | head, [], warnings)
+
+
+def split(found: Checkpoint, encoder: str) -> Parts:
+    """Cut a checkpoint into backbone, head and the rest, each with its reason.
+
+    Raises:
+        InputError: the file lacks that encoder, or holds a tensor whose purpose is unknown.
+    """
+    layout = found.layout
+    prefix = layout.prefix(encoder)
+    ours = {name.removeprefix(prefix): tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
+    if not ours:
+        there, other = ("momentum", "key") if encoder == "query" else ("query", "query")
+        raise InputError(f"{found.path}: only the {there} encoder is in this file: --encoder {other}")
+    rest = [name for name in found.tensors if not name.startswith(prefix)]
+    head = {name: tensor for name, tensor in ours.items() if name.startswith(layout.head)}
+    backbone = {name: tensor for name, tensor in ours.items() if name not in head}
+    projection = {name.removeprefix(layout.head): tensor for name, tensor in head.items()} if layout.projection else {}
+    parts = Parts.of(backbone, projection)
+    parts.raw = {name: tensor for name, tensor in ours.items() if layout.projection or name not in head}
+    if head and not layout.projection:
+        parts.dropped.append(_classifier(list(head.values())))
+    parts.dropped += [*_rest(found, rest, encoder), *found.dropped]
+    return parts
+
+
+def _classifier(tensors: list[Tensor]) -> tuple[str, str]:
+    return f"fc ({len(tensors)} tensors)", "a classifier on the pooled feature, no part of the encoder"
+
+
+def _rest(found: Checkpoint, names: list[str], encoder: str) -> Iterable[tuple[str, str]]:
+    layout = found.layout
+    other = layout.key if encoder == "query" else layout.query
+    others = [name for name in names if other and name.startswith(other)]
+    if others and encoder == "query":
+        yield (
+            f"momentum encoder ({len(others)} tensors)",
+            "the query encoder is evaluated; --encoder key takes this one",
+        )
+    elif others:
+        yield f"query encoder ({len(others)} tensors)", "--encoder key was asked for"
+    for name in names:
+        if name in others:
+            continue
+        reason = next(((what, why) for mark, what, why in layout.dropped if re.match(mark, name)), None)
+        if reason is None:
+            raise InputError(f"{found.path}: tensor {name} belongs to no part of a {layout.origin} checkpoint")
+        yield reason
+
+
+def _fp32(tensors: dict[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
+    """Quantised, half and double weights as fp32, which is what evaluations compute in; says so."""
+    odd = [
+        name for name, t in tensors.items() if t.is_quantized or (t.is_floating_point() and t.dtype != torch.float32)
+    ]
+    if odd:
+        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in odd}))
+        warnings.append(f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})")
+    cast = {name: tensors[name].dequantize() if tensors[name].is_quantized else tensors[name] for name in odd}
+    return {name: cast[name].float() if name in cast else tensor for name, tensor in tensors.items()}
+
+
+# Which architecture?
+
+
+@cache
+def _expected(arch: str) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of an architecture's backbone, without its memory."""
+    with torch.device("meta"):
+        return dict(build_backbone(arch).state_dict())
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in tensors.items() if not name.endswith(OPTIONAL)}
+
+
+def nearest(tensors: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The architecture that shares most names and shapes with these tensors, and the share (1 is all)."""
+    ours = _shapes(tensors)
+
+    def share(arch: str) -> float:
+        theirs = _shapes(_expected(arch))
+        return len(ours & theirs) / len(ours | theirs)
+
+    best = max(ARCHITECTURES, key=share)
+    return best, share(best)
+
+
+def infer(source: str, tensors: Mapping[str, Tensor]) -> str:
+    """The architecture of these backbone tensors.
+
+    Raises:
+        InputError: they are of none that we build; the message says what they are.
+    """
+    best, share = nearest(tensors)
+    if share < 0.9 and structure(tensors) != structure(_expected(best)):
+        raise InputError(
+            f"{source}: not an architecture we build: it is {structure(tensors)}; the nearest is {best}, "
+            f"{structure(_expected(best))}"
+        )
+    return best
+
+
+def structure(tensors: Mapping[str, Tensor]) -> str:
+    """A ResNet's tensors in words: blocks per stage, widths, stem and shortcuts."""
+    blocks: dict[str, set[str]] = {}
+    for name in tensors:
+        if found := re.match(r"layer(\d+)\.(\d+)\.", name):
+            blocks.setdefault(found[1], set()).add(found[2])
+    if not blocks or "conv1.weight" not in tensors or tensors["conv1.weight"].ndim != 4:
+        first = ", ".join(list(tensors)[:3])
+        return f"no ResNet under torchvision's names (its tensors: {first}, ...)"
+    kind = "bottleneck" if any(name.endswith("conv3.weight") for name in tensors) else "basic"
+    depth = "-".join(str(len(blocks[stage])) for stage in sorted(blocks, key=int))
+    stem = tensors["conv1.weight"].shape
+    widths = [
+        tensors[name].shape[0] for name in (f"layer{stage}.0.conv1.weight" for stage in blocks) if name in tensors
+    ]
+    shortcuts = "" if any(".downsample." in name for name in tensors) else ", shortcuts without parameters"
+    return (
+        f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {'-'.join(map(str, widths))} channels wide, "
+        f"stem of {stem[0]} channels and {'x'.join(map(str, stem[2:]))} pixels{shortcuts}"
+    )
+
+
+# Proof of load
+
+
+def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str]) -> nn.Module:
+    """Build `arch`, load the tensors, and show that each arrived bit for bit.
+
+    Args:
+        source: for messages.
+        tensors: the backbone's, under torchvision's names, parameters and BN buffers alike.
+        arch: a key of ARCHITECTURES.
+        warnings: doubts are appended here.
+    Raises:
+        InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
+    """
+    expected = _expected(arch)
+    counters = [name for name in expected if name.endswith(OPTIONAL)]
+    if not any(name in tensors for name in counters):
+        warnings.append(f"num_batches_tracked is absent ({len(counters)} counts, as in old files) and was set to 0")
+        tensors = tensors | {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    _require_match(source, tensors, expected, arch)
+    _require_finite(source, tensors)
+    _doubt_statistics(tensors, warnings)
+    with torch.device("meta"):
+        net = build_backbone(arch)
+    net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    loaded = net.state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in loaded)
+    return net.eval()
+
+
+def _require_match(source: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], arch: str) -> None:
+    shared = [name for name in expected if name in tensors]
+    wrong: dict[str, list[str]] = {
+        "have another shape": [name for name in shared if tensors[name].shape != expected[name].shape],
+        "are missing": [name for name in expected if name not in tensors],
+        "are unexpected": [name for name in tensors if name not in expected],
+        "have another dtype": [name for name in shared if tensors[name].dtype != expected[name].dtype],
+    }
+    wrong = {what: names for what, names in wrong.items() if names}
+    if not wrong:
+        return
+    counts = ", ".join(f"{len(names)} {what}" for what, names in wrong.items())
+    what, names = next(iter(wrong.items()))
+    raise InputError(
+        f"{source}: of the {len(expected)} backbone tensors of {arch}, {counts} "
+        f"(first: {names[0]}{_detail(what, names[0], tensors, expected)}). {_explanation(tensors, arch)}"
+    )
+
+
+def _detail(what: str, name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    if what == "have another shape":
+        return f", {_size(tensors[name])}, expected {_size(expected[name])}"
+    if what == "have another dtype":
+        return f", {tensors[name].dtype}, expected {expected[name].dtype}"
+    return f", {_size(expected[name] if what == 'are missing' else tensors[name])}"
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _explanation(tensors: Mapping[str, Tensor], arch: str) -> str:
+    """The nearest explanation of a mismatch, and the way out."""
+    best, share = nearest(tensors)
+    if best != arch and share > 0.9:
+        stem = " (CIFAR stem)" if ARCHITECTURES[best].cifar_stem and not ARCHITECTURES[arch].cifar_stem else ""
+        return f"This looks like {best}{stem}: try --arch {best}."
+    if structure(tensors) != structure(_expected(arch)):
+        return f"The file holds {structure(tensors)}."
+    return f"The rest is a {arch}: the file is incomplete or was altered; write it again from where it was trained."
+
+
+def _require_finite(source: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{source}: {name} has {count} values that are not finite, of {tensor.numel()}; the training that "
+                "wrote it diverged: take an earlier checkpoint"
+            )
+
+
+def _doubt_statistics(tensors: Mapping[str, Tensor], warnings: list[str]) -> None:
+    means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
+    variances = [tensor for name, tensor in tensors.items() if name.endswith("running_var")]
+    if all((mean == 0).all() for mean in means) and all((variance == 1).all() for variance in variances):
+        warnings.append("every BN running statistic is at its initial value: this encoder never saw data in train mode")
+    elif any((variance < 0).any() for variance in variances):
+        warnings.append("a BN running variance is negative: the features will not be finite")
+
+
+# What travels with the backbone
+
+
+def _head(source: str, tensors: dict[str, Tensor], feature_dim: int) -> nn.Module | None:
+    """The projection head: linear (MoCo v1) or two layers with a ReLU (v2); None where the file has none."""
+    if not tensors:
+        return None
+    if tensors.keys() == {"weight", "bias"}:
+        head: nn.Module = nn.Linear(feature_dim, len(tensors["bias"]), device="meta")
+    elif tensors.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        hidden, dim = len(tensors["0.bias"]), len(tensors["2.bias"])
+        layers = nn.Linear(feature_dim, hidden, device="meta"), nn.ReLU(), nn.Linear(hidden, dim, device="meta")
+        head = nn.Sequential(*layers)
+    else:
+        raise InputError(f"{source}: the projection head is neither linear nor an MLP: it holds {', '.join(tensors)}")
+    for name, wanted in head.state_dict().items():
+        if tensors[name].shape != wanted.shape or tensors[name].dtype != wanted.dtype:
+            there = f"{_size(tensors[name])} {tensors[name].dtype}"
+            raise InputError(f"{source}: the projection head's {name} is {there}, expected {_size(wanted)} float32")
+    _require_finite(source, {f"the head's {name}": tensor for name, tensor in tensors.items()})
+    head.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    return head.eval()
+
+
+def _preprocessing(found: Checkpoint) -> Preprocessing | None:
+    if found.layout.preprocessing is not None:
+        return found.layout.preprocessing
+    values = found.values.get("preprocessing")
+    if values is None:
+        return None
+    try:
+        return Preprocessing.from_dict(values)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{found.path}: its preprocessing entry is damaged: {error}") from None
+
+
+def _origin(found: Checkpoint) -> str:
+    """The layout; for a copy that our `convert` wrote, also what it was made of."""
+    made_of = found.values.get("origin") if found.layout.format == SAFETENSORS else None
+    return f"{found.layout.origin}, from {made_of}" if made_of else found.layout.origin
+
+
+def _pretraining(found: Checkpoint) -> dict[str, Any] | None:
+    """What the file says of its pretraining; an official one says how many epochs it has had."""
+    values: Any = found.values.get("pretraining")
+    if values is not None and not isinstance(values, dict):
+        raise InputError(f"{found.path}: its pretraining entry is a {type(values).__name__}, not a dict")
+    epochs = found.values.get("epoch")
+    if values is None and found.layout.projection and isinstance(epochs, int):
+        return {"epochs": epochs}
+    return values
