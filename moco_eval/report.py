@@ -14,6 +14,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from moco_eval import __version__, config, files, results
@@ -284,33 +285,49 @@ def _score(record: dict[str, Any], metric: str) -> Score:
         else {"head": "heads"}.get(record["over"], "trials")
     )
     interval = record["interval"].get(metric)
-    return Score(
-        record["metrics"][metric], record["std"].get(metric), n, unit, tuple(interval) if interval else None
-    )
+    spread = record["std"].get(metric)
+    return Score(record["metrics"][metric], spread, n, unit, tuple(interval) if interval else None)
 
 
 def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str]) -> list[str]:
-    """What the table says, in sentences: who reaches what, and where a trained encoder is ahead and where not."""
-    sentences = []
+    """What the table says: the first column in numbers, then where each trained encoder stands in all."""
+    if not columns:
+        return []
+    first = columns[0]
+    reached = ", ".join(f"{name} {first.scores[name].words}" for name in encoders if name in first.scores)
+    what = _what(first)
+    what = what if what.startswith("kNN") else what[0].upper() + what[1:]
+    sentences = [f"{what} on {first.dataset}, in percent: {reached}."]
+    for name in encoders:
+        for rival in encoders:
+            if kinds[name] == "trained" and kinds[rival] != "trained":
+                sentences += _standing(columns, name, rival)
+    return sentences
+
+
+def _what(column: Column) -> str:
+    words = f"{column.task} {column.metric}"
+    return words if column.task == "detection" else f"{words} with {column.regime}"
+
+
+def _standing(columns: Sequence[Column], name: str, rival: str) -> list[str]:
+    """In which columns one encoder is ahead of another, level, or behind; nothing where they never meet."""
+    places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
     for column in columns:
-        present = [name for name in encoders if name in column.scores]
-        what = "" if column.task == "detection" else f" with {column.regime}"
-        reached = ", ".join(f"{name} {column.scores[name].words}" for name in present)
-        sentences.append(
-            f"{column.task.capitalize()}{what} on {column.dataset}, {column.metric} in percent: {reached}."
-        )
-        sentences[-1] = sentences[-1].replace("Knn", "kNN")
-        sentences += [_verdict(column, name, present, kinds) for name in present if kinds[name] == "trained"]
-    return [sentence for sentence in sentences if sentence]
-
-
-def _verdict(column: Column, name: str, present: list[str], kinds: dict[str, str]) -> str:
-    mine = column.scores[name]
-    rivals = [rival for rival in present if kinds[rival] != "trained"]
-    judged = [f"{mine.against(column.scores[rival])} {rival}" for rival in rivals]
+        if name in column.scores and rival in column.scores:
+            places[column.scores[name].against(column.scores[rival])].append(_what(column))
+    judged = {words: where for words, where in places.items() if where}
     if not judged:
-        return ""
-    return f"There {name} is {', '.join(judged[:-1])}{' and ' if judged[:-1] else ''}{judged[-1]}."
+        return []
+    if len(judged) == 1 and len(columns) > 1:
+        ((words, where),) = judged.items()
+        return [f"{name} is {words} {rival} in {'all' if where[1:] else 'the'} {_count(where)} they share."]
+    parts = [f"{words} {rival} in {', '.join(where)}" for words, where in judged.items()]
+    return [f"{name} is {'; '.join(parts)}."]
+
+
+def _count(where: list[str]) -> str:
+    return f"{len(where)} measures" if where[1:] else "one measure"
 
 
 # Curves
@@ -357,6 +374,7 @@ def _knn_curve(lines: list[dict[str, Any]]) -> Markup:
     figure, axes = _axes("epoch", "kNN top-1 (%)")
     epochs, top1 = [line["epoch"] for line in lines], [line["knn_top1"] for line in lines]
     axes.plot(epochs, top1, color=ACCENT, linewidth=1.4, marker="o", markersize=2.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.12)
     return _svg(figure, "kNN accuracy against epoch")
 
