@@ -231,7 +231,8 @@ def _is_encoder(encoder: Record, match: Match) -> bool:
     if match.weights == "random":
         return encoder["origin"].startswith("random") or pretraining.get("epochs") == 0
     if match.weights == "supervised":  # a converted checkpoint has torchvision's layout too: the name decides
-        return encoder["path"].startswith("torchvision:") and encoder["path"].endswith("_V1")
+        named = encoder["path"].endswith("_V1") or encoder["origin"].endswith("_V1")
+        return encoder["path"].startswith("torchvision:") and named
     settings = config.flatten(pretraining.get("config", {}))
     return (
         pretraining.get("protocol") == match.protocol

@@ -1,0 +1,275 @@
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from PIL import Image
+
+from moco_eval import report
+from moco_eval.errors import InputError
+
+HOSTILE = '<script>alert("x")</script>'
+MOCO = {
+    "path": "runs/demo/pretrain/checkpoints/last.pth",
+    "sha256": "a" * 64,
+    "origin": "moco-eval/1",
+    "arch": "resnet18_quarter",
+    "pretraining": {"protocol": "pretrain/moco-v2@1", "epochs": 60, "config": {"seed": 0}},
+}
+RANDOM = MOCO | {"sha256": "b" * 64, "pretraining": {"epochs": 0, "config": {"seed": 0}}}
+PIXELS = MOCO | {
+    "path": "pixels",
+    "sha256": "c" * 64,
+    "origin": "raw pixels",
+    "arch": "pixels",
+    "pretraining": None,
+}
+
+
+def record(encoder, value, *, protocol="linear/moco-lincls@1", metric="top1", std=None, few=None, **more):
+    """A result record with invented numbers, to test the page only."""
+    n = 5 if std else 1
+    interval = {} if protocol.startswith("detect") else {metric: [value - 2, value + 2]}
+    return {
+        "schema": "moco-eval/result@1",
+        "protocol": protocol,
+        "dataset": {"name": "digits", "split": "test", "fingerprint": "f00d", "images": 500, "classes": 10}
+        | ({"labels_per_class": few} if few else {}),
+        "encoder": encoder,
+        "metrics": {metric: value},
+        "std": {metric: std} if std else {},
+        "interval": interval,
+        "trials": [{"seed": seed, "metrics": {metric: value}} for seed in range(n)],
+        "over": "head",
+        "selection": "last-epoch",
+        "equivalences": [],
+        "deviations": ["batch_size 100 instead of 256"],
+        "cost": {"seconds": 12.3, "images": 1797, "peak_memory_MB": 400.0, "device": "cpu"},
+        "environment": {},
+        **more,
+    }
+
+
+def write_run(folder, command, result=None, **values):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"command": command, **values}))
+    environment = {
+        "command": f"moco-eval {command} somewhere",
+        "time": "2026-01-01T00:00:00+0000",
+        "versions": {"moco-eval": "0.1.0", "torch": "2.6.0"},
+        "hardware": {"machine": "x86_64", "cpus": 2, "gpus": []},
+        "commit": "0123456789ab",
+        "seed": 0,
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def write_pretraining(folder):
+    write_run(
+        folder,
+        "pretrain",
+        dataset={"name": "digits", "images": 1297},
+        config={"protocol": "pretrain/moco-v2@1"},
+    )
+    lines = [{"step": 0, "epoch": 0, "chance": 8.3, "queue_full_step": 30}]
+    lines += [
+        {"step": step, "epoch": step / 20, "loss": 9 - step / 40, "accuracy": 5.0}
+        for step in range(10, 200, 10)
+    ]
+    lines += [{"step": 20 * epoch, "epoch": epoch, "knn_top1": 60.0 + epoch} for epoch in range(1, 11)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.new("RGB", (64, 32), "teal").save(folder / "views.png")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """The run directories of a demo, with invented numbers."""
+    root = tmp_path / "demo"
+    write_pretraining(root / "pretrain")
+    for name, encoder, few, knn in (
+        ("moco", MOCO, 88.0, 97.0),
+        ("random", RANDOM, 70.0, 80.0),
+        ("pixels", PIXELS, 90.0, 98.5),
+    ):
+        write_run(root / f"linear-10-{name}", "linear", record(encoder, few, std=1.5, few=10))
+        write_run(root / f"linear-{name}", "linear", record(encoder, few + 5))
+        folder = write_run(root / f"knn-{name}", "knn", record(encoder, knn, protocol="knn/instdisc@1"))
+        Image.new("RGB", (60, 40), "navy").save(folder / "neighbours.png")
+    for name, encoder, value in (("moco", MOCO, 40.0), ("random", RANDOM, 20.0)):
+        scores = {"per_class": {HOSTILE: {"AP50": 12.5}, "7": {"AP50": None}}}
+        folder = write_run(
+            root / f"detect-{name}",
+            "detect",
+            record(encoder, value, protocol="detect/x@1", metric="AP50", **scores),
+        )
+        (folder / "pictures").mkdir()
+        for number in range(6):
+            Image.new("RGB", (80, 40), "olive").save(folder / "pictures" / f"{number}-scene.png")
+    return root
+
+
+@pytest.fixture
+def page(runs, tmp_path):
+    report.write_report([runs], tmp_path / "report.html", title=f"Demo {HOSTILE}")
+    return (tmp_path / "report.html").read_text()
+
+
+def test_every_number_is_on_the_page_fewest_labels_first(page):
+    for words in (
+        "88.0 ± 1.5",
+        "70.0 ± 1.5",
+        "90.0 ± 1.5",
+        "93.0",
+        "97.0",
+        "98.5",
+        "40.0",
+        "[86.0, 90.0]",
+        "5 draws",
+    ):
+        assert words in page
+    head = page[page.index("<thead>") : page.index("</thead>")]
+    assert head.index("10 labels per class") < head.index("all labels") < head.index("detection")
+
+
+def test_the_summary_says_where_moco_wins_and_where_not(runs):
+    found = report.read_runs([runs])
+    words = " ".join(report._contents(found)["summary"])
+    assert words.startswith(
+        "Linear top-1 with 10 labels per class on digits, in percent: "
+        "MoCo (epoch 60) 88.0 ± 1.5, random initialisation 70.0 ± 1.5, raw pixels 90.0 ± 1.5."
+    )
+    assert "MoCo (epoch 60) is ahead of random initialisation in all 4 measures they share." in words
+    assert (
+        "MoCo (epoch 60) is level with raw pixels in linear top-1 with all labels, "
+        "kNN top-1 with all labels; "
+        "behind raw pixels in linear top-1 with 10 labels per class."
+    ) in words
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "words"),
+    [
+        (report.Score(80, 2.0, 5, "draws", None), report.Score(81.5, 1.0, 5, "draws", None), "level with"),
+        (report.Score(80, 1.0, 5, "draws", None), report.Score(81.5, 1.0, 5, "draws", None), "behind"),
+        (
+            report.Score(80, None, 1, "heads", (78, 82)),
+            report.Score(77, None, 1, "heads", (75, 79)),
+            "level with",
+        ),
+        (
+            report.Score(80, None, 1, "heads", (79, 81)),
+            report.Score(77, None, 1, "heads", (75, 78)),
+            "ahead of",
+        ),
+        (report.Score(80, None, 1, "trials", None), report.Score(79, None, 1, "trials", None), "ahead of"),
+    ],
+)
+def test_a_difference_within_the_spread_is_no_win(mine, other, words):
+    assert mine.against(other) == words
+
+
+def test_nothing_is_fetched_and_nothing_runs(page):
+    assert "http" not in page
+    assert "<script" not in page and "@import" not in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert sources and all(source.startswith(("data:", "#")) for source in sources)
+    assert not re.search(r"url\((?!#)", page)
+    assert len(page) < 3_000_000
+
+
+def test_what_users_name_is_escaped(page):
+    assert HOSTILE not in page
+    assert page.count("&lt;script&gt;") >= 3  # in the title twice, and as a class of the detections
+
+
+def test_curves_carry_their_marks_and_take_the_pages_colours(page):
+    assert "chance 8.30" in page and "queue full" in page
+    assert "var(--accent)" in page and "currentColor" in page and "#010203" not in page
+    assert page.count("<svg") == 2
+
+
+def test_pictures_are_inside_and_limited(page):
+    assert page.count("data:image/png;base64,") == 1 + 3 + 2 * report.PICTURES
+
+
+def test_a_large_picture_is_made_smaller(tmp_path):
+    Image.effect_noise((1500, 1500), 90).save(tmp_path / "big.png")
+    assert (tmp_path / "big.png").stat().st_size > report.PICTURE_BYTES
+    assert report._image(tmp_path / "big.png").startswith("data:image/jpeg")
+
+
+def test_two_encoders_never_share_a_name(tmp_path):
+    other = MOCO | {"path": "runs/second/checkpoints/last.pth", "sha256": "d" * 64}
+    twin = MOCO | {"path": "elsewhere/second/checkpoints/last.pth", "sha256": "e" * 64}
+    for name, encoder in (("one", MOCO), ("two", other), ("three", twin)):
+        write_run(tmp_path / "r" / name, "linear", record(encoder, 80.0))
+    names = report.encoder_names(report.read_runs([tmp_path / "r"]))
+    assert names[MOCO["sha256"]] == "MoCo (epoch 60), pretrain"
+    assert sorted(names.values())[1:] == [
+        "MoCo (epoch 60), second, dddddddd",
+        "MoCo (epoch 60), second, eeeeeeee",
+    ]
+
+
+def test_other_settings_are_another_column(tmp_path):
+    write_run(tmp_path / "r" / "one", "linear", record(MOCO, 80.0))
+    write_run(
+        tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["optimizer.lr 1 instead of 30"])
+    )
+    runs = report.read_runs([tmp_path / "r"])
+    columns = report.result_columns(runs, report.encoder_names(runs))
+    assert [len(column.scores) for column in columns] == [1, 1]
+    assert {column.regime for column in columns} == {"all labels", "all labels, settings 2"}
+
+
+def test_pretraining_alone_makes_a_page(tmp_path):
+    write_pretraining(tmp_path / "pretrain")
+    report.write_report([tmp_path / "pretrain"], tmp_path / "report.html")
+    assert "No evaluation is among these runs yet." in (tmp_path / "report.html").read_text()
+
+
+def test_a_line_being_written_is_passed_over_and_a_damaged_one_is_not(tmp_path):
+    folder = write_pretraining(tmp_path / "pretrain")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text + '{"step": 2')
+    assert report.read_runs([folder])
+    (folder / "metrics.jsonl").write_text('{"step": 2\n' + text)
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        report.read_runs([folder])
+
+
+def test_what_is_no_run_is_refused(tmp_path, runs):
+    with pytest.raises(InputError, match="is no folder"):
+        report.write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty holds no finished run"):
+        report.write_report([runs, tmp_path / "empty"], tmp_path / "report.html")
+    (runs / "knn-moco" / "neighbours.png").write_text("no picture")
+    with pytest.raises(InputError, match="not a readable picture"):
+        report.write_report([runs], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_opens_in_a_browser_without_complaint(page, tmp_path, width):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        f"--window-size={width},2000",
+    ]
+    command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.size == (width, 2000) and len(shot.convert("RGB").getcolors(1 << 24)) > 50
