@@ -241,11 +241,7 @@ def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
 def _key(record: dict[str, Any], metric: str) -> tuple:
     """What a column holds fixed: labels, protocol, data, metric, and the settings that left the protocol."""
     dataset = record["dataset"]
-    order = (
-        list(TASKS).index(record["protocol"].split("/")[0])
-        if record["protocol"].split("/")[0] in TASKS
-        else 9
-    )
+    order = list(TASKS).index(record["protocol"].split("/")[0]) if record["protocol"].split("/")[0] in TASKS else 9
     own = tuple(words for words in record["deviations"] if not words.startswith("encoder: "))
     where = (dataset["name"], dataset.get("split"), dataset.get("fingerprint"))
     return (
@@ -261,9 +257,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
 def _column(record: dict[str, Any], metric: str) -> Column:
     task, few = record["protocol"].split("/")[0], record["dataset"].get("labels_per_class")
     regime = f"{few} labels per class" if few else "all labels"
-    return Column(
-        TASKS.get(task, task), regime, record["dataset"]["name"], METRICS[metric], record["protocol"]
-    )
+    return Column(TASKS.get(task, task), regime, record["dataset"]["name"], METRICS[metric], record["protocol"])
 
 
 def _tell_apart(columns: list[Column]) -> list[Column]:
@@ -279,11 +273,7 @@ def _tell_apart(columns: list[Column]) -> list[Column]:
 
 def _score(record: dict[str, Any], metric: str) -> Score:
     n = len(record["trials"])
-    unit = (
-        "draws"
-        if record["dataset"].get("labels_per_class")
-        else {"head": "heads"}.get(record["over"], "trials")
-    )
+    unit = "draws" if record["dataset"].get("labels_per_class") else {"head": "heads"}.get(record["over"], "trials")
     interval = record["interval"].get(metric)
     spread = record["std"].get(metric)
     return Score(record["metrics"][metric], spread, n, unit, tuple(interval) if interval else None)
@@ -401,9 +391,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     for colour, name in COLOURS.items():
         text = text.replace(colour, name)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', text, count=1
-    )
+    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', text, count=1)
     return Markup(text)
 
 
@@ -416,9 +404,7 @@ def _has(run: Run, name: str) -> bool:
 
 def _neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list[tuple[str, str]]:
     found = {
-        names[_sha(run)]: run.path / "neighbours.png"
-        for run in runs
-        if run.record and _has(run, "neighbours.png")
+        names[_sha(run)]: run.path / "neighbours.png" for run in runs if run.record and _has(run, "neighbours.png")
     }
     return [(name, _image(found[name])) for name in order if name in found]
 
@@ -520,9 +506,7 @@ def _pretraining_facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     words = _data_words(dataset) if isinstance(dataset, dict) else str(dataset)
     fingerprint = dataset.get("fingerprint", "") if isinstance(dataset, dict) else ""
     skipped = ("protocol", "expect")
-    recipe = {
-        key: value for key, value in recipe.items() if not key.startswith(skipped) and value is not None
-    }
+    recipe = {key: value for key, value in recipe.items() if not key.startswith(skipped) and value is not None}
     return [
         ("data", words),
         ("fingerprint", fingerprint),

@@ -77,10 +77,7 @@ def write_pretraining(folder):
         config={"protocol": "pretrain/moco-v2@1"},
     )
     lines = [{"step": 0, "epoch": 0, "chance": 8.3, "queue_full_step": 30}]
-    lines += [
-        {"step": step, "epoch": step / 20, "loss": 9 - step / 40, "accuracy": 5.0}
-        for step in range(10, 200, 10)
-    ]
+    lines += [{"step": step, "epoch": step / 20, "loss": 9 - step / 40, "accuracy": 5.0} for step in range(10, 200, 10)]
     lines += [{"step": 20 * epoch, "epoch": epoch, "knn_top1": 60.0 + epoch} for epoch in range(1, 11)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Image.new("RGB", (64, 32), "teal").save(folder / "views.png")
@@ -219,9 +216,7 @@ def test_two_encoders_never_share_a_name(tmp_path):
 
 def test_other_settings_are_another_column(tmp_path):
     write_run(tmp_path / "r" / "one", "linear", record(MOCO, 80.0))
-    write_run(
-        tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["optimizer.lr 1 instead of 30"])
-    )
+    write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["optimizer.lr 1 instead of 30"]))
     runs = report.read_runs([tmp_path / "r"])
     columns = report.result_columns(runs, report.encoder_names(runs))
     assert [len(column.scores) for column in columns] == [1, 1]
