@@ -1,0 +1,115 @@
+"""The command line's contract: names, exit codes, one clear line for each mistake."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import ROOT, environment, error_line, moco_eval
+
+COMMANDS = ("pretrain", "inspect", "convert", "knn", "linear", "detect", "table", "report", "configs", "demo")
+
+
+def test_help_names_every_command_at_once():
+    start = time.perf_counter()
+    out, _ = moco_eval("--help")
+    assert time.perf_counter() - start < 5  # a safeguard on a busy machine; the aim of 0.5 s is in docs/measurements.md
+    assert all(command in out for command in COMMANDS)
+
+
+def test_help_imports_neither_torch_nor_pydantic():
+    code = "import sys, moco_eval.cli; print(*[name for name in ('torch', 'pydantic', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    from click.testing import CliRunner
+
+    from moco_eval.cli import cli
+
+    done = CliRunner().invoke(cli, [command, "--help"])
+    assert done.exit_code == 0 and "Usage:" in done.output
+
+
+def test_configs_and_tables_are_listed_name_first():
+    configs = moco_eval("configs")[0].splitlines()
+    assert "pretrain/moco_v2_r50" in configs and "linear/moco-lincls" in configs
+    tables = [line.split()[0] for line in moco_eval("table", "--list")[0].splitlines()]
+    assert {"cifar10-demo", "moco-v1-2b", "moco-v2-1"} <= set(tables)
+    assert "temperature: 0.2" in moco_eval("configs", "show", "pretrain/moco_v2_r50")[0]
+
+
+def test_only_the_command_line_and_the_demo_know_both_packages():
+    """`pretraining` makes checkpoints, `moco_eval` judges them; the file is the interface."""
+    importers = set()
+    for path in sorted((ROOT / "moco_eval").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "pretraining" for name in names):
+                importers.add(path.name)
+    assert importers == {"cli.py", "demo.py"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["linear", "random:resnet18"], "--dataset imagenet needs --data FOLDER"),
+        (["knn", "random:resnet18", "--dataset", "cifar10"], "for example --dataset cifar10 --data"),
+        (["detect", "random:resnet50"], "for example: moco-eval detect"),
+        (["detect", "random:resnet50", "--dataset", "voc"], "needs"),
+        (["linear", "nowhere.pth", "--dataset", "digits"], "nowhere.pth does not exist"),
+        (["linear", "random:resnet19", "--dataset", "digits"], "Did you mean 'resnet18'"),
+        (["linear", "random:resnet18", "--dataset", "digits", "--labels", "ten"], "is not N-per-class"),
+        (
+            ["linear", "random:resnet18", "--dataset", "digits", "--protocol", "moco-linclss"],
+            "Did you mean 'moco-lincls'",
+        ),
+        (["knn", "random:resnet18", "--dataset", "digits", "--set", "kk=3"], "unknown key 'kk'"),
+        (["knn", "random:resnet18_quarter", "--dataset", "digits", "--device", "cuda:9"], "--device cuda:9"),
+        (["table", "moco-v1-2bb"], "Did you mean 'moco-v1-2b'"),
+        (["table"], "moco-eval table --list"),
+        (["report", "nowhere"], "nowhere"),
+        (["configs", "show", "pretrain/cifar"], "Did you mean 'pretrain/cifar10'"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_way_out(arguments, words, in_tmp):
+    assert words in error_line(*arguments, cwd=in_tmp)
+    assert not list(in_tmp.iterdir())
+
+
+def test_knn_and_linear_as_a_user_runs_them(in_tmp):
+    out, _ = moco_eval("knn", "pixels", "--dataset", "digits", "--protocol", "digits", cwd=in_tmp)
+    assert out.startswith("knn/instdisc@1 digits top1 ")
+    runs = list((in_tmp / "runs").iterdir())
+    assert [run.name for run in runs] == ["knn-pixels-" + runs[0].name.split("-")[2] + "-digits-instdisc"]
+    again, err = moco_eval("knn", "pixels", "--dataset", "digits", "--protocol", "digits", cwd=in_tmp)
+    assert again == out and "already done" in err
+    refused = error_line("knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--set", "k=5", cwd=in_tmp)
+    assert "holds another run: config.k is 20 there and 5 now" in refused
+
+
+def test_an_unreadable_evaluation_image_ends_in_one_line(in_tmp):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (in_tmp / "data" / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (40, 40), (i, 9, 9)).save(in_tmp / "data" / split / name / f"{i}.jpg")
+    (in_tmp / "data" / "train" / "b" / "1.jpg").write_text("no image")
+    for workers in ("0", "1"):
+        arguments = ["knn", "random:resnet18_quarter", "--dataset", "imagefolder", "--data", "data", "--set", "k=2"]
+        line = error_line(*arguments, "--workers", workers, "--output", "out", cwd=in_tmp)
+        assert line.startswith("Error: data/train/b/1.jpg is not an image")
+    assert not (in_tmp / "out" / "result.json").exists()
+
+
+def test_an_unwritable_output_is_said(in_tmp):
+    Path("file").write_text("x")
+    line = error_line("knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--output", "file", cwd=in_tmp)
+    assert "is a file; give a folder" in line

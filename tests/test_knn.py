@@ -1,0 +1,95 @@
+"""The kNN classifier against naive loops and scikit-learn, and the protocol as a whole."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch.nn.functional import normalize
+
+from moco_eval import config as configs
+from moco_eval import knn
+from moco_eval.config import KnnConfig
+from moco_eval.data.images import open_images
+from moco_eval.encoders.load import load
+from moco_eval.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(300, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    return bank, queries, torch.randint(0, 7, (300,), generator=generator)
+
+
+def test_scores_against_a_naive_loop(features):
+    bank, queries, labels = features
+    found = knn.nearest(queries, bank, 20, block=7)
+    scores = knn.vote(found, labels, 7, temperature=0.07)
+    for i, query in enumerate(queries):
+        similarity = [(query @ row / (query.norm() * row.norm())).item() for row in bank]
+        best = sorted(range(300), key=lambda j: -similarity[j])[:20]
+        naive = [sum(math.exp(similarity[j] / 0.07) for j in best if labels[j] == c) for c in range(7)]
+        ours = scores[i].double() * math.exp(1 / 0.07)
+        assert torch.allclose(ours, torch.tensor(naive, dtype=torch.float64), rtol=1e-3)
+
+
+def test_neighbours_are_scikit_learns(features):
+    bank, queries, _ = features
+    theirs = NearestNeighbors(n_neighbors=10, algorithm="brute", metric="cosine").fit(bank).kneighbors(queries)[1]
+    assert np.array_equal(knn.nearest(queries, bank, 10).index.numpy(), theirs)
+
+
+def test_more_neighbours_than_images_are_refused(features):
+    bank, queries, _ = features
+    with pytest.raises(InputError, match="k 301 is more than the 300 images"):
+        knn.nearest(queries, bank, 301)
+
+
+def test_accuracy_in_percent():
+    scores = torch.tensor([[3.0, 2, 1], [3, 2, 1], [1, 2, 3], [1, 3, 2]])
+    assert knn.accuracy(scores, torch.tensor([0, 1, 2, 2])) == 50
+    assert knn.accuracy(scores, torch.tensor([0, 1, 2, 2]), top=2) == 100
+
+
+def test_protocol_on_pixels_is_cosine_knn_and_leaves_a_record(tmp_path):
+    train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    config = configs.load("digits", "knn", KnnConfig)
+    record = knn.evaluate(load("pixels"), train, test, config, tmp_path, CPU)
+    assert record == json.loads((tmp_path / "result.json").read_text())
+    assert record["protocol"] == "knn/instdisc@1" and record["dataset"]["name"] == "digits"
+    assert record["deviations"] == ["k 20 instead of 200"]
+    low, high = record["interval"]["top1"]
+    assert low < record["metrics"]["top1"] < high
+    assert record["metrics"]["top1"] > 90
+    with np.load(tmp_path / "predictions.npz") as kept:
+        assert 100 * (kept["prediction"] == kept["label"]).mean() == pytest.approx(record["metrics"]["top1"])
+    assert (tmp_path / "neighbours.png").is_file()
+    again = knn.evaluate(load("pixels"), train, test, config, tmp_path, CPU)
+    assert again == record
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("instdisc", (200, 0.07, "pooled")), ("cifar10-demo", (200, 0.1, "head"))]
+)
+def test_protocols_are_as_specified(name, settings):
+    config = configs.load(name, "knn", KnnConfig)
+    assert (config.k, config.temperature, config.feature) == settings
+    assert config.protocol == f"knn/{name}@1"
+
+
+def test_the_head_is_asked_only_of_encoders_that_have_one(tmp_path):
+    train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    config = configs.load("cifar10-demo", "knn", KnnConfig, ["workers=0"])
+    with pytest.raises(InputError, match="has no projection head"):
+        knn.evaluate(load("random:resnet18_quarter"), train, test, config, tmp_path, CPU)
+
+
+def test_normalised_features_do_not_change_the_answer(features):
+    bank, queries, _ = features
+    scaled = knn.nearest(5 * queries, normalize(bank, dim=1), 5).index
+    assert torch.equal(scaled, knn.nearest(queries, bank, 5).index)

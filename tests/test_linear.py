@@ -1,0 +1,167 @@
+"""Linear classification: the official loop, the frozen check, resuming."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from moco_eval import config as configs
+from moco_eval import linear
+from moco_eval.config import LinearConfig
+from moco_eval.data.images import open_images
+from moco_eval.data.loader import Batches, Examples, crop_transform
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.load import load
+from moco_eval.errors import Interrupted, RunFailed
+
+CPU = torch.device("cpu")
+SETTINGS = [
+    "schedule.epochs=3",
+    "schedule.milestones=[2]",
+    "batch_size=64",
+    "workers=0",
+    "augmentation.crop_scale=[0.6,1]",
+]
+
+
+class TinyNet(nn.Module):
+    """A convolution and a batch norm, pooled: enough to be frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 5, stride=4), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x))).mean((2, 3))
+
+
+def tiny_encoder() -> Encoder:
+    torch.manual_seed(0)
+    size = Preprocessing(32, 32, (0.3,) * 3, (0.3,) * 3)
+    return Encoder("tiny", "tiny", "tiny", TinyNet(), 6, None, "test", "0" * 64, 9, preprocessing=size)
+
+
+def task(*settings: str, **rest) -> linear.Task:
+    config = configs.load("moco-lincls", "linear", LinearConfig, [*SETTINGS, "optimizer.lr=1.0", *settings])
+    train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    return linear.Task(rest.pop("encoder", None) or tiny_encoder(), train, test, config, **rest)
+
+
+def test_the_protocol_is_as_published():
+    config = configs.load("moco-lincls", "linear", LinearConfig)
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.sgd_momentum) == (30, 0, 0.9)
+    assert (config.batch_size, config.schedule.epochs, config.schedule.milestones) == (256, 100, (60, 80))
+    rates = [linear.step_rate(config.schedule, 30, epoch) for epoch in (0, 59, 60, 79, 80, 99)]
+    assert rates == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
+
+
+def test_step_by_step_against_the_official_loop_restated(tmp_path):
+    """The same weights, batches and start: the same classifier, with torch's own SGD and cross-entropy."""
+    work = task()
+    training = linear.Training(work, work.train, 0, tmp_path / "state.pth", CPU)
+    reference = nn.Linear(6, 10)
+    reference.load_state_dict(training.classifier.state_dict())
+    backbone = tiny_encoder().backbone.eval()
+    sgd = torch.optim.SGD(reference.parameters(), 1.0, momentum=0.9, weight_decay=0)
+    crops = Examples(work.train, crop_transform(work.encoder.preprocessing, (0.6, 1.0), True), 0)
+    for row in Batches(len(work.train), 64, 0, range(3), shuffle=True, drop_last=False):
+        sgd.param_groups[0]["lr"] = 1.0 if row[0][0] < 2 else 0.1
+        images, labels, _ = zip(*(crops[item] for item in row))
+        with torch.no_grad():
+            features = backbone(torch.stack(images))
+        loss = nn.CrossEntropyLoss()(reference(features), torch.tensor(labels))
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    training.run()
+    assert torch.allclose(training.classifier.weight, reference.weight, atol=1e-6)
+    assert torch.allclose(training.classifier.bias, reference.bias, atol=1e-6)
+
+
+def test_the_backbone_is_bit_identical_and_the_head_moved(tmp_path):
+    work = task(encoder=load("random:resnet18_quarter"))
+    before = linear.snapshot(work.encoder.backbone)
+    record = linear.evaluate(work, tmp_path, CPU)
+    assert all(torch.equal(before[name], tensor) for name, tensor in work.encoder.backbone.state_dict().items())
+    assert record["metrics"]["top1"] > 20  # chance is 10
+    assert record["selection"] == "last-epoch" and record["over"] == "head"
+    assert "optimizer.lr 1.0 instead of 30.0" in record["deviations"]
+    assert record == json.loads((tmp_path / "result.json").read_text())
+
+
+def test_a_backbone_left_in_train_mode_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "freeze", lambda net: net.requires_grad_(False).train())
+    with pytest.raises(RunFailed, match=r"the frozen backbone changed: 3 of 7 tensors, first \['bn.running_mean'\]"):
+        linear.evaluate(task(), tmp_path, CPU)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_head_that_does_not_move_is_caught(tmp_path):
+    work = task()
+    training = linear.Training(work, work.train, 0, tmp_path / "state.pth", CPU)
+    training.optimizer.step = lambda: None
+    with pytest.raises(RunFailed, match="did not move"):
+        training.run()
+
+
+def test_the_classifier_starts_as_published():
+    layer = linear.new_classifier(2000, 50, seed=0)
+    assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02) and not layer.bias.any()
+
+
+def test_only_two_tensors_are_trained(tmp_path):
+    work = task()
+    training = linear.Training(work, work.train, 0, tmp_path / "state.pth", CPU)
+    assert sum(len(group["params"]) for group in training.optimizer.param_groups) == 2
+    assert not any(parameter.requires_grad for parameter in training.backbone.parameters())
+
+
+def test_few_labels_are_drawn_anew_in_each_trial(tmp_path):
+    record = linear.evaluate(task(labels_per_class=10, trials=3), tmp_path, CPU)
+    assert [trial["seed"] for trial in record["trials"]] == [0, 1, 2]
+    values = [trial["metrics"]["top1"] for trial in record["trials"]]
+    assert record["metrics"]["top1"] == pytest.approx(np.mean(values))
+    assert record["std"]["top1"] == pytest.approx(np.std(values, ddof=1))
+    assert record["dataset"]["labels_per_class"] == 10
+    assert "10 labels per class" in record["deviations"]
+
+
+def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    whole = linear.evaluate(task(), tmp_path / "whole", CPU)
+    step, count = linear.Training.train_step, []
+
+    def stops(self, *arguments):
+        step(self, *arguments)
+        count.append(1)
+        if len(count) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(linear.Training, "train_step", stops)
+    with pytest.raises(Interrupted, match="epoch 1 of 3 is saved"):
+        linear.evaluate(task(), tmp_path / "parts", CPU)
+    parts = linear.evaluate(task(), tmp_path / "parts", CPU)
+    assert len(count) == 3 * 21
+    assert parts["trials"] == whole["trials"]
+    scores = [np.load(tmp_path / name / "predictions.npz")["scores"] for name in ("whole", "parts")]
+    assert np.array_equal(*scores)
+
+
+def test_a_loss_that_is_not_finite_stops_it(tmp_path):
+    with pytest.raises(RunFailed, match="the loss is .* in epoch 0"):
+        linear.evaluate(task("optimizer.lr=1e38"), tmp_path, CPU)
+
+
+def on_ranks(folder) -> dict:
+    return {"top1": linear.evaluate(task(), folder / "run", CPU)["metrics"]["top1"]}
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_good_as_one(tmp_path):
+    alone = linear.evaluate(task(), tmp_path / "alone", CPU)
+    for rank in run_ranks(on_ranks, tmp_path, tmp_path):
+        assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=0.21)  # one image in 500
