@@ -204,7 +204,7 @@ class Training:
             all_sum(torch.stack(self.losses).mean()).item() / world_size(),
         )
         self.losses = []
-        require_finite(loss, f"in epoch {done - 1}", "a smaller --set optimizer.lr may help")
+        require_finite(loss, f"epoch {done - 1}", "a smaller --set optimizer.lr may help")
         self._save(done)
         if done < epochs:
             stop.check(f"epoch {done} of {epochs} is saved: run the same command to go on")

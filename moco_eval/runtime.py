@@ -185,7 +185,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def require_finite(loss: float, what: str, way_out: str) -> None:
     """Raises RunFailed where the loss is not finite."""
     if not np.isfinite(loss):
-        raise RunFailed(f"the loss is {loss} {what}; {way_out}")
+        raise RunFailed(f"the loss is {loss} at {what}; {way_out}")
 
 
 # Interruption

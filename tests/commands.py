@@ -1,9 +1,12 @@
-"""Run the command line as a user does: in a process of its own, read from its exit code and its files."""
+"""Run the command line as a user does, read from its exit code, its output and its files."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,7 +17,7 @@ def environment() -> dict[str, str]:
 
 
 def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen:
-    """`moco-eval ARGUMENTS`, running."""
+    """`moco-eval ARGUMENTS` in a process of its own, running."""
     return subprocess.Popen(
         [sys.executable, "-m", "moco_eval", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -26,7 +29,10 @@ def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen:
 
 
 def moco_eval(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> tuple[str, str]:
-    """Run it to its end; the exit code must be `code`, and no error may be a traceback. Returns stdout, stderr."""
+    """Run it to its end in a process of its own. Returns stdout and stderr.
+
+    The exit code must be `code`, and no error may be a traceback.
+    """
     process = start(*arguments, cwd=cwd)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{out}\n{err}"
@@ -34,9 +40,20 @@ def moco_eval(*arguments: str | Path, code: int = 0, cwd: Path | None = None) ->
     return out, err
 
 
-def error_line(*arguments: str | Path, code: int = 2, cwd: Path | None = None) -> str:
-    """The one line of a command that fails as it should."""
-    _, err = moco_eval(*arguments, code=code, cwd=cwd)
+def error_line(capfd, monkeypatch, *arguments: str | Path, code: int = 2) -> str:
+    """The one line of a command that fails as it should, run through `main` in this process."""
+    from moco_eval.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["moco-eval", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    err = capfd.readouterr().err
+    assert ended.value.code == code, err
     lines = [line for line in err.splitlines() if line.startswith(("Error:", "Interrupted"))]
     assert len(lines) == 1, err
     return lines[0]

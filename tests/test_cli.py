@@ -77,23 +77,24 @@ def test_only_the_command_line_and_the_demo_know_both_packages():
         (["configs", "show", "pretrain/cifar"], "Did you mean 'pretrain/cifar10'"),
     ],
 )
-def test_mistakes_are_one_line_with_the_way_out(arguments, words, in_tmp):
-    assert words in error_line(*arguments, cwd=in_tmp)
+def test_mistakes_are_one_line_with_the_way_out(arguments, words, in_tmp, capfd, monkeypatch):
+    assert words in error_line(capfd, monkeypatch, *arguments)
     assert not list(in_tmp.iterdir())
 
 
-def test_knn_and_linear_as_a_user_runs_them(in_tmp):
+def test_knn_as_a_user_runs_it(in_tmp, capfd, monkeypatch):
     out, _ = moco_eval("knn", "pixels", "--dataset", "digits", "--protocol", "digits", cwd=in_tmp)
     assert out.startswith("knn/instdisc@1 digits top1 ")
     runs = list((in_tmp / "runs").iterdir())
     assert [run.name for run in runs] == ["knn-pixels-" + runs[0].name.split("-")[2] + "-digits-instdisc"]
     again, err = moco_eval("knn", "pixels", "--dataset", "digits", "--protocol", "digits", cwd=in_tmp)
     assert again == out and "already done" in err
-    refused = error_line("knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--set", "k=5", cwd=in_tmp)
+    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--set", "k=5"]
+    refused = error_line(capfd, monkeypatch, *arguments)
     assert "holds another run: config.k is 20 there and 5 now" in refused
 
 
-def test_an_unreadable_evaluation_image_ends_in_one_line(in_tmp):
+def test_an_unreadable_evaluation_image_ends_in_one_line(in_tmp, capfd, monkeypatch):
     from PIL import Image
 
     for split in ("train", "val"):
@@ -104,12 +105,14 @@ def test_an_unreadable_evaluation_image_ends_in_one_line(in_tmp):
     (in_tmp / "data" / "train" / "b" / "1.jpg").write_text("no image")
     for workers in ("0", "1"):
         arguments = ["knn", "random:resnet18_quarter", "--dataset", "imagefolder", "--data", "data", "--set", "k=2"]
-        line = error_line(*arguments, "--workers", workers, "--output", "out", cwd=in_tmp)
+        line = error_line(capfd, monkeypatch, *arguments, "--workers", workers, "--output", "out")
         assert line.startswith("Error: data/train/b/1.jpg is not an image")
     assert not (in_tmp / "out" / "result.json").exists()
 
 
-def test_an_unwritable_output_is_said(in_tmp):
+def test_an_unwritable_output_is_said(in_tmp, capfd, monkeypatch):
     Path("file").write_text("x")
-    line = error_line("knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--output", "file", cwd=in_tmp)
+    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--output"]
+    assert "cannot write" in error_line(capfd, monkeypatch, *arguments, "/proc/run")
+    line = error_line(capfd, monkeypatch, *arguments, "file")
     assert "is a file; give a folder" in line

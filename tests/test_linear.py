@@ -152,7 +152,7 @@ def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
-    with pytest.raises(RunFailed, match="the loss is .* in epoch 0"):
+    with pytest.raises(RunFailed, match=r"the loss is .* at epoch 0"):
         linear.evaluate(task("optimizer.lr=1e38"), tmp_path, CPU)
 
 

@@ -169,7 +169,7 @@ def test_shuffling_changes_keys_where_bn_has_groups_and_only_there():
 
 
 def test_heads_have_the_official_keys():
-    v1, v2 = (build_moco(config(head=head), "none").state_dict() for head in ("linear", "mlp"))
+    v1, v2 = (build_moco(config(head=head, dim=64), "none").state_dict() for head in ("linear", "mlp"))
     assert v1["encoder_q.fc.weight"].shape == (64, 128) and "encoder_q.fc.0.weight" not in v1
     assert v2["encoder_q.fc.0.weight"].shape == (128, 128) and v2["encoder_q.fc.2.weight"].shape == (64, 128)
     assert v1["queue"].shape == (64, 1024) and v1["queue_ptr"].shape == (1,)

@@ -221,10 +221,10 @@ def test_batch_size_carries_the_learning_rate_along(tmp_path):
     assert "--batch-size 128 instead of 64: lr 0.02 instead of 0.01" in err
 
 
-def test_mistakes_of_the_command_line_are_one_line(tmp_path):
-    assert "needs --dataset; for example" in error_line("pretrain", "digits")
-    assert "Did you mean 'digits'" in error_line("pretrain", "digit", "--dataset", "digits")
+def test_mistakes_of_the_command_line_are_one_line(capfd, monkeypatch):
+    assert "needs --dataset; for example" in error_line(capfd, monkeypatch, "pretrain", "digits")
+    assert "Did you mean 'digits'" in error_line(capfd, monkeypatch, "pretrain", "digit", "--dataset", "digits")
     assert "--data /nowhere does not exist" in error_line(
-        "pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere"
+        capfd, monkeypatch, "pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere"
     )
-    assert "cannot write" in error_line(*command(Path("/proc/run")))
+    assert "cannot write" in error_line(capfd, monkeypatch, *command(Path("/proc/run")))

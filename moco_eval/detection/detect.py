@@ -1,5 +1,6 @@
 """`detect`: open the data, fine-tune a detector from an encoder, judge it, leave the record."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,38 @@ def detect(
     return _judge(encoder, opened, config, output, cost, found)
 
 
+def plan(
+    encoder: Encoder,
+    dataset: str,
+    data: Path | None,
+    config: DetectConfig,
+    output: Path,
+    train_split: str | None = None,
+    test_split: str | None = None,
+) -> str:
+    """What `detect` would do, in a few lines; opens the data and writes nothing. Raises what `detect` does."""
+    check_architecture(encoder)
+    if dataset == "digits":
+        scenes = config.scenes or Scenes()
+        about = f"digits, {scenes.train} training and {scenes.test} test scenes drawn from seed {scenes.seed}"
+        words = departures(config, dataset, encoder.arch)
+    else:
+        opened = open_data(dataset, data, train_split, test_split, clip=config.data.clip)
+        about = (
+            f"{dataset}, {len(opened.train)} training and {len(opened.test)} test images, {len(opened.classes)} classes"
+        )
+        words = _deviations(encoder, opened, config)
+    return "\n".join(
+        [
+            f"{config.protocol} of {encoder.source}: {encoder.origin}, {encoder.arch}",
+            f"engine: {ENGINE}; {config.schedule.iterations} iterations of {config.batch_size} images",
+            f"data: {about}",
+            *(f"differs from {config.protocol}: {one}" for one in words),
+            f"output: {output}",
+        ]
+    )
+
+
 def open_data(
     dataset: str, data: Path | None, train_split: str | None, test_split: str | None, clip: bool = False
 ) -> DetectionData:
@@ -78,9 +111,11 @@ def open_data(
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset!r} is no detection data set.{did_you_mean(dataset, DATASETS)}")
+    for variable in ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS"):
+        data = data or (Path(os.environ[variable]) if os.environ.get(variable) else None)
     if data is None:
         raise InputError(
-            f"--dataset {dataset} needs its folder; for example: "
+            f"--dataset {dataset} needs --data (or MOCO_EVAL_DATA, or DETECTRON2_DATASETS); for example: "
             f"moco-eval detect CHECKPOINT --dataset {dataset} --data path/to/data"
         )
     if not data.is_dir():
