@@ -66,22 +66,23 @@ def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, **
     """
     from moco_eval.config import PretrainConfig
     from moco_eval.runtime import log, processes, world_size
-    from pretraining import train
+    from pretraining.plan import plan
+    from pretraining.train import pretrain as train
 
     if dataset is None:
         raise InputError("pretrain needs --dataset; for example: moco-eval pretrain digits --dataset digits")
     resolved = _config(config, "pretrain", PretrainConfig, given)
     output = given["output"] or Path("runs") / f"pretrain-{Path(config).stem}-{dataset}"
     if nproc > 1 or given["dry_run"]:
-        planned = train.plan(resolved, dataset, data, nproc)
+        planned = plan(resolved, dataset, data, nproc)
         if given["dry_run"]:
             click.echo(f"{planned.describe()}\noutput: {output}")
             return 0
         return _launch(nproc)
     with processes(given["device"]) as device:
-        run = train.plan(resolved, dataset, data, world_size())
+        run = plan(resolved, dataset, data, world_size())
         log(run.describe())
-        last = train.pretrain(run, output, device)
+        last = train(run, output, device)
         log(f"done: {last}")
     return 0
 

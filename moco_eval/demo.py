@@ -21,13 +21,14 @@ FEW, DRAWS = 10, 5  # labels per class in the few-label regime, and how often th
 
 def run(output: Path, device: str) -> None:
     """Write runs and report.html below `output`; running it again goes on where it stopped."""
-    from pretraining import train
+    from pretraining.plan import plan
+    from pretraining.train import pretrain
 
     started = time.perf_counter()
     with processes(device) as chosen:
         log("1/5 pretrain: MoCo on 1,297 handwritten digits, labels unused")
         recipe = config.load("digits", "pretrain", PretrainConfig)
-        last = train.pretrain(train.plan(recipe, "digits", None, 1), output / "pretrain", chosen)
+        last = pretrain(plan(recipe, "digits", None, 1), output / "pretrain", chosen)
         encoders = {
             "moco": load(str(last)),
             "random": load(str(last.with_name("epoch_0000.pth"))),  # the same network before training

@@ -4,123 +4,36 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
-from moco_eval import config as configs
-from moco_eval import files, knn
+from moco_eval import knn
 from moco_eval.config import KnnMonitor, PretrainConfig, Schedule
 from moco_eval.data.images import ImageSet, open_images
 from moco_eval.data.loader import Batches, draw_seed, loader
-from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.results import open_run
-from moco_eval.runtime import Stop, all_sum, autocast, broadcast_, is_main, log, parallel, progress, warn, world_size
+from moco_eval.runtime import (
+    Stop,
+    all_sum,
+    autocast,
+    broadcast_,
+    is_main,
+    log,
+    parallel,
+    progress,
+    warn,
+    world_size,
+)
 from pretraining import checkpoint
 from pretraining.bn import same_on_all_ranks
-from pretraining.moco import MoCo, build_moco, chance_loss
+from pretraining.moco import MoCo, build_moco
+from pretraining.plan import Plan
+from pretraining.record import Metrics, draw_views
 from pretraining.views import TwoViews, preprocessing
-
-# what a paper's table varies; all other differences from the protocol's config are deviations
-FREE_KEYS = (
-    "arch",
-    "queue_size",
-    "momentum",
-    "symmetric",
-    "schedule.epochs",
-    "schedule.milestones",
-    "bn",
-    "bn_groups",
-)
-
-
-@dataclass
-class Plan:
-    """A run that was checked and can start: everything resolved, nothing written yet."""
-
-    config: PretrainConfig
-    images: ImageSet
-    data: Path | None
-    bn: str
-    steps_per_epoch: int
-    deviations: list[str]
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.config.schedule.epochs
-
-    @property
-    def chance(self) -> float:
-        return chance_loss(self.config.queue_size, self.config.symmetric)
-
-    @property
-    def queue_full_step(self) -> int:
-        pushed = self.config.batch_size * (2 if self.config.symmetric else 1)
-        return math.ceil(self.config.queue_size / pushed)
-
-    def describe(self) -> str:
-        """What will run, in a few lines."""
-        config = self.config
-        return "\n".join(
-            [
-                f"{config.protocol}: {config.arch}, K {config.queue_size}, m {config.momentum}, "
-                f"tau {config.temperature}",
-                f"data: {self.images.name}, {len(self.images)} images, {config.schedule.epochs} epochs of "
-                f"{self.steps_per_epoch} steps, batch {config.batch_size}, lr {config.optimizer.lr:g}",
-                f"bn: {self.bn}"
-                + (f" in {config.bn_groups} groups" if self.bn == "split" else "")
-                + ("" if config.bn_permute and self.bn != "none" else ", keys not permuted"),
-                f"chance level of the loss: {self.chance:.4f}; the queue is filled after {self.queue_full_step} steps",
-                *(f"differs from {config.protocol}: {words}" for words in self.deviations),
-            ]
-        )
-
-
-def plan(config: PretrainConfig, dataset: str, data: Path | None, processes: int) -> Plan:
-    """Check that a run can start.
-
-    Raises:
-        InputError: data that is not there, fewer images than a batch, a batch that the processes or BN groups
-            cannot share equally.
-    """
-    architecture(config.arch)
-    images = open_images(dataset, data, "train")
-    bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
-    batch = config.batch_size
-    if len(images) < batch:
-        raise InputError(
-            f"{dataset} has {len(images)} images, less than one batch of {batch}; "
-            f"take --batch-size {len(images)} or less"
-        )
-    if batch % processes:
-        raise InputError(f"batch_size {batch} does not divide among {processes} processes")
-    if bn == "split" and (batch // processes) % config.bn_groups:
-        raise InputError(
-            f"a batch of {batch // processes} per process does not divide into {config.bn_groups} BN groups; "
-            "change batch_size or --set bn_groups=..."
-        )
-    if bn == "shuffle" and processes == 1:
-        warn("bn: shuffle on one process protects nothing: queries and keys share their statistics; take bn: split")
-    differ = configs.differences(config, _canonical(config), FREE_KEYS)
-    return Plan(config, images, data, bn, len(images) // batch, differ)
-
-
-CANONICAL = {
-    "pretrain/moco-v1@1": "moco_v1_r50",
-    "pretrain/moco-v2@1": "moco_v2_r50",
-    "pretrain/cifar10-demo@1": "cifar10",
-}
-
-
-def _canonical(config: PretrainConfig) -> PretrainConfig:
-    if config.protocol not in CANONICAL:
-        raise InputError(f"unknown protocol {config.protocol!r}.{configs.did_you_mean(config.protocol, CANONICAL)}")
-    return configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig)
 
 
 def learning_rate(schedule: Schedule, lr: float, epoch: int) -> float:
@@ -146,7 +59,7 @@ def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
     trainer = Trainer(run, output, build_moco(config, run.bn).to(device), device)
     trainer.restore()
     if is_main():
-        _draw_views(run, output / "views.png")
+        draw_views(run, output / "views.png")
     try:
         trainer.train()
     finally:
@@ -382,47 +295,3 @@ def _monitor_images(run: Plan) -> ImageSet | None:
     except InputError as error:
         log(f"no kNN monitor: {error}")
         return None
-
-
-class Metrics:
-    """metrics.jsonl and TensorBoard, written by the first process; lines after `step` are cut off on resume."""
-
-    def __init__(self, output: Path, step: int):
-        self.path = output / "metrics.jsonl"
-        if is_main():
-            files.write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in self._until(step)))
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-
-    def _until(self, step: int) -> Iterator[dict[str, Any]]:
-        if step == 0 or not self.path.is_file():
-            return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                return  # the line that was being written when the run was killed
-            if line["step"] <= step:
-                yield line
-
-    def write(self, line: dict[str, Any]) -> None:
-        if not is_main():
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name in line.keys() - {"step", "epoch"}:
-            self.board.add_scalar(name, line[name], line["step"])
-
-    def close(self) -> None:
-        if is_main():
-            self.board.close()
-
-
-def _draw_views(run: Plan, path: Path, pairs: int = 8) -> None:
-    """A picture of what the network sees: view_q above view_k, one image a column."""
-    views = TwoViews(run.images, run.config.views, run.config.seed)
-    chosen = [views[0, index][:2] for index in range(0, len(views), max(1, len(views) // pairs))][:pairs]
-    expects = preprocessing(run.config.views)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (expects.mean, expects.std))
-    rows = torch.stack([pair[0] for pair in chosen] + [pair[1] for pair in chosen]) * std + mean
-    with files.atomic(path) as temporary:
-        save_image(rows.clamp(0, 1), temporary, nrow=len(chosen), padding=2, pad_value=1.0)

@@ -15,7 +15,8 @@ from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from moco_eval.encoders.build import build_resnet
 from moco_eval.errors import InputError, RunFailed
-from pretraining.train import plan, pretrain
+from pretraining.plan import plan
+from pretraining.train import pretrain
 from pretraining.views import TwoViews
 
 FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "log_every=7", "symmetric=false", "queue_size=256"]

@@ -14,7 +14,8 @@ from moco_eval.features import extract
 from moco_eval.runtime import rank, world_size
 from pretraining.bn import permutation, same_on_all_ranks, shuffle
 from pretraining.moco import build_moco
-from pretraining.train import plan, pretrain
+from pretraining.plan import plan
+from pretraining.train import pretrain
 
 BATCH = 16
 

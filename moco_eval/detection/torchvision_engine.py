@@ -7,11 +7,9 @@ lists them all.
 """
 
 import copy
-import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -265,7 +263,8 @@ def _train(
         samples = inputs.shuffle_labels(samples, recipe.seed)
     optimizer = optimizer_for(model, recipe)
     start, total = _load(output, model, optimizer, cost), recipe.schedule.iterations
-    _cut_metrics(output / "metrics.jsonl", start)
+    metrics = output / "metrics.jsonl"
+    files.cut_lines(metrics, lambda line: line["iteration"] <= start)
     model.train()
     stream = inputs.training_batches(samples, recipe, start, total + recipe.precise_bn)
     with runtime.progress("detect", total, recipe.batch_size, done=start) as advance:
@@ -276,10 +275,8 @@ def _train(
             done = iteration + 1
             advance(note=f"loss {losses['loss']:.3f}")
             if done % recipe.log_every == 0 or done == total:
-                _append(
-                    output / "metrics.jsonl",
-                    {"iteration": done, "lr": learning_rate(recipe, iteration), **losses},
-                )
+                line = {"iteration": done, "lr": learning_rate(recipe, iteration), **losses}
+                files.append_line(metrics, line)
             asked = stop.signal is not None
             if asked or done % recipe.checkpoints.every == 0 or done == total:
                 _save(output, model, optimizer, done, cost)
@@ -398,26 +395,6 @@ def _load(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost
     cost.seconds, cost.images = state["seconds"], state["images"]
     runtime.log(f"going on from iteration {state['iteration']} of {path}")
     return state["iteration"]
-
-
-def _cut_metrics(path: Path, iteration: int) -> None:
-    """Drop what was logged after the checkpoint, and a half-written last line."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["iteration"] <= iteration:
-            kept.append(line + "\n")
-    files.write_text(path, "".join(kept))
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 # Detection
