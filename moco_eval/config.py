@@ -99,6 +99,7 @@ class PretrainConfig(Model):
     knn: KnnMonitor | None = None
     checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints(last=2, every=50))
     bad_images: int = Field(100, ge=0)
+    max_steps: int | None = Field(None, gt=0)
     log_every: int = Field(10, gt=0)
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
@@ -149,7 +150,17 @@ class KnnConfig(Model):
 
 
 # Keys that do not move a number beyond the spread of the seed; all others count as deviations.
-NEUTRAL_KEYS = ("workers", "seed", "expect", "log_every", "checkpoints", "bad_images", "knn", "views.backend")
+NEUTRAL_KEYS = (
+    "workers",
+    "seed",
+    "expect",
+    "log_every",
+    "checkpoints",
+    "bad_images",
+    "max_steps",
+    "knn",
+    "views.backend",
+)
 
 ModelT = TypeVar("ModelT", bound=Model)
 

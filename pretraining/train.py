@@ -14,7 +14,7 @@ from moco_eval import knn
 from moco_eval.config import KnnMonitor, PretrainConfig, Schedule
 from moco_eval.data.images import ImageSet, open_images
 from moco_eval.data.loader import Batches, draw_seed, loader
-from moco_eval.errors import InputError, RunFailed
+from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.results import open_run
 from moco_eval.runtime import (
     Stop,
@@ -142,6 +142,11 @@ class Trainer:
                 if stop.requested():
                     self.save_unless_done()
                     stop.check(f"saved at step {self.step} of {self.run.steps}: run the same command to go on")
+                if self.step == config.max_steps:
+                    self.save_unless_done()
+                    raise Interrupted(
+                        f"max_steps {self.step} of {self.run.steps} reached and saved; without it, it goes on"
+                    )
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""

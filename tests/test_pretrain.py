@@ -14,7 +14,7 @@ from PIL import Image
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from moco_eval.encoders.build import build_resnet
-from moco_eval.errors import InputError, RunFailed
+from moco_eval.errors import InputError, Interrupted, RunFailed
 from pretraining.plan import plan
 from pretraining.train import pretrain
 from pretraining.views import TwoViews
@@ -98,8 +98,6 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
 
         return train_step
 
-    from moco_eval.errors import Interrupted
-
     for where in (3, 24):
         monkeypatch.setattr(Trainer, "train_step", stops_at(where))
         with pytest.raises(Interrupted, match=f"SIGTERM; saved at step {where} of 40"):
@@ -114,6 +112,13 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
         [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / x)] for x in ("whole", "parts")
     ]
     assert plain[0] == plain[1]
+
+
+def test_max_steps_stops_and_a_run_without_it_goes_on(tmp_path):
+    with pytest.raises(Interrupted, match="max_steps 5 of 20 reached and saved"):
+        run(tmp_path, "schedule.epochs=1", "max_steps=5")
+    assert torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)["step"] == 5
+    assert run(tmp_path, "schedule.epochs=1")["step"] == 20
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(tmp_path):
