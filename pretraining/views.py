@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from moco_eval.config import Views
 from moco_eval.data.images import SMALL, ImageSet
-from moco_eval.data.loader import draw_seed
+from moco_eval.data.loader import draw_seed, drawing
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
 
@@ -103,8 +103,7 @@ class TwoViews(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         epoch, index = item
         image, substitute = self._readable(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw_seed(self.seed, epoch, index))
+        with drawing(draw_seed(self.seed, epoch, index)):
             return self.transform(image), self.transform(image), index, substitute
 
     def _readable(self, index: int) -> tuple[Image.Image, int]:

@@ -1,6 +1,7 @@
 """Transforms and loaders for evaluation. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,17 @@ def draw_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
 
 
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """What is drawn inside comes from `seed`; torch's CPU generator is as before afterwards.
+
+    `torch.manual_seed` would seed every device too, and costs more than the crop.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 @dataclass
 class Examples(Dataset):
     """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs."""
@@ -55,8 +67,7 @@ class Examples(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item
         image = self.images.image(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw_seed(self.seed, epoch, index))
+        with drawing(draw_seed(self.seed, epoch, index)):
             tensor = self.transform(image)
         label = -1 if self.images.labels is None else int(self.images.labels[index])
         return tensor, label, index
