@@ -40,8 +40,8 @@ def moco_eval(*arguments: str | Path, code: int = 0, cwd: Path | None = None) ->
     return out, err
 
 
-def error_line(capfd, monkeypatch, *arguments: str | Path, code: int = 2) -> str:
-    """The one line of a command that fails as it should, run through `main` in this process."""
+def in_process(capfd, monkeypatch, *arguments: str | Path, code: int = 0) -> tuple[str, str]:
+    """The same through `main` in this process, which spares the seconds of importing torch."""
     from moco_eval.cli import main
 
     monkeypatch.setattr(sys, "argv", ["moco-eval", *map(str, arguments)])
@@ -52,8 +52,14 @@ def error_line(capfd, monkeypatch, *arguments: str | Path, code: int = 2) -> str
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    err = capfd.readouterr().err
+    out, err = capfd.readouterr()
     assert ended.value.code == code, err
+    return out, err
+
+
+def error_line(capfd, monkeypatch, *arguments: str | Path, code: int = 2) -> str:
+    """The one line of a command that fails as it should."""
+    _, err = in_process(capfd, monkeypatch, *arguments, code=code)
     lines = [line for line in err.splitlines() if line.startswith(("Error:", "Interrupted"))]
     assert len(lines) == 1, err
     return lines[0]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, environment, error_line, moco_eval
+from commands import ROOT, environment, error_line, in_process, moco_eval
 
 COMMANDS = ("pretrain", "inspect", "convert", "knn", "linear", "detect", "table", "report", "configs", "demo")
 
@@ -35,12 +35,12 @@ def test_every_command_explains_itself(command):
     assert done.exit_code == 0 and "Usage:" in done.output
 
 
-def test_configs_and_tables_are_listed_name_first():
-    configs = moco_eval("configs")[0].splitlines()
+def test_configs_and_tables_are_listed_name_first(capfd, monkeypatch):
+    configs = in_process(capfd, monkeypatch, "configs")[0].splitlines()
     assert "pretrain/moco_v2_r50" in configs and "linear/moco-lincls" in configs
-    tables = [line.split()[0] for line in moco_eval("table", "--list")[0].splitlines()]
+    tables = [line.split()[0] for line in in_process(capfd, monkeypatch, "table", "--list")[0].splitlines()]
     assert {"cifar10-demo", "moco-v1-2b", "moco-v2-1"} <= set(tables)
-    assert "temperature: 0.2" in moco_eval("configs", "show", "pretrain/moco_v2_r50")[0]
+    assert "temperature: 0.2" in in_process(capfd, monkeypatch, "configs", "show", "pretrain/moco_v2_r50")[0]
 
 
 def test_only_the_command_line_and_the_demo_know_both_packages():
@@ -83,14 +83,14 @@ def test_mistakes_are_one_line_with_the_way_out(arguments, words, in_tmp, capfd,
 
 
 def test_knn_as_a_user_runs_it(in_tmp, capfd, monkeypatch):
-    out, _ = moco_eval("knn", "pixels", "--dataset", "digits", "--protocol", "digits", cwd=in_tmp)
+    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits"]
+    out, _ = in_process(capfd, monkeypatch, *arguments)
     assert out.startswith("knn/instdisc@1 digits top1 ")
     runs = list((in_tmp / "runs").iterdir())
     assert [run.name for run in runs] == ["knn-pixels-" + runs[0].name.split("-")[2] + "-digits-instdisc"]
-    again, err = moco_eval("knn", "pixels", "--dataset", "digits", "--protocol", "digits", cwd=in_tmp)
+    again, err = in_process(capfd, monkeypatch, *arguments)
     assert again == out and "already done" in err
-    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--set", "k=5"]
-    refused = error_line(capfd, monkeypatch, *arguments)
+    refused = error_line(capfd, monkeypatch, *arguments, "--set", "k=5")
     assert "holds another run: config.k is 20 there and 5 now" in refused
 
 

@@ -513,8 +513,8 @@ def test_inspect_describes(tmp_path):
     assert "raw pixels" in format_description(describe("pixels"))
 
 
-def test_the_inspect_command_fails_in_one_line(tmp_path):
-    assert "is truncated" in error_line("inspect", broken(tmp_path, "truncated"))
+def test_the_inspect_command_fails_in_one_line(tmp_path, capfd, monkeypatch):
+    assert "is truncated" in error_line(capfd, monkeypatch, "inspect", broken(tmp_path, "truncated"))
 
 
 @pytest.mark.data

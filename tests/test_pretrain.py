@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import error_line, moco_eval, start
+from commands import error_line, in_process, moco_eval, start
 from PIL import Image
 
 from moco_eval import config as configs
@@ -215,14 +215,14 @@ def test_two_processes_by_nproc(tmp_path):
     assert (state["step"], state["pretraining"]["bn"], state["pretraining"]["processes"]) == (20, "shuffle", 2)
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    out, _ = moco_eval(*command(tmp_path / "run"), "--dry-run")
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capfd, monkeypatch):
+    out, _ = in_process(capfd, monkeypatch, *command(tmp_path / "run"), "--dry-run")
     assert "chance level of the loss: 5.5491; the queue is filled after 4 steps" in out
     assert not (tmp_path / "run").exists()
 
 
-def test_batch_size_carries_the_learning_rate_along(tmp_path):
-    out, err = moco_eval(*command(tmp_path / "run"), "--batch-size", "128", "--dry-run")
+def test_batch_size_carries_the_learning_rate_along(tmp_path, capfd, monkeypatch):
+    out, err = in_process(capfd, monkeypatch, *command(tmp_path / "run"), "--batch-size", "128", "--dry-run")
     assert "batch 128, lr 0.02" in out
     assert "--batch-size 128 instead of 64: lr 0.02 instead of 0.01" in err
 
