@@ -219,7 +219,8 @@ class Stop:
         """Whether any rank was asked to stop."""
         if world_size() == 1:
             return self.signal is not None
-        return bool(all_sum(torch.tensor([float(self.signal is not None)])).item())
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return bool(all_sum(torch.tensor([float(self.signal is not None)], device=device)).item())
 
     def check(self, saved: str) -> None:
         """Raises Interrupted on every rank where any was asked to stop; `saved` says what is safe. Collective."""

@@ -106,6 +106,7 @@ class Trainer:
             self.step, self.window = position["step"], list(window.to(self.device))
             log(f"resuming at step {self.step} of {self.run.steps}")
         broadcast_(self.model.queue)
+        self.saved = self.step
         self.metrics = Metrics(self.output, self.step)
         if self.step == 0:
             self.metrics.write(
@@ -122,6 +123,7 @@ class Trainer:
         """All remaining steps, with a checkpoint and the kNN monitor at the end of each epoch."""
         config, per_epoch = self.run.config, self.run.steps_per_epoch
         started = time.perf_counter()
+        check_every = 1 if world_size() == 1 else config.log_every  # agreeing costs a collective
         with (
             Stop() as stop,
             progress("pretrain", self.run.steps, config.batch_size, done=self.step) as advance,
@@ -139,7 +141,7 @@ class Trainer:
                 if self.step % per_epoch == 0:
                     self.end_epoch()
                     started = time.perf_counter()
-                if stop.requested():
+                if self.step % check_every == 0 and stop.requested():
                     self.save_unless_done()
                     stop.check(f"saved at step {self.step} of {self.run.steps}: run the same command to go on")
                 if self.step == config.max_steps:
@@ -277,7 +279,7 @@ class Trainer:
     def save_unless_done(self) -> None:
         """A checkpoint in the middle of an epoch."""
         if self.window:
-            self.finite_window()
+            self.window = list(self.finite_window())  # the mean over ranks: what every rank will find on resuming
         if self.step != self.saved:
             self.save()
 
