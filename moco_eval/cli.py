@@ -1,5 +1,6 @@
 """The command line: parse, load the config, call. Imports happen inside the commands, so --help is instant."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -394,7 +395,10 @@ def main() -> None:
         click.echo(f"Error: {_message(error)}", err=True)
         code = 1
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
-        click.echo(f"Interrupted: {error}" if str(error) else "Interrupted; run the same command to go on", err=True)
+        if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
+            click.echo(
+                f"Interrupted: {error}" if str(error) else "Interrupted; run the same command to go on", err=True
+            )
         code = 3
     sys.exit(code if isinstance(code, int) else 0)
 
