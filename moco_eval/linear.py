@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from moco_eval import config as configs
 from moco_eval import files
-from moco_eval.config import LinearConfig, Schedule
+from moco_eval.config import LinearConfig
 from moco_eval.data.images import ImageSet, preprocessing_for
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
 from moco_eval.encoders.encoder import Encoder
@@ -36,6 +36,7 @@ from moco_eval.runtime import (
     warn,
     world_size,
 )
+from moco_eval.schedule import learning_rate
 from moco_eval.statistics import bootstrap_interval
 
 
@@ -187,7 +188,7 @@ class Training:
     def train_step(self, views: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int) -> None:
         """One SGD step of the classifier on this process's share of a batch of `batch` images."""
         for group in self.optimizer.param_groups:
-            group["lr"] = step_rate(self.config.schedule, self.config.optimizer.lr, epoch)
+            group["lr"] = learning_rate(self.config.schedule, self.config.optimizer.lr, epoch)
         with torch.no_grad(), autocast(self.device, self.config.precision):
             features = self.backbone(views).flatten(1)
         # the mean over the whole batch, also where the ranks' shares differ: DDP divides by their number
@@ -255,11 +256,6 @@ def new_classifier(feature_dim: int, classes: int, seed: int) -> nn.Linear:
         layer.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
         layer.bias.zero_()
     return layer
-
-
-def step_rate(schedule: Schedule, lr: float, epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0."""
-    return lr * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
 
 
 def snapshot(net: nn.Module) -> dict[str, torch.Tensor]:

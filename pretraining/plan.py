@@ -1,8 +1,10 @@
 """A run that was checked and can start: everything resolved, nothing written."""
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
@@ -11,6 +13,7 @@ from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError
 from moco_eval.runtime import warn
 from pretraining.moco import chance_loss
+from pretraining.views import preprocessing
 
 # what a paper's table varies; all other differences from the protocol's config are deviations
 FREE_KEYS = (
@@ -32,6 +35,7 @@ class Plan:
     config: PretrainConfig
     images: ImageSet
     data: Path | None
+    processes: int
     bn: str
     steps_per_epoch: int
     deviations: list[str]
@@ -48,6 +52,23 @@ class Plan:
     def queue_full_step(self) -> int:
         pushed = self.config.batch_size * (2 if self.config.symmetric else 1)
         return math.ceil(self.config.queue_size / pushed)
+
+    def about(self) -> dict[str, Any]:
+        """What travels with the weights, in plain containers."""
+        config = self.config.model_dump(mode="json")
+        return {
+            "arch": self.config.arch,
+            "config": config,
+            "preprocessing": json.loads(json.dumps(asdict(preprocessing(self.config.views)))),
+            "pretraining": {
+                "protocol": self.config.protocol,
+                "dataset": self.images.record(),
+                "bn": self.bn,
+                "processes": self.processes,
+                "deviations": self.deviations,
+                "config": config,
+            },
+        }
 
     def describe(self) -> str:
         """What will run, in a few lines."""
@@ -93,7 +114,7 @@ def plan(config: PretrainConfig, dataset: str, data: Path | None, processes: int
     if bn == "shuffle" and processes == 1:
         warn("bn: shuffle on one process protects nothing: queries and keys share their statistics; take bn: split")
     differ = configs.differences(config, _canonical(config), FREE_KEYS)
-    return Plan(config, images, data, bn, len(images) // batch, differ)
+    return Plan(config, images, data, processes, bn, len(images) // batch, differ)
 
 
 CANONICAL = {

@@ -1,20 +1,15 @@
 """The pretraining loop: views in, checkpoints out; interrupted at any step, it goes on from the last checkpoint."""
 
-import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moco_eval import knn
-from moco_eval.config import KnnMonitor, PretrainConfig, Schedule
-from moco_eval.data.images import ImageSet, open_images
+from moco_eval.config import PretrainConfig
 from moco_eval.data.loader import Batches, draw_seed, loader
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import Interrupted, RunFailed
 from moco_eval.results import open_run
 from moco_eval.runtime import (
     Stop,
@@ -28,19 +23,14 @@ from moco_eval.runtime import (
     warn,
     world_size,
 )
+from moco_eval.schedule import learning_rate
 from pretraining import checkpoint
 from pretraining.bn import same_on_all_ranks
 from pretraining.moco import MoCo, build_moco
+from pretraining.monitor import Monitor
 from pretraining.plan import Plan
 from pretraining.record import Metrics, draw_views
-from pretraining.views import TwoViews, preprocessing
-
-
-def learning_rate(schedule: Schedule, lr: float, epoch: int) -> float:
-    """The rate of an epoch, counted from 0. Source: facebookresearch/moco, main_moco.py and the CIFAR-10 demo."""
-    if schedule.kind == "step":
-        return lr * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
-    return lr * 0.5 * (1 + math.cos(math.pi * (epoch + schedule.count_from) / schedule.epochs))
+from pretraining.views import TwoViews
 
 
 def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
@@ -93,7 +83,7 @@ class Trainer:
         self.checkpoints = output / "checkpoints"
         self.optimizer = _optimizer(model, run.config)
         self.ddp = parallel(model)
-        self.test = _monitor_images(run)
+        self.monitor = Monitor(run)
         self.step = 0
         self.window: list[torch.Tensor] = []  # loss, accuracy, spread of each step since the last log line
         self.substituted: set[int] = set()
@@ -109,46 +99,40 @@ class Trainer:
         self.saved = self.step
         self.metrics = Metrics(self.output, self.step)
         if self.step == 0:
-            self.metrics.write(
-                {
-                    "step": 0,
-                    "epoch": 0,
-                    "chance": self.run.chance,
-                    "queue_full_step": self.run.queue_full_step,
-                }
-            )
+            start = {"chance": self.run.chance, "queue_full_step": self.run.queue_full_step}
+            self.metrics.write({"step": 0, "epoch": 0, **start})
             self.save()
 
     def train(self) -> None:
-        """All remaining steps, with a checkpoint and the kNN monitor at the end of each epoch."""
-        config, per_epoch = self.run.config, self.run.steps_per_epoch
-        started = time.perf_counter()
-        check_every = 1 if world_size() == 1 else config.log_every  # agreeing costs a collective
-        with (
-            Stop() as stop,
-            progress("pretrain", self.run.steps, config.batch_size, done=self.step) as advance,
-        ):
+        """All remaining steps."""
+        self.started = time.perf_counter()
+        with Stop() as stop, progress("pretrain", self.run.steps, self.run.config.batch_size, self.step) as advance:
             for view_q, view_k in self.batches():
                 self.train_step(view_q, view_k)
-                advance()
-                if self.step % config.log_every == 0 or self.step % per_epoch == 0:
-                    line = self.log_step(time.perf_counter() - started)
-                    started = time.perf_counter()
-                    advance(
-                        0,
-                        note=f"epoch {line['epoch']:.1f} loss {line['loss']:.3f} (chance {self.run.chance:.2f})",
-                    )
-                if self.step % per_epoch == 0:
-                    self.end_epoch()
-                    started = time.perf_counter()
-                if self.step % check_every == 0 and stop.requested():
-                    self.save_unless_done()
-                    stop.check(f"saved at step {self.step} of {self.run.steps}: run the same command to go on")
-                if self.step == config.max_steps:
-                    self.save_unless_done()
-                    raise Interrupted(
-                        f"max_steps {self.step} of {self.run.steps} reached and saved; without it, it goes on"
-                    )
+                advance(1, self.after_step())
+                self.stop_if_asked(stop)
+
+    def after_step(self) -> str | None:
+        """Log and save where it is due; a note for the progress bar."""
+        note, epoch_ends = None, self.step % self.run.steps_per_epoch == 0
+        if epoch_ends or self.step % self.run.config.log_every == 0:
+            line = self.log_step()
+            note = f"epoch {line['epoch']:.1f} loss {line['loss']:.3f} (chance {self.run.chance:.2f})"
+        if epoch_ends:
+            self.end_epoch()
+            self.started = time.perf_counter()
+        return note
+
+    def stop_if_asked(self, stop: Stop) -> None:
+        """By a signal, which several ranks look for only where they log, or by max_steps. Raises Interrupted."""
+        config, where = self.run.config, f"step {self.step} of {self.run.steps}"
+        every = 1 if world_size() == 1 else config.log_every
+        if self.step % every == 0 and stop.requested():
+            self.save_unless_done()
+            stop.check(f"saved at {where}: run the same command to go on")
+        if self.step == config.max_steps:
+            self.save_unless_done()
+            raise Interrupted(f"max_steps reached and saved at {where}; without max_steps it goes on")
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
@@ -186,9 +170,10 @@ class Trainer:
         self.step += 1
         self.window.append(torch.stack([done.loss.detach().float(), done.accuracy, done.feature_std.float()]))
 
-    def log_step(self, seconds: float) -> dict[str, Any]:
+    def log_step(self) -> dict[str, Any]:
         """One line of metrics: the window averaged over its steps and all ranks."""
-        values = self.finite_window()
+        values, now = self.finite_window(), time.perf_counter()
+        seconds = now - self.started
         loss, accuracy, feature_std = values.mean(dim=0).tolist()
         line = {
             "step": self.step,
@@ -201,7 +186,7 @@ class Trainer:
             "data_wait": self.waited / seconds,
         }
         self.metrics.write(line)
-        self.window, self.waited = [], 0.0
+        self.window, self.waited, self.started = [], 0.0, now
         return line
 
     def finite_window(self) -> torch.Tensor:
@@ -220,34 +205,12 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """The kNN monitor, when its turn has come, and the checkpoint."""
-        monitor, epoch = self.run.config.knn, self.step // self.run.steps_per_epoch
-        if monitor and self.test and (epoch % monitor.every == 0 or epoch == self.run.config.schedule.epochs):
-            for buffer in self.model.encoder_q.buffers():
-                broadcast_(buffer)  # rank 0's BN statistics are those that are saved
-            top1 = self.knn(monitor, self.test)
+        epoch = self.step // self.run.steps_per_epoch
+        if self.monitor.due(epoch):
+            top1 = self.monitor(self.model.encoder_q, self.device)
             self.metrics.write({"step": self.step, "epoch": epoch, "knn_top1": top1})
-            log(f"epoch {epoch}: kNN {top1:.2f} % ({monitor.feature} feature, k {monitor.k})")
+            log(f"epoch {epoch}: kNN {top1:.2f} %")
         self.save()
-
-    def knn(self, monitor: KnnMonitor, test: ImageSet) -> float:
-        """Top-1 of the query encoder, with or without its head."""
-        encoder, head = self.model.encoder_q, self.model.encoder_q.fc
-        if monitor.feature == "pooled":
-            encoder.fc = torch.nn.Identity()
-        expects = preprocessing(self.run.config.views)
-        try:
-            return knn.monitor(
-                encoder,
-                self.run.images,
-                test,
-                expects,
-                self.device,
-                k=monitor.k,
-                temperature=monitor.temperature,
-                workers=self.run.config.workers,
-            )
-        finally:
-            encoder.fc = head
 
     def save(self) -> None:
         """Rank 0's state, once all ranks are shown to hold the same queue."""
@@ -256,25 +219,8 @@ class Trainer:
         if is_main():
             epoch, step_in_epoch = divmod(self.step, self.run.steps_per_epoch)
             position = {"step": self.step, "epoch": epoch, "step_in_epoch": step_in_epoch}
-            checkpoint.save(self.checkpoints, self.model, self.optimizer, position, self.window, self.about())
+            checkpoint.save(self.checkpoints, self.model, self.optimizer, position, self.window, self.run.about())
             checkpoint.prune(self.checkpoints, self.run.config.checkpoints)
-
-    def about(self) -> dict[str, Any]:
-        """What travels with the weights."""
-        config = self.run.config.model_dump(mode="json")
-        return {
-            "arch": self.run.config.arch,
-            "config": config,
-            "preprocessing": json.loads(json.dumps(asdict(preprocessing(self.run.config.views)))),
-            "pretraining": {
-                "protocol": self.run.config.protocol,
-                "dataset": self.run.images.record(),
-                "bn": self.run.bn,
-                "processes": world_size(),
-                "deviations": self.run.deviations,
-                "config": config,
-            },
-        }
 
     def save_unless_done(self) -> None:
         """A checkpoint in the middle of an epoch."""
@@ -291,14 +237,3 @@ class Trainer:
         limit = self.run.config.bad_images
         if len(self.substituted) > limit:
             raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")
-
-
-def _monitor_images(run: Plan) -> ImageSet | None:
-    """The test images of the kNN monitor, where it is wanted and there are labels."""
-    if run.config.knn is None or run.images.labels is None:
-        return None
-    try:
-        return open_images(run.images.name, run.data, "test")
-    except InputError as error:
-        log(f"no kNN monitor: {error}")
-        return None

@@ -5,8 +5,8 @@ import pytest
 from moco_eval import config as configs
 from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
 from moco_eval.errors import InputError
+from moco_eval.schedule import learning_rate
 from pretraining.plan import plan
-from pretraining.train import learning_rate
 
 MODELS = {"pretrain": PretrainConfig, "linear": LinearConfig, "knn": KnnConfig}
 

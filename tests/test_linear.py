@@ -18,6 +18,7 @@ from moco_eval.data.loader import Batches, Examples, crop_transform
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.encoders.load import load
 from moco_eval.errors import Interrupted, RunFailed
+from moco_eval.schedule import learning_rate
 
 CPU = torch.device("cpu")
 SETTINGS = [
@@ -56,7 +57,7 @@ def test_the_protocol_is_as_published():
     config = configs.load("moco-lincls", "linear", LinearConfig)
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.sgd_momentum) == (30, 0, 0.9)
     assert (config.batch_size, config.schedule.epochs, config.schedule.milestones) == (256, 100, (60, 80))
-    rates = [linear.step_rate(config.schedule, 30, epoch) for epoch in (0, 59, 60, 79, 80, 99)]
+    rates = [learning_rate(config.schedule, 30, epoch) for epoch in (0, 59, 60, 79, 80, 99)]
     assert rates == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
 
 

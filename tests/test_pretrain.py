@@ -115,7 +115,7 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
 
 
 def test_max_steps_stops_and_a_run_without_it_goes_on(tmp_path):
-    with pytest.raises(Interrupted, match="max_steps 5 of 20 reached and saved"):
+    with pytest.raises(Interrupted, match="max_steps reached and saved at step 5 of 20"):
         run(tmp_path, "schedule.epochs=1", "max_steps=5")
     assert torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)["step"] == 5
     assert run(tmp_path, "schedule.epochs=1")["step"] == 20

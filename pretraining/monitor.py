@@ -1,0 +1,56 @@
+"""The kNN monitor: how well the query encoder classifies held-out images while it trains."""
+
+import torch
+from torch import nn
+
+from moco_eval import knn
+from moco_eval.data.images import ImageSet, open_images
+from moco_eval.errors import InputError
+from moco_eval.runtime import broadcast_, log
+from pretraining.plan import Plan
+from pretraining.views import preprocessing
+
+
+class Monitor:
+    """The monitor of a config, where it wants one and the data has labels and a test split."""
+
+    def __init__(self, run: Plan):
+        self.run, self.settings = run, run.config.knn
+        self.test = self._test_images()
+
+    def _test_images(self) -> ImageSet | None:
+        if self.settings is None or self.run.images.labels is None:
+            return None
+        try:
+            return open_images(self.run.images.name, self.run.data, "test")
+        except InputError as error:
+            log(f"no kNN monitor: {error}")
+            return None
+
+    def due(self, epoch: int) -> bool:
+        """Whether to run after this many epochs; always after the last."""
+        if self.settings is None or self.test is None:
+            return False
+        return epoch % self.settings.every == 0 or epoch == self.run.config.schedule.epochs
+
+    def __call__(self, encoder_q: nn.Module, device: torch.device) -> float:
+        """Top-1 in percent, of the pooled feature or the head's output as the config says."""
+        assert self.settings is not None and self.test is not None
+        for buffer in encoder_q.buffers():
+            broadcast_(buffer)  # rank 0's BN statistics are those that are saved
+        head = encoder_q.fc
+        if self.settings.feature == "pooled":
+            encoder_q.fc = nn.Identity()
+        try:
+            return knn.monitor(
+                encoder_q,
+                self.run.images,
+                self.test,
+                preprocessing(self.run.config.views),
+                device,
+                k=self.settings.k,
+                temperature=self.settings.temperature,
+                workers=self.run.config.workers,
+            )
+        finally:
+            encoder_q.fc = head
