@@ -8,8 +8,8 @@ READY := $(VENV)/.installed
 
 help:
 	@echo "make demo      the whole path on built-in real data, a few minutes on a CPU; writes runs/demo/report.html"
-	@echo "make test      every test that needs no GPU, no detectron2 and no outside data"
-	@echo "make test-all  those too, each skipping with its reason"
+	@echo "make test      the tests that need no GPU, no detectron2, no outside data and no minutes"
+	@echo "make test-all  those too (ten minutes more), each skipping with its reason"
 	@echo "make check     lint and type-check"
 	@echo "make venv      the virtual environment alone"
 
@@ -29,8 +29,8 @@ demo: $(READY)
 	@$(BIN)/moco-eval demo --output runs/demo
 
 test: $(READY)
-	@echo "== tests that need no GPU, no detectron2 and no outside data"
-	@$(BIN)/python -m pytest
+	@echo "== tests that need no GPU, no detectron2, no outside data and no minutes"
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(READY)
 	@echo "== all tests; those whose needs are not met say what they miss"

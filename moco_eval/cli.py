@@ -1,6 +1,7 @@
 """The command line: parse, load the config, call. Imports happen inside the commands, so --help is instant."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from moco_eval import __version__
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 
 FOLDER = click.Path(path_type=Path)
 
@@ -122,14 +123,15 @@ def knn(checkpoint: str, dataset: str, protocol: str, data: Path | None, nproc: 
     """Weighted k-nearest-neighbour classification on frozen features."""
     from moco_eval import knn as protocols
     from moco_eval.config import KnnConfig
-    from moco_eval.data.images import open_images
+    from moco_eval.data.images import open_splits
     from moco_eval.encoders.load import load
     from moco_eval.results import default_output
     from moco_eval.runtime import processes
 
     config = _config(protocol, "knn", KnnConfig, given)
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
-    train, test = (open_images(dataset, data, split) for split in ("train", "test"))
+    _warn(encoder)
+    train, test = open_splits(dataset, data)
     output = given["output"] or default_output("knn", encoder, dataset, config.protocol)
     if given["dry_run"]:
         click.echo(_evaluation_plan(encoder, config, train, test, output))
@@ -167,7 +169,7 @@ def linear(
     """Linear classification on frozen features; the backbone is checked bit for bit."""
     from moco_eval import linear as protocols
     from moco_eval.config import LinearConfig
-    from moco_eval.data.images import open_images
+    from moco_eval.data.images import open_splits
     from moco_eval.encoders.load import load
     from moco_eval.results import default_output
     from moco_eval.runtime import processes
@@ -175,7 +177,8 @@ def linear(
     config = _config(protocol, "linear", LinearConfig, given)
     per_class = _labels(labels)
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
-    train, test = (open_images(dataset, data, split) for split in ("train", "test"))
+    _warn(encoder)
+    train, test = open_splits(dataset, data)
     regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
     output = given["output"] or default_output("linear", encoder, regime, config.protocol)
     if given["dry_run"]:
@@ -226,6 +229,7 @@ def detect(
         recipe or ("digits_r50_c4" if dataset == "digits" else "r50_c4_24k"), "detect", DetectConfig, given
     )
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    _warn(encoder)
     output = given["output"] or default_output("detect", encoder, dataset, config.protocol)
     if given["dry_run"]:
         click.echo(detection.plan(encoder, dataset, data, config, output, train_split, test_split))
@@ -316,6 +320,14 @@ def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
     return config.load(name, kind, model, overrides)
 
 
+def _warn(encoder: Any) -> None:
+    """The doubts of a load, where they would move a number."""
+    from moco_eval.runtime import warn
+
+    for words in encoder.warnings:
+        warn(f"{encoder.source}: {words}")
+
+
 def _labels(text: str | None) -> int | None:
     if text is None:
         return None
@@ -369,12 +381,6 @@ def _print_record(record: dict[str, Any]) -> None:
         click.echo(f"  not comparable with published numbers: {words}")
 
 
-def _message(error: Exception) -> str:
-    """The last line of an error that a loader process sent, else the message itself."""
-    text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-
-
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -388,12 +394,14 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = 2
-    except InputError as error:
-        click.echo(f"Error: {_message(error)}", err=True)
-        code = 2
-    except RunFailed as error:
-        click.echo(f"Error: {_message(error)}", err=True)
-        code = 1
+    except (InputError, RunFailed) as error:
+        if not getattr(error, "told", False):
+            click.echo(f"Error: {message_of(error)}", err=True)
+        code = 2 if isinstance(error, InputError) else 1
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
+            raise
+        code = 1  # another process of this run failed, and says why
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
             click.echo(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from moco_eval.errors import InputError
 
@@ -15,6 +15,14 @@ Positive = Field(gt=0)
 
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted in (int, float, int | None):
+            raise ValueError("a number is wanted, not true or false")
+        return value
 
 
 class Views(Model):
@@ -122,11 +130,18 @@ class Augmentation(Model):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = True
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _an_area(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("crop_scale is the smallest and largest area of a crop, 0 < smallest <= largest <= 1")
+        return scale
+
 
 class LinearConfig(Model):
     """Linear classification on frozen features."""
 
-    protocol: str
+    protocol: Literal["linear/moco-lincls@1"]
     batch_size: int = Positive
     optimizer: Sgd
     schedule: Schedule
@@ -139,7 +154,7 @@ class LinearConfig(Model):
 class KnnConfig(Model):
     """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest."""
 
-    protocol: str
+    protocol: Literal["knn/instdisc@1", "knn/cifar10-demo@1"]
     k: int = Positive
     temperature: float = Positive
     feature: Literal["pooled", "head"] = "pooled"
@@ -328,7 +343,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(ours: BaseModel, canonical: BaseModel, free: Iterable[str] = ()) -> list[str]:
     """In words, where `ours` leaves the canonical recipe of its protocol; `free` keys are the row's own choice."""
     left, right = flatten(ours.model_dump(mode="json")), flatten(canonical.model_dump(mode="json"))
-    skipped = (*NEUTRAL_KEYS, "precision", *free)
+    skipped = (*NEUTRAL_KEYS, *free)
     return [
         f"{key} {left.get(key)} instead of {right.get(key)}"
         for key in dict.fromkeys((*left, *right))

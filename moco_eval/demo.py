@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moco_eval import config, knn, linear
 from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
-from moco_eval.data.images import open_images
+from moco_eval.data.images import open_splits
 from moco_eval.detection.detect import detect
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
@@ -44,7 +44,7 @@ def run(output: Path, device: str) -> None:
 
 
 def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:
-    training, test = (open_images("digits", None, split) for split in ("train", "test"))
+    training, test = open_splits("digits", None)
     log(f"2/5 kNN of {', '.join(encoders)}")
     for name, encoder in encoders.items():
         knn.evaluate(encoder, training, test, config.load("digits", "knn", KnnConfig), output / f"knn-{name}", device)

@@ -2,7 +2,12 @@
 
 
 class InputError(ValueError):
-    """What the user gave is wrong: the message says what happened, the value, the way out. Exit code 2."""
+    """What the user gave is wrong: the message says what happened, the value, the way out. Exit code 2.
+
+    `told`: another process says it.
+    """
+
+    told = False
 
 
 class RunFailed(RuntimeError):
@@ -11,3 +16,9 @@ class RunFailed(RuntimeError):
 
 class Interrupted(Exception):
     """Stopped by Ctrl-C, SIGTERM or SIGUSR1 with its state saved; run again to go on. Exit code 3."""
+
+
+def message_of(error: Exception) -> str:
+    """What an error says; of one that a loader process sent along with its traceback, the last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text

@@ -8,7 +8,7 @@ from torch import nn
 from moco_eval.data.images import ImageSet
 from moco_eval.data.loader import Batches, Examples, clean_transform, loader
 from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import autocast, gather, progress, rank, world_size
 
 
@@ -47,6 +47,7 @@ def extract(
         batch_size: images per step, over all processes.
     Raises:
         InputError: an image cannot be read; it names the file.
+        RunFailed: a feature is not finite.
     """
     batches = Batches(len(images), batch_size, 0, range(1), shuffle=False, drop_last=False)
     rows = []
@@ -54,10 +55,13 @@ def extract(
         examples = Examples(images, clean_transform(preprocessing))
         for step, (views, _, _) in enumerate(loader(examples, batches, workers, device)):
             with autocast(device, precision):
-                mine = net(views.to(device, non_blocking=True)).flatten(1).float()
+                mine = net(views.to(device, non_blocking=True)).flatten(1).float()[: batches.mine(step)]
             rows.append(_in_order(mine, batches.size(step)).cpu())
             advance()
-    return torch.cat(rows)
+    features = torch.cat(rows)
+    if not features.isfinite().all():
+        raise RunFailed(f"{title}: the encoder gives features that are not finite; are its BN statistics damaged?")
+    return features
 
 
 def _in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 
 
 @contextmanager
@@ -28,13 +28,27 @@ def atomic(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _disk_errors_named(path):
+            yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    """A full or failing disk as RunFailed; torch tells of it in a RuntimeError of its own."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}; what was there is as before") from None
+    except RuntimeError as error:
+        if "unexpected pos" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise RunFailed(f"cannot write {path}: is the disk full? What was there is as before") from None
 
 
 def _umask() -> int:
@@ -70,15 +84,18 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave only the objects of a JSON-lines file that a resumed run still stands by; a half-written end goes."""
-    kept = []
+    write_text(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none where there is no file; a half-written end is left out."""
+    lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             break
-        if keep(line):
-            kept.append(text + "\n")
-    write_text(path, "".join(kept))
+    return lines
 
 
 def sha256_of(path: Path | str) -> str:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import KnnConfig
-from moco_eval.data.images import ImageSet, preprocessing_for
+from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
 from moco_eval.features import extract, network
@@ -31,19 +31,25 @@ class Neighbours:
     index: torch.Tensor
 
 
-def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, block: int = 4096) -> Neighbours:
-    """Find them, `block` queries at a time, so that memory stays at block x bank.
+def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, block: int | None = None) -> Neighbours:
+    """Find them, `block` queries at a time; by default as many as keep the similarities under half a gigabyte.
 
     Args:
         queries: (Q, D); bank: (B, D). Normalised here.
     Raises:
         InputError: the bank holds fewer than k.
     """
-    if k > len(bank):
-        raise InputError(f"k {k} is more than the {len(bank)} images of the bank; take --set k={len(bank)} or less")
-    bank = normalize(bank, dim=1).T.contiguous()
-    parts = [torch.topk(normalize(rows, dim=1) @ bank, k, dim=1) for rows in queries.split(block)]
+    require_enough(k, len(bank))
+    bank = normalize(bank, dim=1)
+    block = block or max(1, 2**27 // len(bank))
+    parts = [torch.topk(normalize(rows, dim=1) @ bank.T, k, dim=1) for rows in queries.split(block)]
     return Neighbours(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+
+
+def require_enough(k: int, images: int) -> None:
+    """Raises InputError where the bank holds fewer than k."""
+    if k > images:
+        raise InputError(f"k {k} is more than the {images} images of the bank; take --set k={images} or less")
 
 
 def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float) -> torch.Tensor:
@@ -95,10 +101,12 @@ def evaluate(
     encoder: Encoder, train: ImageSet, test: ImageSet, config: KnnConfig, output: Path, device: torch.device
 ) -> dict:
     """Run the protocol into a run directory; returns the result record."""
+    require_enough(config.k, len(train))
+    preprocessing = preprocessing_for(train.name, encoder.preprocessing)
     resolved = {
         "command": "knn",
         "dataset": {"train": train.record(), "test": test.record()},
-        "encoder": {"sha256": encoder.sha256, "arch": encoder.arch},
+        "encoder": encoder.identity(),
         "config": config.model_dump(mode="json"),
     }
     if open_run(output, resolved) and (record := finished(output)):
@@ -133,7 +141,10 @@ def evaluate(
         selection="none: nothing is trained or chosen",
         cost=cost,
         interval={"top1": bootstrap_interval((predictions == labels).numpy())},
-        deviations=deviations(config, canonical, ("batch_size",)) + precision_deviation(config.precision),
+        extra={"preprocessing": preprocessing.to_dict()},
+        deviations=deviations(config, canonical, ("batch_size",))
+        + departures(train, test)
+        + preprocessing_departures(train.name, preprocessing),
     )
     return result.write(output)
 
@@ -164,10 +175,6 @@ def _classify(
 
 def _few(train: ImageSet) -> dict:
     return {"labels_per_class": train.labels_per_class} if train.labels_per_class else {}
-
-
-def precision_deviation(precision: str) -> list[str]:
-    return [] if precision == "fp32" else [f"{precision} arithmetic instead of fp32"]
 
 
 def _draw_neighbours(train: ImageSet, test: ImageSet, found: Neighbours, path: Path, rows: int = 8) -> None:

@@ -4,7 +4,8 @@ Everything but one linear layer is frozen, batch norm included: the network stay
 classifier trains, and afterwards every tensor of the backbone is compared bit for bit. The last epoch is reported.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch.nn.functional import cross_entropy
 from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import LinearConfig
-from moco_eval.data.images import ImageSet, preprocessing_for
+from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.errors import InputError, RunFailed
+from moco_eval.errors import RunFailed
 from moco_eval.features import extract, network
-from moco_eval.knn import accuracy, precision_deviation
+from moco_eval.knn import accuracy
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import (
     Stop,
@@ -59,16 +60,14 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
     Returns:
         The result record.
     Raises:
-        InputError: the output holds another run, classes differ between the splits, an image cannot be read.
+        InputError: the output holds another run, or an image cannot be read.
         RunFailed: the loss is not finite, or something but the classifier moved.
         Interrupted: stopped by a signal; run again to go on.
     """
-    if task.train.classes != task.test.classes:
-        raise InputError(f"train and test splits of {task.train.name} have different classes")
     if open_run(output, _resolved(task)) and (record := finished(output)):
         log(f"already done: {output}")
         return record
-    cost = Cost(str(device))
+    cost, preprocessing = Cost(str(device)), preprocessing_for(task.train.name, task.encoder.preprocessing)
     trials = [_trial(task, index, output, device, cost) for index in range(task.trials)]
     labels = torch.as_tensor(task.test.labels)
     scores = [torch.from_numpy(trial["scores"]) for trial in trials]
@@ -86,8 +85,10 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
         selection="last-epoch",
         cost=cost,
         interval={"top1": bootstrap_interval((scores[0].argmax(1) == labels).numpy())},
+        extra={"preprocessing": preprocessing.to_dict()},
         deviations=deviations(task.config, canonical)
-        + precision_deviation(task.config.precision)
+        + departures(task.train, task.test)
+        + preprocessing_departures(task.train.name, preprocessing)
         + ([f"{task.labels_per_class} labels per class"] if task.labels_per_class else [])
         + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
     )
@@ -98,7 +99,7 @@ def _resolved(task: Task) -> dict[str, Any]:
     return {
         "command": "linear",
         "dataset": {"train": task.train.record(), "test": task.test.record()},
-        "encoder": {"sha256": task.encoder.sha256, "arch": task.encoder.arch, "feature": task.feature},
+        "encoder": task.encoder.identity() | {"feature": task.feature},
         "labels_per_class": task.labels_per_class,
         "trials": task.trials,
         "config": task.config.model_dump(mode="json"),
@@ -108,20 +109,21 @@ def _resolved(task: Task) -> dict[str, Any]:
 def _trial(task: Task, index: int, output: Path, device: torch.device, cost: Cost) -> dict[str, Any]:
     """One classifier with its own seed: trained, proven, tested; kept in trial_N.npz."""
     seed, done = task.config.seed + index, output / f"trial_{index}.npz"
-    if done.is_file():
-        with np.load(done, allow_pickle=False) as kept:
-            scores = kept["scores"]
-    else:
+    if not done.is_file():
         images = task.train.few_labels(task.labels_per_class, seed) if task.labels_per_class else task.train
-        with cost.clock():
-            training = Training(task, images, seed, output / f"trial_{index}.pth", device)
-            scores = training.run().numpy()
-        cost.images += len(images) * task.config.schedule.epochs + len(task.test)
+        training = Training(task, images, seed, output / f"trial_{index}.pth", device)
+        scores = training.run().numpy()
+        seconds = training.earlier + time.perf_counter() - training.began
+        count = len(images) * task.config.schedule.epochs + len(task.test)
         if is_main():
             with files.atomic(done) as path:
-                np.savez(path, scores=scores)
+                np.savez(path, scores=scores, seconds=seconds, images=count)
             training.state.unlink(missing_ok=True)
         barrier()
+    with np.load(done, allow_pickle=False) as kept:
+        scores = kept["scores"]
+        cost.seconds += float(kept["seconds"])
+        cost.images += int(kept["images"])
     labels = torch.as_tensor(task.test.labels)
     tops = {"top1": 1} | ({"top5": 5} if len(task.test.classes) > 5 else {})
     metrics = {name: accuracy(torch.from_numpy(scores), labels, top) for name, top in tops.items()}
@@ -146,6 +148,7 @@ class Training:
         self.classifier = new_classifier(self._feature_dim(), len(task.train.classes), seed).to(device)
         self.start = snapshot(self.classifier)
         self.losses: list[torch.Tensor] = []
+        self.began, self.earlier = time.perf_counter(), 0.0
         self.ddp = parallel(self.classifier)
         settings = self.config.optimizer
         self.optimizer = torch.optim.SGD(
@@ -162,25 +165,24 @@ class Training:
 
     def run(self) -> torch.Tensor:
         """Train, check that only the classifier moved, and score the test images: (images, classes)."""
-        epochs, first = self.config.schedule.epochs, self._restore()
+        epochs, done = self.config.schedule.epochs, self._restore()
+        batches = Batches(
+            len(self.images), self.config.batch_size, self.seed, range(epochs), shuffle=True, drop_last=False
+        )
+        first_epoch, first_step = divmod(done, batches.steps_per_epoch)
+        batches = replace(batches, epochs=range(first_epoch, epochs), first_step=first_step)
         augmentation = self.config.augmentation
         crops = crop_transform(self.preprocessing, augmentation.crop_scale, augmentation.flip)
-        batches = Batches(
-            images=len(self.images),
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            epochs=range(first, epochs),
-            shuffle=True,
-            drop_last=False,
-        )
         examples = Examples(self.images, crops, self.seed)
-        with Stop() as stop, progress("linear", len(batches), self.config.batch_size) as advance:
-            for step, (views, labels, _) in enumerate(loader(examples, batches, self.config.workers, self.device)):
-                past, within = divmod(step, batches.steps_per_epoch)
-                self.train_step(views.to(self.device), labels.to(self.device), first + past, batches.size(within))
+        total = epochs * batches.steps_per_epoch
+        with Stop() as stop, progress("linear", total, self.config.batch_size, done) as advance:
+            for views, labels, _ in loader(examples, batches, self.config.workers, self.device):
+                epoch, step = divmod(done, batches.steps_per_epoch)
+                mine = batches.mine(step)
+                self.train_step(views[:mine].to(self.device), labels[:mine].to(self.device), epoch, batches.size(step))
+                done += 1
                 advance()
-                if within + 1 == batches.steps_per_epoch:
-                    self.end_epoch(first + past + 1, stop)
+                self.after_step(done, total, batches.steps_per_epoch, stop)
         check_frozen(self.before, self.backbone)
         check_moved(self.start, self.classifier)
         return self.score()
@@ -198,17 +200,18 @@ class Training:
         self.optimizer.step()
         self.losses.append(loss.detach())
 
-    def end_epoch(self, done: int, stop: Stop) -> None:
-        """Check the loss, keep the state, and stop here if asked to."""
-        epochs, loss = (
-            self.config.schedule.epochs,
-            all_sum(torch.stack(self.losses).mean()).item() / world_size(),
-        )
+    def after_step(self, done: int, total: int, per_epoch: int, stop: Stop) -> None:
+        """At the end of each epoch check the loss and keep the state; stop where asked to."""
+        epoch_ends = done % per_epoch == 0
+        asked = (world_size() == 1 or done % 50 == 0 or epoch_ends) and done < total and stop.requested()
+        if not epoch_ends and not asked:
+            return
+        loss = all_sum(torch.stack(self.losses).mean()).item() / world_size()
         self.losses = []
-        require_finite(loss, f"epoch {done - 1}", "a smaller --set optimizer.lr may help")
+        require_finite(loss, f"epoch {(done - 1) // per_epoch}", "a smaller --set optimizer.lr may help")
         self._save(done)
-        if done < epochs:
-            stop.check(f"epoch {done} of {epochs} is saved: run the same command to go on")
+        if asked:
+            stop.check(f"step {done} of {total} is saved: run the same command to go on")
 
     @torch.no_grad()
     def score(self) -> torch.Tensor:
@@ -225,11 +228,11 @@ class Training:
         )
         return self.classifier.cpu()(features)
 
-    def _save(self, epochs_done: int) -> None:
+    def _save(self, done: int) -> None:
         if is_main():
+            state = {"step": done, "classifier": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict()}
             with files.atomic(self.state) as path:
-                state = {"epoch": epochs_done, "classifier": self.classifier.state_dict()}
-                torch.save(state | {"optimizer": self.optimizer.state_dict()}, path)
+                torch.save(state | {"seconds": self.earlier + time.perf_counter() - self.began}, path)
 
     def _restore(self) -> int:
         if not self.state.is_file():
@@ -241,7 +244,8 @@ class Training:
         except Exception as error:  # whatever a damaged file makes torch raise
             warn(f"{self.state} cannot be resumed from ({str(error).splitlines()[0]}); this trial starts again")
             return 0
-        return int(state["epoch"])
+        self.earlier = float(state["seconds"])
+        return int(state["step"])
 
 
 def freeze(net: nn.Module) -> nn.Module:

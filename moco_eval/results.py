@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from moco_eval import __version__, config, files
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
-from moco_eval.runtime import barrier, is_main, log
+from moco_eval.runtime import from_main, is_main, log
 from moco_eval.statistics import summarise
 
 SCHEMA = "moco-eval/result@1"
@@ -45,22 +45,27 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
     Raises:
         InputError: it holds another run or something else, or cannot be written.
     """
-    try:
-        found = _found(output, resolved)
-    finally:
-        barrier()
+    found, refusal = False, ""
     if is_main():
-        files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
-    barrier()
+        try:
+            found = _found(output, resolved)
+            files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+            files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
+        except InputError as error:
+            refusal = str(error)
+    found, refusal = from_main([found, refusal])
+    if refusal:
+        refused = InputError(refusal)
+        refused.told = not is_main()
+        raise refused
     return found
 
 
 def _found(output: Path, resolved: dict[str, Any]) -> bool:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a folder")
-    if not output.is_dir() or not any(output.iterdir()):
-        return False
+    if not output.is_dir() or {path.name for path in output.iterdir()} <= {"config.yaml", "environment.json"}:
+        return False  # nothing there, or a run that was refused before it did anything
     if not (output / "config.yaml").is_file():
         raise InputError(f"--output {output} holds files that are no run of ours; choose another or empty it")
     before, _ = config.read_yaml(output / "config.yaml")
@@ -182,7 +187,6 @@ class Result:
 
     def record(self) -> dict[str, Any]:
         metrics, std = summarise([trial["metrics"] for trial in self.trials])
-        inherited = [f"encoder: {words}" for words in (self.encoder.pretraining or {}).get("deviations", [])]
         return {
             "schema": SCHEMA,
             "protocol": self.protocol,
@@ -195,7 +199,7 @@ class Result:
             "over": self.over,
             "selection": self.selection,
             "equivalences": self.equivalences,
-            "deviations": [*self.deviations, *inherited],
+            "deviations": [*self.deviations, *self.encoder.deviations()],
             "cost": self.cost.record(),
             "environment": environment(),
         } | self.extra

@@ -33,10 +33,15 @@ from moco_eval.errors import InputError, Interrupted, RunFailed
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def tell(message: str) -> None:
+    """One line to stderr, from whichever process calls."""
+    console.print(message, markup=False)
+
+
 def log(message: str) -> None:
     """One line to stderr, from the first process only."""
     if is_main():
-        console.print(message, markup=False)
+        tell(message)
 
 
 def warn(message: str) -> None:
@@ -77,6 +82,13 @@ def broadcast_(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+def from_main(values: list) -> list:
+    """Rank 0's plain values, on every rank."""
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,8 +170,8 @@ def launch(nproc: int, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code in (1, 2, 3)), 1)
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return next((code for code in (2, 3) if code in codes), 1)
     except (SignalException, KeyboardInterrupt):
         return 3
     return 0

@@ -5,6 +5,7 @@ No generator state is stored: every random draw comes from (seed, epoch, image) 
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,17 @@ def save(
         torch.save(state, path)
     if whole:
         with files.atomic(last) as path:
-            path.unlink()
-            os.link(written, path)
+            _same_file(written, path)
     return written
+
+
+def _same_file(written: Path, path: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    path.unlink()
+    try:
+        os.link(written, path)
+    except OSError:
+        shutil.copyfile(written, path)
 
 
 def prune(folder: Path, keep: KeepCheckpoints) -> None:
@@ -71,6 +80,14 @@ def prune(folder: Path, keep: KeepCheckpoints) -> None:
 def _epoch(path: Path) -> int:
     match = re.fullmatch(r"epoch_(\d+)", path.stem)
     return int(match.group(1)) if match else 0
+
+
+def there(folder: Path) -> bool:
+    """Whether there is a state to go on from. Raises InputError where only epochs are left and last.pth is gone."""
+    epochs = sorted(folder.glob("epoch_*.pth"))
+    if epochs and not (folder / "last.pth").is_file():
+        raise InputError(f"{folder} has no last.pth; copy {epochs[-1].name} there to go on, or empty the folder")
+    return bool(epochs)
 
 
 def load(folder: Path, model: MoCo, optimizer: torch.optim.Optimizer) -> tuple[dict[str, int], torch.Tensor]:
@@ -90,6 +107,4 @@ def load(folder: Path, model: MoCo, optimizer: torch.optim.Optimizer) -> tuple[d
         return {name: int(sampler[name]) for name in ("step", "epoch", "step_in_epoch")}, state["window"]
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path} cannot be resumed from ({reason}); remove it, or copy an epoch_*.pth over it"
-        ) from None
+        raise InputError(f"{path} cannot be resumed from ({reason}); copy the newest epoch_*.pth over it") from None

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from moco_eval import knn
-from moco_eval.data.images import ImageSet, open_images
-from moco_eval.errors import InputError
-from moco_eval.runtime import broadcast_, log
+from moco_eval.data.images import ImageSet, open_splits
+from moco_eval.errors import InputError, message_of
+from moco_eval.runtime import broadcast_, log, warn
 from pretraining.plan import Plan
 from pretraining.views import preprocessing
 
@@ -22,19 +22,19 @@ class Monitor:
         if self.settings is None or self.run.images.labels is None:
             return None
         try:
-            return open_images(self.run.images.name, self.run.data, "test")
+            return open_splits(self.run.images.name, self.run.data)[1]
         except InputError as error:
             log(f"no kNN monitor: {error}")
             return None
 
     def due(self, epoch: int) -> bool:
         """Whether to run after this many epochs; always after the last."""
-        if self.settings is None or self.test is None:
+        if self.settings is None or self.test is None or epoch == 0:
             return False
         return epoch % self.settings.every == 0 or epoch == self.run.config.schedule.epochs
 
-    def __call__(self, encoder_q: nn.Module, device: torch.device) -> float:
-        """Top-1 in percent, of the pooled feature or the head's output as the config says."""
+    def __call__(self, encoder_q: nn.Module, device: torch.device) -> float | None:
+        """Top-1 in percent, of the pooled feature or the head's output; None where an image cannot be read."""
         assert self.settings is not None and self.test is not None
         for buffer in encoder_q.buffers():
             broadcast_(buffer)  # rank 0's BN statistics are those that are saved
@@ -52,5 +52,8 @@ class Monitor:
                 temperature=self.settings.temperature,
                 workers=self.run.config.workers,
             )
+        except InputError as error:
+            warn(f"no kNN here: {message_of(error)}")
+            return None
         finally:
             encoder_q.fc = head

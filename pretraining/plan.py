@@ -1,14 +1,13 @@
 """A run that was checked and can start: everything resolved, nothing written."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
-from moco_eval.data.images import ImageSet, open_images
+from moco_eval.data.images import ImageSet, departures, open_images
 from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError
 from moco_eval.runtime import warn
@@ -22,7 +21,6 @@ FREE_KEYS = (
     "momentum",
     "symmetric",
     "schedule.epochs",
-    "schedule.milestones",
     "bn",
     "bn_groups",
 )
@@ -59,7 +57,7 @@ class Plan:
         return {
             "arch": self.config.arch,
             "config": config,
-            "preprocessing": json.loads(json.dumps(asdict(preprocessing(self.config.views)))),
+            "preprocessing": preprocessing(self.config.views).to_dict(),
             "pretraining": {
                 "protocol": self.config.protocol,
                 "dataset": self.images.record(),
@@ -113,7 +111,12 @@ def plan(config: PretrainConfig, dataset: str, data: Path | None, processes: int
         )
     if bn == "shuffle" and processes == 1:
         warn("bn: shuffle on one process protects nothing: queries and keys share their statistics; take bn: split")
-    differ = configs.differences(config, _canonical(config), FREE_KEYS)
+    canonical = _canonical(config)
+    differ = configs.differences(config, canonical, FREE_KEYS) + departures(images)
+    if bn == "none" or (bn == "shuffle" and processes == 1):
+        differ.append(f"bn {bn} on {processes} process(es), which does not protect from leaking")
+    if bn == "split" and config.bn_groups != canonical.bn_groups:
+        differ.append(f"bn_groups {config.bn_groups} instead of {canonical.bn_groups}")
     return Plan(config, images, data, processes, bn, len(images) // batch, differ)
 
 

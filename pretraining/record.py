@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 
 from moco_eval import files
-from moco_eval.runtime import is_main
+from moco_eval.runtime import all_sum, is_main
 from pretraining.plan import Plan
 from pretraining.views import TwoViews, preprocessing
 
@@ -16,11 +16,16 @@ from pretraining.views import TwoViews, preprocessing
 class Metrics:
     """metrics.jsonl and TensorBoard, written by the first process; lines after `step` are cut off on resume."""
 
-    def __init__(self, output: Path, step: int):
-        self.path = output / "metrics.jsonl"
+    def __init__(self, output: Path, step: int, device: torch.device):
+        self.path, self.device = output / "metrics.jsonl", device
         if is_main():
             files.cut_lines(self.path, lambda line: 0 < step >= line["step"])
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def has(self, name: str, step: int) -> bool:
+        """Whether a figure was already written for this step; the first process's answer, on every rank."""
+        known = is_main() and any(name in line and line["step"] == step for line in files.read_lines(self.path))
+        return bool(all_sum(torch.tensor(float(known), device=self.device)).item())
 
     def write(self, line: dict[str, Any]) -> None:
         if not is_main():

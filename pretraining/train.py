@@ -15,12 +15,13 @@ from moco_eval.runtime import (
     Stop,
     all_sum,
     autocast,
+    barrier,
     broadcast_,
     is_main,
     log,
     parallel,
     progress,
-    warn,
+    tell,
     world_size,
 )
 from moco_eval.schedule import learning_rate
@@ -91,17 +92,18 @@ class Trainer:
 
     def restore(self) -> None:
         """From last.pth where there is one; otherwise note the start and keep the untrained network."""
-        if (self.checkpoints / "last.pth").is_file():
+        if checkpoint.there(self.checkpoints):
             position, window = checkpoint.load(self.checkpoints, self.model, self.optimizer)
             self.step, self.window = position["step"], list(window.to(self.device))
             log(f"resuming at step {self.step} of {self.run.steps}")
         broadcast_(self.model.queue)
         self.saved = self.step
-        self.metrics = Metrics(self.output, self.step)
+        self.metrics = Metrics(self.output, self.step, self.device)
         if self.step == 0:
             start = {"chance": self.run.chance, "queue_full_step": self.run.queue_full_step}
             self.metrics.write({"step": 0, "epoch": 0, **start})
             self.save()
+        self.judge()
 
     def train(self) -> None:
         """All remaining steps."""
@@ -172,6 +174,7 @@ class Trainer:
 
     def log_step(self) -> dict[str, Any]:
         """One line of metrics: the window averaged over its steps and all ranks."""
+        self.limit_substitutes()
         values, now = self.finite_window(), time.perf_counter()
         seconds = now - self.started
         loss, accuracy, feature_std = values.mean(dim=0).tolist()
@@ -204,13 +207,19 @@ class Trainer:
         return values
 
     def end_epoch(self) -> None:
-        """The kNN monitor, when its turn has come, and the checkpoint."""
-        epoch = self.step // self.run.steps_per_epoch
-        if self.monitor.due(epoch):
-            top1 = self.monitor(self.model.encoder_q, self.device)
+        """The checkpoint, and the kNN monitor when its turn has come."""
+        self.save()
+        self.judge()
+
+    def judge(self) -> None:
+        """The kNN monitor, when its turn has come and it has not run yet."""
+        epoch, rest = divmod(self.step, self.run.steps_per_epoch)
+        if rest or not self.monitor.due(epoch) or self.metrics.has("knn_top1", self.step):
+            return
+        top1 = self.monitor(self.model.encoder_q, self.device)
+        if top1 is not None:
             self.metrics.write({"step": self.step, "epoch": epoch, "knn_top1": top1})
             log(f"epoch {epoch}: kNN {top1:.2f} %")
-        self.save()
 
     def save(self) -> None:
         """Rank 0's state, once all ranks are shown to hold the same queue."""
@@ -221,6 +230,7 @@ class Trainer:
             position = {"step": self.step, "epoch": epoch, "step_in_epoch": step_in_epoch}
             checkpoint.save(self.checkpoints, self.model, self.optimizer, position, self.window, self.run.about())
             checkpoint.prune(self.checkpoints, self.run.config.checkpoints)
+        barrier()
 
     def save_unless_done(self) -> None:
         """A checkpoint in the middle of an epoch."""
@@ -230,10 +240,13 @@ class Trainer:
             self.save()
 
     def count_substitutes(self, bad: list[int]) -> None:
-        """Name each unreadable image once. Raises RunFailed above the limit."""
+        """Name each unreadable image once, from the rank that met it."""
         for index in set(bad) - self.substituted:
-            warn(f"unreadable image, another takes its place: {self.run.images.files[index]}")
+            tell(f"warning: unreadable image, another takes its place: {self.run.images.files[index]}")
         self.substituted |= set(bad)
-        limit = self.run.config.bad_images
-        if len(self.substituted) > limit:
+
+    def limit_substitutes(self) -> None:
+        """Raises RunFailed where all ranks together met more unreadable images than bad_images allows."""
+        limit, count = self.run.config.bad_images, torch.tensor(float(len(self.substituted)), device=self.device)
+        if all_sum(count).item() > limit:
             raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")

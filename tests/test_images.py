@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_eval.data.images import decode, open_images
+from moco_eval.data.images import decode, departures, open_images, open_splits
 from moco_eval.data.loader import Batches, Examples, clean_transform, crop_transform
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
@@ -88,6 +88,12 @@ def test_missing_and_empty_folders_are_refused(folder, tmp_path):
         open_images("cifar11", None, "train")
 
 
+def test_splits_of_other_classes_are_refused(folder):
+    (folder / "val" / "dog").rename(folder / "val" / "dogs")
+    with pytest.raises(InputError, match=r"2 classes are in one split only .first: 'dog'"):
+        open_splits("imagefolder", folder)
+
+
 def test_flat_is_for_pretraining_only(folder):
     assert len(open_images("flat", folder, "train")) == 12
     assert open_images("flat", folder, "train").labels is None
@@ -109,6 +115,7 @@ def test_cifar10_reads_the_original_layout(tmp_path):
     rows = write_cifar(tmp_path)
     images = open_images("cifar10", tmp_path, "train")
     assert len(images) == 100
+    assert departures(images) == ["cifar10 train of 100 images instead of 50000"]
     assert np.asarray(images.image(3))[2, 5].tolist() == rows[3].reshape(3, 32, 32)[:, 2, 5].tolist()
 
 

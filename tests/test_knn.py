@@ -13,6 +13,7 @@ from moco_eval import config as configs
 from moco_eval import knn
 from moco_eval.config import KnnConfig
 from moco_eval.data.images import open_images
+from moco_eval.encoders.build import build_resnet
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 
@@ -80,6 +81,23 @@ def test_protocols_are_as_specified(name, settings):
     config = configs.load(name, "knn", KnnConfig)
     assert (config.k, config.temperature, config.feature) == settings
     assert config.protocol == f"knn/{name}@1"
+
+
+def test_query_and_key_encoder_are_two_runs_and_the_key_is_a_deviation(tmp_path):
+    torch.manual_seed(0)
+    state = {}
+    for which in "qk":
+        net = build_resnet("resnet18_quarter", num_classes=16)
+        state |= {f"module.encoder_{which}.{name}": tensor for name, tensor in net.state_dict().items()}
+    torch.save({"epoch": 1, "arch": "resnet18", "state_dict": state}, tmp_path / "moco.pth")
+    few = [open_images("digits", None, split).few_labels(3, 0) for split in ("train", "test")]
+    config = configs.load("digits", "knn", KnnConfig, ["k=5"])
+    query, key = (load(str(tmp_path / "moco.pth"), encoder=which) for which in ("query", "key"))
+    knn.evaluate(query, *few, config, tmp_path / "run", CPU)
+    with pytest.raises(InputError, match=r"encoder.which is query there and key now"):
+        knn.evaluate(key, *few, config, tmp_path / "run", CPU)
+    record = knn.evaluate(key, *few, config, tmp_path / "key", CPU)
+    assert "the key (momentum) encoder instead of the query encoder" in record["deviations"]
 
 
 def test_the_head_is_asked_only_of_encoders_that_have_one(tmp_path):

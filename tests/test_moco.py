@@ -158,7 +158,8 @@ def config(**values) -> PretrainConfig:
 
 def keys_with(permute: bool, bn: str) -> torch.Tensor:
     torch.manual_seed(0)
-    model = build_moco(config(bn_permute=str(permute).lower()), bn)
+    model = build_moco(config(), bn)
+    model.permute_keys = permute
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     return model.encode_keys(images, torch.Generator().manual_seed(1))[1]
 
@@ -166,6 +167,15 @@ def keys_with(permute: bool, bn: str) -> torch.Tensor:
 def test_shuffling_changes_keys_where_bn_has_groups_and_only_there():
     assert not torch.allclose(keys_with(True, "split"), keys_with(False, "split"), atol=1e-4)
     assert torch.allclose(keys_with(True, "none"), keys_with(False, "none"), atol=1e-5)
+    view = views()[0]
+    shuffled, plain = (tiny(permute_keys=permute).encode_keys(view, torch.Generator())[0] for permute in (True, False))
+    assert torch.allclose(shuffled, plain, atol=1e-12)
+
+
+def test_without_bn_groups_or_asked_not_to_keys_stay_in_place():
+    assert build_moco(config(), "split").permute_keys and build_moco(config(), "shuffle").permute_keys
+    assert not build_moco(config(), "none").permute_keys
+    assert not build_moco(config(bn_permute="false"), "split").permute_keys
 
 
 def test_heads_have_the_official_keys():

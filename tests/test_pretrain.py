@@ -169,6 +169,42 @@ def test_an_unreadable_image_has_a_fixed_substitute_and_a_limit(photos, tmp_path
         pretrain(plan(strict, "flat", photos, 1), tmp_path / "strict", CPU)
 
 
+def test_an_unreadable_image_costs_the_monitor_not_the_run(tmp_path, capfd):
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(16):
+                Image.effect_noise((40, 40), 10 + i).convert("RGB").save(
+                    tmp_path / "data" / split / name / f"{i:02}.jpg"
+                )
+    (tmp_path / "data" / "train" / "a" / "03.jpg").write_text("no image")
+    settings = config("batch_size=16", "schedule.epochs=2", "knn={every: 1, k: 5}")
+    pretrain(plan(settings, "imagefolder", tmp_path / "data", 1), tmp_path / "run", CPU)
+    assert "no kNN here" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "epoch_0002.pth").is_file()
+
+
+def test_a_run_without_its_last_checkpoint_does_not_start_again(tmp_path):
+    run(tmp_path, "schedule.epochs=1")
+    (tmp_path / "checkpoints" / "last.pth").unlink()
+    with pytest.raises(InputError, match=r"has no last.pth; copy epoch_0001.pth there to go on"):
+        run(tmp_path, "schedule.epochs=1")
+    assert len(lines(tmp_path)) > 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("precision=bf16", "precision bf16 instead of fp32"),
+        ("bn=none", "bn none on 1 process"),
+        ("bn=shuffle", "bn shuffle on 1 process"),
+        ("bn_groups=2", "bn_groups 2 instead of 8"),
+    ],
+)
+def test_what_may_move_a_number_is_a_deviation(setting, words):
+    assert any(words in deviation for deviation in plan(config(setting), "digits", None, 1).deviations)
+
+
 def command(output: Path, epochs: int = 3) -> list:
     settings = [f"--set={setting}" for setting in [*FAST, "knn=null", f"schedule.epochs={epochs}"]]
     return ["pretrain", "digits", "--dataset", "digits", "--output", output, *settings]
@@ -182,7 +218,6 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_from_the_last_checkpoint(tmp_path):
     process = start(*command(tmp_path / "killed"))
     wait_for(tmp_path / "killed" / "checkpoints" / "epoch_0001.pth", process)
@@ -197,8 +232,10 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_from_the_last_checkpoint(tm
     assert all(torch.equal(ends[0]["state_dict"][key], ends[1]["state_dict"][key]) for key in ends[0]["state_dict"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_a_signal_saves_and_exits_3(tmp_path, number):
     process = start(*command(tmp_path / "run", epochs=50))
     wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)
@@ -208,7 +245,6 @@ def test_a_signal_saves_and_exits_3(tmp_path, number):
     assert f"stopped by {signal.Signals(number).name}; saved at step" in err and "Traceback" not in err
 
 
-@pytest.mark.slow
 def test_two_processes_by_nproc(tmp_path):
     moco_eval(*command(tmp_path / "run", epochs=1), "--nproc", "2")
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)

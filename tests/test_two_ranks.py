@@ -10,12 +10,13 @@ from moco_eval.config import PretrainConfig
 from moco_eval.data.images import open_images
 from moco_eval.data.loader import Batches, share
 from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.errors import Interrupted
 from moco_eval.features import extract
 from moco_eval.runtime import rank, world_size
 from pretraining.bn import permutation, same_on_all_ranks, shuffle
-from pretraining.moco import build_moco
+from pretraining.moco import MoCo, build_moco
 from pretraining.plan import plan
-from pretraining.train import pretrain
+from pretraining.train import Trainer
 
 BATCH = 16
 
@@ -33,6 +34,34 @@ def flatten(batch: torch.Tensor) -> torch.Tensor:
     return batch.flatten(1)[:, :7]
 
 
+def without_bn(permute: bool) -> torch.Tensor:
+    """Keys of a network that has no batch norm."""
+    torch.manual_seed(0)
+    nets = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8)) for _ in range(2)]
+    model = MoCo(*nets, dim=8, queue_size=16, momentum=0.9, temperature=0.2, permute_keys=permute)
+    return model.encode_keys(share(images()), torch.Generator().manual_seed(1))[1]
+
+
+def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fifty steps of training: this rank's queue in memory, and the keys it encoded itself in the last four."""
+    own: list[torch.Tensor] = []
+    encode = MoCo.encode_keys
+
+    def watched(self, view_k, generator):
+        k, keys = encode(self, view_k, generator)
+        own.append(k)
+        return k, keys
+
+    MoCo.encode_keys = watched
+    run = plan(config("schedule.epochs=2", "symmetric=false", "max_steps=50"), "digits", None, world_size())
+    trainer = Trainer(run, folder / "run", build_moco(run.config, run.bn), torch.device("cpu"))
+    trainer.restore()
+    with pytest.raises(Interrupted):
+        trainer.train()
+    MoCo.encode_keys = encode
+    return trainer.model.queue.clone(), torch.stack(own[-2:])
+
+
 def both_ranks(folder) -> dict:
     """Everything the tests below look at, as one rank sees it."""
     rows = torch.arange(12)[:, None] * torch.ones(1, 2)
@@ -46,21 +75,21 @@ def both_ranks(folder) -> dict:
         return model.encode_keys(share(images()), torch.Generator().manual_seed(1))[1]
 
     few = open_images("digits", None, "test")
-    run = plan(config("schedule.epochs=2"), "digits", None, world_size())
-    last = pretrain(run, folder / "run", torch.device("cpu"))
-    state = torch.load(last, weights_only=True)
+    held, pushed = trained_queue(folder)
     return {
         "shuffled": shuffle(mine, forth),
         "restored": shuffle(shuffle(mine, forth), back),
         "indices": [index for batch in batches for index in batch],
         "keys": keys(True, "shuffle"),
         "keys_unshuffled": keys(False, "shuffle"),
-        "keys_no_bn_groups": keys(True, "none"),
         "same": same_on_all_ranks(torch.ones(3)),
         "different": same_on_all_ranks(torch.full((3,), float(rank()))),
         "features": extract(flatten, few, Preprocessing(32, 32), torch.device("cpu"), batch_size=33),
-        "queue": state["state_dict"]["module.queue"],
-        "steps": state["step"],
+        "odd": extract(flatten, few.few_labels(1, 0), Preprocessing(32, 32), torch.device("cpu"), batch_size=9),
+        "queue": held,
+        "pushed": pushed,
+        "without_bn": without_bn(True),
+        "without_bn_unshuffled": without_bn(False),
     }
 
 
@@ -101,33 +130,21 @@ def test_keys_equal_one_process_with_split_bn_under_the_same_permutation(ranks):
         assert torch.allclose(each["keys"], expected, atol=1e-5)
 
 
-def test_queue_is_the_same_on_both_ranks_and_full_of_keys(ranks):
-    assert ranks[0]["steps"] == 80
+def test_without_bn_shuffling_changes_nothing(ranks):
+    for each in ranks:
+        assert torch.allclose(each["without_bn"], each["without_bn_unshuffled"], atol=1e-6)
+
+
+def test_after_fifty_steps_the_queue_is_the_same_and_holds_both_ranks_keys_in_rank_order(ranks):
     assert torch.equal(ranks[0]["queue"], ranks[1]["queue"])
+    # K 64 holds the last two steps of 32 keys; step 50 ends at the queue's end
+    expected = torch.cat([torch.cat([each["pushed"][step] for each in ranks]) for step in range(2)])
+    assert torch.allclose(ranks[0]["queue"].T, expected, atol=1e-6)
     assert ranks[0]["same"] and not ranks[0]["different"]
-
-
-def queue_after_fifty(folder) -> dict:
-    """Fifty steps with recognisable keys: each rank's keys are made of its own rank number and the step."""
-    torch.manual_seed(0)
-    model = build_moco(config("queue_size=40", "batch_size=32"), "none")
-    from moco_eval.runtime import gather
-
-    for step in range(50):
-        model.push(gather(torch.full((4, 64), 1000.0 * rank() + step)))
-    return {"queue": model.queue[0], "pointer": model.queue_ptr.item()}
-
-
-@pytest.mark.slow
-def test_queue_holds_both_ranks_keys_in_rank_order(tmp_path):
-    results = run_ranks(queue_after_fifty, tmp_path, tmp_path)
-    expected = torch.cat([torch.tensor([float(s)] * 4 + [1000.0 + s] * 4) for s in range(45, 50)])
-    for result in results:
-        assert torch.equal(result["queue"], expected)
-        assert result["pointer"] == 0
 
 
 def test_features_of_two_processes_are_those_of_one(ranks):
     alone = extract(flatten, open_images("digits", None, "test"), Preprocessing(32, 32), torch.device("cpu"))
     for each in ranks:
         assert np.array_equal(each["features"].numpy(), alone.numpy())
+        assert len(each["odd"]) == 10  # a last batch of one image, fewer than there are ranks

@@ -18,6 +18,12 @@ from moco_eval.errors import InputError
 
 NAMES = ("digits", "imagefolder", "imagenet", "cifar10", "flat")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+OFFICIAL = {
+    ("cifar10", "train"): 50_000,
+    ("cifar10", "test"): 10_000,
+    ("imagenet", "train"): 1_281_167,
+    ("imagenet", "val"): 50_000,
+}
 DIGITS_TRAIN = 1297  # the first 1,297 digits train, the last 500 test: other writers, for the most part
 
 CIFAR_STATISTICS: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -142,6 +148,24 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
             "--dataset imagefolder"
         )
     return images
+
+
+def open_splits(name: str, data: Path | None) -> tuple[ImageSet, ImageSet]:
+    """Training and test images, of the same classes. Raises InputError where those differ."""
+    train, test = (open_images(name, data, split) for split in ("train", "test"))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"{name}: {len(odd)} classes are in one split only (first: {odd[0]!r}); mend train/ or val/")
+    return train, test
+
+
+def departures(*images: ImageSet) -> list[str]:
+    """In words, where a split of a known data set has not the number of images it was published with."""
+    return [
+        f"{one.name} {one.split} of {len(one)} images instead of {OFFICIAL[one.name, one.split]}"
+        for one in images
+        if len(one) != OFFICIAL.get((one.name, one.split), len(one)) and one.labels_per_class is None
+    ]
 
 
 def data_folder(name: str, data: Path | None) -> Path:
@@ -279,3 +303,11 @@ def fingerprint(sizes: Sequence[tuple[str, int]]) -> str:
 def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Preprocessing:
     """The encoder's own contract; where it has none (`random:`, `pixels`), the data set's."""
     return encoder_says or SMALL.get(dataset, Preprocessing())
+
+
+def preprocessing_departures(dataset: str, used: Preprocessing) -> list[str]:
+    """In words, where images are cut to another size than the data set's protocols do (224 of 256; 32 for CIFAR)."""
+    usual = SMALL.get(dataset, Preprocessing())
+    if (used.size, used.resize) == (usual.size, usual.resize):
+        return []
+    return [f"images of {used.size} pixels (resized to {used.resize}) instead of {usual.size} ({usual.resize})"]

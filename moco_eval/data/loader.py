@@ -98,7 +98,8 @@ class Batches:
             start = self.first_step if epoch == self.epochs.start else 0
             for step in range(start, self.steps_per_epoch):
                 batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield [(epoch, int(index)) for index in share(batch)]
+                mine = share(batch)
+                yield [(epoch, int(index)) for index in (mine if len(mine) else batch[:1])]
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of all images in an epoch, the same on every rank."""
@@ -114,6 +115,10 @@ class Batches:
     def size(self, step: int) -> int:
         """How many images the given batch of an epoch holds, over all ranks."""
         return min(self.batch_size, self.images - step * self.batch_size)
+
+    def mine(self, step: int) -> int:
+        """How many of them are this rank's; the loader hands over one that does not count where there are none."""
+        return len(share(range(self.size(step))))
 
     def __len__(self) -> int:
         return len(self.epochs) * self.steps_per_epoch - self.first_step

@@ -57,7 +57,7 @@ def detect(
         "data": str(data) if data else None,
         "fingerprint": opened.fingerprint if opened else None,
         "splits": list(split_options),
-        "encoder": {"path": encoder.source, "sha256": encoder.sha256, "arch": encoder.arch},
+        "encoder": encoder.identity(),
         "config": config.model_dump(mode="json"),
     }
     results.open_run(output, resolved)

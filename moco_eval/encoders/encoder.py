@@ -1,6 +1,6 @@
 """What every evaluation takes: a proven backbone, and all that must travel with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,10 @@ class Preprocessing:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     channels: str = "RGB"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as they come back from a file."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
@@ -37,6 +41,7 @@ class Encoder:
         origin: the layout it was recognised as, such as 'facebookresearch/moco v2'.
         sha256: of the checkpoint file's bytes; of the weights themselves for `random:` and `torchvision:`.
         tensors_loaded: how many backbone tensors were matched: all of them.
+        which: 'query' or 'key' (the momentum encoder).
         dropped: (what, why) of each group of tensors in the file that the backbone does not use.
         warnings: doubts, in words.
         preprocessing: what the weights expect; None where the checkpoint does not say (`random:`).
@@ -52,6 +57,7 @@ class Encoder:
     origin: str
     sha256: str
     tensors_loaded: int
+    which: str = "query"
     dropped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     preprocessing: Preprocessing | None = None
@@ -64,6 +70,17 @@ class Encoder:
             "sha256": self.sha256,
             "origin": self.origin,
             "arch": self.arch,
+            "which": self.which,
             "tensors_loaded": self.tensors_loaded,
+            "warnings": self.warnings,
             "pretraining": self.pretraining,
         }
+
+    def identity(self) -> dict[str, str]:
+        """What tells its runs from those of another."""
+        return {"sha256": self.sha256, "arch": self.arch, "which": self.which}
+
+    def deviations(self) -> list[str]:
+        """What an evaluation inherits from it, in words."""
+        key = ["the key (momentum) encoder instead of the query encoder"] if self.which == "key" else []
+        return key + [f"encoder: {words}" for words in (self.pretraining or {}).get("deviations", [])]

@@ -75,6 +75,7 @@ def _write_safetensors(encoder: Encoder, which: str, path: Path) -> int:
         "format": SAFETENSORS,
         "origin": encoder.origin,
         "arch": encoder.arch,
+        "which": encoder.which,
         "source_sha256": encoder.sha256,
         "preprocessing": asdict(encoder.preprocessing) if encoder.preprocessing else None,
         "pretraining": encoder.pretraining,

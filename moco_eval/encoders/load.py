@@ -141,6 +141,7 @@ def _from_file(source: str, arch: str | None, encoder: str) -> Encoder:
         origin=_origin(found),
         sha256=files.sha256_of(source),
         tensors_loaded=len(parts.backbone),
+        which=_which(found, encoder),
         dropped=parts.dropped,
         warnings=parts.warnings,
         preprocessing=_preprocessing(found),
@@ -451,6 +452,11 @@ def _origin(found: Checkpoint) -> str:
     """The layout; for a copy that our `convert` wrote, also what it was made of."""
     made_of = found.values.get("origin") if found.layout.format == SAFETENSORS else None
     return f"{found.layout.origin}, from {made_of}" if made_of else found.layout.origin
+
+
+def _which(found: Checkpoint, asked: str) -> str:
+    """The encoder asked for; for a copy that our `convert` wrote, the one it was made of."""
+    return str(found.values.get("which", asked)) if found.layout.format == SAFETENSORS else asked
 
 
 def _pretraining(found: Checkpoint) -> dict[str, Any] | None:

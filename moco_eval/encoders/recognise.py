@@ -113,7 +113,7 @@ STATE = {
     "rng": "random generators, for resuming",
     "best_acc1": "the accuracy its own training saw",
 }
-READ = ("state_dict", "arch", "epoch", "format", "preprocessing", "pretraining", "config", "origin")
+READ = ("state_dict", "arch", "epoch", "format", "preprocessing", "pretraining", "config", "origin", "which")
 
 
 @dataclass(frozen=True)
