@@ -296,8 +296,9 @@ def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: t
         return f"{path.name} lacks the key {key!r}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if not key:
-        return f"{path.name}: {message}"
+    if not key:  # a combination: the message starts with the key that does not fit
+        where = lines.get(message.split()[0], "")
+        return f"{where if where.startswith('--set') else f'{path.name} {where}'.strip()}: {message}"
     return f"{key} is {first['input']!r} in {place}: {message}"
 
 

@@ -140,7 +140,7 @@ def evaluate(
         over="head",
         selection="none: nothing is trained or chosen",
         cost=cost,
-        interval={"top1": bootstrap_interval((predictions == labels).numpy())},
+        interval={"top1": bootstrap_interval((predictions == labels).numpy()[None])},
         extra={"preprocessing": preprocessing.to_dict()},
         deviations=deviations(config, canonical, ("batch_size",))
         + departures(train, test)

@@ -84,7 +84,7 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
         over="head",
         selection="last-epoch",
         cost=cost,
-        interval={"top1": bootstrap_interval((scores[0].argmax(1) == labels).numpy())},
+        interval={"top1": bootstrap_interval(np.stack([(one.argmax(1) == labels).numpy() for one in scores]))},
         extra={"preprocessing": preprocessing.to_dict()},
         deviations=deviations(task.config, canonical)
         + departures(task.train, task.test)

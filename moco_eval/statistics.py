@@ -22,11 +22,17 @@ def summarise(trials: Sequence[dict[str, float]]) -> tuple[dict[str, float], dic
 
 
 def bootstrap_interval(correct: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of an accuracy in percent, over test images.
+    """95 % percentile bootstrap interval, over test images, of an accuracy in percent averaged over trials.
+
+    Images that were right in equally many trials are alike, so resampling images is drawing how many of each kind
+    there are: exact, and cheap at any size.
 
     Args:
-        correct: whether each test image was classified rightly, (N,) booleans.
+        correct: whether each test image was classified rightly in each trial, (trials, images) booleans.
     """
-    counts = np.random.default_rng(seed).binomial(len(correct), correct.mean(), size=resamples)
-    low, high = np.percentile(100 * counts / len(correct), [2.5, 97.5])
+    trials, images = correct.shape
+    kinds = np.bincount(correct.sum(axis=0), minlength=trials + 1) / images  # share of images right in 0..T trials
+    drawn = np.random.default_rng(seed).multinomial(images, kinds, size=resamples)
+    accuracy = 100 * drawn @ (np.arange(trials + 1) / trials) / images
+    low, high = np.percentile(accuracy, [2.5, 97.5])
     return float(low), float(high)

@@ -27,7 +27,10 @@ def test_every_shipped_config_loads_and_is_named(kind):
         ("batch_size=many", "batch_size is 'many' in --set batch_size=many"),
         ("batch_size=0", "greater than 0"),
         ("batch_size=true", "a number is wanted, not true or false"),
-        ("queue_size=256 ", "queue_size 256 holds less than one step's 512 keys .batch 512.; take at least 512"),
+        (
+            "queue_size=256 ",
+            "--set queue_size=256: queue_size 256 holds less than one step's 512 keys .batch 512.; take at least 512",
+        ),
         ("temperature=.nan", "temperature"),
         ("schedule.milestones=[3]", "takes no milestones"),
         ("views=none", "views"),
