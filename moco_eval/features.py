@@ -39,12 +39,14 @@ def extract(
     workers: int = 0,
     precision: str = "fp32",
     title: str = "features",
+    tolerant: bool = False,
 ) -> torch.Tensor:
     """Features of the clean images, (images, D) float32 on the CPU, in the data set's order, on every rank.
 
     Args:
         net: (N, 3, H, W) to (N, D), in evaluation mode.
         batch_size: images per step, over all processes.
+        tolerant: put a grey image in the place of one that cannot be read.
     Raises:
         InputError: an image cannot be read; it names the file.
         RunFailed: a feature is not finite.
@@ -52,7 +54,7 @@ def extract(
     batches = Batches(len(images), batch_size, 0, range(1), shuffle=False, drop_last=False)
     rows = []
     with progress(title, len(batches), batch_size) as advance:
-        examples = Examples(images, clean_transform(preprocessing))
+        examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant)
         for step, (views, _, _) in enumerate(loader(examples, batches, workers, device)):
             with autocast(device, precision):
                 mine = net(views.to(device, non_blocking=True)).flatten(1).float()[: batches.mine(step)]

@@ -80,12 +80,16 @@ def monitor(
     temperature: float,
     workers: int,
 ) -> float:
-    """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back."""
+    """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back.
+
+    An unreadable image is named and counts as a grey one: a monitor must not end a run, least of all on one rank.
+    """
     assert train.labels is not None and test.labels is not None
     training = net.training
     net.eval()
     bank, queries = (
-        extract(net, images, preprocessing, device, workers=workers, title="kNN") for images in (train, test)
+        extract(net, images, preprocessing, device, workers=workers, title="kNN", tolerant=True)
+        for images in (train, test)
     )
     net.train(training)
     scores = vote(
@@ -122,14 +126,9 @@ def evaluate(
     )
     predictions = scores.argmax(dim=1)
     if is_main():
+        kept = {"prediction": predictions, "label": labels, "scores": scores, "neighbour": neighbours.index[:, :10]}
         with files.atomic(output / "predictions.npz") as path:
-            np.savez(
-                path,
-                prediction=predictions,
-                label=test.labels,
-                scores=scores,
-                neighbour=neighbours.index[:, :10],
-            )
+            np.savez(path, **kept)
         _draw_neighbours(train, test, neighbours, output / "neighbours.png")
     canonical = configs.load(config.protocol.split("/")[1].split("@")[0], "knn", KnnConfig)
     result = Result(

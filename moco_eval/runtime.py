@@ -1,4 +1,4 @@
-"""Device, precision, seeds, processes: the same command on a CPU, one GPU or many.
+"""Device, precision, processes: the same command on a CPU, one GPU or many.
 
 Collectives vanish at world size 1.
 """
@@ -6,7 +6,6 @@ Collectives vanish at world size 1.
 import contextlib
 import logging
 import os
-import random
 import signal
 import sys
 import uuid
@@ -177,14 +176,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
     return 0
 
 
-# Seeds and precision
-
-
-def seed_everything(seed: int) -> None:
-    """Python's, numpy's and torch's generators; each rank its own stream, rank 0 that of one process."""
-    random.seed(seed + rank())
-    np.random.seed((seed + rank()) % 2**32)
-    torch.manual_seed(seed + rank())
+# Precision
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

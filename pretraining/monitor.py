@@ -5,8 +5,8 @@ from torch import nn
 
 from moco_eval import knn
 from moco_eval.data.images import ImageSet, open_splits
-from moco_eval.errors import InputError, message_of
-from moco_eval.runtime import broadcast_, log, warn
+from moco_eval.errors import InputError
+from moco_eval.runtime import broadcast_, log
 from pretraining.plan import Plan
 from pretraining.views import preprocessing
 
@@ -33,8 +33,8 @@ class Monitor:
             return False
         return epoch % self.settings.every == 0 or epoch == self.run.config.schedule.epochs
 
-    def __call__(self, encoder_q: nn.Module, device: torch.device) -> float | None:
-        """Top-1 in percent, of the pooled feature or the head's output; None where an image cannot be read."""
+    def __call__(self, encoder_q: nn.Module, device: torch.device) -> float:
+        """Top-1 in percent, of the pooled feature or the head's output."""
         assert self.settings is not None and self.test is not None
         for buffer in encoder_q.buffers():
             broadcast_(buffer)  # rank 0's BN statistics are those that are saved
@@ -52,8 +52,5 @@ class Monitor:
                 temperature=self.settings.temperature,
                 workers=self.run.config.workers,
             )
-        except InputError as error:
-            warn(f"no kNN here: {message_of(error)}")
-            return None
         finally:
             encoder_q.fc = head

@@ -109,6 +109,7 @@ class Trainer:
         """All remaining steps."""
         self.started = time.perf_counter()
         with Stop() as stop, progress("pretrain", self.run.steps, self.run.config.batch_size, self.step) as advance:
+            self.stop_if_asked(stop)
             for view_q, view_k in self.batches():
                 self.train_step(view_q, view_k)
                 advance(1, self.after_step())
@@ -132,7 +133,7 @@ class Trainer:
         if self.step % every == 0 and stop.requested():
             self.save_unless_done()
             stop.check(f"saved at {where}: run the same command to go on")
-        if self.step == config.max_steps:
+        if config.max_steps is not None and config.max_steps <= self.step < self.run.steps:
             self.save_unless_done()
             raise Interrupted(f"max_steps reached and saved at {where}; without max_steps it goes on")
 
@@ -217,9 +218,8 @@ class Trainer:
         if rest or not self.monitor.due(epoch) or self.metrics.has("knn_top1", self.step):
             return
         top1 = self.monitor(self.model.encoder_q, self.device)
-        if top1 is not None:
-            self.metrics.write({"step": self.step, "epoch": epoch, "knn_top1": top1})
-            log(f"epoch {epoch}: kNN {top1:.2f} %")
+        self.metrics.write({"step": self.step, "epoch": epoch, "knn_top1": top1})
+        log(f"epoch {epoch}: kNN {top1:.2f} %")
 
     def save(self) -> None:
         """Rank 0's state, once all ranks are shown to hold the same queue."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from moco_eval.data.images import ImageSet
 from moco_eval.encoders.encoder import Preprocessing
-from moco_eval.runtime import rank, world_size
+from moco_eval.errors import InputError
+from moco_eval.runtime import rank, tell, world_size
 
 
 def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
@@ -58,19 +60,32 @@ def drawing(seed: int) -> Iterator[None]:
 
 @dataclass
 class Examples(Dataset):
-    """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs."""
+    """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs.
+
+    `tolerant`: an unreadable image is named and a grey one takes its place (the kNN monitor); otherwise InputError.
+    """
 
     images: ImageSet
     transform: transforms.Compose
     seed: int = 0
+    tolerant: bool = False
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item
-        image = self.images.image(index)
+        image = self._image(index)
         with drawing(draw_seed(self.seed, epoch, index)):
             tensor = self.transform(image)
         label = -1 if self.images.labels is None else int(self.images.labels[index])
         return tensor, label, index
+
+    def _image(self, index: int) -> Image.Image:
+        try:
+            return self.images.image(index)
+        except InputError as error:
+            if not self.tolerant:
+                raise
+            tell(f"warning: {error}; here a grey image takes its place")
+            return Image.new("RGB", (64, 64), (128, 128, 128))
 
     def __len__(self) -> int:
         return len(self.images)
