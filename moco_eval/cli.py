@@ -61,7 +61,8 @@ def cli() -> None:
 @click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10 or flat.")
 @data_options
 @run_options
-def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, **given: Any) -> int:
+@click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died.")
+def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, max_restarts: int, **given: Any) -> int:
     """Train an encoder by momentum contrast.
 
     CONFIG is a file or a shipped name (see `moco-eval configs`): moco-eval pretrain digits --dataset digits
@@ -80,9 +81,9 @@ def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, **
         if given["dry_run"]:
             click.echo(f"{planned.describe()}\noutput: {output}")
             return 0
-        return _launch(nproc)
+        return _launch(nproc, max_restarts)
     with processes(given["device"]) as device:
-        run = plan(resolved, dataset, data, world_size())
+        run = plan(resolved, dataset, data, world_size(), device)
         log(run.describe())
         last = train(run, output, device)
         log(f"done: {last}")
@@ -337,7 +338,7 @@ def _labels(text: str | None) -> int | None:
     return int(number)
 
 
-def _launch(nproc: int) -> int:
+def _launch(nproc: int, max_restarts: int = 0) -> int:
     """This very command in `nproc` processes."""
     from moco_eval.runtime import launch
 
@@ -348,7 +349,7 @@ def _launch(nproc: int) -> int:
         if not skip and argument != "--nproc" and not argument.startswith("--nproc="):
             kept.append(argument)
         skip = argument == "--nproc"
-    return launch(nproc, kept)
+    return launch(nproc, kept, max_restarts)
 
 
 def _evaluation_plan(encoder: Any, config: Any, train: Any, test: Any, output: Path) -> str:

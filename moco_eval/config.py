@@ -71,8 +71,13 @@ class KnnMonitor(Model):
 
 
 class KeepCheckpoints(Model):
+    """Which epochs stay on disk: the last few and every so-maniest. Between them last.pth is renewed every
+    `minutes`, and every `steps` where given."""
+
     last: int = Field(2, gt=0)
     every: int = Field(50, gt=0)
+    minutes: float = Field(30, gt=0)
+    steps: int | None = Field(None, gt=0)
 
 
 class Expect(Model):
@@ -89,7 +94,7 @@ class PretrainConfig(Model):
 
     protocol: str
     arch: str
-    mechanism: Literal["moco"] = "moco"
+    mechanism: Literal["moco", "memory_bank", "end_to_end"] = "moco"
     head: Literal["linear", "mlp"] = "linear"
     dim: int = Field(128, gt=0)
     queue_size: int = Positive
@@ -97,15 +102,18 @@ class PretrainConfig(Model):
     temperature: float = Positive
     symmetric: bool = False
     views: Views
-    bn: Literal["auto", "shuffle", "split", "none"] = "auto"
+    bn: Literal["auto", "shuffle", "split", "sync", "none"] = "auto"
     bn_groups: int = Field(8, gt=0)
     bn_permute: bool = True
     batch_size: int = Positive
+    accumulate: int = Field(1, gt=0)
     optimizer: Sgd
     schedule: Schedule
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    deterministic: bool = False
     knn: KnnMonitor | None = None
-    checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints(last=2, every=50))
+    checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints.model_validate({}))
     bad_images: int = Field(100, ge=0)
     max_steps: int | None = Field(None, gt=0)
     log_every: int = Field(10, gt=0)
@@ -113,10 +121,29 @@ class PretrainConfig(Model):
     seed: int = Field(0, ge=0)
     expect: Expect | None = None
 
+    @property
+    def pushed(self) -> int:
+        """Keys that enter the queue at each step."""
+        return self.batch_size * (2 if self.symmetric else 1)
+
+    @model_validator(mode="after")
+    def _the_mechanism_has_its_dictionary(self):
+        if self.symmetric and self.mechanism != "moco":
+            raise ValueError(f"symmetric is MoCo's option; mechanism {self.mechanism} has one direction")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        part = self.batch_size // self.accumulate
+        if self.mechanism == "end_to_end" and self.queue_size != part:
+            raise ValueError(
+                f"queue_size {self.queue_size} is not the dictionary of mechanism end_to_end, whose K is the "
+                f"{part} keys encoded together (batch_size / accumulate); take --set queue_size={part}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _the_queue_holds_a_step(self):
-        pushed = self.batch_size * (2 if self.symmetric else 1)
-        if self.queue_size < pushed:
+        pushed = self.pushed
+        if self.mechanism == "moco" and self.queue_size < pushed:
             how = f"batch {self.batch_size}" + (", symmetric" if self.symmetric else "")
             raise ValueError(
                 f"queue_size {self.queue_size} holds less than one step's {pushed} keys ({how}); take at least {pushed}"
@@ -173,6 +200,8 @@ NEUTRAL_KEYS = (
     "checkpoints",
     "bad_images",
     "max_steps",
+    "compile",
+    "deterministic",
     "knn",
     "views.backend",
 )

@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -66,9 +67,16 @@ def parallel(module: torch.nn.Module) -> torch.nn.Module:
     """The module with gradients averaged over ranks; buffers stay each rank's own. Itself at world size 1."""
     if world_size() == 1:
         return module
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # a new name for broadcast_buffers since torch 2.14
-        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(
+            module,
+            broadcast_buffers=False,
+            # keeps the buckets of the first step: DDP would rebuild them after it, and from three ranks on the order
+            # of a sum, so its last bit, depends on the bucket; a resumed run would differ from an uninterrupted one
+            find_unused_parameters=world_size() > 2,
+        )
 
 
 def barrier() -> None:
@@ -97,6 +105,15 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def union(values: set) -> set:
+    """The union over ranks, on every rank."""
+    if world_size() == 1:
+        return values
+    everyone: list[set] = [set()] * world_size()
+    dist.all_gather_object(everyone, values)
+    return set().union(*everyone)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,8 +161,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def launch(nproc: int, arguments: list[str]) -> int:
+def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     """Run `moco-eval ARGUMENTS` in `nproc` processes on this machine by torchrun's elastic launcher.
+
+    When a process dies, the others are ended and all start again, at most `max_restarts` times.
 
     Returns:
         The exit code: 0, or that of the process that failed first.
@@ -162,7 +181,7 @@ def launch(nproc: int, arguments: list[str]) -> int:
         nproc_per_node=nproc,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=0.5,
         run_id=uuid.uuid4().hex,
     )
@@ -184,6 +203,32 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@lru_cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here: tried on one addition."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # no C++ compiler, no triton, an unsupported Python
+        warn(f"torch.compile does not work here ({message_of(error).splitlines()[0]}); going on without it")
+        return False
+    return True
+
+
+def compile_(nets: Iterable[torch.nn.Module], device: torch.device) -> None:
+    """Compile networks in place where there is a compiler; their names and state dicts stay."""
+    if can_compile(device):
+        for net in nets:
+            net.compile()
+
+
+def deterministic(wanted: bool) -> None:
+    """Bit-identical repetition on a GPU, at some cost in speed; a CPU has it anyway."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
 
 
 def require_finite(loss: float, what: str, way_out: str) -> None:

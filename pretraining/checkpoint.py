@@ -7,51 +7,57 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moco_eval import files
 from moco_eval.config import KeepCheckpoints
 from moco_eval.errors import InputError
-from pretraining.moco import MoCo
+from pretraining.mechanisms import Mechanism
+from pretraining.plan import Plan
 
 FORMAT = "moco-eval/1"
 
 
 def save(
     folder: Path,
-    model: MoCo,
+    run: Plan,
+    model: Mechanism,
     optimizer: torch.optim.Optimizer,
-    position: dict[str, int],
-    window: list[torch.Tensor],
-    about: dict[str, Any],
+    step: int,
+    rows: torch.Tensor,
+    unreadable: set[int],
 ) -> Path:
     """Write last.pth and, where an epoch ends, epoch_NNNN.pth (NNNN epochs done).
 
     Args:
         folder: the run's checkpoints/.
-        position: step (done so far), epoch (the next one), step_in_epoch.
-        window: measurements since the last log line.
-        about: arch, config, preprocessing, pretraining: carried along for those who load it.
+        run: what travels with the weights, for those who load them.
+        model, optimizer: the state.
+        step: steps done so far.
+        rows: every rank's measurements since the last log line, (R, steps, 3).
+        unreadable: indices of the images that could not be read so far.
     Returns:
         The file written.
     """
+    about = run.about()
+    epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
     state = {
-        "epoch": position["epoch"],
+        "epoch": epoch,
         "arch": about["arch"],
         "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
-        "step": position["step"],
-        "sampler": {"seed": about["config"]["seed"], **position},
-        "window": torch.stack(window).cpu() if window else torch.zeros(0, 3),
+        "step": step,
+        "sampler": {"seed": run.config.seed, "step": step, "epoch": epoch, "step_in_epoch": step_in_epoch},
+        "window": rows,
+        "unreadable": sorted(unreadable),
         "format": FORMAT,
         **about,
-        "pretraining": {**about["pretraining"], "epochs": position["epoch"]},
+        "pretraining": {**about["pretraining"], "epochs": epoch},
     }
     last = folder / "last.pth"
-    whole = position["step_in_epoch"] == 0
-    written = folder / f"epoch_{position['epoch']:04d}.pth" if whole else last
+    whole = step_in_epoch == 0
+    written = folder / f"epoch_{epoch:04d}.pth" if whole else last
     with files.atomic(written) as path:
         torch.save(state, path)
     if whole:
@@ -90,11 +96,11 @@ def there(folder: Path) -> bool:
     return bool(epochs)
 
 
-def load(folder: Path, model: MoCo, optimizer: torch.optim.Optimizer) -> tuple[dict[str, int], torch.Tensor]:
+def load(folder: Path, model: Mechanism, optimizer: torch.optim.Optimizer) -> tuple[int, torch.Tensor, set[int]]:
     """Put the newest state back, whole.
 
     Returns:
-        position (step, epoch, step_in_epoch) and the window.
+        The step, every rank's measurements since the last log line, and the unreadable images, as they were saved.
     Raises:
         InputError: last.pth is damaged or of another model.
     """
@@ -103,8 +109,7 @@ def load(folder: Path, model: MoCo, optimizer: torch.optim.Optimizer) -> tuple[d
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
         optimizer.load_state_dict(state["optimizer"])
-        sampler = state["sampler"]
-        return {name: int(sampler[name]) for name in ("step", "epoch", "step_in_epoch")}, state["window"]
+        return int(state["step"]), state["window"], set(state["unreadable"])
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be resumed from ({reason}); copy the newest epoch_*.pth over it") from None

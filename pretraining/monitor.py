@@ -41,6 +41,7 @@ class Monitor:
         head = encoder_q.fc
         if self.settings.feature == "pooled":
             encoder_q.fc = nn.Identity()
+        torch.compiler.set_stance("force_eager")  # another shape and head: not worth compiling for
         try:
             return knn.monitor(
                 encoder_q,
@@ -54,3 +55,4 @@ class Monitor:
             )
         finally:
             encoder_q.fc = head
+            torch.compiler.set_stance("default")

@@ -5,18 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from moco_eval.data.images import ImageSet, departures, open_images
 from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError
 from moco_eval.runtime import warn
-from pretraining.moco import chance_loss
 from pretraining.views import preprocessing
 
+CANONICAL = {
+    "pretrain/moco-v1@1": "moco_v1_r50",
+    "pretrain/moco-v2@1": "moco_v2_r50",
+    "pretrain/cifar10-demo@1": "cifar10",
+}
 # what a paper's table varies; all other differences from the protocol's config are deviations
 FREE_KEYS = (
     "arch",
+    "mechanism",
     "queue_size",
     "momentum",
     "symmetric",
@@ -28,7 +35,17 @@ FREE_KEYS = (
 
 @dataclass
 class Plan:
-    """A run that was checked and can start: everything resolved, nothing written yet."""
+    """A run that was checked and can start: everything resolved, nothing written yet.
+
+    Attributes:
+        config: without any `auto` but `bn`, whose meaning here is in `bn`.
+        images: the training images.
+        data: where they are; None for built-in data.
+        processes: R.
+        bn: shuffle, split, sync or none.
+        steps_per_epoch: whole batches only.
+        deviations: in words, where the run leaves its protocol.
+    """
 
     config: PretrainConfig
     images: ImageSet
@@ -44,12 +61,28 @@ class Plan:
 
     @property
     def chance(self) -> float:
-        return chance_loss(self.config.queue_size, self.config.symmetric)
+        """The loss when all keys look alike, in nats: log of the candidates, twice that where two losses are summed."""
+        config = self.config
+        candidates = config.queue_size + (config.mechanism != "end_to_end")
+        return math.log(candidates) * (2 if config.symmetric else 1)
 
     @property
-    def queue_full_step(self) -> int:
-        pushed = self.config.batch_size * (2 if self.config.symmetric else 1)
-        return math.ceil(self.config.queue_size / pushed)
+    def full_step(self) -> int:
+        """The step after which the dictionary holds encoded keys only."""
+        if self.config.mechanism == "moco":
+            return math.ceil(self.config.queue_size / self.config.pushed)
+        halvings = 7  # of a slot's random start, after which less than 1 % of it is left
+        return halvings * self.steps_per_epoch if self.config.mechanism == "memory_bank" else 0
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether keys are encoded in other BN groups than their queries; the memory bank's are of another epoch."""
+        return self.config.bn_permute and self.bn in ("shuffle", "split") and self.config.mechanism != "memory_bank"
+
+    def queue_age(self, step: int) -> float:
+        """Mean age of MoCo's keys in steps, those of the start left out."""
+        per_step = self.config.pushed
+        return (min(step * per_step, self.config.queue_size) / per_step + 1) / 2
 
     def about(self) -> dict[str, Any]:
         """What travels with the weights, in plain containers."""
@@ -68,66 +101,151 @@ class Plan:
             },
         }
 
+    def resolved(self) -> dict[str, Any]:
+        """Everything that defines the run; another of these in the same folder is refused."""
+        return {
+            "command": "pretrain",
+            "dataset": self.images.record(),
+            "processes": self.processes,
+            "bn": self.bn,
+            "config": self.config.model_dump(mode="json"),
+        }
+
     def describe(self) -> str:
         """What will run, in a few lines."""
         config = self.config
+        symbols = {
+            "moco": f"MoCo, K {config.queue_size}, m {config.momentum}",
+            "memory_bank": f"memory bank of {len(self.images)} slots, K {config.queue_size} drawn",
+            "end_to_end": f"end-to-end, K {config.queue_size} (the batch)",
+        }[config.mechanism]
+        parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
         return "\n".join(
             [
-                f"{config.protocol}: {config.arch}, K {config.queue_size}, m {config.momentum}, "
-                f"tau {config.temperature}",
+                f"{config.protocol}: {config.arch}, {symbols}, tau {config.temperature}",
                 f"data: {self.images.name}, {len(self.images)} images, {config.schedule.epochs} epochs of "
-                f"{self.steps_per_epoch} steps, batch {config.batch_size}, lr {config.optimizer.lr:g}",
+                f"{self.steps_per_epoch} steps, batch {config.batch_size}{parts}, lr {config.optimizer.lr:g}, "
+                f"{config.precision}{', compiled' if config.compile else ''}",
                 f"bn: {self.bn}"
                 + (f" in {config.bn_groups} groups" if self.bn == "split" else "")
-                + ("" if config.bn_permute and self.bn != "none" else ", keys not permuted"),
-                f"chance level of the loss: {self.chance:.4f}; the queue is filled after {self.queue_full_step} steps",
+                + ("" if self.shuffles else ", keys not permuted"),
+                f"chance level of the loss: {self.chance:.4f}"
+                + (f"; the queue is filled after {self.full_step} steps" if config.mechanism == "moco" else ""),
+                *self._bytes(),
                 *(f"differs from {config.protocol}: {words}" for words in self.deviations),
             ]
         )
 
+    def _bytes(self) -> list[str]:
+        """What shuffling moves between processes, where it does."""
+        if self.processes == 1 or not self.shuffles:
+            return []
+        ours, official = shuffle_bytes(self.config, self.processes)
+        return [
+            f"shuffling: a process receives {ours / 2**20:.3g} MiB of images a step on average; "
+            f"gathering them all in fp32, as the official code does, takes {official / 2**20:.3g} MiB"
+        ]
 
-def plan(config: PretrainConfig, dataset: str, data: Path | None, processes: int) -> Plan:
+
+def shuffle_bytes(config: PretrainConfig, processes: int) -> tuple[float, int]:
+    """Bytes of images that one process receives from others in a step: ours (mean over permutations), official.
+
+    Ours: each of its batch/R images comes from another process with probability (R - 1)/R, in uint8. Official
+    (moco/builder.py): every image of every other process, in fp32.
+    """
+    share = config.batch_size // processes
+    directions = 2 if config.symmetric else 1
+    image = 3 * config.views.size**2
+    ours = share * (processes - 1) / processes * image * directions
+    return ours, (processes - 1) * share * image * 4 * directions
+
+
+def plan(
+    config: PretrainConfig,
+    dataset: str,
+    data: Path | None,
+    processes: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Plan:
     """Check that a run can start.
 
     Raises:
-        InputError: data that is not there, fewer images than a batch, a batch that the processes or BN groups
-            cannot share equally.
+        InputError: data that is not there, fewer images than a batch, a batch that the processes, parts or BN
+            groups cannot share equally.
     """
     architecture(config.arch)
     images = open_images(dataset, data, "train")
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
-    batch = config.batch_size
-    if len(images) < batch:
+    config = config.model_copy(update=_by_device(config, device))
+    run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [])
+    _require_shares(run)
+    _warn(run)
+    run.deviations += _deviations(run)
+    return run
+
+
+def _by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
+    """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    chosen = {"precision": "bf16" if fast else "fp32", "compile": fast}
+    return {key: value for key, value in chosen.items() if getattr(config, key) == "auto"}
+
+
+def _require_shares(run: Plan) -> None:
+    config, batch = run.config, run.config.batch_size
+    parts = run.processes * config.accumulate
+    if run.steps_per_epoch == 0:
         raise InputError(
-            f"{dataset} has {len(images)} images, less than one batch of {batch}; "
-            f"take --batch-size {len(images)} or less"
+            f"{run.images.name} has {len(run.images)} images, less than one batch of {batch}; "
+            f"take --batch-size {len(run.images)} or less"
         )
-    if batch % processes:
-        raise InputError(f"batch_size {batch} does not divide among {processes} processes")
-    if bn == "split" and (batch // processes) % config.bn_groups:
+    if batch % parts:
         raise InputError(
-            f"a batch of {batch // processes} per process does not divide into {config.bn_groups} BN groups; "
+            f"batch_size {batch} does not divide among {run.processes} processes"
+            + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        )
+    if run.bn == "split" and (batch // parts) % config.bn_groups:
+        raise InputError(
+            f"a batch of {batch // parts} per process does not divide into {config.bn_groups} BN groups; "
             "change batch_size or --set bn_groups=..."
         )
-    if bn == "shuffle" and processes == 1:
+    if config.mechanism == "memory_bank" and len(run.images) <= batch:
+        raise InputError(f"mechanism memory_bank draws its negatives outside the batch, which holds all {batch} images")
+
+
+def _warn(run: Plan) -> None:
+    """What will work, but perhaps not as meant."""
+    config, keys = run.config, run.config.queue_size
+    if run.bn == "shuffle" and run.processes == 1:
         warn("bn: shuffle on one process protects nothing: queries and keys share their statistics; take bn: split")
-    canonical = _canonical(config)
-    differ = configs.differences(config, canonical, FREE_KEYS) + departures(images)
-    if bn == "none" or (bn == "shuffle" and processes == 1):
-        differ.append(f"bn {bn} on {processes} process(es), which does not protect from leaking")
-    if bn == "split" and config.bn_groups != canonical.bn_groups:
+    if config.mechanism == "moco" and keys % config.pushed:
+        warn(f"queue_size {keys} is no multiple of the {config.pushed} keys pushed per step; the queue wraps round")
+    if run.full_step > run.steps:
+        warn(f"the {run.steps} steps of the schedule never fill the queue of {keys}: random keys stay in it")
+    if config.accumulate > 1 and config.mechanism == "end_to_end":
+        warn(f"accumulate adds no negatives to end_to_end: each query meets the {keys - 1} other keys of its part")
+
+
+def _deviations(run: Plan) -> list[str]:
+    config, canonical = run.config, _canonical(run.config)
+    free: tuple[str, ...] = FREE_KEYS
+    per_image = canonical.optimizer.lr / canonical.batch_size
+    if config.mechanism == "end_to_end" and math.isclose(config.optimizer.lr, per_image * config.batch_size):
+        free += ("batch_size", "optimizer.lr")  # K is the batch, and the rate follows it (P1 Fig. 3)
+    differ = configs.differences(config, canonical, free) + departures(run.images)
+    leaks = run.bn in ("none", "sync") or (run.bn == "shuffle" and run.processes == 1)
+    if leaks and config.mechanism != "memory_bank":
+        differ.append(f"bn {run.bn} on {run.processes} process(es), which does not protect from leaking")
+    if run.bn == "sync" and config.mechanism == "memory_bank":
+        differ.append("bn sync instead of statistics per GPU")
+    if run.bn == "split" and config.bn_groups != canonical.bn_groups:
         differ.append(f"bn_groups {config.bn_groups} instead of {canonical.bn_groups}")
-    return Plan(config, images, data, processes, bn, len(images) // batch, differ)
-
-
-CANONICAL = {
-    "pretrain/moco-v1@1": "moco_v1_r50",
-    "pretrain/moco-v2@1": "moco_v2_r50",
-    "pretrain/cifar10-demo@1": "cifar10",
-}
+    return differ
 
 
 def _canonical(config: PretrainConfig) -> PretrainConfig:
+    """The shipped config of a protocol, in the published arithmetic."""
     if config.protocol not in CANONICAL:
         raise InputError(f"unknown protocol {config.protocol!r}.{configs.did_you_mean(config.protocol, CANONICAL)}")
-    return configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig)
+    loaded = configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig)
+    return loaded.model_copy(update={"precision": "fp32", "compile": False})

@@ -1,5 +1,7 @@
-"""What a run writes down as it goes: metrics, TensorBoard events, a picture of its views."""
+"""What a run writes down as it goes: measurements, metrics, TensorBoard events, a picture of its views."""
 
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +10,101 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 
 from moco_eval import files
-from moco_eval.runtime import all_sum, is_main
+from moco_eval.errors import RunFailed
+from moco_eval.runtime import all_sum, gather, is_main, log, rank, tell, union, warn, world_size
+from pretraining.health import PATIENCE, alarms
+from pretraining.moco import Step
 from pretraining.plan import Plan
-from pretraining.views import TwoViews, preprocessing
+from pretraining.views import TwoViews
+
+
+class Measurements:
+    """Loss, accuracy and spread of each step since the last log line, this process's; and time spent waiting."""
+
+    def __init__(self, run: Plan):
+        self.run = run
+        self.rows: list[torch.Tensor] = []
+        self.unreadable: set[int] = set()
+        self.restart()
+
+    def restore(self, rows: torch.Tensor, unreadable: set[int]) -> None:
+        """Go on from a checkpoint's, which holds every rank's."""
+        self.rows, self.unreadable = list(rows[rank()]), unreadable
+
+    def restart(self) -> None:
+        """Measure time from now."""
+        self.waited, self.started = 0.0, time.perf_counter()
+
+    def add(self, parts: list[Step]) -> None:
+        """One step, done in parts where gradients are accumulated; nothing is read back from the device here."""
+        rows = [torch.stack([part.loss.detach().float(), part.accuracy, part.feature_std.float()]) for part in parts]
+        self.rows.append(torch.stack(rows).mean(dim=0))
+
+    def note_unreadable(self, index: list[int]) -> None:
+        """Name each unreadable image once, from the rank that met it."""
+        for bad in set(index) - self.unreadable:
+            tell(f"warning: unreadable image, another takes its place: {self.run.images.files[bad]}")
+        self.unreadable |= set(index)
+
+    def together(self, step: int) -> torch.Tensor:
+        """Every rank's rows, (R, steps, 3), on every rank.
+
+        Raises:
+            RunFailed: a loss among them is not finite, or more images were unreadable than bad_images allows.
+        """
+        self.unreadable = union(self.unreadable)
+        limit = self.run.config.bad_images
+        if len(self.unreadable) > limit:
+            raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")
+        if not self.rows:
+            return torch.zeros(world_size(), 0, 3)
+        values = gather(torch.stack(self.rows)[None])
+        broken = (~values[:, :, 0].isfinite()).any(dim=0).nonzero().flatten()
+        if len(broken):
+            at = step - len(self.rows) + int(broken[0]) + 1
+            loss = values[:, int(broken[0]), 0].mean().item()
+            where = f"epoch {(at - 1) // self.run.steps_per_epoch}, step {at}"
+            raise RunFailed(f"the loss is {loss} in {where}; a smaller optimizer.lr may help")
+        return values.cpu()
+
+    def line(self, step: int, lr: float) -> dict[str, Any]:
+        """A line of metrics: the mean over the steps since the last one and over all ranks."""
+        values, seconds = self.together(step), time.perf_counter() - self.started
+        loss, accuracy, feature_std = values.double().mean(dim=(0, 1)).tolist()
+        line = {
+            "step": step,
+            "epoch": step / self.run.steps_per_epoch,
+            "loss": loss,
+            "accuracy": 100 * accuracy,
+            "feature_std": feature_std,
+            **({"queue_age": self.run.queue_age(step)} if self.run.config.mechanism == "moco" else {}),
+            "lr": lr,
+            "images_per_second": len(self.rows) * self.run.config.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self.rows = []
+        self.restart()
+        return line
 
 
 class Metrics:
     """metrics.jsonl and TensorBoard, written by the first process; lines after `step` are cut off on resume."""
 
-    def __init__(self, output: Path, step: int, device: torch.device):
-        self.path, self.device = output / "metrics.jsonl", device
+    def __init__(self, run: Plan, output: Path, step: int, device: torch.device):
+        self.run, self.path, self.device = run, output / "metrics.jsonl", device
+        self.recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
+        self.knn: list[float] = []
         if is_main():
             files.cut_lines(self.path, lambda line: 0 < step >= line["step"])
+            for line in files.read_lines(self.path):
+                self._remember(line)
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        if "loss" in line:
+            self.recent.append(line)
+        if "knn_top1" in line:
+            self.knn.append(line["knn_top1"])
 
     def has(self, name: str, step: int) -> bool:
         """Whether a figure was already written for this step; the first process's answer, on every rank."""
@@ -28,10 +112,19 @@ class Metrics:
         return bool(all_sum(torch.tensor(float(known), device=self.device)).item())
 
     def write(self, line: dict[str, Any]) -> None:
+        """One line, with the alarms that it sets off; an alarm is said when it starts."""
         if not is_main():
             return
+        before = self.recent[-1].get("alarms", []) if self.recent else []
+        self._remember(line)
+        if "loss" in line:
+            sounding = alarms(self.run, list(self.recent), self.knn)
+            if sounding:
+                line["alarms"] = list(sounding)
+            for name in sounding.keys() - set(before):
+                warn(f"step {line['step']}: {sounding[name]}")
         files.append_line(self.path, line)
-        for name in line.keys() - {"step", "epoch"}:
+        for name in line.keys() - {"step", "epoch", "alarms"}:
             self.board.add_scalar(name, line[name], line["step"])
 
     def close(self) -> None:
@@ -39,12 +132,20 @@ class Metrics:
             self.board.close()
 
 
+def tell_epoch(run: Plan, line: dict[str, Any]) -> None:
+    """One line an epoch to stderr."""
+    epoch, epochs, wait = round(line["epoch"]), run.config.schedule.epochs, 100 * line["data_wait"]
+    log(
+        f"epoch {epoch} of {epochs}: loss {line['loss']:.3f} (chance {run.chance:.3f}), accuracy "
+        f"{line['accuracy']:.1f} %, spread {line['feature_std']:.2f}, {line['images_per_second']:.0f} images/s, "
+        f"{wait:.0f} % waiting for data"
+    )
+
+
 def draw_views(run: Plan, path: Path, pairs: int = 8) -> None:
     """A picture of what the network sees: view_q above view_k, one image a column."""
     views = TwoViews(run.images, run.config.views, run.config.seed)
     chosen = [views[0, index][:2] for index in range(0, len(views), max(1, len(views) // pairs))][:pairs]
-    expects = preprocessing(run.config.views)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (expects.mean, expects.std))
-    rows = torch.stack([pair[0] for pair in chosen] + [pair[1] for pair in chosen]) * std + mean
+    rows = torch.stack([pair[0] for pair in chosen] + [pair[1] for pair in chosen]) / 255
     with files.atomic(path) as temporary:
-        save_image(rows.clamp(0, 1), temporary, nrow=len(chosen), padding=2, pad_value=1.0)
+        save_image(rows, temporary, nrow=len(chosen), padding=2, pad_value=1.0)

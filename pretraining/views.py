@@ -79,23 +79,53 @@ def preprocessing(views: Views) -> Preprocessing:
     return Preprocessing(views.size, math.ceil(views.size * 256 / 224))
 
 
+class Normalise:
+    """Views as they travel, uint8, to what an encoder takes: 0..1, less the mean, by the standard deviation.
+
+    Bit for bit ToTensor and Normalize, but on the training device; channels last where that is a GPU.
+    """
+
+    def __init__(self, views: Views):
+        expects = preprocessing(views)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (expects.mean, expects.std))
+
+    def __call__(self, view: torch.Tensor) -> torch.Tensor:
+        if self.mean.device != view.device:
+            self.mean, self.std = self.mean.to(view.device), self.std.to(view.device)
+        image = view.float().div_(255).sub_(self.mean).div_(self.std)
+        return image.contiguous(memory_format=torch.channels_last) if image.is_cuda else image
+
+
+@dataclass
+class Batch:
+    """This process's share of a batch: two views of each image, (N, 3, H, W) uint8, and its index, (N,)."""
+
+    view_q: torch.Tensor
+    view_k: torch.Tensor
+    index: torch.Tensor
+
+    def parts(self, number: int) -> list["Batch"]:
+        """Equal parts, for gradient accumulation."""
+        columns = (column.chunk(number) for column in (self.view_q, self.view_k, self.index))
+        return [Batch(*part) for part in zip(*columns)]
+
+
 @dataclass
 class TwoViews(Dataset):
     """(view_q, view_k, index, substitute): two independent draws of the recipe for an (epoch, index) item.
 
     The draw depends on (seed, epoch, index) alone. An unreadable image is replaced by the next readable one, so
     that every rank keeps its share; `substitute` is then the index that took its place, otherwise -1.
+    `both`: otherwise view_q alone is drawn and serves as view_k, which the memory bank does not look at.
     """
 
     images: ImageSet
     views: Views
     seed: int
+    both: bool = True
 
     def __post_init__(self) -> None:
-        expects = preprocessing(self.views)
-        self.transform = transforms.Compose(
-            [*recipe(self.views), transforms.ToTensor(), transforms.Normalize(expects.mean, expects.std)]
-        )
+        self.transform = transforms.Compose([*recipe(self.views), transforms.PILToTensor()])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,7 +134,8 @@ class TwoViews(Dataset):
         epoch, index = item
         image, substitute = self._readable(index)
         with drawing(draw_seed(self.seed, epoch, index)):
-            return self.transform(image), self.transform(image), index, substitute
+            view_q = self.transform(image)
+            return view_q, self.transform(image) if self.both else view_q, index, substitute
 
     def _readable(self, index: int) -> tuple[Image.Image, int]:
         for step in range(len(self)):

@@ -1,0 +1,57 @@
+"""Alarms in words: what the last lines of metrics say when a run goes wrong quietly."""
+
+from typing import Any
+
+from pretraining.plan import Plan
+
+PATIENCE = 10  # log lines that must agree
+CHANCE = 0.02  # nats below the chance level, for each loss that is summed
+SPREAD = 0.05  # of q; about 1 when spread
+LEAK = 99.9  # percent of pretext accuracy
+
+
+def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str, str]:
+    """What is wrong, by name, in words with the way out; empty when nothing is.
+
+    Args:
+        run: what is trained.
+        lines: the last PATIENCE log lines (loss, accuracy, feature_std, step), the newest last.
+        knn: every top-1 of the kNN monitor so far.
+    """
+    if len(lines) < PATIENCE or lines[0]["step"] <= run.full_step:
+        return {}
+    loss, accuracy, spread = (_mean(lines, name) for name in ("loss", "accuracy", "feature_std"))
+    sounding = {}
+    if spread < SPREAD:
+        sounding["collapse"] = (
+            f"features collapsed: the queries' spread is {spread:.3f} (about 1 when spread, 0 when all are alike); "
+            f"{_slower(run)}"
+        )
+    if loss > run.chance - CHANCE * (1 + run.config.symmetric):
+        sounding["chance"] = (
+            f"loss at chance after the queue has filled: {loss:.3f} nats, chance {run.chance:.3f}; {_slower(run)}"
+        )
+    if accuracy > LEAK and len(knn) > 1 and knn[-1] < min(knn[-2], max(knn) - 1):
+        sounding["leak"] = (
+            f"pretext accuracy over {LEAK} % while kNN falls ({max(knn):.1f} to {knn[-1]:.1f}): batch statistics "
+            f"leak which key is whose; {_tight(run)}"
+        )
+    return sounding
+
+
+def _mean(lines: list[dict[str, Any]], name: str) -> float:
+    return sum(line[name] for line in lines) / len(lines)
+
+
+def _slower(run: Plan) -> str:
+    """The way out of a dictionary that changes too fast."""
+    if run.config.mechanism == "moco" and run.config.momentum < 0.99:
+        return f"momentum {run.config.momentum:g} moves the keys too fast; the paper takes 0.999"
+    return "a smaller optimizer.lr or a larger momentum may help"
+
+
+def _tight(run: Plan) -> str:
+    """The BN mode that does not leak here."""
+    mode = "shuffle" if run.processes > 1 else "split"
+    wanted = f"bn: {mode} with bn_permute: true"
+    return f"take {wanted}" if run.bn != mode or not run.config.bn_permute else f"{wanted} is on: look at the views"

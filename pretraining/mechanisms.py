@@ -1,0 +1,175 @@
+"""The two mechanisms that the paper holds MoCo against (Figure 2 a and b), on the same loss and pretext task.
+
+Neither was ever released; what the paper leaves open is said here and in docs/protocols/pretrain.md. Also `build`,
+which makes the mechanism of a config.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from moco_eval.config import PretrainConfig
+from moco_eval.encoders.build import build_resnet
+from moco_eval.runtime import all_sum, gather, rank, world_size
+from pretraining.bn import Pixels, encode_shuffled, split_batch_norm, sync_batch_norm, unit
+from pretraining.moco import MoCo, Step, info_nce, measured
+from pretraining.plan import Plan
+from pretraining.views import Batch, Normalise
+
+
+class MemoryBank(nn.Module):
+    """One encoder, one view a step, and a slot for each image of the data set (Figure 2b).
+
+    The image's own slot is the positive. The K negatives are drawn once for the whole batch ("the dictionary for
+    each mini-batch"), with replacement as InstDisc draws them, from the slots of images outside the batch: an
+    image's own slot is never among its negatives. A slot moves towards its image's new feature with momentum 0.5
+    and is normalised again (Wu et al. 2018, arXiv:1805.01978). Source: arXiv:1911.05722, Sec. 3.2.
+
+    Args:
+        encoder: image batch to (N, C).
+        images: how many images there are; their indices must mean the same image in every epoch.
+        dim: C.
+        queue_size: K.
+        temperature: tau of Eqn. (1).
+        pixels: as in MoCo.
+        momentum: of a slot.
+    """
+
+    bank: torch.Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        images: int,
+        dim: int,
+        queue_size: int,
+        temperature: float,
+        pixels: Pixels = nn.Identity(),  # noqa: B008
+        momentum: float = 0.5,
+    ):
+        super().__init__()
+        self.encoder_q = encoder
+        self.queue_size, self.temperature, self.momentum, self.pixels = queue_size, temperature, momentum, pixels
+        self.register_buffer("bank", normalize(torch.randn(images, dim), dim=1))
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Step:
+        """The loss of this process's share of the batch; `generator` draws the negatives, the same on every rank."""
+        q = unit(self.encoder_q(self.pixels(batch.view_q)))  # (N, C)
+        index = gather(batch.index)  # (R N,)
+        drawn = draw_outside(index.cpu(), len(self.bank), self.queue_size, generator).to(self.bank.device)
+        loss, logits = info_nce(q, self.bank[batch.index], self.bank[drawn].T, self.temperature)
+        return measured(q, loss, logits, gather(q.detach()), index)
+
+    def move_encoder_k(self) -> None:
+        """There is no key encoder."""
+
+    @torch.no_grad()
+    def push(self, step: Step) -> None:
+        """Move the slots of the batch; the same on every rank. After backward."""
+        old = self.bank[step.index]
+        self.bank[step.index] = normalize(self.momentum * old + (1 - self.momentum) * step.keys.to(old.dtype), dim=1)
+
+
+def draw_outside(batch: torch.Tensor, images: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` indices below `images`, uniform with replacement over those that are not in `batch`; (count,)."""
+    taken = torch.unique(batch)  # sorted
+    among = torch.randint(images - len(taken), (count,), generator=generator)
+    return among + torch.searchsorted(taken - torch.arange(len(taken)), among, right=True)
+
+
+class EndToEnd(nn.Module):
+    """Both encoders trained by back-propagation; the dictionary is the batch's keys over all processes (Figure 2a).
+
+    Two encoders with their own weights, equal at the start. Keys are encoded in shuffled BN groups (Sec. 3.3: "our
+    method and its end-to-end ablation counterpart"). Each query meets K - 1 negatives, K the global batch.
+    """
+
+    def __init__(
+        self,
+        encoder_q: nn.Module,
+        encoder_k: nn.Module,
+        *,
+        temperature: float,
+        permute_keys: bool = True,
+        pixels: Pixels = nn.Identity(),  # noqa: B008
+    ):
+        super().__init__()
+        self.encoder_q, self.encoder_k = encoder_q, encoder_k
+        self.temperature, self.permute_keys, self.pixels = temperature, permute_keys, pixels
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Step:
+        """The loss of this process's queries against the keys of all."""
+        q = unit(self.encoder_q(self.pixels(batch.view_q)))  # (N, C)
+        order = generator if self.permute_keys else None
+        k, keys = encode_shuffled(self.encoder_k, batch.view_k, self.pixels, order, gather_with_gradient)
+        own = rank() * len(q) + torch.arange(len(q), device=q.device)
+        loss, logits = info_nce(q, k, keys.T, self.temperature, own)
+        return measured(q, loss, logits, keys.detach())
+
+    def move_encoder_k(self) -> None:
+        """encoder_k has its own gradient."""
+
+    def push(self, step: Step) -> None:
+        """The next batch brings its own keys."""
+
+
+class _Gather(torch.autograd.Function):
+    """`gather` whose backward sums over ranks what each rank's loss asks of a key, as one process would."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = all_sum(gradient.clone(memory_format=torch.contiguous_format))
+        N = len(gradient) // world_size()
+        return gradient[rank() * N : (rank() + 1) * N]
+
+
+def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """Every rank's rows along dimension 0, in rank order; the gradient of each rank's loss comes back to its owner."""
+    return rows if world_size() == 1 else _Gather.apply(rows)
+
+
+Mechanism = MoCo | MemoryBank | EndToEnd
+
+
+def build(run: Plan) -> Mechanism:
+    """The mechanism of a plan, as torchvision initialises it."""
+    config, pixels = run.config, Normalise(run.config.views)
+    if config.mechanism == "memory_bank":
+        return MemoryBank(
+            build_encoder(config, run.bn),
+            images=len(run.images),
+            dim=config.dim,
+            queue_size=config.queue_size,
+            temperature=config.temperature,
+            pixels=pixels,
+        )
+    encoders = build_encoder(config, run.bn), build_encoder(config, run.bn)
+    if config.mechanism == "end_to_end":
+        return EndToEnd(*encoders, temperature=config.temperature, permute_keys=run.shuffles, pixels=pixels)
+    return MoCo(
+        *encoders,
+        dim=config.dim,
+        queue_size=config.queue_size,
+        momentum=config.momentum,
+        temperature=config.temperature,
+        symmetric=config.symmetric,
+        permute_keys=run.shuffles,
+        pixels=pixels,
+    )
+
+
+def build_encoder(config: PretrainConfig, bn: str) -> nn.Module:
+    """A ResNet whose `fc` is the projection head: linear in v1; v2's MLP has a hidden layer as wide as its input."""
+    encoder = build_resnet(config.arch, num_classes=config.dim)
+    if config.head == "mlp":
+        width = encoder.fc.in_features
+        encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+    if bn == "split":
+        return split_batch_norm(encoder, config.bn_groups)
+    return sync_batch_norm(encoder) if bn == "sync" else encoder
