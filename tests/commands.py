@@ -28,6 +28,15 @@ def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen:
     )
 
 
+def descendants(pid: int) -> list[int]:
+    """Every process below this one."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return [found for child in children for found in (child, *descendants(child))]
+
+
 def moco_eval(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> tuple[str, str]:
     """Run it to its end in a process of its own. Returns stdout and stderr.
 

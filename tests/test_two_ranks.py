@@ -13,8 +13,9 @@ from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import Interrupted
 from moco_eval.features import extract
 from moco_eval.runtime import rank, world_size
-from pretraining.bn import permutation, same_on_all_ranks, shuffle
-from pretraining.moco import MoCo, build_moco
+from pretraining import moco
+from pretraining.bn import SyncBatchNorm2d, encode_shuffled, permutation, same_on_all_ranks, shuffle
+from pretraining.mechanisms import build
 from pretraining.plan import plan
 from pretraining.train import Trainer
 
@@ -37,28 +38,45 @@ def flatten(batch: torch.Tensor) -> torch.Tensor:
 def without_bn(permute: bool) -> torch.Tensor:
     """Keys of a network that has no batch norm."""
     torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8)) for _ in range(2)]
-    model = MoCo(*nets, dim=8, queue_size=16, momentum=0.9, temperature=0.2, permute_keys=permute)
-    return model.encode_keys(share(images()), torch.Generator().manual_seed(1))[1]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8))
+    order = torch.Generator().manual_seed(1) if permute else None
+    return encode_shuffled(net, share(images()), torch.nn.Identity(), order)[1].detach()
+
+
+def keys_of(permute: bool, kind: str) -> torch.Tensor:
+    """Keys of a network with batch norm, in float."""
+    torch.manual_seed(0)
+    net = build(plan(config("bn_groups=2", f"bn={kind}"), "digits", None, 2)).encoder_k
+    order = torch.Generator().manual_seed(1) if permute else None
+    with torch.no_grad():
+        return encode_shuffled(net, share(images()), torch.nn.Identity(), order)[1]
+
+
+def synchronised() -> tuple[torch.Tensor, ...]:
+    """Output, gradients and running statistics of synchronised BN for this rank's half of a batch."""
+    layer = SyncBatchNorm2d(3).double()
+    half = share(images().double()).clone().requires_grad_()
+    output = layer(half)
+    (output * half.detach().sin() / world_size()).sum().backward()
+    return output.detach(), half.grad, layer.running_mean, layer.running_var
 
 
 def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fifty steps of training: this rank's queue in memory, and the keys it encoded itself in the last four."""
+    """A hundred steps of training: this rank's queue in memory, and the keys it encoded itself in the last two."""
     own: list[torch.Tensor] = []
-    encode = MoCo.encode_keys
 
-    def watched(self, view_k, generator):
-        k, keys = encode(self, view_k, generator)
+    def watched(*arguments):
+        k, keys = encode_shuffled(*arguments)
         own.append(k)
         return k, keys
 
-    MoCo.encode_keys = watched
-    run = plan(config("schedule.epochs=2", "symmetric=false", "max_steps=50"), "digits", None, world_size())
-    trainer = Trainer(run, folder / "run", build_moco(run.config, run.bn), torch.device("cpu"))
+    moco.encode_shuffled = watched
+    run = plan(config("schedule.epochs=3", "symmetric=false", "max_steps=100"), "digits", None, world_size())
+    trainer = Trainer(run, folder / "run", torch.device("cpu"))
     trainer.restore()
     with pytest.raises(Interrupted):
         trainer.train()
-    MoCo.encode_keys = encode
+    moco.encode_shuffled = encode_shuffled
     return trainer.model.queue.clone(), torch.stack(own[-2:])
 
 
@@ -69,19 +87,15 @@ def both_ranks(folder) -> dict:
     mine = share(rows)
     batches = Batches(101, 32, 0, range(2), shuffle=True, drop_last=True)
 
-    def keys(permute: bool, bn: str) -> torch.Tensor:
-        torch.manual_seed(0)
-        model = build_moco(config(f"bn_permute={permute}", "bn_groups=2"), bn)
-        return model.encode_keys(share(images()), torch.Generator().manual_seed(1))[1]
-
     few = open_images("digits", None, "test")
     held, pushed = trained_queue(folder)
     return {
         "shuffled": shuffle(mine, forth),
         "restored": shuffle(shuffle(mine, forth), back),
         "indices": [index for batch in batches for index in batch],
-        "keys": keys(True, "shuffle"),
-        "keys_unshuffled": keys(False, "shuffle"),
+        "keys": keys_of(True, "shuffle"),
+        "keys_unshuffled": keys_of(False, "shuffle"),
+        "synchronised": synchronised(),
         "same": same_on_all_ranks(torch.ones(3)),
         "different": same_on_all_ranks(torch.full((3,), float(rank()))),
         "features": extract(flatten, few, Preprocessing(32, 32), torch.device("cpu"), batch_size=33),
@@ -120,7 +134,7 @@ def test_shuffling_changes_the_keys_where_there_is_bn(ranks):
 def test_keys_equal_one_process_with_split_bn_under_the_same_permutation(ranks):
     """Two processes' BN groups are halves of the permuted batch; split BN's are its even and odd rows."""
     torch.manual_seed(0)
-    model = build_moco(config("bn_groups=2"), "split")
+    model = build(plan(config("bn_groups=2", "bn=split"), "digits", None, 1))
     forth, _ = permutation(BATCH, torch.Generator().manual_seed(1))
     interleaved = torch.stack([forth[: BATCH // 2], forth[BATCH // 2 :]], dim=1).flatten()
     with torch.no_grad():
@@ -135,9 +149,22 @@ def test_without_bn_shuffling_changes_nothing(ranks):
         assert torch.allclose(each["without_bn"], each["without_bn_unshuffled"], atol=1e-6)
 
 
-def test_after_fifty_steps_the_queue_is_the_same_and_holds_both_ranks_keys_in_rank_order(ranks):
+def test_synchronised_bn_is_bn_of_the_whole_batch(ranks):
+    layer, whole = torch.nn.BatchNorm2d(3).double(), images().double().requires_grad_()
+    output = layer(whole)
+    (output * whole.detach().sin() / 2).sum().backward()
+    expected = (output.detach(), whole.grad)
+    for part in range(2):
+        got = torch.cat([each["synchronised"][part] for each in ranks])
+        assert torch.allclose(got, expected[part], atol=1e-12)
+    for each in ranks:
+        assert torch.allclose(each["synchronised"][2], layer.running_mean, atol=1e-12)
+        assert torch.allclose(each["synchronised"][3], layer.running_var, atol=1e-12)
+
+
+def test_after_a_hundred_steps_the_queue_is_the_same_and_holds_both_ranks_keys_in_rank_order(ranks):
     assert torch.equal(ranks[0]["queue"], ranks[1]["queue"])
-    # K 64 holds the last two steps of 32 keys; step 50 ends at the queue's end
+    # K 64 holds the last two steps of 32 keys; step 100 ends at the queue's end
     expected = torch.cat([torch.cat([each["pushed"][step] for each in ranks]) for step in range(2)])
     assert torch.allclose(ranks[0]["queue"].T, expected, atol=1e-6)
     assert ranks[0]["same"] and not ranks[0]["different"]

@@ -1,0 +1,171 @@
+"""Killed, stopped, restarted: the end is the same to the bit, on one process and on several."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, descendants, environment, moco_eval, start
+
+SETTINGS = [
+    *("arch=resnet18_quarter", "views.size=32", "workers=0", "symmetric=false", "queue_size=200", "knn=null"),
+    *("log_every=4", "checkpoints.steps=3", "schedule.epochs=2"),  # 40 steps
+]
+TIMINGS = {"images_per_second", "data_wait"}
+
+
+def command(output: Path, *more: str) -> list:
+    settings = [f"--set={setting}" for setting in SETTINGS]
+    return ["pretrain", "digits", "--dataset", "digits", "--output", output, *settings, *more]
+
+
+def end_of(output: Path) -> tuple[dict, list[dict]]:
+    """The final checkpoint, and the metrics without what a clock says."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(output / "checkpoints" / "last.pth", weights_only=True)
+    return state, [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    (state, lines), (expected, expected_lines) = end_of(one), end_of(other)
+    assert state["step"] == expected["step"] == 40
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(state["state_dict"][name], tensor), name
+    for number, values in expected["optimizer"]["state"].items():
+        assert torch.equal(state["optimizer"]["state"][number]["momentum_buffer"], values["momentum_buffer"])
+    assert lines == expected_lines
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def whole(request, tmp_path_factory) -> tuple[list[str], Path, float]:
+    """How to launch, an uninterrupted run, and the seconds from its first checkpoint to its end."""
+    launch = ["--nproc", str(request.param)]
+    output = tmp_path_factory.mktemp("whole") / "run"
+    process = start(*command(output, *launch))
+    wait_for(output / "checkpoints" / "last.pth", process)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return launch, output, time.monotonic() - began
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    for pid in [process.pid, *descendants(process.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate(timeout=30)
+
+
+def killed_at(moment: float, launch: list[str], output: Path) -> None:
+    """Kill a run, all its processes, `moment` seconds after its first checkpoint; then run it to its end."""
+    process = start(*command(output, *launch))
+    wait_for(output / "checkpoints" / "last.pth", process)
+    time.sleep(moment)
+    kill_all(process)
+    moco_eval(*command(output, *launch))
+
+
+def test_killed_in_the_middle_it_ends_the_same(whole, tmp_path):
+    launch, expected, seconds = whole
+    killed_at(seconds / 2, launch, tmp_path / "run")
+    assert_same_end(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_the_same(whole, tmp_path):
+    launch, expected, seconds = whole
+    draw = random.Random(0)
+    for trial in range(10):
+        killed_at(draw.uniform(0, seconds), launch, tmp_path / str(trial))
+        assert_same_end(tmp_path / str(trial), expected)
+
+
+def test_sigterm_saves_and_exits_3_within_ten_seconds(whole, tmp_path):
+    launch, expected, _ = whole
+    process = start(*command(tmp_path / "run", *launch, "--set=checkpoints.steps=null"))
+    wait_for(tmp_path / "run" / "checkpoints" / "last.pth", process)
+    time.sleep(0.1)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 3, err
+    assert time.monotonic() - sent < 10
+    assert "Traceback" not in err
+    stopped = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["step"]
+    assert stopped < 40
+    moco_eval(*command(tmp_path / "run", *launch))
+    assert_same_end(tmp_path / "run", expected)
+
+
+def test_a_killed_worker_leads_to_a_restart_with_the_same_end(tmp_path):
+    moco_eval(*command(tmp_path / "whole", "--nproc", "2"))
+    process = start(*command(tmp_path / "run", "--nproc", "2", "--max-restarts", "2"))
+    wait_for(tmp_path / "run" / "checkpoints" / "last.pth", process)
+    time.sleep(0.3)
+    workers = [pid for pid in descendants(process.pid) if b"--output" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resuming at step" in err
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_without_restarts_a_killed_worker_ends_the_run(tmp_path):
+    process = start(*command(tmp_path / "run", "--nproc", "2"))
+    wait_for(tmp_path / "run" / "checkpoints" / "last.pth", process)
+    workers = [pid for pid in descendants(process.pid) if b"--output" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+
+
+def test_two_torchrun_agents_meet_and_train_together(tmp_path):
+    """Two nodes of one process each, on loopback: the same end as two processes of one node."""
+    moco_eval(*command(tmp_path / "one node", "--nproc", "2"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    arguments = [*agent, "-m", "moco_eval", *map(str, command(tmp_path / "two nodes"))]
+    nodes = [
+        subprocess.Popen(arguments, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(2)
+    ]
+    for node in nodes:
+        out, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, out.decode()
+    assert_same_end(tmp_path / "two nodes", tmp_path / "one node")
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_to_the_bit_too(tmp_path):
+    """From three ranks on, a sum's last bit depends on the gradient bucket; see runtime.parallel."""
+    settings = ["--nproc", "3", "--batch-size", "48"]
+    moco_eval(*command(tmp_path / "whole", *settings, "--set=max_steps=40"), code=3)
+    moco_eval(*command(tmp_path / "run", *settings, "--set=max_steps=17"), code=3)
+    moco_eval(*command(tmp_path / "run", *settings, "--set=max_steps=40"), code=3)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_number_of_processes_is_refused_with_the_reason(tmp_path):
+    moco_eval(*command(tmp_path / "run", "--set=max_steps=4"), code=3)
+    _, err = moco_eval(*command(tmp_path / "run", "--nproc", "2"), code=2)
+    assert "processes is 1 there and 2 now" in err
