@@ -26,6 +26,7 @@ from moco_eval.statistics import summarise
 SCHEMA = "moco-eval/result@1"
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps")
+WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
 
 def default_output(command: str, encoder: Encoder, dataset: str, protocol: str) -> Path:
@@ -74,14 +75,14 @@ def _found(output: Path, resolved: dict[str, Any]) -> bool:
         kept = key.removeprefix("config.")
         if old.get(key) != new.get(key) and not kept.startswith(RESUMABLE_KEYS):
             raise InputError(
-                f"--output {output} holds another run: {key} is {old.get(key)} there and {new.get(key)} now; "
-                "choose another --output"
+                f"--output {output} holds another run: {key} is {old.get(key)} there and {new.get(key)} now"
+                f"{WHY.get(key, '')}; choose another --output"
             )
     return True
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return yaml.safe_load(yaml.safe_dump(values))
+    return yaml.safe_load(yaml.safe_dump(values, sort_keys=False))
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:

@@ -51,6 +51,10 @@ def warn(message: str) -> None:
 # Processes
 
 
+# With it torchrun opens a new store at each restart; in a shared one the dead workers' addresses are still found.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -132,6 +136,8 @@ def processes(device: str) -> Iterator[torch.device]:
     """
     chosen = _device(device)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
+            warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
@@ -174,6 +180,7 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[OWN_STORE] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     config = LaunchConfig(
         min_nodes=1,

@@ -210,8 +210,8 @@ class Trainer:
     def look_together(self, minutes: float) -> bool:
         """Whether a save is due by the first process's clock; it sets the step of the next look, too."""
         now = time.monotonic()
-        pace = (now - self.looked_at) / max(1, self.step - self.looked)
-        first = [float(now - self.saved_at > 60 * minutes), max(1, LOOK // max(pace, 1e-3))]
+        pace = (now - self.looked_at) / (self.step - self.looked) if self.step > self.looked else LOOK
+        first = [float(now - self.saved_at > 60 * minutes), max(1, LOOK // pace)]
         due, steps = all_sum(torch.tensor(first, device=self.device) * is_main()).tolist()
         self.looked, self.looked_at, self.next_look = self.step, now, self.step + int(steps)
         return bool(due)
