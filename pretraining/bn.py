@@ -33,6 +33,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if N % self.groups:
             raise ValueError(f"a batch of {N} does not divide into {self.groups} batch-norm groups")
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        if torch.compiler.is_compiling() and not input.is_contiguous():
+            return self._channels_last(input)
         grouped = input.reshape(N // self.groups, self.groups * C, H, W)
         mean, var = self.running_mean.repeat(self.groups), self.running_var.repeat(self.groups)
         output = nn.functional.batch_norm(
@@ -48,6 +50,20 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.copy_(mean.view(self.groups, C).mean(0))
         self.running_var.copy_(var.view(self.groups, C).mean(0))
         return output.reshape(N, C, H, W)
+
+    def _channels_last(self, input: torch.Tensor) -> torch.Tensor:
+        """The same in plain arithmetic, which a compiler fuses; as channels, groups would have to be copied."""
+        N, C, H, W = input.shape
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        rows = input.permute(0, 2, 3, 1).reshape(N // self.groups, self.groups, H * W, C).float()
+        var, mean = torch.var_mean(rows, dim=(0, 2), correction=0)  # (groups, C)
+        count = N // self.groups * H * W
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.mean(0), self.momentum)
+            self.running_var.lerp_(var.mean(0) * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        output = rows * scale[:, None] + (self.bias - mean * scale)[:, None]
+        return output.to(input.dtype).view(N, H, W, C).permute(0, 3, 1, 2)
 
 
 class _AllMean(torch.autograd.Function):

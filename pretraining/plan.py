@@ -79,6 +79,10 @@ class Plan:
         """Whether keys are encoded in other BN groups than their queries; the memory bank's are of another epoch."""
         return self.config.bn_permute and self.bn in ("shuffle", "split") and self.config.mechanism != "memory_bank"
 
+    def channels_last(self, device: torch.device) -> bool:
+        """On a GPU, but for split BN that is not compiled: there it would copy every activation."""
+        return device.type == "cuda" and (self.bn != "split" or bool(self.config.compile))
+
     def queue_age(self, step: int) -> float:
         """Mean age of MoCo's keys in steps, those of the start left out."""
         per_step = self.config.pushed

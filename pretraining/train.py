@@ -100,7 +100,7 @@ class Trainer:
             weight_decay=sgd.weight_decay,
             fused=device.type == "cuda",
         )
-        if device.type == "cuda":
+        if run.channels_last(device):
             self.model.to(memory_format=torch.channels_last)
         if self.config.compile:
             compile_([net for name, net in self.model.named_children() if name.startswith("encoder")], device)

@@ -82,7 +82,7 @@ def preprocessing(views: Views) -> Preprocessing:
 class Normalise:
     """Views as they travel, uint8, to what an encoder takes: 0..1, less the mean, by the standard deviation.
 
-    Bit for bit ToTensor and Normalize, but on the training device; channels last where that is a GPU.
+    Bit for bit ToTensor and Normalize, but on the training device.
     """
 
     def __init__(self, views: Views):
@@ -92,8 +92,7 @@ class Normalise:
     def __call__(self, view: torch.Tensor) -> torch.Tensor:
         if self.mean.device != view.device:
             self.mean, self.std = self.mean.to(view.device), self.std.to(view.device)
-        image = view.float().div_(255).sub_(self.mean).div_(self.std)
-        return image.contiguous(memory_format=torch.channels_last) if image.is_cuda else image
+        return view.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 @dataclass

@@ -185,6 +185,20 @@ def test_split_bn_takes_channels_last_and_refuses_what_does_not_divide():
         split(torch.randn(7, 4, 5, 5))
 
 
+def test_compiled_split_bn_in_channels_last_is_the_same():
+    """The plain arithmetic that a compiler fuses, here run without one: output, gradients, running statistics."""
+    torch.manual_seed(0)
+    images = (torch.randn(12, 5, 3, 2) * 3 + 1).to(memory_format=torch.channels_last)
+    ends = []
+    for forward in (SplitBatchNorm2d.forward, SplitBatchNorm2d._channels_last):
+        layer, x = SplitBatchNorm2d(5, groups=4), images.clone().requires_grad_()
+        output = forward(layer, x)
+        (output * images.sin()).sum().backward()
+        ends.append((output.detach(), x.grad, layer.weight.grad, layer.running_mean, layer.running_var))
+    for plain, fused in zip(*ends):
+        assert torch.allclose(plain, fused, atol=1e-4)
+
+
 def test_split_bn_in_evaluation_is_ordinary():
     split, plain = SplitBatchNorm2d(4, groups=2), nn.BatchNorm2d(4)
     split(torch.randn(6, 4, 5, 5))
