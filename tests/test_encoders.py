@@ -266,6 +266,49 @@ def test_each_architecture_is_read_off_its_shapes(arch):
         assert loading.infer("x", {key: tensor for key, tensor in tensors.items() if key != name}) == arch
 
 
+def parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "published"), [("resnet50", 24), ("resnext50_32x8d", 46), ("resnet50_w2", 94), ("resnet50_w4", 375)]
+)
+def test_the_papers_feature_extractors_have_its_parameter_counts(arch, published):
+    """MoCo v1, Table 1: millions, without the classifier."""
+    with torch.device("meta"):
+        assert round(parameters(build_backbone(arch)) / 1e6) == published
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101", "resnext101_32x8d"])
+def test_architectures_of_torchvisions_names_are_torchvisions(arch):
+    import torchvision
+
+    with torch.device("meta"):
+        ours, theirs = build_resnet(arch), torchvision.models.get_model(arch)
+    assert [(name, t.shape) for name, t in ours.state_dict().items()] == [
+        (name, t.shape) for name, t in theirs.state_dict().items()
+    ]
+
+
+def test_rx50_is_twice_as_wide_as_torchvisions_resnext50():
+    import torchvision
+
+    with torch.device("meta"):
+        rx50, narrow = build_resnet("resnext50_32x8d"), torchvision.models.resnext50_32x4d()
+    assert parameters(rx50) == 48_021_800  # 46.0 M and the 1000-class fc
+    with pytest.raises(InputError, match="128-256-512-1024 channels wide in 32 groups, .*nearest is"):
+        loading.infer("x4d.pth", narrow.state_dict())
+    assert loading.structure(rx50.state_dict()).count("256-512-1024-2048 channels wide in 32 groups") == 1
+
+
+def test_a_resnext_loads_with_proof_and_a_wrong_arch_is_named():
+    state = {k: v for k, v in network(0, "resnext50_32x8d").state_dict().items() if not k.startswith("fc.")}
+    net = loading.prove("rx50.pth", state, loading.infer("rx50.pth", state), [])
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 2048)
+    with pytest.raises(InputError, match="This looks like resnext50_32x8d: try --arch resnext50_32x8d"):
+        loading.prove("rx50.pth", state, "resnet50", [])
+
+
 def test_a_wrong_arch_names_the_right_one(tmp_path):
     path = written(tmp_path, network(0).state_dict())
     message = error(path, arch="resnet18_quarter_cifar")
@@ -481,6 +524,8 @@ def test_torchvision_weights(monkeypatch):
         ("random:resnet51", {}, "Did you mean 'resnet50'"),
         ("random:", {}, "unknown architecture ''"),
         ("torchvision:resnet51", {}, "Did you mean 'resnet50'"),
+        ("torchvision:resnext50_32x8d", {}, "is no network we build. Did you mean 'resnext101_32x8d'"),
+        ("torchvision:resnext101_32x8d:IMAGENET1K_V9", {}, "Did you mean 'IMAGENET1K_V"),
         ("torchvision:resnet50:IMAGENET1K_V9", {}, "Did you mean 'IMAGENET1K_V"),
         (f"random:{ARCH}", {"encoder": "key"}, "has no momentum encoder"),
         ("pixels", {"arch": "resnet50"}, "contradicts pixels"),

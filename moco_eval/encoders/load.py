@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_weights, list_models
 
 from moco_eval import files
 from moco_eval.config import did_you_mean
@@ -87,7 +87,7 @@ def _pixels() -> Encoder:
 def _torchvision(rest: str) -> Encoder:
     """torchvision's published weights, through the same proof as a file."""
     arch, _, name = rest.partition(":")
-    known = [name for name, ours in ARCHITECTURES.items() if ours.width == 1 and not ours.cifar_stem]
+    known = [name for name in list_models() if name in ARCHITECTURES]
     if arch not in known:
         raise InputError(f"torchvision:{arch} is no network we build.{did_you_mean(arch, known)}")
     published = get_model_weights(arch)
@@ -313,11 +313,21 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     widths = [
         tensors[name].shape[0] for name in (f"layer{stage}.0.conv1.weight" for stage in blocks) if name in tensors
     ]
+    groups = _groups(tensors)
     shortcuts = "" if any(".downsample." in name for name in tensors) else ", shortcuts without parameters"
     return (
-        f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {'-'.join(map(str, widths))} channels wide, "
+        f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {'-'.join(map(str, widths))} channels wide"
+        f"{f' in {groups} groups' if groups > 1 else ''}, "
         f"stem of {stem[0]} channels and {'x'.join(map(str, stem[2:]))} pixels{shortcuts}"
     )
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> int:
+    """Groups of the 3x3 convolutions in the bottlenecks: a ResNeXt's."""
+    before, grouped = (tensors.get(f"layer1.0.conv{i}.weight") for i in (1, 2))
+    if before is None or grouped is None or grouped.ndim != 4 or not grouped.shape[1]:
+        return 1
+    return before.shape[0] // grouped.shape[1]
 
 
 # Proof of load
