@@ -30,7 +30,7 @@ def load(source: str, arch: str | None = None, encoder: str = "query", seed: int
     Args:
         source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]` or `pixels`.
         arch: overrides the architecture read from the tensors' shapes.
-        encoder: 'query' or 'key' (the momentum encoder).
+        encoder: 'query' or 'key' (MoCo's momentum encoder).
         seed: of the weights of `random:`.
     Raises:
         InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
@@ -45,7 +45,7 @@ def load(source: str, arch: str | None = None, encoder: str = "query", seed: int
     if source != "pixels" and not (colon and kind in ("random", "torchvision")):
         return _from_file(source, arch, encoder)
     if encoder == "key":
-        raise InputError(f"--encoder key: {source} has no momentum encoder; leave it out")
+        raise InputError(f"--encoder key: {source} has no key encoder; leave it out")
     loaded = _pixels() if source == "pixels" else _random(rest, seed) if kind == "random" else _torchvision(rest)
     if arch not in (None, loaded.arch):
         raise InputError(f"--arch {arch} contradicts {source}; leave it out")
@@ -207,8 +207,7 @@ def split(found: Checkpoint, encoder: str) -> Parts:
     prefix = layout.prefix(encoder)
     ours = {name.removeprefix(prefix): tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
     if not ours:
-        there, other = ("momentum", "key") if encoder == "query" else ("query", "query")
-        raise InputError(f"{found.path}: only the {there} encoder is in this file: --encoder {other}")
+        raise InputError(f"{found.path}: {_absent(found, encoder)}")
     rest = [name for name in found.tensors if not name.startswith(prefix)]
     head = {name: tensor for name, tensor in ours.items() if name.startswith(layout.head)}
     backbone = {name: tensor for name, tensor in ours.items() if name not in head}
@@ -221,6 +220,14 @@ def split(found: Checkpoint, encoder: str) -> Parts:
     return parts
 
 
+def _absent(found: Checkpoint, encoder: str) -> str:
+    """Why a file lacks an encoder, and the way out."""
+    if encoder == "key" and "bank" in found.tensors:
+        return "--encoder key: a memory bank has no key encoder, its keys are the bank's slots; take --encoder query"
+    other = "key" if encoder == "query" else "query"
+    return f"only the {other} encoder is in this file: --encoder {other}"
+
+
 def _classifier(tensors: list[Tensor]) -> tuple[str, str]:
     return f"fc ({len(tensors)} tensors)", "a classifier on the pooled feature, no part of the encoder"
 
@@ -231,7 +238,7 @@ def _rest(found: Checkpoint, names: list[str], encoder: str) -> Iterable[tuple[s
     others = [name for name in names if other and name.startswith(other)]
     if others and encoder == "query":
         yield (
-            f"momentum encoder ({len(others)} tensors)",
+            f"key encoder ({len(others)} tensors)",
             "the query encoder is evaluated; --encoder key takes this one",
         )
     elif others:
