@@ -332,7 +332,7 @@ def test_rx50_is_twice_as_wide_as_torchvisions_resnext50():
     with torch.device("meta"):
         rx50, narrow = build_resnet("resnext50_32x8d"), torchvision.models.resnext50_32x4d()
     assert parameters(rx50) == 48_021_800  # 46.0 M and the 1000-class fc
-    with pytest.raises(InputError, match="128-256-512-1024 channels wide in 32 groups, .*nearest is"):
+    with pytest.raises(InputError, match=r"128-256-512-1024 channels wide in 32 groups, .*nearest is"):
         loading.infer("x4d.pth", narrow.state_dict())
     assert loading.structure(rx50.state_dict()).count("256-512-1024-2048 channels wide in 32 groups") == 1
 

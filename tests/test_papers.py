@@ -302,6 +302,16 @@ def test_commands_give_what_the_recipes_give(name):
         assert folders.setdefault(folder, given) == given
 
 
+def test_one_recipe_is_one_command_in_all_tables():
+    by_recipe = {}
+    for table in map(papers.load_table, IDS):
+        rows = [row for row in table.rows if row.recipe]
+        for row, (_, command) in zip(rows, papers.commands(table)):
+            by_recipe.setdefault(config.dump(row.recipe.resolved()), set()).add(command)
+    assert all(len(commands) == 1 for commands in by_recipe.values())
+    assert len(set.union(*by_recipe.values())) == len(by_recipe)
+
+
 def test_the_commands_are_shown(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "table", "cifar10-demo", "--commands")
     first, command, *_, last = out.splitlines()
