@@ -246,19 +246,24 @@ def detect(
 @cli.command()
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--list", "list_tables", is_flag=True, help="Name every table.")
+@click.option("--commands", is_flag=True, help="The command that pretrains each row's encoder.")
 @click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Where our results are.")
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
-def table(table_id: str | None, list_tables: bool, runs: Path, form: str) -> None:
+def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, form: str) -> None:
     """A paper's table with our runs beside it."""
     from moco_eval import papers, results
 
     if list_tables:
         for name, caption in papers.tables():
-            click.echo(f"{name:<20} {caption}")
+            click.echo(f"{name:<24} {caption}")
         return
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
     published = papers.load_table(table_id)
+    if commands:
+        for label, command in papers.commands(published):
+            click.echo(f"# {label}\n{command}")
+        return
     records = results.read(runs) if runs.is_dir() or runs != Path("runs") else []
     click.echo(papers.render(papers.compare(published, records), form))
 

@@ -209,6 +209,16 @@ NEUTRAL_KEYS = (
 ModelT = TypeVar("ModelT", bound=Model)
 
 
+def is_neutral(key: str) -> bool:
+    """Whether a dotted key moves no number beyond the spread of the seed."""
+    return _is_among(key, NEUTRAL_KEYS)
+
+
+def _is_among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `keys` or below one of them."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
 def folder() -> Path:
     """The shipped configs: inside the installed package, or beside it in a clone."""
     here = Path(__file__).parent
@@ -248,12 +258,15 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
         name: a path, or the name of a shipped config of this kind.
         kind: its folder under configs/.
         model: the pydantic model it must satisfy.
-        overrides: 'key=value' strings with dotted keys; values are YAML.
+        overrides: 'key=value' strings with dotted keys; values are YAML. Where one is more than neutral, the
+            published number of the file's recipe is left behind: it belongs to the recipe as shipped.
     Raises:
         InputError: with file, line (or the --set), the value and, for an unknown key, the nearest known one.
     """
     path = find(name, kind)
     values, lines = read_yaml(path)
+    if "expect" in model.model_fields and not all(is_neutral(override.partition("=")[0]) for override in overrides):
+        values["expect"] = None
     for override in overrides:
         _apply(values, lines, override)
     try:
@@ -377,5 +390,5 @@ def differences(ours: BaseModel, canonical: BaseModel, free: Iterable[str] = ())
     return [
         f"{key} {left.get(key)} instead of {right.get(key)}"
         for key in dict.fromkeys((*left, *right))
-        if left.get(key) != right.get(key) and not any(key == skip or key.startswith(skip + ".") for skip in skipped)
+        if left.get(key) != right.get(key) and not _is_among(key, skipped)
     ]

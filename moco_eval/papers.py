@@ -2,13 +2,18 @@
 
 import csv
 import io
+import math
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 from rich import box
 from rich.console import Console
@@ -16,12 +21,15 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from moco_eval import config
-from moco_eval.config import Model
+from moco_eval.config import Expect, Model, PretrainConfig
 from moco_eval.errors import InputError
 from moco_eval.statistics import mean_and_std
 
 Record = dict[str, Any]
 Over = Literal["head", "finetune", "pretrain"]
+# Config values by which rows of one protocol are told apart; `_asked` adds those that not every recipe has.
+TOLD_APART = ("mechanism", "queue_size", "symmetric", "batch_size", "bn_groups", "bn_permute", "schedule.kind")
+PROTECTED = ("shuffle", "split")  # kinds of BN that do not leak
 REPEATS = {"head": "heads", "finetune": "fine-tunings", "pretrain": "pretrainings"}
 
 
@@ -42,31 +50,60 @@ class Column(Model):
 
 
 class Match(Model):
-    """What the encoder of a record must be to belong to a row.
+    """An encoder that was not pretrained here.
 
     random: any encoder of that architecture before training. supervised: torchvision's V1 ImageNet weights.
-    pretrained: the named pretraining protocol and data, run to the end of its schedule, with these config
-    values (dotted keys) and BN of one of these kinds.
     """
 
-    weights: Literal["random", "supervised", "pretrained"]
+    weights: Literal["random", "supervised"]
     arch: str
-    protocol: str | None = None
-    data: str | None = None
-    epochs: int | None = None
-    config: dict[str, Any] = Field({})
-    bn: tuple[str, ...] = ("shuffle", "split")
+
+
+class Recipe(Model):
+    """How an encoder is pretrained: a shipped pretraining config, the data, and what a row sets (dotted keys)."""
+
+    config: str
+    dataset: str
+    set: dict[str, Any] = Field({})
 
     @model_validator(mode="after")
-    def _pretrained_says_how(self):
-        said = [value is not None for value in (self.protocol, self.data, self.epochs)]
-        if (self.weights == "pretrained") != all(said) or any(said) != all(said):
-            raise ValueError("protocol, data and epochs are for pretrained weights: all three or none")
+    def _can_be_resolved(self):
+        try:
+            groups = self.set.keys() - self.settings().keys()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if groups:
+            raise ValueError(f"{min(groups)} is a group of keys; set them one by one, with dots")
         return self
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What is set, as `--set` takes it."""
+        return tuple(f"{key}={_as_yaml(value)}" for key, value in self.set.items())
+
+    def resolved(self) -> PretrainConfig:
+        """The config of the run; raises InputError."""
+        return _resolved(self.config, self.overrides)
+
+    def settings(self) -> dict[str, Any]:
+        """The same with dotted keys, as a result record holds it."""
+        return config.flatten(self.resolved().model_dump(mode="json"))
+
+
+@cache
+def _resolved(name: str, overrides: tuple[str, ...]) -> PretrainConfig:
+    shipped = [path.removeprefix("pretrain/") for path in config.shipped("pretrain")]
+    if name not in shipped:
+        raise InputError(f"no shipped pretraining config named {name!r}.{config.did_you_mean(name, shipped)}")
+    return config.load(name, "pretrain", PretrainConfig, overrides)
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]
 
 
 class Row(Model):
-    """A published row: numbers by column; `std` and `trials` where printed."""
+    """A published row: numbers by column; `std` and `trials` where printed; how its encoder is had, or why not."""
 
     label: str
     published: dict[str, int | float | None]
@@ -74,12 +111,13 @@ class Row(Model):
     trials: dict[str, tuple[float, ...]] = Field({})
     note: str = ""
     match: Match | None = None
+    recipe: Recipe | None = None
     unavailable: Literal["data never public", "recipe never published", "not yet built"] | None = None
 
     @model_validator(mode="after")
     def _can_be_had_or_says_why_not(self):
-        if self.match is None and self.unavailable is None:
-            raise ValueError("a row needs a match or a reason under unavailable")
+        if [self.match, self.recipe, self.unavailable].count(None) != 2:
+            raise ValueError(f"row {self.label!r} needs one of match, recipe and unavailable")
         return self
 
 
@@ -181,6 +219,49 @@ def load_table(name: str) -> Table:
     return config.load(name, "papers", Table)
 
 
+# How a row's encoder is pretrained
+
+
+def recipe(table: Table, row: Row) -> PretrainConfig:
+    """The config that a row's encoder is pretrained with; `expect` is the row's own number, None where it has none.
+
+    Raises:
+        InputError: the row has no recipe.
+    """
+    if row.recipe is None:
+        raise InputError(f"row {row.label!r} of {table.id} has no recipe: {_why_none(row)}")
+    return row.recipe.resolved().model_copy(update={"expect": _expect(table, row)})
+
+
+def _why_none(row: Row) -> str:
+    return row.unavailable or f"its encoder is not pretrained: {row.match.weights if row.match else ''}"
+
+
+def _expect(table: Table, row: Row) -> Expect | None:
+    """The number in the first column that a protocol of ours measures."""
+    for name, column in table.columns.items():
+        number = row.published.get(name)
+        if number is not None and column.protocol and column.metric:
+            metrics, std = {column.metric: float(number)}, row.std.get(name)
+            return Expect(protocol=column.protocol, metrics=metrics, std=std, source=table.source)
+    return None
+
+
+def commands(table: Table) -> list[tuple[str, str]]:
+    """Label and command of each row that has a recipe; rows of one recipe share their output folder."""
+    return [(row.label, _command(row.recipe)) for row in table.rows if row.recipe]
+
+
+def _command(recipe: Recipe) -> str:
+    words = ["moco-eval", "pretrain", recipe.config, "--dataset", recipe.dataset, "--data", "FOLDER"]
+    for override in recipe.overrides:
+        words += ["--set", override]
+    if recipe.set:
+        settings = [re.sub(r"[^A-Za-z0-9_.]+", "-", override).strip("-") for override in recipe.overrides]
+        words += ["--output", f"runs/{'-'.join(['pretrain', recipe.config, recipe.dataset, *settings])}"]
+    return shlex.join(words)
+
+
 # Which record belongs where
 
 
@@ -215,32 +296,49 @@ def _mark(footnotes: list[str], ours: Ours | None) -> int | None:
 def _belongs(record: Record, column: Column, row: Row) -> bool:
     return (
         column.protocol is not None
-        and row.match is not None
         and record["protocol"] == column.protocol
         and record["dataset"]["name"] == column.dataset
         and "labels_per_class" not in record["dataset"]
         and record["metrics"].get(column.metric) is not None
-        and _is_encoder(record["encoder"], row.match)
+        and _is_encoder(record["encoder"], row)
     )
 
 
-def _is_encoder(encoder: Record, match: Match) -> bool:
-    pretraining = encoder["pretraining"] or {}
-    if encoder["arch"] != match.arch:
+def _is_encoder(encoder: Record, row: Row) -> bool:
+    if row.recipe:
+        return _is_pretrained(encoder, row.recipe)
+    if row.match is None or encoder["arch"] != row.match.arch:
         return False
-    if match.weights == "random":
-        return encoder["origin"].startswith("random") or pretraining.get("epochs") == 0
-    if match.weights == "supervised":  # a converted checkpoint has torchvision's layout too: the name decides
-        named = encoder["path"].endswith("_V1") or encoder["origin"].endswith("_V1")
-        return encoder["path"].startswith("torchvision:") and named
+    if row.match.weights == "random":
+        return encoder["origin"].startswith("random") or (encoder["pretraining"] or {}).get("epochs") == 0
+    # a converted checkpoint has torchvision's layout too: the name decides
+    named = encoder["path"].endswith("_V1") or encoder["origin"].endswith("_V1")
+    return encoder["path"].startswith("torchvision:") and named
+
+
+def _is_pretrained(encoder: Record, recipe: Recipe) -> bool:
+    """By the row's recipe, to the end of its schedule, with BN that protects from leaking."""
+    pretraining, wanted = encoder["pretraining"] or {}, recipe.resolved()
     settings = config.flatten(pretraining.get("config", {}))
     return (
-        pretraining.get("protocol") == match.protocol
-        and pretraining.get("dataset", {}).get("name") == match.data
-        and match.epochs == pretraining.get("epochs") == settings.get("schedule.epochs")
-        and _bn(pretraining) in match.bn
-        and all(key in settings and settings[key] == value for key, value in match.config.items())
+        encoder["arch"] == wanted.arch
+        and pretraining.get("protocol") == wanted.protocol
+        and pretraining.get("dataset", {}).get("name") == recipe.dataset
+        and wanted.schedule.epochs == pretraining.get("epochs") == settings.get("schedule.epochs")
+        and _bn(pretraining) in PROTECTED
+        and all(key in settings and settings[key] == value for key, value in _asked(recipe).items())
     )
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """The config values that a record must share with its row: those that tables vary, and all that the row sets."""
+    settings = recipe.settings()
+    keys = [*TOLD_APART, *recipe.set]
+    if settings["mechanism"] == "moco":
+        keys.append("momentum")  # plays no part in the other mechanisms
+    if settings["schedule.kind"] == "step":
+        keys.append("schedule.milestones")
+    return {key: settings[key] for key in keys}
 
 
 def _bn(pretraining: Record) -> str:
@@ -261,7 +359,7 @@ def _groups(records: list[Record], column: Column, row: Row) -> list[Ours]:
 
 def _deviations(record: Record, row: Row) -> list[str]:
     """A record's deviations, but for those that the row itself asks for (the ablations)."""
-    asked = tuple(f"encoder: {key} " for key in (row.match.config if row.match else {}))
+    asked = tuple(f"encoder: {key} " for key in (_asked(row.recipe) if row.recipe else {}))
     return [words for words in record["deviations"] if not (asked and words.startswith(asked))]
 
 
@@ -283,10 +381,10 @@ def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
 
 def _same(record: Record, other: Record) -> bool:
     fingerprints = [each["dataset"].get("fingerprint") for each in (record, other)]
-    return fingerprints[0] == fingerprints[1] and _recipe(record["encoder"]) == _recipe(other["encoder"])
+    return fingerprints[0] == fingerprints[1] and _settings(record["encoder"]) == _settings(other["encoder"])
 
 
-def _recipe(encoder: Record) -> Record | None:
+def _settings(encoder: Record) -> Record | None:
     """How an encoder was pretrained, its seed and what moves no number aside."""
     if not encoder["pretraining"]:
         return None

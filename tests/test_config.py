@@ -4,6 +4,7 @@ import pytest
 
 from moco_eval import config as configs
 from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
+from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError
 from moco_eval.schedule import learning_rate
 from pretraining.plan import plan
@@ -91,6 +92,36 @@ def test_deviations_are_the_differences_from_the_protocol():
     changed = configs.load("moco_v2_r50", "pretrain", PretrainConfig, ["optimizer.lr=1", "seed=3", "queue_size=4096"])
     assert configs.differences(shipped, shipped) == []
     assert configs.differences(changed, shipped, free=("queue_size",)) == ["optimizer.lr 1.0 instead of 0.03"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "top1"),
+    [
+        ([], 60.8),
+        (["seed=3", "workers=2", "knn.every=5", "checkpoints.last=3", "views.backend=reference"], 60.8),
+        (["queue_size=256"], None),
+        (["seed=3", "optimizer.lr=0.06"], None),
+        (["schedule={kind: cosine, epochs: 200}"], None),
+        (["queue_size=256", "expect={protocol: linear/moco-lincls@1, metrics: {top1: 54.7}, source: p.5}"], 54.7),
+    ],
+)
+def test_a_published_number_stays_with_the_recipe_as_shipped(settings, top1):
+    expect = configs.load("moco_v1_r50", "pretrain", PretrainConfig, settings).expect
+    assert (expect and expect.metrics["top1"]) == top1
+
+
+def test_part_of_an_expectation_is_not_mixed_with_the_shipped_one():
+    with pytest.raises(InputError, match=r"expect.protocol"):
+        configs.load("moco_v1_r50", "pretrain", PretrainConfig, ["queue_size=256", "expect.metrics={top1: 54.7}"])
+
+
+def test_detection_recipes_lose_their_number_in_the_same_way(tmp_path):
+    text = (configs.folder() / "detect" / "r50_c4_24k.yaml").read_text()
+    number = "expect: {protocol: detect/voc-r50-c4-24k@1, metrics: {AP50: 81.5}, source: a table}\n"
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith("expect:")) + "\n" + number)
+    assert configs.load(str(path), "detect", DetectConfig, ["seed=1"]).expect.metrics == {"AP50": 81.5}
+    assert configs.load(str(path), "detect", DetectConfig, ["roi.batch_per_image=64"]).expect is None
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def ours() -> dict:
         optimizer={"state": {}},
         step=30,
         sampler={"seed": 0},
+        unreadable=[7],
         rng=[],
         config={"arch": ARCH},
         preprocessing=PREPROCESSING,
@@ -71,9 +72,25 @@ def ours() -> dict:
     )
 
 
+def memory_bank() -> dict:
+    """One encoder and a slot for each image."""
+    values = ours()
+    values["state_dict"] = moco_state("mlp", encoders="q", queue=False) | {"module.bank": torch.randn(40, 16)}
+    return values
+
+
+def end_to_end() -> dict:
+    """Two encoders and no dictionary: the next batch brings its own."""
+    values = ours()
+    values["state_dict"] = moco_state("mlp", queue=False)
+    return values
+
+
 # layout: (what the file holds, origin, prefix of the query backbone, whether there is a key encoder)
 FILES = {
     "ours": (ours, "moco-eval", "module.encoder_q.", True),
+    "ours, memory bank": (memory_bank, "moco-eval", "module.encoder_q.", False),
+    "ours, end-to-end": (end_to_end, "moco-eval", "module.encoder_q.", True),
     "v1 full": (
         lambda: checkpoint(moco_state("linear"), optimizer={}),
         "facebookresearch/moco v1",
@@ -142,7 +159,7 @@ def test_every_layout_loads_to_the_last_bit(layout, tmp_path):
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     assert not encoder.warnings and not encoder.backbone.training
     images = torch.randn(2, 3, 64, 64)
-    reference = network(0, head="mlp" if "v2" in layout or layout == "ours" else "linear").eval()
+    reference = network(0, head="mlp" if "v2" in layout or layout.startswith("ours") else "linear").eval()
     if encoder.head is not None:
         assert torch.equal(encoder.head(encoder.backbone(images)), reference(images))
     assert (encoder.head is None) == layout.startswith("torchvision")
@@ -207,20 +224,39 @@ def test_the_key_encoder(layout, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_only_the_momentum_encoder(head, tmp_path):
+def test_only_the_key_encoder(head, tmp_path):
     path = written(tmp_path, checkpoint(moco_state(head, encoders="k")))
-    assert "only the momentum encoder is in this file: --encoder key" in error(path)
+    assert "only the key encoder is in this file: --encoder key" in error(path)
     assert load(path, encoder="key").tensors_loaded == 120
 
 
 def test_what_is_left_out_is_said(tmp_path):
     encoder = load(written(tmp_path, ours()))
     left = dict(encoder.dropped)
-    assert {"queue", "queue_ptr", "optimizer", "step", "sampler", "rng"} <= left.keys() and all(left.values())
-    assert "momentum encoder (124 tensors)" in left
+    assert {"queue", "queue_ptr", "optimizer", "step", "sampler", "unreadable", "rng"} <= left.keys() and all(
+        left.values()
+    )
+    assert "key encoder (124 tensors)" in left
     assert encoder.preprocessing == Preprocessing.from_dict(PREPROCESSING)
     assert encoder.pretraining["protocol"] == "pretrain/moco-v2@1"
     assert load(written(tmp_path, FILES["v1 full"][0]())).preprocessing == Preprocessing()
+
+
+def test_a_memory_bank_has_slots_and_no_key_encoder(tmp_path):
+    path = written(tmp_path, memory_bank())
+    left = dict(load(path).dropped)
+    assert left["bank"] == "the memory bank's slots" and not any("encoder" in what for what in left)
+    assert error(path, encoder="key").endswith(
+        "--encoder key: a memory bank has no key encoder, its keys are the bank's slots; take --encoder query"
+    )
+    official = FILES["v1 full"][0]()
+    official["state_dict"]["module.bank"] = torch.zeros(3, 4)
+    assert "tensor bank belongs to no part of a facebookresearch/moco v1" in error(written(tmp_path, official))
+
+
+def test_every_value_that_pretraining_writes_is_explained(tmp_path):
+    reasons = dict(load(written(tmp_path, ours())).dropped)
+    assert "not used by an evaluation" not in reasons.values()
 
 
 def test_a_tensor_of_unknown_purpose_is_refused(tmp_path):
@@ -264,6 +300,49 @@ def test_each_architecture_is_read_off_its_shapes(arch):
     assert loading.nearest(tensors) == (arch, 1.0)
     for name in ("bn1.weight", "layer1.0.conv1.weight", "layer4.1.bn2.bias"):
         assert loading.infer("x", {key: tensor for key, tensor in tensors.items() if key != name}) == arch
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "published"), [("resnet50", 24), ("resnext50_32x8d", 46), ("resnet50_w2", 94), ("resnet50_w4", 375)]
+)
+def test_the_papers_feature_extractors_have_its_parameter_counts(arch, published):
+    """MoCo v1, Table 1: millions, without the classifier."""
+    with torch.device("meta"):
+        assert round(parameters(build_backbone(arch)) / 1e6) == published
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101", "resnext101_32x8d"])
+def test_architectures_of_torchvisions_names_are_torchvisions(arch):
+    import torchvision
+
+    with torch.device("meta"):
+        ours, theirs = build_resnet(arch), torchvision.models.get_model(arch)
+    assert [(name, t.shape) for name, t in ours.state_dict().items()] == [
+        (name, t.shape) for name, t in theirs.state_dict().items()
+    ]
+
+
+def test_rx50_is_twice_as_wide_as_torchvisions_resnext50():
+    import torchvision
+
+    with torch.device("meta"):
+        rx50, narrow = build_resnet("resnext50_32x8d"), torchvision.models.resnext50_32x4d()
+    assert parameters(rx50) == 48_021_800  # 46.0 M and the 1000-class fc
+    with pytest.raises(InputError, match=r"128-256-512-1024 channels wide in 32 groups, .*nearest is"):
+        loading.infer("x4d.pth", narrow.state_dict())
+    assert loading.structure(rx50.state_dict()).count("256-512-1024-2048 channels wide in 32 groups") == 1
+
+
+def test_a_resnext_loads_with_proof_and_a_wrong_arch_is_named():
+    state = {k: v for k, v in network(0, "resnext50_32x8d").state_dict().items() if not k.startswith("fc.")}
+    net = loading.prove("rx50.pth", state, loading.infer("rx50.pth", state), [])
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 2048)
+    with pytest.raises(InputError, match="This looks like resnext50_32x8d: try --arch resnext50_32x8d"):
+        loading.prove("rx50.pth", state, "resnet50", [])
 
 
 def test_a_wrong_arch_names_the_right_one(tmp_path):
@@ -481,8 +560,10 @@ def test_torchvision_weights(monkeypatch):
         ("random:resnet51", {}, "Did you mean 'resnet50'"),
         ("random:", {}, "unknown architecture ''"),
         ("torchvision:resnet51", {}, "Did you mean 'resnet50'"),
+        ("torchvision:resnext50_32x8d", {}, "is no network we build. Did you mean 'resnext101_32x8d'"),
+        ("torchvision:resnext101_32x8d:IMAGENET1K_V9", {}, "Did you mean 'IMAGENET1K_V"),
         ("torchvision:resnet50:IMAGENET1K_V9", {}, "Did you mean 'IMAGENET1K_V"),
-        (f"random:{ARCH}", {"encoder": "key"}, "has no momentum encoder"),
+        (f"random:{ARCH}", {"encoder": "key"}, "has no key encoder"),
         ("pixels", {"arch": "resnet50"}, "contradicts pixels"),
         ("pixels", {"encoder": "keys"}, "must be query or key"),
     ],

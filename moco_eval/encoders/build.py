@@ -12,9 +12,10 @@ from moco_eval.errors import InputError
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ResNet: its block, blocks per stage, width against the standard 64, and stem.
+    """A ResNet: its block, blocks per stage, width against the standard 64, groups of the 3x3 convolutions, and stem.
 
     `width` widens every layer (R50w2x and R50w4x of the MoCo v1 paper), unlike torchvision's wide_resnet50_2.
+    `groups` and `group_width`: ResNeXt's; 32x8d is 32 groups of 8 channels in the first stage.
     `cifar_stem`: 3x3 convolution of stride 1 and no max-pooling, for 32-pixel images.
     """
 
@@ -22,6 +23,8 @@ class Architecture:
     layers: tuple[int, int, int, int]
     width: float = 1.0
     cifar_stem: bool = False
+    groups: int = 1
+    group_width: int = 64
 
     @property
     def feature_dim(self) -> int:
@@ -45,6 +48,8 @@ def _family() -> dict[str, Architecture]:
         family[f"{name}_quarter_cifar"] = Architecture(block, layers, width=0.25, cifar_stem=True)
     for name, width in (("resnet50_w2", 2.0), ("resnet50_w4", 4.0)):
         family[name] = Architecture(*depths["resnet50"], width=width)
+    for depth in ("50", "101"):  # RX50 of the MoCo v1 paper; torchvision has the other one only
+        family[f"resnext{depth}_32x8d"] = Architecture(*depths[f"resnet{depth}"], groups=32, group_width=8)
     return family
 
 
@@ -85,7 +90,8 @@ def build_resnet(name: str, num_classes: int = 1000) -> ResNet:
     """
     arch = architecture(name)
     if arch.width == 1.0:
-        net = ResNet(arch.block, list(arch.layers), num_classes=num_classes)
+        shape = {"groups": arch.groups, "width_per_group": arch.group_width}
+        net = ResNet(arch.block, list(arch.layers), num_classes=num_classes, **shape)
     else:
         net = _WidthResNet(arch, num_classes)
     if arch.cifar_stem:

@@ -41,7 +41,7 @@ class Encoder:
         origin: the layout it was recognised as, such as 'facebookresearch/moco v2'.
         sha256: of the checkpoint file's bytes; of the weights themselves for `random:` and `torchvision:`.
         tensors_loaded: how many backbone tensors were matched: all of them.
-        which: 'query' or 'key' (the momentum encoder).
+        which: 'query' or 'key' (MoCo's momentum encoder).
         dropped: (what, why) of each group of tensors in the file that the backbone does not use.
         warnings: doubts, in words.
         preprocessing: what the weights expect; None where the checkpoint does not say (`random:`).
@@ -82,5 +82,5 @@ class Encoder:
 
     def deviations(self) -> list[str]:
         """What an evaluation inherits from it, in words."""
-        key = ["the key (momentum) encoder instead of the query encoder"] if self.which == "key" else []
+        key = ["the key encoder instead of the query encoder"] if self.which == "key" else []
         return key + [f"encoder: {words}" for words in (self.pretraining or {}).get("deviations", [])]

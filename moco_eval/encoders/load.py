@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_weights, list_models
 
 from moco_eval import files
 from moco_eval.config import did_you_mean
@@ -30,7 +30,7 @@ def load(source: str, arch: str | None = None, encoder: str = "query", seed: int
     Args:
         source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]` or `pixels`.
         arch: overrides the architecture read from the tensors' shapes.
-        encoder: 'query' or 'key' (the momentum encoder).
+        encoder: 'query' or 'key' (MoCo's momentum encoder).
         seed: of the weights of `random:`.
     Raises:
         InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
@@ -45,7 +45,7 @@ def load(source: str, arch: str | None = None, encoder: str = "query", seed: int
     if source != "pixels" and not (colon and kind in ("random", "torchvision")):
         return _from_file(source, arch, encoder)
     if encoder == "key":
-        raise InputError(f"--encoder key: {source} has no momentum encoder; leave it out")
+        raise InputError(f"--encoder key: {source} has no key encoder; leave it out")
     loaded = _pixels() if source == "pixels" else _random(rest, seed) if kind == "random" else _torchvision(rest)
     if arch not in (None, loaded.arch):
         raise InputError(f"--arch {arch} contradicts {source}; leave it out")
@@ -87,7 +87,7 @@ def _pixels() -> Encoder:
 def _torchvision(rest: str) -> Encoder:
     """torchvision's published weights, through the same proof as a file."""
     arch, _, name = rest.partition(":")
-    known = [name for name, ours in ARCHITECTURES.items() if ours.width == 1 and not ours.cifar_stem]
+    known = [name for name in list_models() if name in ARCHITECTURES]
     if arch not in known:
         raise InputError(f"torchvision:{arch} is no network we build.{did_you_mean(arch, known)}")
     published = get_model_weights(arch)
@@ -207,8 +207,7 @@ def split(found: Checkpoint, encoder: str) -> Parts:
     prefix = layout.prefix(encoder)
     ours = {name.removeprefix(prefix): tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
     if not ours:
-        there, other = ("momentum", "key") if encoder == "query" else ("query", "query")
-        raise InputError(f"{found.path}: only the {there} encoder is in this file: --encoder {other}")
+        raise InputError(f"{found.path}: {_absent(found, encoder)}")
     rest = [name for name in found.tensors if not name.startswith(prefix)]
     head = {name: tensor for name, tensor in ours.items() if name.startswith(layout.head)}
     backbone = {name: tensor for name, tensor in ours.items() if name not in head}
@@ -221,6 +220,14 @@ def split(found: Checkpoint, encoder: str) -> Parts:
     return parts
 
 
+def _absent(found: Checkpoint, encoder: str) -> str:
+    """Why a file lacks an encoder, and the way out."""
+    if encoder == "key" and "bank" in found.tensors:
+        return "--encoder key: a memory bank has no key encoder, its keys are the bank's slots; take --encoder query"
+    other = "key" if encoder == "query" else "query"
+    return f"only the {other} encoder is in this file: --encoder {other}"
+
+
 def _classifier(tensors: list[Tensor]) -> tuple[str, str]:
     return f"fc ({len(tensors)} tensors)", "a classifier on the pooled feature, no part of the encoder"
 
@@ -231,7 +238,7 @@ def _rest(found: Checkpoint, names: list[str], encoder: str) -> Iterable[tuple[s
     others = [name for name in names if other and name.startswith(other)]
     if others and encoder == "query":
         yield (
-            f"momentum encoder ({len(others)} tensors)",
+            f"key encoder ({len(others)} tensors)",
             "the query encoder is evaluated; --encoder key takes this one",
         )
     elif others:
@@ -313,11 +320,21 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     widths = [
         tensors[name].shape[0] for name in (f"layer{stage}.0.conv1.weight" for stage in blocks) if name in tensors
     ]
+    groups = _groups(tensors)
     shortcuts = "" if any(".downsample." in name for name in tensors) else ", shortcuts without parameters"
     return (
-        f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {'-'.join(map(str, widths))} channels wide, "
+        f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {'-'.join(map(str, widths))} channels wide"
+        f"{f' in {groups} groups' if groups > 1 else ''}, "
         f"stem of {stem[0]} channels and {'x'.join(map(str, stem[2:]))} pixels{shortcuts}"
     )
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> int:
+    """Groups of the 3x3 convolutions in the bottlenecks: a ResNeXt's."""
+    before, grouped = (tensors.get(f"layer1.0.conv{i}.weight") for i in (1, 2))
+    if before is None or grouped is None or grouped.ndim != 4 or not grouped.shape[1]:
+        return 1
+    return before.shape[0] // grouped.shape[1]
 
 
 # Proof of load

@@ -26,6 +26,7 @@ QUEUE = (
     (r"queue$", "queue", "the negative keys of pretraining"),
     (r"queue_ptr$", "queue_ptr", "the queue's position"),
 )
+BANK = (r"bank$", "bank", "the memory bank's slots")
 SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors")
 
 
@@ -38,7 +39,7 @@ class Layout:
         marks: regular expressions, each of which must be found in some tensor name.
         format: value of the file's own `format` entry, where it has one.
         query: what precedes the names of the evaluated backbone.
-        key: what precedes those of the momentum encoder; None where there is none.
+        key: what precedes those of the key encoder; None where there is none.
         head: what precedes the names of the head, after `query` or `key`.
         projection: the head is a projection and is loaded; otherwise it is a classifier and is dropped.
         dropped: (regular expression, what, why) of further tensors that an evaluation does not use.
@@ -72,7 +73,7 @@ LAYOUTS: tuple[Layout, ...] = (
         query="encoder_q.",
         key="encoder_k.",
         projection=True,
-        dropped=QUEUE,
+        dropped=(*QUEUE, BANK),
         preprocessing=None,
     ),
     Layout("moco-eval safetensors", format=SAFETENSORS, head="head.", projection=True, preprocessing=None),
@@ -110,6 +111,7 @@ STATE = {
     "step": "the training step, for resuming",
     "sampler": "the data order, for resuming",
     "window": "measurements since the last log line, for resuming",
+    "unreadable": "the images that could not be read so far, for resuming",
     "rng": "random generators, for resuming",
     "best_acc1": "the accuracy its own training saw",
 }
