@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,3 +110,12 @@ def _sha256(file) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def second_name(written: Path, path: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    path.unlink()
+    try:
+        os.link(written, path)
+    except OSError:
+        shutil.copyfile(written, path)

@@ -4,10 +4,12 @@ Collectives vanish at world size 1.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
@@ -120,6 +122,14 @@ def union(values: set) -> set:
     return set().union(*everyone)
 
 
+def same_on_all_ranks(*tensors: torch.Tensor) -> bool:
+    """Whether every rank holds bit-identical tensors: their sha256, compared."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return len(union({digest.hexdigest()})) == 1
+
+
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place."""
     if world_size() > 1:
@@ -218,7 +228,7 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # no C++ compiler, no triton, an unsupported Python
-        warn(f"torch.compile does not work here ({message_of(error).splitlines()[0]}); going on without it")
+        warn(f"torch.compile does not work here ({' '.join(message_of(error).splitlines()[:2])}); going on without it")
         return False
     return True
 
@@ -254,9 +264,12 @@ class Stop:
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    EVERY = 2.0  # seconds between two looks of several ranks
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._looked: tuple[int, float] | None = None
+        self._next = 0
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -270,6 +283,23 @@ class Stop:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+    def look(self, step: int, due: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether rank 0's clock says that something is due.
+
+        Called by every rank after every step. Several ranks look together every EVERY seconds, by rank 0's pace.
+        """
+        if world_size() == 1:
+            return self.signal is not None, due
+        if step < self._next:
+            return False, False
+        now = time.monotonic()
+        before, at = self._looked or (step, now)
+        steps = max(1, self.EVERY * (step - before) // max(now - at, 1e-3))
+        first = torch.tensor([float(due), float(steps)]) * is_main()
+        said = all_sum(first.cuda() if dist.get_backend() == "nccl" else first).tolist()
+        self._looked, self._next = (step, now), step + int(said[1])
+        return self.requested(), bool(said[0])
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop."""

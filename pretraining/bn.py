@@ -1,6 +1,5 @@
 """Batch normalisation that does not leak which key belongs to which query."""
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -8,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-from moco_eval.runtime import all_sum, gather, rank, union, world_size
+from moco_eval.batch_norm import replace_batch_norm
+from moco_eval.runtime import gather, rank, world_size
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # what travels between processes to what an encoder takes
 
@@ -66,64 +66,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return output.to(input.dtype).view(N, H, W, C).permute(0, 3, 1, 2)
 
 
-class _AllMean(torch.autograd.Function):
-    """The mean over ranks, whose gradient is the mean over ranks of theirs."""
-
-    @staticmethod
-    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
-        return all_sum(values.clone()) / world_size()
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return all_sum(gradient.clone()) / world_size()
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of all ranks' batches, for gloo; torch's own needs a GPU.
-
-    Plain: the mean, then the mean square distance from it, each averaged over ranks, whose shares are equal.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) to the same shape."""
-        if not self.training or world_size() == 1:
-            return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        assert self.num_batches_tracked is not None
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        mean = _AllMean.apply(x.mean((0, 2, 3)))
-        centred = x - mean.view(1, -1, 1, 1)
-        var = _AllMean.apply(centred.square().mean((0, 2, 3)))
-        with torch.no_grad():
-            count = x.numel() // len(mean) * world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(input.dtype)
-
-
-def sync_batch_norm(net: nn.Module) -> nn.Module:
-    """Replace every BatchNorm2d by a synchronised one: torch's own under nccl, the plain one elsewhere."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return _replace(net, lambda features: SyncBatchNorm2d(features))
-
-
 def split_batch_norm(net: nn.Module, groups: int) -> nn.Module:
-    """Replace every BatchNorm2d by one in groups; weights and buffers are carried over."""
-    return _replace(net, lambda features: SplitBatchNorm2d(features, groups))
-
-
-def _replace(net: nn.Module, make: Callable[[int], nn.BatchNorm2d]) -> nn.Module:
-    for name, child in net.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            other = make(child.num_features)
-            other.load_state_dict(child.state_dict())
-            setattr(net, name, other)
-        else:
-            _replace(child, make)
-    return net
+    """Every BatchNorm2d in groups."""
+    return replace_batch_norm(net, lambda features: SplitBatchNorm2d(features, groups))
 
 
 def permutation(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,11 +147,3 @@ def encode_shuffled(
     k = unit(encoder_k(pixels(shuffle(view_k, forth))))
     keys = collect(k)[back.to(k.device)]
     return keys[rank() * N : (rank() + 1) * N], keys
-
-
-def same_on_all_ranks(*tensors: torch.Tensor) -> bool:
-    """Whether every rank holds bit-identical tensors: their sha256, compared."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return len(union({digest.hexdigest()})) == 1

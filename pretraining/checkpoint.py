@@ -3,9 +3,7 @@
 No generator state is stored: every random draw comes from (seed, epoch, image) or (seed, step).
 """
 
-import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -62,17 +60,8 @@ def save(
         torch.save(state, path)
     if whole:
         with files.atomic(last) as path:
-            _same_file(written, path)
+            files.second_name(written, path)
     return written
-
-
-def _same_file(written: Path, path: Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
-    path.unlink()
-    try:
-        os.link(written, path)
-    except OSError:
-        shutil.copyfile(written, path)
 
 
 def prune(folder: Path, keep: KeepCheckpoints) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from moco_eval.batch_norm import sync_batch_norm
 from moco_eval.config import PretrainConfig
 from moco_eval.encoders.build import build_resnet
 from moco_eval.runtime import all_sum, gather, rank, world_size
-from pretraining.bn import Pixels, encode_shuffled, split_batch_norm, sync_batch_norm, unit
+from pretraining.bn import Pixels, encode_shuffled, split_batch_norm, unit
 from pretraining.moco import MoCo, Step, info_nce, measured
 from pretraining.plan import Plan
 from pretraining.views import Batch, Normalise

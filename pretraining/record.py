@@ -123,23 +123,24 @@ class Metrics:
                 line["alarms"] = list(sounding)
             for name in sounding.keys() - set(before):
                 warn(f"step {line['step']}: {sounding[name]}")
+            if line["step"] % self.run.steps_per_epoch == 0:
+                self._tell(line)
         files.append_line(self.path, line)
         for name in line.keys() - {"step", "epoch", "alarms"}:
             self.board.add_scalar(name, line[name], line["step"])
 
+    def _tell(self, line: dict[str, Any]) -> None:
+        """One line an epoch to stderr."""
+        epoch, epochs, wait = round(line["epoch"]), self.run.config.schedule.epochs, 100 * line["data_wait"]
+        log(
+            f"epoch {epoch} of {epochs}: loss {line['loss']:.3f} (chance {self.run.chance:.3f}), accuracy "
+            f"{line['accuracy']:.1f} %, spread {line['feature_std']:.2f}, {line['images_per_second']:.0f} images/s, "
+            f"{wait:.0f} % waiting for data"
+        )
+
     def close(self) -> None:
         if is_main():
             self.board.close()
-
-
-def tell_epoch(run: Plan, line: dict[str, Any]) -> None:
-    """One line an epoch to stderr."""
-    epoch, epochs, wait = round(line["epoch"]), run.config.schedule.epochs, 100 * line["data_wait"]
-    log(
-        f"epoch {epoch} of {epochs}: loss {line['loss']:.3f} (chance {run.chance:.3f}), accuracy "
-        f"{line['accuracy']:.1f} %, spread {line['feature_std']:.2f}, {line['images_per_second']:.0f} images/s, "
-        f"{wait:.0f} % waiting for data"
-    )
 
 
 def draw_views(run: Plan, path: Path, pairs: int = 8) -> None:

@@ -13,7 +13,6 @@ from moco_eval.errors import Interrupted, RunFailed
 from moco_eval.results import open_run
 from moco_eval.runtime import (
     Stop,
-    all_sum,
     autocast,
     barrier,
     broadcast_,
@@ -23,19 +22,16 @@ from moco_eval.runtime import (
     log,
     parallel,
     progress,
-    world_size,
+    same_on_all_ranks,
 )
 from moco_eval.schedule import learning_rate
 from pretraining import checkpoint
-from pretraining.bn import same_on_all_ranks
 from pretraining.mechanisms import Mechanism, build
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
-from pretraining.record import Measurements, Metrics, draw_views, tell_epoch
+from pretraining.record import Measurements, Metrics, draw_views
 from pretraining.views import Batch, TwoViews
-
-LOOK = 2.0  # seconds between two looks at signals and the clock, where several processes must agree
 
 
 def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
@@ -93,26 +89,21 @@ class Trainer:
         self.model = build(run).to(device)
         # SGD on all parameters, BN and bias included; MoCo's encoder_k has no gradient and stays as it is
         sgd = self.config.optimizer
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            sgd.lr,
-            momentum=sgd.sgd_momentum,
-            weight_decay=sgd.weight_decay,
-            fused=device.type == "cuda",
-        )
+        settings = {"momentum": sgd.sgd_momentum, "weight_decay": sgd.weight_decay, "fused": device.type == "cuda"}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), sgd.lr, **settings)
         if run.channels_last(device):
             self.model.to(memory_format=torch.channels_last)
         if self.config.compile:
             compile_([net for name, net in self.model.named_children() if name.startswith("encoder")], device)
         self.ddp = parallel(self.model)
         self.monitor, self.measured = Monitor(run), Measurements(run)
-        self.step = self.saved = self.next_look = 0
+        self.step = self.saved = 0
 
     def restore(self) -> None:
         """From last.pth where there is one; otherwise note the start and keep the untrained network."""
         if checkpoint.there(self.checkpoints):
-            self.step, *measured = checkpoint.load(self.checkpoints, self.model, self.optimizer)
-            self.measured.restore(*measured)
+            self.step, rows, unreadable = checkpoint.load(self.checkpoints, self.model, self.optimizer)
+            self.measured.restore(rows.to(self.device), unreadable)
             log(f"resuming at step {self.step} of {self.run.steps}")
         for tensor in self.model.buffers(recurse=False):
             broadcast_(tensor)  # the dictionary; from here on every rank changes it alike
@@ -127,7 +118,6 @@ class Trainer:
     def train(self) -> None:
         """All remaining steps."""
         self.measured.restart()
-        self.looked, self.looked_at = self.step, time.monotonic()
         with Stop() as stop, progress("pretrain", self.run.steps, self.config.batch_size, self.step) as advance:
             self.pause_if_asked(stop)
             for batch in self.batches():
@@ -152,15 +142,9 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
-        batches = Batches(
-            images=len(self.run.images),
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            epochs=range(self.epoch, self.config.schedule.epochs),
-            shuffle=True,
-            drop_last=True,
-            first_step=self.step % self.run.steps_per_epoch,
-        )
+        epochs, first_step = range(self.epoch, self.config.schedule.epochs), self.step % self.run.steps_per_epoch
+        numbers = len(self.run.images), self.config.batch_size, self.config.seed
+        batches = Batches(*numbers, epochs, shuffle=True, drop_last=True, first_step=first_step)
         both = self.config.mechanism != "memory_bank"
         views = TwoViews(self.run.images, self.config.views, self.config.seed, both)
         asked = time.perf_counter()
@@ -178,43 +162,23 @@ class Trainer:
         line = self.measured.line(self.step, self.optimizer.param_groups[0]["lr"])
         self.metrics.write(line)
         if epoch_ends:
-            tell_epoch(self.run, line)
             self.save()
             self.judge()
             self.measured.restart()
         return f"epoch {line['epoch']:.1f} loss {line['loss']:.3f} (chance {self.run.chance:.2f})"
 
     def pause_if_asked(self, stop: Stop) -> None:
-        """Save in the middle of an epoch where it is due, and stop where a signal or max_steps says so.
-
-        Several processes look together, every LOOK seconds by the first one's pace. Raises Interrupted.
-        """
-        keep, where = self.config.checkpoints, f"step {self.step} of {self.run.steps}"
-        if keep.steps and self.step % keep.steps == 0:
+        """Save inside an epoch where it is due; stop where a signal or max_steps says so. Raises Interrupted."""
+        keep, last = self.config.checkpoints, self.config.max_steps
+        asked, late = stop.look(self.step, time.monotonic() - self.saved_at > 60 * keep.minutes)
+        reached = last is not None and last <= self.step < self.run.steps
+        if asked or late or reached or (keep.steps and self.step % keep.steps == 0):
             self.save()
-        if self.config.max_steps is not None and self.config.max_steps <= self.step < self.run.steps:
-            self.save()
-            raise Interrupted(f"max_steps reached and saved at {where}; without max_steps it goes on")
-        if world_size() == 1:
-            due = time.monotonic() - self.saved_at > 60 * keep.minutes
-        elif self.step < self.next_look:
-            return
-        else:
-            due = self.look_together(keep.minutes)
-        asked = stop.requested()
-        if due or asked:
-            self.save()
+        where = f"saved at step {self.step} of {self.run.steps}"
         if asked:
-            stop.check(f"saved at {where}: run the same command to go on")
-
-    def look_together(self, minutes: float) -> bool:
-        """Whether a save is due by the first process's clock; it sets the step of the next look, too."""
-        now = time.monotonic()
-        pace = (now - self.looked_at) / (self.step - self.looked) if self.step > self.looked else LOOK
-        first = [float(now - self.saved_at > 60 * minutes), max(1, LOOK // pace)]
-        due, steps = all_sum(torch.tensor(first, device=self.device) * is_main()).tolist()
-        self.looked, self.looked_at, self.next_look = self.step, now, self.step + int(steps)
-        return bool(due)
+            stop.check(f"{where}: run the same command to go on")
+        if reached:
+            raise Interrupted(f"max_steps reached and {where}; without max_steps it goes on")
 
     def save(self) -> None:
         """Rank 0's state, once all ranks are shown to hold the same dictionary and a finite loss."""

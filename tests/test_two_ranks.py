@@ -6,15 +6,16 @@ import torch
 from ranks import run_ranks
 
 from moco_eval import config as configs
+from moco_eval.batch_norm import SyncBatchNorm2d
 from moco_eval.config import PretrainConfig
 from moco_eval.data.images import open_images
 from moco_eval.data.loader import Batches, share
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import Interrupted
 from moco_eval.features import extract
-from moco_eval.runtime import rank, world_size
+from moco_eval.runtime import rank, same_on_all_ranks, world_size
 from pretraining import moco
-from pretraining.bn import SyncBatchNorm2d, encode_shuffled, permutation, same_on_all_ranks, shuffle
+from pretraining.bn import encode_shuffled, permutation, shuffle
 from pretraining.mechanisms import build
 from pretraining.plan import plan
 from pretraining.train import Trainer
