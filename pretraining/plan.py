@@ -12,7 +12,6 @@ from moco_eval.config import PretrainConfig
 from moco_eval.data.images import ImageSet, departures, open_images
 from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError
-from moco_eval.runtime import warn
 from pretraining.views import preprocessing
 
 CANONICAL = {
@@ -45,6 +44,7 @@ class Plan:
         bn: shuffle, split, sync or none.
         steps_per_epoch: whole batches only.
         deviations: in words, where the run leaves its protocol.
+        warnings: what will work, but perhaps not as meant.
     """
 
     config: PretrainConfig
@@ -54,6 +54,7 @@ class Plan:
     bn: str
     steps_per_epoch: int
     deviations: list[str]
+    warnings: list[str]
 
     @property
     def steps(self) -> int:
@@ -136,6 +137,7 @@ class Plan:
                 f"chance level of the loss: {self.chance:.4f}"
                 + (f"; the queue is filled after {self.full_step} steps" if config.mechanism == "moco" else ""),
                 *self._bytes(),
+                *(f"warning: {words}" for words in self.warnings),
                 *(f"differs from {config.protocol}: {words}" for words in self.deviations),
             ]
         )
@@ -181,9 +183,9 @@ def plan(
     images = open_images(dataset, data, "train")
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
     config = config.model_copy(update=_by_device(config, device))
-    run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [])
+    run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
-    _warn(run)
+    run.warnings += _warnings(run)
     run.deviations += _deviations(run)
     return run
 
@@ -217,17 +219,18 @@ def _require_shares(run: Plan) -> None:
         raise InputError(f"mechanism memory_bank draws its negatives outside the batch, which holds all {batch} images")
 
 
-def _warn(run: Plan) -> None:
-    """What will work, but perhaps not as meant."""
+def _warnings(run: Plan) -> list[str]:
     config, keys = run.config, run.config.queue_size
+    found = []
     if run.bn == "shuffle" and run.processes == 1:
-        warn("bn: shuffle on one process protects nothing: queries and keys share their statistics; take bn: split")
+        found.append("bn: shuffle on one process protects nothing: queries and keys share statistics; take bn: split")
     if config.mechanism == "moco" and keys % config.pushed:
-        warn(f"queue_size {keys} is no multiple of the {config.pushed} keys pushed per step; the queue wraps round")
-    if run.full_step > run.steps:
-        warn(f"the {run.steps} steps of the schedule never fill the queue of {keys}: random keys stay in it")
-    if config.accumulate > 1 and config.mechanism == "end_to_end":
-        warn(f"accumulate adds no negatives to end_to_end: each query meets the {keys - 1} other keys of its part")
+        found.append(f"queue_size {keys} is no multiple of the {config.pushed} keys of a step: the queue wraps round")
+    if config.mechanism == "moco" and run.full_step > run.steps:
+        found.append(f"the {run.steps} steps of the schedule never fill the queue of {keys}: random keys stay in it")
+    if config.mechanism == "end_to_end" and config.accumulate > 1:
+        found.append(f"accumulate adds no negatives to end_to_end: a query meets the {keys - 1} other keys of its part")
+    return found
 
 
 def _deviations(run: Plan) -> list[str]:

@@ -221,23 +221,9 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_killed_in_the_middle_of_an_epoch_it_goes_on_from_the_last_checkpoint(tmp_path):
-    process = start(*command(tmp_path / "killed"))
-    wait_for(tmp_path / "killed" / "checkpoints" / "epoch_0001.pth", process)
-    time.sleep(0.2)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed" / "checkpoints" / "epoch_0003.pth").exists()
-    _, err = moco_eval(*command(tmp_path / "killed"))
-    assert "resuming at step" in err
-    moco_eval(*command(tmp_path / "whole"))
-    ends = [torch.load(tmp_path / name / "checkpoints" / "last.pth", weights_only=True) for name in ("killed", "whole")]
-    assert all(torch.equal(ends[0]["state_dict"][key], ends[1]["state_dict"][key]) for key in ends[0]["state_dict"])
-
-
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
+    [pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1)],
 )
 def test_a_signal_saves_and_exits_3(tmp_path, number):
     process = start(*command(tmp_path / "run", epochs=50))
