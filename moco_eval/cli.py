@@ -319,10 +319,11 @@ def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
     if hasattr(loaded, "optimizer"):
         rate = loaded.optimizer.lr * batch / loaded.batch_size
         overrides.append(f"optimizer.lr={rate!r}")
-        click.echo(
-            f"--batch-size {batch} instead of {loaded.batch_size}: lr {rate:g} instead of {loaded.optimizer.lr:g}",
-            err=True,
-        )
+        told = f"--batch-size {batch} instead of {loaded.batch_size}: lr {rate:g} instead of {loaded.optimizer.lr:g}"
+        if getattr(loaded, "mechanism", None) == "end_to_end":  # its dictionary is the batch
+            overrides.append(f"queue_size={batch // loaded.accumulate}")
+            told += f", K {batch // loaded.accumulate} instead of {loaded.queue_size}"
+        click.echo(told, err=True)
     return config.load(name, kind, model, overrides)
 
 

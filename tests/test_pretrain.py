@@ -1,5 +1,6 @@
 """Pretraining as a whole: its files, its checkpoints, and going on after being stopped."""
 
+import copy
 import json
 import os
 import signal
@@ -8,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import error_line, in_process, moco_eval, start
+from commands import ROOT, error_line, in_process, moco_eval, start
 from PIL import Image
+from torchvision import transforms
 
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from moco_eval.encoders.build import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.runtime import compile_
+from pretraining.bn import SplitBatchNorm2d
 from pretraining.plan import plan
 from pretraining.train import pretrain
-from pretraining.views import TwoViews
+from pretraining.views import Normalise, TwoViews, preprocessing
 
 FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "log_every=7", "symmetric=false", "queue_size=256"]
 CPU = torch.device("cpu")
@@ -250,6 +254,93 @@ def test_batch_size_carries_the_learning_rate_along(tmp_path, capfd, monkeypatch
     out, err = in_process(capfd, monkeypatch, *command(tmp_path / "run"), "--batch-size", "128", "--dry-run")
     assert "batch 128, lr 0.02" in out
     assert "--batch-size 128 instead of 64: lr 0.02 instead of 0.01" in err
+
+
+def test_batch_size_carries_the_dictionary_of_end_to_end_along(tmp_path, capfd, monkeypatch):
+    settings = ("--set=mechanism=end_to_end", "--set=queue_size=64")
+    out, err = in_process(capfd, monkeypatch, *command(tmp_path / "run"), *settings, "--batch-size", "128", "--dry-run")
+    assert "end-to-end, K 128 (the batch)" in out
+    assert "lr 0.02 instead of 0.01, K 128 instead of 64" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("mechanism=end_to_end",), "queue_size 256 is not the dictionary of mechanism end_to_end, whose K is the 64"),
+        (("mechanism=memory_bank", "symmetric=true"), "symmetric is MoCo's option; mechanism memory_bank has one"),
+        (("accumulate=3",), "accumulate 3 does not divide batch_size 64"),
+        (("queue_size=63",), "queue_size 63 holds less than one step's 64 keys"),
+        (("accumulate=16", "bn=split"), "a batch of 4 per process does not divide into 8 BN groups"),
+        (("mechanism=memory_bank", "batch_size=1297", "bn=none"), "draws its negatives outside the batch"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(settings, words):
+    with pytest.raises(InputError) as refused:
+        plan(config("bn_groups=8", *settings), "digits", None, 1)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("queue_size=200",), "queue_size 200 is no multiple of the 64 keys of a step: the queue wraps round"),
+        (("queue_size=65536",), "the 400 steps of the schedule never fill the queue of 65536"),
+        (("mechanism=end_to_end", "accumulate=2", "queue_size=32"), "a query meets the 31 other keys of its part"),
+        (("bn=shuffle",), "bn: shuffle on one process protects nothing"),
+    ],
+)
+def test_what_may_not_be_meant_is_said(settings, words):
+    run = plan(config(*settings), "digits", None, 1)
+    assert any(words in warning for warning in run.warnings) and f"warning: {run.warnings[0]}" in run.describe()
+    assert not plan(config("queue_size=256"), "digits", None, 1).warnings
+
+
+def test_end_to_end_may_scale_its_batch_and_nothing_else_may():
+    scaled = ("batch_size=128", "queue_size=128", "views.recipe=moco_v2", "views.size=224", "bn_groups=8")
+    rates = ("optimizer.lr=0.015", "optimizer.weight_decay=1e-4")
+    ours = plan(config("mechanism=end_to_end", *scaled, *rates), "digits", None, 1)
+    assert not any("batch_size" in words or "lr" in words for words in ours.deviations)
+    moco = plan(config(*scaled, *rates), "digits", None, 1)
+    assert "batch_size 128 instead of 256" in moco.deviations
+    other = plan(config("mechanism=end_to_end", *scaled, "optimizer.lr=0.03"), "digits", None, 1)
+    assert "batch_size 128 instead of 256" in other.deviations
+
+
+def test_sync_and_accumulation_are_deviations_of_their_own():
+    assert (
+        "bn sync on 2 process(es), which does not protect from leaking"
+        in plan(config("bn=sync"), "digits", None, 2).deviations
+    )
+    assert "accumulate 2 instead of 1" in plan(config("accumulate=2", "bn_groups=8"), "digits", None, 1).deviations
+
+
+def test_views_are_normalised_on_the_device_to_the_same_bits():
+    run = plan(config(), "digits", None, 1)
+    view, _, _, _ = TwoViews(run.images, run.config.views, 0)[0, 3]
+    expects = preprocessing(run.config.views)
+    picture = transforms.functional.to_pil_image(view)
+    expected = transforms.functional.normalize(transforms.functional.to_tensor(picture), expects.mean, expects.std)
+    assert view.dtype == torch.uint8
+    assert torch.equal(Normalise(run.config.views)(view[None])[0], expected)
+
+
+@pytest.mark.slow
+def test_compiled_networks_keep_their_names_and_their_values():
+    """Where there is a compiler; otherwise it is said, and nothing changes."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SplitBatchNorm2d(8, 2), torch.nn.ReLU())
+    images, names = torch.randn(4, 3, 8, 8), list(net.state_dict())
+    plain = copy.deepcopy(net)
+    compile_([net], CPU)
+    assert torch.allclose(net(images), plain(images), atol=1e-5) and list(net.state_dict()) == names
+    assert torch.allclose(net[1].running_var, plain[1].running_var, atol=1e-6)
+
+
+def test_the_three_files_are_short():
+    """To understand MoCo one opens three files; the whole package stays an evening's reading."""
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pretraining").glob("*.py")}
+    assert lengths["moco.py"] + lengths["views.py"] + lengths["train.py"] < 500
+    assert sum(lengths.values()) < 1500
 
 
 def test_mistakes_of_the_command_line_are_one_line(capfd, monkeypatch):
