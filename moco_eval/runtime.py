@@ -73,16 +73,9 @@ def parallel(module: torch.nn.Module) -> torch.nn.Module:
     """The module with gradients averaged over ranks; buffers stay each rank's own. Itself at world size 1."""
     if world_size() == 1:
         return module
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # a new name for broadcast_buffers since torch 2.14
-        return torch.nn.parallel.DistributedDataParallel(
-            module,
-            broadcast_buffers=False,
-            # keeps the buckets of the first step: DDP would rebuild them after it, and from three ranks on the order
-            # of a sum, so its last bit, depends on the bucket; a resumed run would differ from an uninterrupted one
-            find_unused_parameters=world_size() > 2,
-        )
+        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def barrier() -> None:

@@ -174,3 +174,20 @@ def build_encoder(config: PretrainConfig, bn: str) -> nn.Module:
     if bn == "split":
         return split_batch_norm(encoder, config.bn_groups)
     return sync_batch_norm(encoder) if bn == "sync" else encoder
+
+
+def settle(ddp: nn.Module, pixels: int, device: torch.device) -> None:
+    """One pass that leaves nothing behind but DDP's buckets, which it builds anew after its first backward pass.
+
+    From three ranks on the order of a sum, so its last bit, depends on the bucket: settled at each start, a resumed
+    run adds as an uninterrupted one does. BN is in evaluation, and the gradients are dropped.
+    """
+    if world_size() < 3:
+        return
+    view = torch.zeros(2, 3, pixels, pixels, dtype=torch.uint8, device=device)
+    torch.compiler.set_stance("force_eager")
+    ddp.eval()
+    ddp(Batch(view, view, torch.zeros(2, dtype=torch.long, device=device)), torch.Generator()).loss.backward()
+    ddp.train()
+    torch.compiler.set_stance("default")
+    ddp.zero_grad(set_to_none=True)

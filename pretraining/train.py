@@ -26,7 +26,7 @@ from moco_eval.runtime import (
 )
 from moco_eval.schedule import learning_rate
 from pretraining import checkpoint
-from pretraining.mechanisms import Mechanism, build
+from pretraining.mechanisms import Mechanism, build, settle
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
@@ -96,6 +96,7 @@ class Trainer:
         if self.config.compile:
             compile_([net for name, net in self.model.named_children() if name.startswith("encoder")], device)
         self.ddp = parallel(self.model)
+        settle(self.ddp, self.config.views.size, device)
         self.monitor, self.measured = Monitor(run), Measurements(run)
         self.step = self.saved = 0
 

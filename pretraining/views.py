@@ -26,8 +26,7 @@ class GaussianBlur:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         low, high = self.sigma
-        radius = low + (high - low) * torch.rand(1).item()
-        return image.filter(ImageFilter.GaussianBlur(radius=radius))
+        return image.filter(ImageFilter.GaussianBlur(radius=low + (high - low) * torch.rand(1).item()))
 
 
 def _jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float):
