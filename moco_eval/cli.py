@@ -67,8 +67,10 @@ def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, ma
 
     CONFIG is a file or a shipped name (see `moco-eval configs`): moco-eval pretrain digits --dataset digits
     """
+    import torch
+
     from moco_eval.config import PretrainConfig
-    from moco_eval.runtime import log, processes, world_size
+    from moco_eval.runtime import choose_device, log, processes, world_size
     from pretraining.plan import plan
     from pretraining.train import pretrain as train
 
@@ -77,7 +79,8 @@ def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, ma
     resolved = _config(config, "pretrain", PretrainConfig, given)
     output = given["output"] or Path("runs") / f"pretrain-{Path(config).stem}-{dataset}"
     if nproc > 1 or given["dry_run"]:
-        planned = plan(resolved, dataset, data, nproc)
+        device = choose_device(given["device"]) if given["dry_run"] else torch.device("cpu")
+        planned = plan(resolved, dataset, data, nproc, device)
         if given["dry_run"]:
             click.echo(f"{planned.describe()}\noutput: {output}")
             return 0
@@ -311,20 +314,26 @@ def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
 
     overrides = list(given["settings"])
     overrides += [f"{key}={given[key]}" for key in ("precision", "workers", "seed") if given[key] is not None]
-    loaded = config.load(name, kind, model, overrides)
     batch = given["batch_size"]
-    if batch is None or batch == loaded.batch_size:
-        return loaded
-    overrides.append(f"batch_size={batch}")
-    if hasattr(loaded, "optimizer"):
-        rate = loaded.optimizer.lr * batch / loaded.batch_size
-        overrides.append(f"optimizer.lr={rate!r}")
-        told = f"--batch-size {batch} instead of {loaded.batch_size}: lr {rate:g} instead of {loaded.optimizer.lr:g}"
-        if getattr(loaded, "mechanism", None) == "end_to_end":  # its dictionary is the batch
-            overrides.append(f"queue_size={batch // loaded.accumulate}")
-            told += f", K {batch // loaded.accumulate} instead of {loaded.queue_size}"
-        click.echo(told, err=True)
+    if batch is not None:
+        overrides += _rescaled(config.merged(name, kind, overrides), batch)
     return config.load(name, kind, model, overrides)
+
+
+def _rescaled(values: dict[str, Any], batch: int) -> list[str]:
+    """What a batch of another size carries along, as overrides: the rate, and the dictionary that is the batch."""
+    before, optimizer = values.get("batch_size"), values.get("optimizer")
+    overrides, told = [f"batch_size={batch}"], []
+    rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
+    if isinstance(before, int) and before and isinstance(rate, int | float):
+        overrides.append(f"optimizer.lr={rate * batch / before!r}")
+        told.append(f"lr {rate * batch / before:g} instead of {rate:g}")
+    if values.get("mechanism") == "end_to_end" and isinstance(parts := values.get("accumulate", 1), int) and parts:
+        overrides.append(f"queue_size={batch // parts}")
+        told.append(f"K {batch // parts} instead of {values.get('queue_size')}")
+    if told and batch != before:
+        click.echo(f"--batch-size {batch} instead of {before}: {', '.join(told)}", err=True)
+    return overrides if batch != before else []
 
 
 def _warn(encoder: Any) -> None:

@@ -265,7 +265,7 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
     """
     path = find(name, kind)
     values, lines = read_yaml(path)
-    if "expect" in model.model_fields and not all(is_neutral(override.partition("=")[0]) for override in overrides):
+    if "expect" in model.model_fields and not all(map(_is_as_shipped, overrides)):
         values["expect"] = None
     for override in overrides:
         _apply(values, lines, override)
@@ -273,6 +273,19 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
         return model.model_validate(values)
     except ValidationError as error:
         raise InputError(_explain(error, path, lines, model)) from None
+
+
+def _is_as_shipped(override: str) -> bool:
+    """Whether a recipe's published number still belongs to it; fp32 is what was published."""
+    return override == "precision=fp32" or is_neutral(override.partition("=")[0])
+
+
+def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A config's values with the overrides, not checked yet; raises InputError as `load` does."""
+    values, lines = read_yaml(find(name, kind))
+    for override in overrides:
+        _apply(values, lines, override)
+    return values
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -78,9 +78,15 @@ def read_json(path: Path | str) -> Any:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add one object to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
+    """Add one object to a JSON-lines file. Raises RunFailed where the disk refuses."""
+    with _disk_errors_named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def flush(path: Path) -> None:
+    """What was written to a file, to the disk."""
+    with _disk_errors_named(path), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

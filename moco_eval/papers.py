@@ -28,7 +28,10 @@ from moco_eval.statistics import mean_and_std
 Record = dict[str, Any]
 Over = Literal["head", "finetune", "pretrain"]
 # Config values by which rows of one protocol are told apart; `_asked` adds those that not every recipe has.
-TOLD_APART = ("mechanism", "queue_size", "symmetric", "batch_size", "bn_groups", "bn_permute", "schedule.kind")
+TOLD_APART = (
+    *("mechanism", "queue_size", "symmetric", "batch_size", "bn_groups", "bn_permute", "schedule.kind"),
+    *("head", "views.recipe"),
+)
 PROTECTED = ("shuffle", "split")  # kinds of BN that do not leak
 REPEATS = {"head": "heads", "finetune": "fine-tunings", "pretrain": "pretrainings"}
 
@@ -256,6 +259,7 @@ def _command(recipe: Recipe) -> str:
     words = ["moco-eval", "pretrain", recipe.config, "--dataset", recipe.dataset, "--data", "FOLDER"]
     for override in recipe.overrides:
         words += ["--set", override]
+    words += ["--precision", "fp32"]  # published arithmetic, also on a GPU that has bf16
     if recipe.set:
         settings = [re.sub(r"[^A-Za-z0-9_.]+", "-", override).strip("-") for override in recipe.overrides]
         words += ["--output", f"runs/{'-'.join(['pretrain', recipe.config, recipe.dataset, *settings])}"]

@@ -65,7 +65,7 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
 def _found(output: Path, resolved: dict[str, Any]) -> bool:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a folder")
-    if not output.is_dir() or {path.name for path in output.iterdir()} <= {"config.yaml", "environment.json"}:
+    if not output.is_dir() or _names(output) <= {"config.yaml", "environment.json"}:
         return False  # nothing there, or a run that was refused before it did anything
     if not (output / "config.yaml").is_file():
         raise InputError(f"--output {output} holds files that are no run of ours; choose another or empty it")
@@ -79,6 +79,11 @@ def _found(output: Path, resolved: dict[str, Any]) -> bool:
                 f"{WHY.get(key, '')}; choose another --output"
             )
     return True
+
+
+def _names(folder: Path) -> set[str]:
+    """What is in a folder, but for files that a killed process was still writing."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def processes(device: str) -> Iterator[torch.device]:
     Raises:
         InputError: a device that is not there.
     """
-    chosen = _device(device)
+    chosen = choose_device(device)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
             warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
@@ -150,7 +150,7 @@ def processes(device: str) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -209,9 +209,9 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 arithmetic where the precision says so; fp32 switches TF32 off, which is the published arithmetic."""
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    """bf16 arithmetic where the precision says so. TF32 is off: fp32 is fp32, also for the logits of a bf16 run."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -239,6 +239,12 @@ def deterministic(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
+
+
+def require_finite_weights(net: torch.nn.Module, step: int) -> None:
+    """Raises RunFailed where a parameter is not finite."""
+    if not torch.stack([weight.isfinite().all() for weight in net.parameters()]).all():
+        raise RunFailed(f"the weights are not finite after step {step}; a smaller optimizer.lr may help")
 
 
 def require_finite(loss: float, what: str, way_out: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from moco_eval import files
 from moco_eval.config import KeepCheckpoints
 from moco_eval.errors import InputError
+from moco_eval.runtime import is_main, union
 from pretraining.mechanisms import Mechanism
 from pretraining.plan import Plan
 
@@ -78,11 +79,21 @@ def _epoch(path: Path) -> int:
 
 
 def there(folder: Path) -> bool:
-    """Whether there is a state to go on from. Raises InputError where only epochs are left and last.pth is gone."""
-    epochs = sorted(folder.glob("epoch_*.pth"))
-    if epochs and not (folder / "last.pth").is_file():
+    """Whether there is a state to go on from. Raises InputError where only epochs are left and last.pth is gone.
+
+    What a save that was killed left behind goes: half a file, or the untrained network without its last.pth.
+    """
+    if is_main():
+        for half in folder.glob(".*.pth"):
+            half.unlink()
+    epochs, last = sorted(folder.glob("epoch_*.pth")), (folder / "last.pth").is_file()
+    if len(union({last})) > 1:
+        raise InputError(f"not every machine finds {folder / 'last.pth'}; take an --output that all share")
+    if not last:
+        if not epochs or epochs[-1].stem == "epoch_0000":
+            return False
         raise InputError(f"{folder} has no last.pth; copy {epochs[-1].name} there to go on, or empty the folder")
-    return bool(epochs)
+    return True
 
 
 def load(folder: Path, model: Mechanism, optimizer: torch.optim.Optimizer) -> tuple[int, torch.Tensor, set[int]]:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from moco_eval.batch_norm import sync_batch_norm
 from moco_eval.config import PretrainConfig
 from moco_eval.encoders.build import build_resnet
-from moco_eval.runtime import all_sum, gather, rank, world_size
+from moco_eval.runtime import all_sum, compile_, gather, rank, world_size
 from pretraining.bn import Pixels, encode_shuffled, split_batch_norm, unit
 from pretraining.moco import MoCo, Step, info_nce, measured
 from pretraining.plan import Plan
@@ -174,6 +174,16 @@ def build_encoder(config: PretrainConfig, bn: str) -> nn.Module:
     if bn == "split":
         return split_batch_norm(encoder, config.bn_groups)
     return sync_batch_norm(encoder) if bn == "sync" else encoder
+
+
+def prepare(model: Mechanism, run: Plan, device: torch.device) -> Mechanism:
+    """On the device, in the layout and compiled as the plan says; names and values stay."""
+    model.to(device)
+    if run.channels_last(device):
+        model.to(memory_format=torch.channels_last)
+    if run.config.compile:
+        compile_([net for name, net in model.named_children() if name.startswith("encoder")], device)
+    return model
 
 
 def settle(ddp: nn.Module, pixels: int, device: torch.device) -> None:

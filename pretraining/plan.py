@@ -194,7 +194,8 @@ def _by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     chosen = {"precision": "bf16" if fast else "fp32", "compile": fast}
-    return {key: value for key, value in chosen.items() if getattr(config, key) == "auto"}
+    resolved = {key: value for key, value in chosen.items() if getattr(config, key) == "auto"}
+    return resolved | ({"expect": None} if resolved.get("precision") == "bf16" else {})
 
 
 def _require_shares(run: Plan) -> None:

@@ -138,6 +138,10 @@ class Metrics:
             f"{wait:.0f} % waiting for data"
         )
 
+    def flush(self) -> None:
+        """To the disk, before a checkpoint that relies on it."""
+        files.flush(self.path)
+
     def close(self) -> None:
         if is_main():
             self.board.close()

@@ -16,17 +16,17 @@ from moco_eval.runtime import (
     autocast,
     barrier,
     broadcast_,
-    compile_,
     deterministic,
     is_main,
     log,
     parallel,
     progress,
+    require_finite_weights,
     same_on_all_ranks,
 )
 from moco_eval.schedule import learning_rate
 from pretraining import checkpoint
-from pretraining.mechanisms import Mechanism, build, settle
+from pretraining.mechanisms import Mechanism, build, prepare, settle
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
@@ -86,15 +86,11 @@ class Trainer:
         self.checkpoints = output / "checkpoints"
         deterministic(self.config.deterministic)
         torch.manual_seed(self.config.seed)  # the same weights and dictionary on every rank
-        self.model = build(run).to(device)
+        self.model = prepare(build(run), run, device)
         # SGD on all parameters, BN and bias included; MoCo's encoder_k has no gradient and stays as it is
         sgd = self.config.optimizer
         settings = {"momentum": sgd.sgd_momentum, "weight_decay": sgd.weight_decay, "fused": device.type == "cuda"}
         self.optimizer = torch.optim.SGD(self.model.parameters(), sgd.lr, **settings)
-        if run.channels_last(device):
-            self.model.to(memory_format=torch.channels_last)
-        if self.config.compile:
-            compile_([net for name, net in self.model.named_children() if name.startswith("encoder")], device)
         self.ddp = parallel(self.model)
         settle(self.ddp, self.config.views.size, device)
         self.monitor, self.measured = Monitor(run), Measurements(run)
@@ -125,6 +121,7 @@ class Trainer:
                 self.train_step(batch)
                 advance(1, self.after_step())
                 self.pause_if_asked(stop)
+                self.judge()
 
     def train_step(self, batch: Batch) -> None:
         """One step, at its learning rate and with its own order of keys."""
@@ -164,8 +161,6 @@ class Trainer:
         self.metrics.write(line)
         if epoch_ends:
             self.save()
-            self.judge()
-            self.measured.restart()
         return f"epoch {line['epoch']:.1f} loss {line['loss']:.3f} (chance {self.run.chance:.2f})"
 
     def pause_if_asked(self, stop: Stop) -> None:
@@ -187,7 +182,9 @@ class Trainer:
             return
         assert same_on_all_ranks(*self.model.buffers(recurse=False)), "the ranks' dictionaries differ"
         rows, unreadable = self.measured.together(self.step), self.measured.unreadable
+        require_finite_weights(self.model, self.step)
         if is_main():
+            self.metrics.flush()
             checkpoint.save(self.checkpoints, self.run, self.model, self.optimizer, self.step, rows, unreadable)
             checkpoint.prune(self.checkpoints, self.config.checkpoints)
         barrier()
@@ -201,3 +198,4 @@ class Trainer:
         top1 = self.monitor(self.model.encoder_q, self.device)
         self.metrics.write({"step": self.step, "epoch": self.epoch, "knn_top1": top1})
         log(f"epoch {self.epoch}: kNN {top1:.2f} %")
+        self.measured.restart()

@@ -193,9 +193,11 @@ def test_compiled_split_bn_in_channels_last_is_the_same():
     ends = []
     for forward in (SplitBatchNorm2d.forward, SplitBatchNorm2d._channels_last):
         layer, x = SplitBatchNorm2d(5, groups=4), images.clone().requires_grad_()
+        layer.load_state_dict({**layer.state_dict(), "weight": torch.arange(1.0, 6), "bias": torch.arange(5.0)})
         output = forward(layer, x)
         (output * images.sin()).sum().backward()
-        ends.append((output.detach(), x.grad, layer.weight.grad, layer.running_mean, layer.running_var))
+        gradients = (x.grad, layer.weight.grad, layer.bias.grad)
+        ends.append((output.detach(), *gradients, layer.running_mean, layer.running_var))
     for plain, fused in zip(*ends):
         assert torch.allclose(plain, fused, atol=1e-4)
 

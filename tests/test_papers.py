@@ -316,7 +316,7 @@ def test_the_commands_are_shown(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "table", "cifar10-demo", "--commands")
     first, command, *_, last = out.splitlines()
     assert first == "# asymmetric loss, 200 epochs"
-    assert command == "moco-eval pretrain cifar10 --dataset cifar10 --data FOLDER"
+    assert command == "moco-eval pretrain cifar10 --dataset cifar10 --data FOLDER --precision fp32"
     assert "--set schedule.epochs=800 --set bn_permute=false" in last
 
 

@@ -134,6 +134,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(tmp_path):
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(
+        RunFailed, match=r"weights are not finite after step 1; .* last good checkpoint is .*\(step 0\)"
+    ):
+        run(tmp_path, "optimizer.lr=1e38", "optimizer.weight_decay=10", "schedule.epochs=1", "checkpoints.steps=1")
+    assert torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)["step"] == 0
+
+
 def test_another_run_in_the_same_place_is_refused(two_epochs, tmp_path):
     with pytest.raises(InputError, match=r"config.optimizer.lr is 0.01 there and 0.5 now"):
         run(two_epochs, "schedule.epochs=2", "knn={every: 2, k: 20}", "optimizer.lr=0.5")
@@ -261,6 +269,15 @@ def test_batch_size_carries_the_dictionary_of_end_to_end_along(tmp_path, capfd, 
     out, err = in_process(capfd, monkeypatch, *command(tmp_path / "run"), *settings, "--batch-size", "128", "--dry-run")
     assert "end-to-end, K 128 (the batch)" in out
     assert "lr 0.02 instead of 0.01, K 128 instead of 64" in err
+
+
+@pytest.mark.parametrize(
+    "settings", [("queue_size=200",), ("mechanism=end_to_end", "queue_size=128"), ("accumulate=3",)]
+)
+def test_batch_size_is_checked_with_what_it_carries_along_not_before(tmp_path, capfd, monkeypatch, settings):
+    batch = "129" if settings == ("accumulate=3",) else "128"
+    given = [f"--set={setting}" for setting in ("bn=none", *settings)]
+    in_process(capfd, monkeypatch, *command(tmp_path / "run"), *given, "--batch-size", batch, "--dry-run")
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,10 @@ def test_stopped_between_two_log_lines_it_ends_the_same(whole, tmp_path):
 
 def test_sigterm_saves_and_exits_3_within_ten_seconds(whole, tmp_path):
     launch, _, _ = whole
-    process = start(*command(tmp_path / "run", *launch, "--set=checkpoints.steps=null", "--set=schedule.epochs=500"))
+    settings = ("--set=checkpoints.steps=null", "--set=schedule.epochs=500", "--set=workers=2")
+    process = start(*command(tmp_path / "run", *launch, *settings))
     wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)
+    time.sleep(0.5)
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
@@ -121,7 +123,7 @@ def test_sigterm_saves_and_exits_3_within_ten_seconds(whole, tmp_path):
     assert time.monotonic() - sent < 10
     assert "Traceback" not in err and "run the same command to go on" in err
     stopped = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["step"]
-    assert 20 <= stopped < 10_000
+    assert 20 < stopped < 10_000 and stopped % 20 != 0  # inside an epoch
 
 
 def test_a_killed_worker_leads_to_a_restart_with_the_same_end(whole, tmp_path):
@@ -198,7 +200,7 @@ def test_the_slurm_script_saves_on_usr1_and_queues_itself_again(tmp_path):
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     paths = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    arguments = command(tmp_path / "run", "--set=schedule.epochs=500")[1:]
+    arguments = command(tmp_path / "run", "--set=schedule.epochs=500", "--set=workers=2")[1:]
     script = ["bash", ROOT / "tools" / "pretrain.sbatch", *map(str, arguments)]
     process = subprocess.Popen(script, env=environment() | job | paths, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)
@@ -217,6 +219,19 @@ def test_three_ranks_go_on_to_the_bit_too(tmp_path):
     moco_eval(*command(tmp_path / "run", *settings, "--set=max_steps=17"), code=3)
     moco_eval(*command(tmp_path / "run", *settings, "--set=max_steps=40"), code=3)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_a_killed_first_save_leaves_behind_is_no_run_yet(tmp_path):
+    """Killed while config.yaml, then while the untrained network was written; the run starts as if it were new."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.abc.yaml").write_text("half")
+    moco_eval(*command(tmp_path / "run", "--set=max_steps=2"), code=3)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "last.pth").unlink()
+    (checkpoints / ".last.pth.abc.pth").write_text("half")
+    moco_eval(*command(tmp_path / "run", "--set=max_steps=2"), code=3)
+    assert {path.name for path in checkpoints.iterdir()} == {"epoch_0000.pth", "last.pth"}
+    assert torch.load(checkpoints / "last.pth", weights_only=True)["step"] == 2
 
 
 def test_another_number_of_processes_is_refused_with_the_reason(whole):

@@ -13,7 +13,7 @@ from moco_eval.data.loader import Batches, share
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import Interrupted
 from moco_eval.features import extract
-from moco_eval.runtime import rank, same_on_all_ranks, world_size
+from moco_eval.runtime import all_sum, rank, same_on_all_ranks, world_size
 from pretraining import moco
 from pretraining.bn import encode_shuffled, permutation, shuffle
 from pretraining.mechanisms import build
@@ -53,13 +53,22 @@ def keys_of(permute: bool, kind: str) -> torch.Tensor:
         return encode_shuffled(net, share(images()), torch.nn.Identity(), order)[1]
 
 
+def with_affine(layer: torch.nn.BatchNorm2d) -> torch.nn.BatchNorm2d:
+    """With a scale and a shift that are not 1 and 0."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, 1.5, 2.0]))
+        layer.bias.copy_(torch.tensor([0.1, -0.2, 0.3]))
+    return layer
+
+
 def synchronised() -> tuple[torch.Tensor, ...]:
     """Output, gradients and running statistics of synchronised BN for this rank's half of a batch."""
-    layer = SyncBatchNorm2d(3).double()
+    layer = with_affine(SyncBatchNorm2d(3).double())
     half = share(images().double()).clone().requires_grad_()
     output = layer(half)
     (output * half.detach().sin() / world_size()).sum().backward()
-    return output.detach(), half.grad, layer.running_mean, layer.running_var
+    affine = torch.stack([layer.weight.grad, layer.bias.grad])
+    return output.detach(), half.grad, layer.running_mean, layer.running_var, all_sum(affine)
 
 
 def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +160,7 @@ def test_without_bn_shuffling_changes_nothing(ranks):
 
 
 def test_synchronised_bn_is_bn_of_the_whole_batch(ranks):
-    layer, whole = torch.nn.BatchNorm2d(3).double(), images().double().requires_grad_()
+    layer, whole = with_affine(torch.nn.BatchNorm2d(3).double()), images().double().requires_grad_()
     output = layer(whole)
     (output * whole.detach().sin() / 2).sum().backward()
     expected = (output.detach(), whole.grad)
@@ -161,6 +170,7 @@ def test_synchronised_bn_is_bn_of_the_whole_batch(ranks):
     for each in ranks:
         assert torch.allclose(each["synchronised"][2], layer.running_mean, atol=1e-12)
         assert torch.allclose(each["synchronised"][3], layer.running_var, atol=1e-12)
+        assert torch.allclose(each["synchronised"][4], torch.stack([layer.weight.grad, layer.bias.grad]), atol=1e-12)
 
 
 def test_after_a_hundred_steps_the_queue_is_the_same_and_holds_both_ranks_keys_in_rank_order(ranks):

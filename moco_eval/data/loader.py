@@ -1,5 +1,6 @@
 """Transforms and loaders for evaluation. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,11 +147,20 @@ def share(batch: Sequence | np.ndarray) -> Sequence | np.ndarray:
 
 
 def loader(examples: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
-    """A DataLoader over those batches, whose workers live as long as the iteration."""
+    """A DataLoader over those batches, whose workers live as long as the iteration.
+
+    Workers are a process group of their own: a signal to ours, which torchrun and Ctrl-C send, ends no batch that is
+    still wanted, and the workers go when their process goes.
+    """
     return DataLoader(
         examples,
         batch_sampler=batches,
         num_workers=workers,
+        worker_init_fn=_own_group if workers else None,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
+
+
+def _own_group(_worker: int) -> None:
+    os.setpgid(0, 0)
