@@ -127,6 +127,20 @@ def test_max_steps_stops_and_a_run_without_it_goes_on(tmp_path):
     assert run(tmp_path, "schedule.epochs=1")["step"] == 20
 
 
+def test_what_a_killed_first_save_leaves_behind_is_no_run_yet(tmp_path):
+    """Killed while config.yaml, then while the untrained network was written; the run starts as if it were new."""
+    (tmp_path / ".config.yaml.abc.yaml").write_text("half")
+    with pytest.raises(Interrupted):
+        run(tmp_path, "schedule.epochs=1", "max_steps=2")
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "last.pth").unlink()
+    (checkpoints / ".last.pth.abc.pth").write_text("half")
+    with pytest.raises(Interrupted):
+        run(tmp_path, "schedule.epochs=1", "max_steps=2")
+    assert {path.name for path in checkpoints.iterdir()} == {"epoch_0000.pth", "last.pth"}
+    assert torch.load(checkpoints / "last.pth", weights_only=True)["step"] == 2
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(tmp_path):
     with pytest.raises(RunFailed, match=r"in epoch 0, step \d+; a smaller .* last good checkpoint is .*\(step 0\)"):
         run(tmp_path, "optimizer.lr=1e30", "schedule.epochs=1")
