@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from commands import moco_eval
-from test_resume import command
+import torch
+from test_resume import SETTINGS
 
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from pretraining.health import PATIENCE, alarms
 from pretraining.plan import Plan, plan
+from pretraining.train import pretrain
 
 
 def planned(processes: int = 1, **values) -> Plan:
@@ -68,10 +69,12 @@ def test_a_leak_names_the_mode_that_works_here(processes, settings, way_out):
     assert alarms(run, lines(accuracy=97.0), [28.5, 27.3]) == {}
 
 
-def test_an_alarm_is_said_once_and_written_down_at_each_line(tmp_path):
+def test_an_alarm_is_said_once_and_written_down_at_each_line(tmp_path, capfd):
     """Without momentum the keys follow the queries at once, and the small recipe collapses."""
-    settings = ["momentum=0", "optimizer.lr=0.06", "checkpoints.steps=null", "log_every=5", "schedule.epochs=8"]
-    _, err = moco_eval(*command(tmp_path / "run", *(f"--set={setting}" for setting in settings)))
+    settings = ["momentum=0", "optimizer.lr=0.06", "checkpoints.steps=null", "log_every=2", "schedule.epochs=4"]
+    recipe = configs.load("digits", "pretrain", PretrainConfig, [*SETTINGS, *settings])
+    pretrain(plan(recipe, "digits", None, 1), tmp_path / "run", torch.device("cpu"))
+    err = capfd.readouterr().err
     assert err.count("loss at chance after the queue has filled") == 1
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     sounding = [line["step"] for line in metrics if "chance" in line.get("alarms", [])]

@@ -43,7 +43,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert lines == expected_lines
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
 def whole(request, tmp_path_factory) -> tuple[list[str], Path, float]:
     """How to launch, an uninterrupted run, and the seconds from its first checkpoint to its end."""
     launch = ["--nproc", str(request.param)]
@@ -220,6 +220,12 @@ def test_three_ranks_go_on_to_the_bit_too(tmp_path):
     moco_eval(*command(tmp_path / "run", *settings, "--set=max_steps=17"), code=3)
     moco_eval(*command(tmp_path / "run", *settings, "--set=max_steps=40"), code=3)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_several_processes_are_on_record(whole):
+    launch, output, _ = whole
+    ours, number = end_of(output)[0]["pretraining"], int(launch[-1])
+    assert (ours["bn"], ours["processes"]) == ({1: "split", 2: "shuffle"}[number], number)
 
 
 def test_another_number_of_processes_is_refused_with_the_reason(whole, capfd, monkeypatch):
