@@ -71,8 +71,8 @@ class KnnMonitor(Model):
 
 
 class KeepCheckpoints(Model):
-    """Which epochs stay on disk: the last few and every so-maniest. Between them last.pth is renewed every
-    `minutes`, and every `steps` where given."""
+    """Which epochs stay on disk: the `last` ones and each `every`-th. Inside an epoch last.pth is renewed each
+    `minutes`, and each `steps` where given."""
 
     last: int = Field(2, gt=0)
     every: int = Field(50, gt=0)

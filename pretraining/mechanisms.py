@@ -58,7 +58,7 @@ class MemoryBank(nn.Module):
         """The loss of this process's share of the batch; `generator` draws the negatives, the same on every rank."""
         q = unit(self.encoder_q(self.pixels(batch.view_q)))  # (N, C)
         index = gather(batch.index)  # (R N,)
-        drawn = draw_outside(index.cpu(), len(self.bank), self.queue_size, generator).to(self.bank.device)
+        drawn = draw_outside(index, len(self.bank), self.queue_size, generator)
         loss, logits = info_nce(q, self.bank[batch.index], self.bank[drawn].T, self.temperature)
         return measured(q, loss, logits, gather(q.detach()), index)
 
@@ -73,10 +73,13 @@ class MemoryBank(nn.Module):
 
 
 def draw_outside(batch: torch.Tensor, images: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` indices below `images`, uniform with replacement over those that are not in `batch`; (count,)."""
-    taken = torch.unique(batch)  # sorted
-    among = torch.randint(images - len(taken), (count,), generator=generator)
-    return among + torch.searchsorted(taken - torch.arange(len(taken)), among, right=True)
+    """Indices below `images`, uniform with replacement over those that are not in `batch`, (count,), on its device.
+
+    `batch` holds each image once; sorting it, unlike counting what is distinct, waits for no device.
+    """
+    taken, places = batch.sort().values, torch.arange(len(batch), device=batch.device)
+    among = torch.randint(images - len(batch), (count,), generator=generator).to(batch.device, non_blocking=True)
+    return among + torch.searchsorted(taken - places, among, right=True)
 
 
 class EndToEnd(nn.Module):

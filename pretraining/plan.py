@@ -20,16 +20,7 @@ CANONICAL = {
     "pretrain/cifar10-demo@1": "cifar10",
 }
 # what a paper's table varies; all other differences from the protocol's config are deviations
-FREE_KEYS = (
-    "arch",
-    "mechanism",
-    "queue_size",
-    "momentum",
-    "symmetric",
-    "schedule.epochs",
-    "bn",
-    "bn_groups",
-)
+FREE_KEYS = ("arch", "mechanism", "queue_size", "momentum", "symmetric", "schedule.epochs", "bn", "bn_groups")
 
 
 @dataclass
