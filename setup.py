@@ -33,6 +33,8 @@ setup(
         "pillow>=10",
         "jinja2>=3.1",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "webdataset>=0.2"]
+    },
     entry_points={"console_scripts": ["moco-eval=moco_eval.cli:main"]},
 )

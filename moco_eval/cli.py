@@ -58,7 +58,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("config")
-@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10 or flat.")
+@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10, flat or webdataset.")
 @data_options
 @run_options
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died.")

@@ -9,7 +9,7 @@ import torch
 
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
-from moco_eval.data.images import ImageSet, departures, open_images
+from moco_eval.data.images import ImageSet, departures, open_images, require_whole
 from moco_eval.encoders.build import architecture
 from moco_eval.errors import InputError
 from pretraining.views import preprocessing
@@ -167,8 +167,8 @@ def plan(
     """Check that a run can start.
 
     Raises:
-        InputError: data that is not there, fewer images than a batch, a batch that the processes, parts or BN
-            groups cannot share equally.
+        InputError: data that is not there or too damaged, fewer images than a batch, a batch that the processes,
+            parts or BN groups cannot share equally.
     """
     architecture(config.arch)
     images = open_images(dataset, data, "train")
@@ -176,7 +176,7 @@ def plan(
     config = config.model_copy(update=_by_device(config, device))
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
-    run.warnings += _warnings(run)
+    run.warnings += _warnings(run) + require_whole(images, config.bad_images)
     run.deviations += _deviations(run)
     return run
 

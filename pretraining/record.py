@@ -43,7 +43,7 @@ class Measurements:
     def note_unreadable(self, index: list[int]) -> None:
         """Name each unreadable image once, from the rank that met it."""
         for bad in set(index) - self.unreadable:
-            tell(f"warning: unreadable image, another takes its place: {self.run.images.files[bad]}")
+            tell(f"warning: unreadable image, another takes its place: {self.run.images.name_of(bad)}")
         self.unreadable |= set(index)
 
     def together(self, step: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Measurements:
         """
         self.unreadable = union(self.unreadable)
         limit = self.run.config.bad_images
-        if len(self.unreadable) > limit:
+        if len(self.unreadable) + len(self.run.images.damaged) > limit:
             raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")
         if not self.rows:
             return torch.zeros(world_size(), 0, 3)

@@ -142,7 +142,7 @@ class Trainer:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
         epochs, first_step = range(self.epoch, self.config.schedule.epochs), self.step % self.run.steps_per_epoch
         numbers = len(self.run.images), self.config.batch_size, self.config.seed
-        batches = Batches(*numbers, epochs, shuffle=True, drop_last=True, first_step=first_step)
+        batches = Batches(*numbers, epochs, True, drop_last=True, first_step=first_step, shards=self.run.images.shards)
         both = self.config.mechanism != "memory_bank"
         views = TwoViews(self.run.images, self.config.views, self.config.seed, both)
         asked = time.perf_counter()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_eval.data.images import decode, departures, open_images, open_splits
+from moco_eval.data.images import decode_bytes, departures, open_images, open_splits
 from moco_eval.data.loader import Batches, Examples, clean_transform, crop_transform
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
@@ -50,12 +50,13 @@ def test_imagefolder_reads_classes_labels_and_a_fingerprint_of_names_and_sizes(f
 def test_other_modes_become_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     picture(path, mode)
-    assert decode(path).mode == "RGB"
+    assert decode_bytes(path.read_bytes(), "x").mode == "RGB"
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
-    Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16)).save(tmp_path / "x.png")
-    assert np.asarray(decode(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 255]
+    path = tmp_path / "x.png"
+    Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16)).save(path)
+    assert np.asarray(decode_bytes(path.read_bytes(), "x"))[0, :, 0].tolist() == [0, 1, 255]
 
 
 def test_bad_images_are_named(tmp_path):
@@ -64,7 +65,7 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     for name in ("cut.jpg", "text.jpg"):
         with pytest.raises(InputError, match=name):
-            decode(tmp_path / name)
+            decode_bytes((tmp_path / name).read_bytes(), name)
 
 
 def test_missing_and_empty_folders_are_refused(folder, tmp_path):

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from tars import write_shards
 
 from moco_eval import config as configs
 from moco_eval.batch_norm import SyncBatchNorm2d
 from moco_eval.config import PretrainConfig
 from moco_eval.data.images import open_images
-from moco_eval.data.loader import Batches, share
+from moco_eval.data.loader import Batches, loader, share
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import Interrupted
 from moco_eval.features import extract
@@ -19,6 +20,7 @@ from pretraining.bn import encode_shuffled, permutation, shuffle
 from pretraining.mechanisms import build
 from pretraining.plan import plan
 from pretraining.train import Trainer
+from pretraining.views import TwoViews
 
 BATCH = 16
 
@@ -90,6 +92,15 @@ def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
     return trainer.model.queue.clone(), torch.stack(own[-2:])
 
 
+def seen_in_shards(folder) -> list[str]:
+    """The images of tar shards whose views this rank's loader process makes in an epoch."""
+    run = plan(config("views.size=32"), "webdataset", folder, world_size())
+    batches = Batches(len(run.images), 6, 0, range(1), True, drop_last=True, shards=run.images.shards)
+    views = TwoViews(run.images, run.config.views, 0)
+    seen = [index for batch in loader(views, batches, 1, torch.device("cpu")) for index in batch[2].tolist()]
+    return [run.images.name_of(index) for index in seen]
+
+
 def both_ranks(folder) -> dict:
     """Everything the tests below look at, as one rank sees it."""
     rows = torch.arange(12)[:, None] * torch.ones(1, 2)
@@ -103,6 +114,7 @@ def both_ranks(folder) -> dict:
         "shuffled": shuffle(mine, forth),
         "restored": shuffle(shuffle(mine, forth), back),
         "indices": [index for batch in batches for index in batch],
+        "in_shards": seen_in_shards(folder / "shards"),
         "keys": keys_of(True, "shuffle"),
         "keys_unshuffled": keys_of(False, "shuffle"),
         "synchronised": synchronised(),
@@ -120,6 +132,7 @@ def both_ranks(folder) -> dict:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
+    write_shards(folder / "shards")
     return run_ranks(both_ranks, folder, folder)
 
 
@@ -128,6 +141,11 @@ def test_batches_are_disjoint_and_complete(ranks):
     seen = [set(map(tuple, rank["indices"])) for rank in ranks]
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(alone)
+
+
+def test_images_of_shards_are_shared_between_ranks_each_once(ranks):
+    seen = [set(rank["in_shards"]) for rank in ranks]
+    assert [len(rank["in_shards"]) for rank in ranks] == [18, 18] and len(seen[0] | seen[1]) == 36
 
 
 def test_shuffled_rows_cross_ranks_and_come_back(ranks):

@@ -1,9 +1,9 @@
-"""Image data sets by name: the built-in digits, CIFAR-10, class folders, flat folders."""
+"""Image data sets by name: the built-in digits, CIFAR-10, class folders, flat folders, tar shards."""
 
 import hashlib
+import io
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from PIL import Image, UnidentifiedImageError
 
 from moco_eval import pickles
 from moco_eval.config import did_you_mean
+from moco_eval.data.index import ImageFiles, list_images
+from moco_eval.data.shards import Shards, open_shards
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
 
-NAMES = ("digits", "imagefolder", "imagenet", "cifar10", "flat")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+NAMES = ("digits", "imagefolder", "imagenet", "cifar10", "flat", "webdataset")
 OFFICIAL = {
     ("cifar10", "train"): 50_000,
     ("cifar10", "test"): 10_000,
@@ -39,11 +40,12 @@ class ImageSet:
 
     Attributes:
         name, split: what it is.
-        classes: class names; empty for `flat`.
-        labels: class of each image, (N,) int64; None for `flat`.
+        classes: class names; empty for `flat` and `webdataset`.
+        labels: class of each image, (N,) int64; None for `flat` and `webdataset`.
         fingerprint: sha256 over sorted relative paths and sizes, or over the pixels of a built-in set.
         pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
-        files: the image files.
+        files: the image files, or the tar files that hold them.
+        damaged: what could not be listed, by name: shards that end early.
     """
 
     name: str
@@ -52,15 +54,33 @@ class ImageSet:
     labels: np.ndarray | None
     fingerprint: str
     pixels: np.ndarray | None = None
-    files: np.ndarray | tuple[str, ...] = ()
+    files: ImageFiles | Shards | None = None
     labels_per_class: int | None = None
+    damaged: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.files) if self.pixels is None else len(self.pixels)
+        held = self.files if self.pixels is None else self.pixels
+        return 0 if held is None else len(held)
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """Where each shard's images end, (S,) int64, for a set that comes in shards."""
+        return self.files.ends if isinstance(self.files, Shards) else None
 
     def image(self, index: int) -> Image.Image:
         """Raises InputError naming the file where it cannot be read."""
-        return decode(self.files[index]) if self.pixels is None else Image.fromarray(self.pixels[index])
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index])
+        return decode_bytes(self.read(index), self.name_of(index))
+
+    def read(self, index: int) -> bytes:
+        """The encoded image, of a set in files. Raises InputError naming the file where it cannot be read."""
+        assert self.files is not None
+        return self.files.read(index)
+
+    def name_of(self, index: int) -> str:
+        """What to call an image in a message: its path, its shard and its name there, or its number."""
+        return f"image {index} of {self.name}" if self.files is None else self.files[index]
 
     def record(self) -> dict[str, Any]:
         """The `dataset` part of a result record."""
@@ -71,6 +91,8 @@ class ImageSet:
             "images": len(self),
             "classes": len(self.classes),
         }
+        if isinstance(self.files, Shards):
+            record |= {"shards": len(self.files.shards), "other_members": self.files.others}
         return record | ({"labels_per_class": self.labels_per_class} if self.labels_per_class else {})
 
     def few_labels(self, per_class: int, seed: int) -> "ImageSet":
@@ -97,29 +119,32 @@ class ImageSet:
         assert self.labels is not None
         if self.pixels is not None:
             return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], labels_per_class=per_class)
-        return replace(
-            self, files=np.asarray(self.files)[indices], labels=self.labels[indices], labels_per_class=per_class
-        )
+        assert isinstance(self.files, ImageFiles)
+        return replace(self, files=self.files.take(indices), labels=self.labels[indices], labels_per_class=per_class)
 
 
-def decode(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB: grey, palette, CMYK as PIL converts them, 16 bits scaled to 8.
+def decode_bytes(data: bytes, name: str) -> Image.Image:
+    """An encoded image as 8-bit RGB: grey, palette, CMYK as PIL converts them, 16 bits scaled to 8.
 
     EXIF rotation is ignored, as torchvision does in classification.
+
+    Args:
+        data: what its file holds.
+        name: what to call it in a message.
     Raises:
         InputError: unreadable, truncated, or no image at all.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             if image.mode.startswith("I;16") or image.mode == "I":
                 sixteen = np.asarray(image).astype(np.int64)
                 return Image.fromarray((sixteen.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that Pillow reads; remove or replace it") from None
+        raise InputError(f"{name} is not an image that Pillow reads; remove or replace it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be decoded ({error}); remove or replace it") from None
+        raise InputError(f"{name} cannot be decoded ({error}); remove or replace it") from None
 
 
 def open_images(name: str, data: Path | None, split: str) -> ImageSet:
@@ -141,6 +166,8 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
         return _cifar10(folder, split)
     if name == "flat":
         return _flat(folder, split)
+    if name == "webdataset":
+        return _webdataset(folder, split)
     images = _imagefolder(name, folder, split)
     if name == "imagenet" and len(images.classes) != 1000:
         raise InputError(
@@ -166,6 +193,21 @@ def departures(*images: ImageSet) -> list[str]:
         for one in images
         if len(one) != OFFICIAL.get((one.name, one.split), len(one)) and one.labels_per_class is None
     ]
+
+
+def require_whole(images: ImageSet, limit: int) -> list[str]:
+    """What could not be listed, as a warning in words; none where all is whole.
+
+    Raises:
+        InputError: it is more than `limit` (bad_images).
+    """
+    if not images.damaged:
+        return []
+    several = ", ..." if len(images.damaged) > 5 else ""
+    words = f"{len(images.damaged)} damaged in {images.name}: {', '.join(images.damaged[:5])}{several}"
+    if len(images.damaged) > limit:
+        raise InputError(f"{words}; mend them, or allow for them by --set bad_images={len(images.damaged)}")
+    return [f"{words}; the images before each damage are used"]
 
 
 def data_folder(name: str, data: Path | None) -> Path:
@@ -245,59 +287,25 @@ def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
         raise InputError(
             f"{folder} has no {directory}/ folder; an imagefolder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
         )
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        raise InputError(f"{root} holds no class folders; for images without classes take --dataset flat")
-    files: list[str] = []
-    labels: list[int] = []
-    sizes: list[tuple[str, int]] = []
-    for label, name_of_class in enumerate(classes):
-        found = _image_files(root / name_of_class)
-        if not found:
-            raise InputError(f"class folder {root / name_of_class} holds no images; fill or remove it")
-        files += [path for path, _ in found]
-        sizes += [(str(Path(path).relative_to(folder)), size) for path, size in found]
-        labels += [label] * len(found)
-    return ImageSet(
-        name=name,
-        split=directory,
-        classes=tuple(classes),
-        labels=np.asarray(labels, dtype=np.int64),
-        fingerprint=fingerprint(sizes),
-        files=np.asarray(files),
-    )
+    found = list_images(folder, directory)
+    return ImageSet(name, directory, found.classes, found.labels, found.fingerprint, files=found.files)
 
 
 def _flat(folder: Path, split: str) -> ImageSet:
+    _require_train("flat", split)
+    found = list_images(folder, None)
+    return ImageSet("flat", "train", (), None, found.fingerprint, files=found.files)
+
+
+def _webdataset(folder: Path, split: str) -> ImageSet:
+    _require_train("webdataset", split)
+    shards, fingerprint, damaged = open_shards(folder)
+    return ImageSet("webdataset", "train", (), None, fingerprint, files=shards, damaged=damaged)
+
+
+def _require_train(name: str, split: str) -> None:
     if split != "train":
-        raise InputError("--dataset flat has no labels: it is for pretraining only; take imagefolder to evaluate")
-    found = _image_files(folder)
-    if not found:
-        raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
-    sizes = [(str(Path(path).relative_to(folder)), size) for path, size in found]
-    return ImageSet("flat", "train", (), None, fingerprint(sizes), files=np.asarray([path for path, _ in found]))
-
-
-def _image_files(folder: Path) -> list[tuple[str, int]]:
-    """Image files below a folder with their sizes, sorted; an array of strings forks without copies."""
-    found = []
-    for directory, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.lower().endswith(EXTENSIONS):
-                path = os.path.join(directory, name)  # noqa: PTH118 (a million files: strings, not Path objects)
-                try:
-                    found.append((path, os.stat(path).st_size))  # noqa: PTH116
-                except OSError as error:
-                    raise InputError(f"cannot read {path}: {error.strerror}") from None
-    return sorted(found)
-
-
-def fingerprint(sizes: Sequence[tuple[str, int]]) -> str:
-    """sha256 over sorted relative paths and sizes."""
-    digest = hashlib.sha256()
-    for path, size in sorted(sizes):
-        digest.update(f"{Path(path).as_posix()}\0{size}\n".encode())
-    return digest.hexdigest()
+        raise InputError(f"--dataset {name} has no labels: it is for pretraining only; take imagefolder to evaluate")
 
 
 def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Preprocessing:

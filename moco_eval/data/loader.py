@@ -16,6 +16,8 @@ from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
 from moco_eval.runtime import rank, tell, world_size
 
+WINDOW = 16  # shards whose images are shuffled together
+
 
 def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
@@ -98,6 +100,9 @@ class Batches:
 
     The batch is global: each rank takes its contiguous share of every batch, so ranks are disjoint and the
     order of images does not depend on how many ranks share them.
+
+    `shards`: where each shard's images end, (S,), of a set that comes in shards. Shards are then shuffled, taken
+    WINDOW at a time, and their images shuffled together: a window's order is drawn when its turn comes.
     """
 
     images: int
@@ -107,18 +112,42 @@ class Batches:
     shuffle: bool
     drop_last: bool
     first_step: int = 0
+    shards: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in self.epochs:
-            order = self.order(epoch)
             start = self.first_step if epoch == self.epochs.start else 0
-            for step in range(start, self.steps_per_epoch):
-                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            for batch in self._whole(epoch, start):
                 mine = share(batch)
                 yield [(epoch, int(index)) for index in (mine if len(mine) else batch[:1])]
 
+    def _whole(self, epoch: int, start: int) -> Iterator[np.ndarray]:
+        """The batches of an epoch from step `start` on, all ranks' together."""
+        rest = np.empty(0, np.int64)
+        for images in self._windows(epoch, start * self.batch_size):
+            rest = np.concatenate([rest, images])
+            whole = len(rest) - len(rest) % self.batch_size
+            yield from (rest[at : at + self.batch_size] for at in range(0, whole, self.batch_size))
+            rest = rest[whole:]
+        if len(rest) and not self.drop_last:
+            yield rest
+
+    def _windows(self, epoch: int, skip: int) -> Iterator[np.ndarray]:
+        """The order of an epoch without its first `skip` images, in parts; skipped windows are not drawn."""
+        if self.shards is None or not self.shuffle:
+            yield self.order(epoch)[skip:]
+            return
+        sizes = np.diff(self.shards, prepend=0)
+        shards = np.random.default_rng((self.seed, epoch)).permutation(len(sizes))
+        for number, at in enumerate(range(0, len(shards), WINDOW), start=1):
+            window = shards[at : at + WINDOW]
+            if skip < sizes[window].sum():
+                images = np.concatenate([np.arange(self.shards[one] - sizes[one], self.shards[one]) for one in window])
+                yield np.random.default_rng((self.seed, epoch, number)).permutation(images)[skip:]
+            skip = max(0, skip - int(sizes[window].sum()))
+
     def order(self, epoch: int) -> np.ndarray:
-        """The order of all images in an epoch, the same on every rank."""
+        """The order of all images in an epoch of a set without shards, the same on every rank."""
         if not self.shuffle:
             return np.arange(self.images)
         return np.random.default_rng((self.seed, epoch)).permutation(self.images)
