@@ -161,6 +161,8 @@ def test_batches_see_every_image_once_and_can_start_in_the_middle():
     rows = list(whole)
     assert len(rows) == len(whole) == 14
     assert sorted(index for row in rows[:7] for _, index in row) == list(range(50))
+    order = np.random.default_rng((3, 1)).permutation(50)  # resumed runs rely on it
+    assert [index for row in rows[7:] for _, index in row] == order.tolist()
     later = Batches(50, 8, seed=3, epochs=range(0, 2), shuffle=True, drop_last=False, first_step=4)
     assert list(later) == rows[4:] and len(later) == 10
 

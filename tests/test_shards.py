@@ -19,7 +19,7 @@ from moco_eval.data.index import cache_folder
 from moco_eval.data.loader import WINDOW, Batches
 from moco_eval.errors import InputError, RunFailed
 from pretraining.plan import plan
-from pretraining.train import pretrain
+from pretraining.train import Trainer, pretrain
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -65,13 +65,16 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
     write(tmp_path / "x.tar", members, form)
     with tarfile.open(tmp_path / "x.tar", "a", format=form) as tar:
         folder, link = tarfile.TarInfo("folder.jpg"), tarfile.TarInfo("link.jpg")
-        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "a.jpg"
-        tar.addfile(folder)
-        tar.addfile(link)
+        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.LNKTYPE, "a.jpg"
+        link.size = 5000  # of the file it links to: nothing of it follows
+        for about in (folder, link, tarfile.TarInfo("last.bmp")):
+            tar.addfile(about)
     with tarfile.open(tmp_path / "x.tar") as tar, (tmp_path / "x.tar").open("rb") as file:
-        expected = [(m.name + "/" * m.isdir(), m.offset, m.offset_data, m.size, m.isreg(), True) for m in tar]
+        expected = [
+            (m.name + "/" * m.isdir(), m.offset, m.offset_data, m.size * m.isreg(), m.isreg(), True) for m in tar
+        ]
         found = list(shards.members(file.fileno(), (tmp_path / "x.tar").stat().st_size))
-    assert found == expected and len(found) == 7
+    assert found == expected and len(found) == 8
 
 
 def test_sizes_over_eight_gigabytes_are_read(tmp_path):
@@ -207,16 +210,18 @@ def test_a_shard_is_indexed_once_and_again_when_it_changes(folder, indexed):
 def test_a_damaged_index_or_one_that_goes_away_is_made_anew(folder, indexed):
     before = all_of(open_images("webdataset", folder, "train"))
     kept = sorted((cache_folder() / "shards").glob("*.npy"))
-    for path, data in zip(kept, (b"", b"no array" * 99, kept[2].read_bytes()[:150])):
+    np.save(folder / "other.npy", np.zeros(5))
+    other = (folder / "other.npy").read_bytes()
+    for path, data in zip(kept, (b"", b"no array" * 99, kept[2].read_bytes()[:150], other)):
         path.unlink()
         path.write_bytes(data)
     shards._open.cache_clear()
-    assert all_of(open_images("webdataset", folder, "train")) == before and len(indexed) == 12
+    assert all_of(open_images("webdataset", folder, "train")) == before and len(indexed) == 13
     images = open_images("webdataset", folder, "train")
     for path in kept:
         path.unlink()
     shards._open.cache_clear()
-    assert all_of(images) == before and len(indexed) == 21
+    assert all_of(images) == before and len(indexed) == 22
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_no_error(folder, indexed, monkeypatch, capsys):
@@ -351,6 +356,8 @@ def test_a_run_over_damaged_shards_names_each_thing_once_and_ends(folder, tmp_pa
     for name in (broken, "bad.tar/00101.jpg", "bad.tar/text.jpg"):
         assert said.count(name) == 1
     assert said.count("unreadable image") == 2
+    first = next(Trainer(run, tmp_path / "order", torch.device("cpu")).batches()).index.tolist()
+    assert first == [i for _, i in next(iter(batches(run.images.shards, batch_size=8, seed=run.config.seed)))]
     with pytest.raises(RunFailed, match="more than 2 images cannot be read"):
         run = plan(config(*settings, "bad_images=2"), "webdataset", folder, 1)
         pretrain(run, tmp_path / "two", torch.device("cpu"))
