@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.7",
         "tensorboard>=2.14",
         "pillow>=10",
+        "simplejpeg>=1.7",
         "jinja2>=3.1",
     ],
     extras_require={

@@ -1,4 +1,4 @@
-"""Synchronised batch normalisation: the statistics of all ranks' batches."""
+"""Batch normalisation in groups of one process, or with the statistics of all processes."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,64 @@ import torch.distributed as dist
 from torch import nn
 
 from moco_eval.runtime import all_sum, world_size
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation in groups, as if each were on its own GPU: group j is every sample with index % groups == j.
+
+    Running statistics are the mean over groups of each group's moving average; the affine part is shared;
+    in evaluation it is ordinary batch normalisation, with the same state-dict keys.
+    Source: facebookresearch/moco, CIFAR-10 demo notebook, SplitBatchNorm.
+    """
+
+    def __init__(self, num_features: int, groups: int):
+        super().__init__(num_features)
+        self.groups = groups
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to the same shape. Raises ValueError where N does not divide into the groups."""
+        if not self.training:
+            return super().forward(input)
+        N, C, H, W = input.shape
+        if N % self.groups:
+            raise ValueError(f"a batch of {N} does not divide into {self.groups} batch-norm groups")
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        if torch.compiler.is_compiling() and not input.is_contiguous():
+            return self._channels_last(input)
+        grouped = input.reshape(N // self.groups, self.groups * C, H, W)
+        mean, var = self.running_mean.repeat(self.groups), self.running_var.repeat(self.groups)
+        output = nn.functional.batch_norm(
+            grouped,
+            mean,
+            var,
+            self.weight.repeat(self.groups),
+            self.bias.repeat(self.groups),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(self.groups, C).mean(0))
+        self.running_var.copy_(var.view(self.groups, C).mean(0))
+        return output.reshape(N, C, H, W)
+
+    def _channels_last(self, input: torch.Tensor) -> torch.Tensor:
+        """The same in plain arithmetic, which a compiler fuses; as channels, groups would have to be copied."""
+        N, C, H, W = input.shape
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        rows = input.permute(0, 2, 3, 1).reshape(N // self.groups, self.groups, H * W, C).float()
+        var, mean = torch.var_mean(rows, dim=(0, 2), correction=0)  # (groups, C)
+        count = N // self.groups * H * W
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.mean(0), self.momentum)
+            self.running_var.lerp_(var.mean(0) * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        output = rows * scale[:, None] + (self.bias - mean * scale)[:, None]
+        return output.to(input.dtype).view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+def split_batch_norm(net: nn.Module, groups: int) -> nn.Module:
+    """Every BatchNorm2d in groups."""
+    return replace_batch_norm(net, lambda features: SplitBatchNorm2d(features, groups))
 
 
 class _AllMean(torch.autograd.Function):

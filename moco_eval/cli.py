@@ -62,7 +62,16 @@ def cli() -> None:
 @data_options
 @run_options
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died.")
-def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, max_restarts: int, **given: Any) -> int:
+@click.option("--profile", "profiled", type=click.IntRange(1), help="Run so many steps, say what limits, keep nothing.")
+def pretrain(
+    config: str,
+    dataset: str | None,
+    data: Path | None,
+    nproc: int,
+    max_restarts: int,
+    profiled: int | None,
+    **given: Any,
+) -> int:
     """Train an encoder by momentum contrast.
 
     CONFIG is a file or a shipped name (see `moco-eval configs`): moco-eval pretrain digits --dataset digits
@@ -70,7 +79,7 @@ def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, ma
     import torch
 
     from moco_eval.config import PretrainConfig
-    from moco_eval.runtime import choose_device, log, processes, world_size
+    from moco_eval.runtime import choose_device, is_main, log, processes, world_size
     from pretraining.plan import plan
     from pretraining.train import pretrain as train
 
@@ -88,6 +97,13 @@ def pretrain(config: str, dataset: str | None, data: Path | None, nproc: int, ma
     with processes(given["device"]) as device:
         run = plan(resolved, dataset, data, world_size(), device)
         log(run.describe())
+        if profiled:
+            from pretraining.profile import profile
+
+            parts = profile(run, device, profiled)
+            if is_main():
+                click.echo(parts.report())
+            return 0
         last = train(run, output, device)
         log(f"done: {last}")
     return 0

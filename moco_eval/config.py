@@ -26,10 +26,14 @@ class Model(BaseModel):
 
 
 class Views(Model):
-    """How an image becomes a query and a key; the recipes are in pretraining/views.py."""
+    """How an image becomes a query and a key; the recipes are in pretraining/views.py.
+
+    backend: device cuts views in the workers and augments batches on the training device; reference is the published
+    PIL pipeline, image after image in the workers.
+    """
 
     recipe: Literal["moco_v1", "moco_v2", "cifar10", "digits"]
-    backend: Literal["reference"] = "reference"
+    backend: Literal["device", "reference"] = "device"
     size: int = Field(224, ge=8)
 
 

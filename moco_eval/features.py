@@ -1,15 +1,15 @@
 """Features of a whole data set, in order, from however many processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from moco_eval.data.images import ImageSet
-from moco_eval.data.loader import Batches, Examples, clean_transform, loader
+from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.runtime import autocast, gather, progress, rank, world_size
+from moco_eval.runtime import autocast, gather, progress, rank, to_device, world_size
 
 
 def network(encoder: Encoder, feature: str) -> nn.Module:
@@ -54,16 +54,42 @@ def extract(
     batches = Batches(len(images), batch_size, 0, range(1), shuffle=False, drop_last=False)
     rows = []
     with progress(title, len(batches), batch_size) as advance:
-        examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant)
-        for step, (views, _, _) in enumerate(loader(examples, batches, workers, device)):
+        clean = _in_memory if _fits_as_it_is(images, preprocessing) else _loaded
+        for step, views in enumerate(clean(images, preprocessing, batches, device, workers, tolerant)):
             with autocast(device, precision):
-                mine = net(views.to(device, non_blocking=True)).flatten(1).float()[: batches.mine(step)]
+                mine = net(views).flatten(1).float()[: batches.mine(step)]
             rows.append(_in_order(mine, batches.size(step)).cpu())
             advance()
     features = torch.cat(rows)
     if not features.isfinite().all():
         raise RunFailed(f"{title}: the encoder gives features that are not finite; are its BN statistics damaged?")
     return features
+
+
+def _fits_as_it_is(images: ImageSet, preprocessing: Preprocessing) -> bool:
+    """Whether the images are in memory and neither resized nor cropped."""
+    sides = {preprocessing.size, preprocessing.resize}
+    return images.pixels is not None and {*images.pixels.shape[1:3]} == sides and len(sides) == 1
+
+
+def _in_memory(
+    images: ImageSet, preprocessing: Preprocessing, batches: Batches, device: torch.device, *_: object
+) -> Iterator[torch.Tensor]:
+    """Normalised images of each batch, from the device's memory."""
+    assert images.pixels is not None
+    pixels = to_device(torch.from_numpy(images.pixels).permute(0, 3, 1, 2).contiguous(), device)
+    normalise = Normalise(preprocessing)
+    for items in batches:
+        yield normalise(pixels[to_device(torch.tensor([index for _, index in items]), device)])
+
+
+def _loaded(
+    images: ImageSet, preprocessing: Preprocessing, batches: Batches, device: torch.device, workers: int, tolerant: bool
+) -> Iterator[torch.Tensor]:
+    """Resized, cropped and normalised images of each batch, from loader workers."""
+    examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant)
+    for views, _, _ in loader(examples, batches, workers, device):
+        yield views.to(device, non_blocking=True)
 
 
 def _in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import lru_cache
 
@@ -104,6 +104,25 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """`gather` whose backward sums over ranks what each rank's loss asks of a key, as one process would."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = all_sum(gradient.clone(memory_format=torch.contiguous_format))
+        N = len(gradient) // world_size()
+        return gradient[rank() * N : (rank() + 1) * N]
+
+
+def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """Every rank's rows along dimension 0, in rank order; the gradient of each rank's loss comes back to its owner."""
+    return rows if world_size() == 1 else _Gather.apply(rows)
 
 
 def union(values: set) -> set:
@@ -203,6 +222,28 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     except (SignalException, KeyboardInterrupt):
         return 3
     return 0
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; a GPU fetches it by itself, and the host waits for nothing."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to fetch a tensor; what is returned waits for it. A GPU goes on meanwhile, and so does the host."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    here, arrived = torch.empty_like(tensor, device="cpu", pin_memory=True), torch.cuda.Event()
+    here.copy_(tensor, non_blocking=True)
+    arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return here
+
+    return wait
 
 
 # Precision

@@ -7,68 +7,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-from moco_eval.batch_norm import replace_batch_norm
-from moco_eval.runtime import gather, rank, world_size
+from moco_eval.runtime import gather, rank, to_device, world_size
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # what travels between processes to what an encoder takes
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation in groups, as if each were on its own GPU: group j is every sample with index % groups == j.
-
-    Running statistics are the mean over groups of each group's moving average; the affine part is shared;
-    in evaluation it is ordinary batch normalisation, with the same state-dict keys.
-    Source: facebookresearch/moco, CIFAR-10 demo notebook, SplitBatchNorm.
-    """
-
-    def __init__(self, num_features: int, groups: int):
-        super().__init__(num_features)
-        self.groups = groups
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) to the same shape. Raises ValueError where N does not divide into the groups."""
-        if not self.training:
-            return super().forward(input)
-        N, C, H, W = input.shape
-        if N % self.groups:
-            raise ValueError(f"a batch of {N} does not divide into {self.groups} batch-norm groups")
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        if torch.compiler.is_compiling() and not input.is_contiguous():
-            return self._channels_last(input)
-        grouped = input.reshape(N // self.groups, self.groups * C, H, W)
-        mean, var = self.running_mean.repeat(self.groups), self.running_var.repeat(self.groups)
-        output = nn.functional.batch_norm(
-            grouped,
-            mean,
-            var,
-            self.weight.repeat(self.groups),
-            self.bias.repeat(self.groups),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        self.running_mean.copy_(mean.view(self.groups, C).mean(0))
-        self.running_var.copy_(var.view(self.groups, C).mean(0))
-        return output.reshape(N, C, H, W)
-
-    def _channels_last(self, input: torch.Tensor) -> torch.Tensor:
-        """The same in plain arithmetic, which a compiler fuses; as channels, groups would have to be copied."""
-        N, C, H, W = input.shape
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        rows = input.permute(0, 2, 3, 1).reshape(N // self.groups, self.groups, H * W, C).float()
-        var, mean = torch.var_mean(rows, dim=(0, 2), correction=0)  # (groups, C)
-        count = N // self.groups * H * W
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.mean(0), self.momentum)
-            self.running_var.lerp_(var.mean(0) * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        output = rows * scale[:, None] + (self.bias - mean * scale)[:, None]
-        return output.to(input.dtype).view(N, H, W, C).permute(0, 3, 1, 2)
-
-
-def split_batch_norm(net: nn.Module, groups: int) -> nn.Module:
-    """Every BatchNorm2d in groups."""
-    return replace_batch_norm(net, lambda features: SplitBatchNorm2d(features, groups))
 
 
 def permutation(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,15 +32,17 @@ def shuffle(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """
     ranks, N = world_size(), len(rows)
     if ranks == 1:
-        return rows[order.to(rows.device)]
+        return rows[to_device(order, rows.device)]
     wanted = order.view(ranks, N)
     owner = wanted // N
     sent = [wanted[to][owner[to] == rank()] - rank() * N for to in range(ranks)]
     received_from = owner[rank()]
-    parts = _exchange([rows[part.to(rows.device)] for part in sent], torch.bincount(received_from, minlength=ranks))
+    parts = _exchange(
+        [rows[to_device(part, rows.device)] for part in sent], torch.bincount(received_from, minlength=ranks)
+    )
     place = torch.argsort(received_from, stable=True)
     result = torch.empty_like(rows)
-    result[place.to(rows.device)] = parts
+    result[to_device(place, rows.device)] = parts
     return result
 
 
@@ -145,5 +88,5 @@ def encode_shuffled(
         return k, collect(k)
     forth, back = permutation(N * world_size(), generator)
     k = unit(encoder_k(pixels(shuffle(view_k, forth))))
-    keys = collect(k)[back.to(k.device)]
+    keys = collect(k)[to_device(back, k.device)]
     return keys[rank() * N : (rank() + 1) * N], keys

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from moco_eval.batch_norm import sync_batch_norm
+from moco_eval.batch_norm import split_batch_norm, sync_batch_norm
 from moco_eval.config import PretrainConfig
+from moco_eval.data.loader import Normalise
 from moco_eval.encoders.build import build_resnet
-from moco_eval.runtime import all_sum, compile_, gather, rank, world_size
-from pretraining.bn import Pixels, encode_shuffled, split_batch_norm, unit
+from moco_eval.runtime import compile_, gather, gather_with_gradient, rank, to_device, world_size
+from pretraining.bn import Pixels, encode_shuffled, unit
 from pretraining.moco import MoCo, Step, info_nce, measured
 from pretraining.plan import Plan
-from pretraining.views import Batch, Normalise
+from pretraining.views import Batch, preprocessing
 
 
 class MemoryBank(nn.Module):
@@ -78,7 +79,7 @@ def draw_outside(batch: torch.Tensor, images: int, count: int, generator: torch.
     `batch` holds each image once; sorting it, unlike counting what is distinct, waits for no device.
     """
     taken, places = batch.sort().values, torch.arange(len(batch), device=batch.device)
-    among = torch.randint(images - len(batch), (count,), generator=generator).to(batch.device, non_blocking=True)
+    among = to_device(torch.randint(images - len(batch), (count,), generator=generator), batch.device)
     return among + torch.searchsorted(taken - places, among, right=True)
 
 
@@ -119,31 +120,12 @@ class EndToEnd(nn.Module):
         """The next batch brings its own keys."""
 
 
-class _Gather(torch.autograd.Function):
-    """`gather` whose backward sums over ranks what each rank's loss asks of a key, as one process would."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        return gather(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = all_sum(gradient.clone(memory_format=torch.contiguous_format))
-        N = len(gradient) // world_size()
-        return gradient[rank() * N : (rank() + 1) * N]
-
-
-def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
-    """Every rank's rows along dimension 0, in rank order; the gradient of each rank's loss comes back to its owner."""
-    return rows if world_size() == 1 else _Gather.apply(rows)
-
-
 Mechanism = MoCo | MemoryBank | EndToEnd
 
 
 def build(run: Plan) -> Mechanism:
     """The mechanism of a plan, as torchvision initialises it."""
-    config, pixels = run.config, Normalise(run.config.views)
+    config, pixels = run.config, Normalise(preprocessing(run.config.views))
     if config.mechanism == "memory_bank":
         return MemoryBank(
             build_encoder(config, run.bn),

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torchvision.utils import save_image
 
 from moco_eval import files
 from moco_eval.errors import RunFailed
-from moco_eval.runtime import all_sum, gather, is_main, log, rank, tell, union, warn, world_size
+from moco_eval.runtime import all_sum, gather, is_main, log, rank, tell, to_host, union, warn, world_size
 from pretraining.health import PATIENCE, alarms
 from pretraining.moco import Step
 from pretraining.plan import Plan
-from pretraining.views import TwoViews
+from pretraining.views import two_views
 
 
 class Measurements:
@@ -47,31 +48,40 @@ class Measurements:
         self.unreadable |= set(index)
 
     def together(self, step: int) -> torch.Tensor:
-        """Every rank's rows, (R, steps, 3), on every rank.
+        """Every rank's rows, (R, steps, 3), and the unreadable images of all, on every rank; waits for the device.
 
         Raises:
             RunFailed: a loss among them is not finite, or more images were unreadable than bad_images allows.
         """
         self.unreadable = union(self.unreadable)
-        limit = self.run.config.bad_images
-        if len(self.unreadable) + len(self.run.images.damaged) > limit:
-            raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")
+        self._require_few_unreadable()
         if not self.rows:
             return torch.zeros(world_size(), 0, 3)
-        values = gather(torch.stack(self.rows)[None])
-        broken = (~values[:, :, 0].isfinite()).any(dim=0).nonzero().flatten()
-        if len(broken):
-            at = step - len(self.rows) + int(broken[0]) + 1
-            loss = values[:, int(broken[0]), 0].mean().item()
-            where = f"epoch {(at - 1) // self.run.steps_per_epoch}, step {at}"
-            raise RunFailed(f"the loss is {loss} in {where}; a smaller optimizer.lr may help")
-        return values.cpu()
+        values = gather(torch.stack(self.rows)[None]).cpu()
+        self._require_finite(values, step)
+        return values
 
-    def line(self, step: int, lr: float) -> dict[str, Any]:
-        """A line of metrics: the mean over the steps since the last one and over all ranks."""
-        values, seconds = self.together(step), time.perf_counter() - self.started
+    def line(self, step: int, lr: float) -> Callable[[], dict[str, Any]]:
+        """Start to read a line of metrics: the mean over the steps since the last one and over all ranks.
+
+        Returns:
+            What gives the line; asked a step later, it finds it arrived and stops no device. It raises as `together`.
+        """
+        rows, seconds, waited = torch.stack(self.rows), time.perf_counter() - self.started, self.waited
+        unreadable = torch.full_like(rows[:1], len(self.unreadable))
+        arrives = to_host(gather(torch.cat([rows, unreadable])[None]))
+        self.rows = []
+        self.restart()
+        return lambda: self._line(step, lr, arrives(), seconds, waited)
+
+    def _line(self, step: int, lr: float, values: torch.Tensor, seconds: float, waited: float) -> dict[str, Any]:
+        values, unreadable = values[:, :-1], values[:, -1, 0]
+        self._require_finite(values, step)
+        if unreadable.sum() > self.run.config.bad_images:  # the same on every rank
+            self.unreadable = union(self.unreadable)
+            self._require_few_unreadable()
         loss, accuracy, feature_std = values.double().mean(dim=(0, 1)).tolist()
-        line = {
+        return {
             "step": step,
             "epoch": step / self.run.steps_per_epoch,
             "loss": loss,
@@ -79,12 +89,22 @@ class Measurements:
             "feature_std": feature_std,
             **({"queue_age": self.run.queue_age(step)} if self.run.config.mechanism == "moco" else {}),
             "lr": lr,
-            "images_per_second": len(self.rows) * self.run.config.batch_size / seconds,
-            "data_wait": self.waited / seconds,
+            "images_per_second": values.shape[1] * self.run.config.batch_size / seconds,
+            "data_wait": waited / seconds,
         }
-        self.rows = []
-        self.restart()
-        return line
+
+    def _require_finite(self, values: torch.Tensor, step: int) -> None:
+        broken = (~values[:, :, 0].isfinite()).any(dim=0).nonzero().flatten()
+        if len(broken):
+            at = step - values.shape[1] + int(broken[0]) + 1
+            loss = values[:, int(broken[0]), 0].mean().item()
+            where = f"epoch {(at - 1) // self.run.steps_per_epoch}, step {at}"
+            raise RunFailed(f"the loss is {loss} in {where}; a smaller optimizer.lr may help")
+
+    def _require_few_unreadable(self) -> None:
+        limit = self.run.config.bad_images
+        if len(self.unreadable) + len(self.run.images.damaged) > limit:
+            raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")
 
 
 class Metrics:
@@ -149,8 +169,8 @@ class Metrics:
 
 def draw_views(run: Plan, path: Path, pairs: int = 8) -> None:
     """A picture of what the network sees: view_q above view_k, one image a column."""
-    views = TwoViews(run.images, run.config.views, run.config.seed)
-    chosen = [views[0, index][:2] for index in range(0, len(views), max(1, len(views) // pairs))][:pairs]
-    rows = torch.stack([pair[0] for pair in chosen] + [pair[1] for pair in chosen]) / 255
+    views = two_views(run.images, run.config)
+    chosen = range(0, len(views), max(1, len(views) // pairs))[:pairs]
+    drawn, *_ = views.__getitems__([(0, index) for index in chosen])
     with files.atomic(path) as temporary:
-        save_image(rows, temporary, nrow=len(chosen), padding=2, pad_value=1.0)
+        save_image(drawn.flatten(0, 1) / 255, temporary, nrow=len(chosen), padding=2, pad_value=1.0)

@@ -1,14 +1,15 @@
 """The pretraining loop: views in, checkpoints out; interrupted at any step, it goes on from the last checkpoint."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from moco_eval.data.loader import Batches, draw_seed, loader
+from moco_eval.data.loader import draw_seed
 from moco_eval.errors import Interrupted, RunFailed
 from moco_eval.results import open_run
 from moco_eval.runtime import (
@@ -26,12 +27,13 @@ from moco_eval.runtime import (
 )
 from moco_eval.schedule import learning_rate
 from pretraining import checkpoint
+from pretraining.feed import Feed
 from pretraining.mechanisms import Mechanism, build, prepare, settle
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
 from pretraining.record import Measurements, Metrics, draw_views
-from pretraining.views import Batch, TwoViews
+from pretraining.views import Batch
 
 
 def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
@@ -93,8 +95,9 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.model.parameters(), sgd.lr, **settings)
         self.ddp = parallel(self.model)
         settle(self.ddp, self.config.views.size, device)
-        self.monitor, self.measured = Monitor(run), Measurements(run)
+        self.feed, self.monitor, self.measured = Feed(run, device), Monitor(run), Measurements(run)
         self.step = self.saved = 0
+        self.coming_line: Callable[[], dict[str, Any]] | None = None
 
     def restore(self) -> None:
         """From last.pth where there is one; otherwise note the start and keep the untrained network."""
@@ -138,29 +141,31 @@ class Trainer:
         """Whole epochs done."""
         return self.step // self.run.steps_per_epoch
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
-        epochs, first_step = range(self.epoch, self.config.schedule.epochs), self.step % self.run.steps_per_epoch
-        numbers = len(self.run.images), self.config.batch_size, self.config.seed
-        batches = Batches(*numbers, epochs, True, drop_last=True, first_step=first_step, shards=self.run.images.shards)
-        both = self.config.mechanism != "memory_bank"
-        views = TwoViews(self.run.images, self.config.views, self.config.seed, both)
         asked = time.perf_counter()
-        for *columns, substitute in loader(views, batches, self.config.workers, self.device):
+        for batch, unreadable in self.feed(self.step):
             self.measured.waited += time.perf_counter() - asked
-            self.measured.note_unreadable(columns[2][substitute >= 0].tolist())
-            yield Batch(*(column.to(self.device, non_blocking=True) for column in columns))
+            self.measured.note_unreadable(unreadable)
+            yield batch
             asked = time.perf_counter()
 
     def after_step(self) -> str | None:
-        """Log, save and judge where it is due; a note for the progress bar."""
+        """Log, save and judge where it is due; a note for the progress bar. Lines are read a step after their last."""
+        note = self.write_line()
         epoch_ends = self.step % self.run.steps_per_epoch == 0
-        if not epoch_ends and self.step % self.config.log_every:
-            return None
-        line = self.measured.line(self.step, self.optimizer.param_groups[0]["lr"])
-        self.metrics.write(line)
+        if epoch_ends or self.step % self.config.log_every == 0:
+            self.coming_line = self.measured.line(self.step, self.optimizer.param_groups[0]["lr"])
         if epoch_ends:
             self.save()
+        return note
+
+    def write_line(self) -> str | None:
+        """The line of metrics that is on its way, where there is one."""
+        if self.coming_line is None:
+            return None
+        line, self.coming_line = self.coming_line(), None
+        self.metrics.write(line)
         return f"epoch {line['epoch']:.1f} loss {line['loss']:.3f} (chance {self.run.chance:.2f})"
 
     def pause_if_asked(self, stop: Stop) -> None:
@@ -181,6 +186,7 @@ class Trainer:
         if self.step == self.saved > 0:
             return
         assert same_on_all_ranks(*self.model.buffers(recurse=False)), "the ranks' dictionaries differ"
+        self.write_line()
         rows, unreadable = self.measured.together(self.step), self.measured.unreadable
         require_finite_weights(self.model, self.step)
         if is_main():

@@ -10,10 +10,12 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
 from moco_eval import config as configs
+from moco_eval import features as extraction
 from moco_eval import knn
 from moco_eval.config import KnnConfig
 from moco_eval.data.images import open_images
 from moco_eval.encoders.build import build_resnet
+from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 
@@ -111,3 +113,13 @@ def test_normalised_features_do_not_change_the_answer(features):
     bank, queries, _ = features
     scaled = knn.nearest(5 * queries, normalize(bank, dim=1), 5).index
     assert torch.equal(scaled, knn.nearest(queries, bank, 5).index)
+
+
+def test_images_in_memory_give_the_features_a_loader_gives(monkeypatch):
+    """Where nothing is resized they are not sent through PIL; to the bit."""
+    images, as_it_is = open_images("digits", None, "test"), Preprocessing(size=32, resize=32)
+    net = torch.nn.Flatten()
+    assert extraction._fits_as_it_is(images, as_it_is) and not extraction._fits_as_it_is(images, Preprocessing(32, 36))
+    direct = extraction.extract(net, images, as_it_is, CPU, batch_size=64)
+    monkeypatch.setattr(extraction, "_fits_as_it_is", lambda *_: False)
+    assert torch.equal(direct, extraction.extract(net, images, as_it_is, CPU, batch_size=64))

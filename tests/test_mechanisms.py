@@ -7,8 +7,8 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from moco_eval.runtime import parallel, rank
-from pretraining.mechanisms import EndToEnd, MemoryBank, draw_outside, gather_with_gradient
+from moco_eval.runtime import gather_with_gradient, parallel, rank
+from pretraining.mechanisms import EndToEnd, MemoryBank, draw_outside
 from pretraining.moco import MoCo
 from pretraining.train import algorithm_1
 from pretraining.views import Batch

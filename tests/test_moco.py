@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from moco_eval import config as configs
-from moco_eval.batch_norm import SyncBatchNorm2d
+from moco_eval.batch_norm import SplitBatchNorm2d, SyncBatchNorm2d
 from moco_eval.config import PretrainConfig
-from pretraining.bn import SplitBatchNorm2d, encode_shuffled, permutation, shuffle
+from pretraining.bn import encode_shuffled, permutation, shuffle
 from pretraining.mechanisms import build
 from pretraining.moco import MoCo, Step, info_nce
 from pretraining.plan import Plan, plan, shuffle_bytes

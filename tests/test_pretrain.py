@@ -14,14 +14,15 @@ from PIL import Image
 from torchvision import transforms
 
 from moco_eval import config as configs
+from moco_eval.batch_norm import SplitBatchNorm2d
 from moco_eval.config import PretrainConfig
+from moco_eval.data.loader import Normalise
 from moco_eval.encoders.build import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime import compile_
-from pretraining.bn import SplitBatchNorm2d
 from pretraining.plan import plan
 from pretraining.train import pretrain
-from pretraining.views import Normalise, TwoViews, preprocessing
+from pretraining.views import preprocessing, two_views
 
 FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "log_every=7", "symmetric=false", "queue_size=256"]
 CPU = torch.device("cpu")
@@ -191,7 +192,8 @@ def test_an_unreadable_image_has_a_fixed_substitute_and_a_limit(photos, tmp_path
     pretrain(plan(flat, "flat", photos, 1), tmp_path / "run", CPU)
     assert capsys.readouterr().err.count("004.jpg") == 1
     images = plan(flat, "flat", photos, 1).images
-    assert TwoViews(images, flat.views, 0)[0, 4][2:] == (4, 5)
+    _, index, substitute, _ = two_views(images, flat).__getitems__([(0, 4), (0, 7)])
+    assert (index.tolist(), substitute.tolist()) == ([4, 7], [5, -1])
     strict = flat.model_copy(update={"bad_images": 0})
     with pytest.raises(RunFailed, match="more than 0 images cannot be read"):
         pretrain(plan(strict, "flat", photos, 1), tmp_path / "strict", CPU)
@@ -206,7 +208,7 @@ def test_an_unreadable_image_does_not_stop_the_monitor_nor_the_run(tmp_path, cap
                     tmp_path / "data" / split / name / f"{i:02}.jpg"
                 )
     (tmp_path / "data" / "train" / "a" / "03.jpg").write_text("no image")
-    settings = config("batch_size=16", "schedule.epochs=2", "knn={every: 1, k: 5}")
+    settings = config("batch_size=16", "schedule.epochs=2", "knn={every: 1, k: 5}", "views.recipe=moco_v2")
     pretrain(plan(settings, "imagefolder", tmp_path / "data", 1), tmp_path / "run", CPU)
     assert "03.jpg is not an image" in capfd.readouterr().err
     assert lines(tmp_path / "run")[-1]["knn_top1"] >= 0
@@ -341,12 +343,12 @@ def test_sync_and_accumulation_are_deviations_of_their_own():
 
 def test_views_are_normalised_on_the_device_to_the_same_bits():
     run = plan(config(), "digits", None, 1)
-    view, _, _, _ = TwoViews(run.images, run.config.views, 0)[0, 3]
+    view = two_views(run.images, run.config).__getitems__([(0, 3)])[0][0, 0]
     expects = preprocessing(run.config.views)
     picture = transforms.functional.to_pil_image(view)
     expected = transforms.functional.normalize(transforms.functional.to_tensor(picture), expects.mean, expects.std)
     assert view.dtype == torch.uint8
-    assert torch.equal(Normalise(run.config.views)(view[None])[0], expected)
+    assert torch.equal(Normalise(expects)(view[None])[0], expected)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from pretraining.bn import encode_shuffled, permutation, shuffle
 from pretraining.mechanisms import build
 from pretraining.plan import plan
 from pretraining.train import Trainer
-from pretraining.views import TwoViews
+from pretraining.views import two_views
 
 BATCH = 16
 
@@ -96,8 +96,8 @@ def seen_in_shards(folder) -> list[str]:
     """The images of tar shards whose views this rank's loader process makes in an epoch."""
     run = plan(config("views.size=32"), "webdataset", folder, world_size())
     batches = Batches(len(run.images), 6, 0, range(1), True, drop_last=True, shards=run.images.shards)
-    views = TwoViews(run.images, run.config.views, 0)
-    seen = [index for batch in loader(views, batches, 1, torch.device("cpu")) for index in batch[2].tolist()]
+    views = two_views(run.images, run.config)
+    seen = [index for batch in loader(views, batches, 1, torch.device("cpu")) for index in batch[1].tolist()]
     return [run.images.name_of(index) for index in seen]
 
 

@@ -26,10 +26,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval.config import Views
 from moco_eval.data.images import open_images
 from moco_eval.data.loader import Batches, loader
-from pretraining.views import TwoViews
+from moco_eval.data.two_views import TwoViews
+from pretraining.views import RECIPES
 
 ORIGINALS, CLASSES = 48, 100
 LARGE, SMALL = (500, 375), (64, 64)
@@ -59,7 +59,8 @@ def batches(folder: Path, size: int) -> Iterator:
     """The batches of the first epoch, as pretraining loads them."""
     images = open_images("imagefolder", folder, "train")
     order = Batches(len(images), BATCH, 0, range(1), shuffle=True, drop_last=True, shards=images.shards)
-    return iter(loader(TwoViews(images, Views(recipe="moco_v2", size=size), 0), order, WORKERS, torch.device("cpu")))
+    views = TwoViews(images, RECIPES["moco_v2"], size, seed=0, finished=False)
+    return iter(loader(views, order, WORKERS, torch.device("cpu")))
 
 
 def seconds_to_open(folder: Path) -> float:

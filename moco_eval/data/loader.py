@@ -1,9 +1,10 @@
 """Transforms and loaders for evaluation. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torchvision import transforms
 from moco_eval.data.images import ImageSet
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
-from moco_eval.runtime import rank, tell, world_size
+from moco_eval.runtime import rank, tell, to_device, world_size
 
 WINDOW = 16  # shards whose images are shuffled together
 
@@ -43,6 +44,21 @@ def crop_transform(
             transforms.Normalize(preprocessing.mean, preprocessing.std),
         ]
     )
+
+
+class Normalise:
+    """8-bit images, (N, 3, H, W) uint8, to what an encoder takes: 0..1, less the mean, by the standard deviation.
+
+    Bit for bit ToTensor and Normalize, but on the images' device.
+    """
+
+    def __init__(self, preprocessing: Preprocessing):
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def draw_seed(seed: int, epoch: int, index: int) -> int:
@@ -188,8 +204,37 @@ def loader(examples: Dataset, batches: Batches, workers: int, device: torch.devi
         worker_init_fn=_own_group if workers else None,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        collate_fn=_as_it_is if hasattr(examples, "__getitems__") else None,
     )
+
+
+def _as_it_is(batch):
+    """A data set that hands over whole batches has nothing left to collate."""
+    return batch
 
 
 def _own_group(_worker: int) -> None:
     os.setpgid(0, 0)
+
+
+def beside(loaded: Iterable[tuple[torch.Tensor, ...]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(views, index) of each loaded batch on the device, then (index, substitute, numbers) as they came.
+
+    A GPU fetches them on a stream of its own, while the step before is still running.
+    """
+    for views, index, *rest in loaded:
+        if device.type == "cpu":
+            yield views, index, index, *rest
+            continue
+        here, copies = torch.cuda.current_stream(device), _copy_stream(device)
+        with torch.cuda.stream(copies):
+            moved = to_device(views, device), to_device(index, device)
+        here.wait_stream(copies)
+        for tensor in moved:
+            tensor.record_stream(here)
+        yield *moved, index, *rest
+
+
+@lru_cache
+def _copy_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
