@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from pretraining.views import RECIPES
 ORIGINALS, CLASSES = 48, 100
 LARGE, SMALL = (500, 375), (64, 64)
 WORKERS, BATCH = 2, 256
+HELD: list[Iterator] = []  # a loader that is let go waits for batches that nobody wants
 
 
 def make(folder: Path, files: int, size: tuple[int, int]) -> Path:
@@ -71,7 +71,8 @@ def seconds_to_open(folder: Path) -> float:
 
 def seconds_to_first_batch(folder: Path) -> float:
     began = time.perf_counter()
-    next(batches(folder, 224))
+    HELD.append(batches(folder, 224))
+    next(HELD[0])
     return time.perf_counter() - began
 
 
@@ -82,7 +83,8 @@ def memory_over_an_epoch(folder: Path, points: int = 6) -> list[dict[str, float]
     """
     found, steps = [], sum(1 for _ in (folder / "train").glob("*/*")) // BATCH
     marks = {round(i * (steps - 9) / (points - 1)) for i in range(points)}  # before the workers run out of work
-    for step, _ in enumerate(batches(folder, 32)):
+    HELD.append(batches(folder, 32))
+    for step, _ in enumerate(HELD[0]):
         if step in marks:
             each = [_memory(process.pid) for process in multiprocessing.active_children()]
             mean = {name: statistics.mean(one[name] for one in each) for name in ("private", "shared_out")}
@@ -98,8 +100,21 @@ def _memory(pid: int | None) -> dict[str, float]:
 
 def fresh(function: Callable, folder: Path) -> Any:
     """What a function returns in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, folder).result()
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_answer, args=(theirs, function, folder))
+    process.start()
+    theirs.close()
+    answer = ours.recv()
+    process.join()
+    return answer
+
+
+def _answer(pipe: Any, function: Callable, folder: Path) -> None:
+    pipe.send(function(folder))
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(0)
 
 
 def medians(folder: Path, cache: Path, repeats: int) -> dict[str, float]:
@@ -121,15 +136,14 @@ def medians(folder: Path, cache: Path, repeats: int) -> dict[str, float]:
 def main(folder: Path, files: int, repeats: int, out: Path | None) -> None:
     cache = folder / "cache"
     os.environ["MOCO_EVAL_CACHE"] = str(cache)
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of loaders that were killed
     large, small = make(folder / f"large-{files}", files, LARGE), make(folder / f"small-{files}", files, SMALL)
     found = {"files": files, "repeats": repeats, "torch": torch.__version__, "cpus": os.cpu_count()}
     found |= {"seconds": medians(large, cache, repeats), "memory": fresh(memory_over_an_epoch, small)}
     table = Table("seconds", "cold", "index", title=f"{files} files, median of {repeats}")
     for name in ("open", "first_batch"):
         table.add_row(name, *(f"{found['seconds'][f'{name}.{state}']:.3f}" for state in ("cold", "index")))
-    memory = Table(
-        "images seen", "private MiB", "shared out MiB", title=f"each of {WORKERS} loader processes, one epoch"
-    )
+    memory = Table("images seen", "private MiB", "shared out MiB", title=f"each of {WORKERS} loaders, one epoch")
     for point in found["memory"]:
         memory.add_row(str(point["images"]), f"{point['private']:.1f}", f"{point['shared_out']:.1f}")
     Console().print(table, memory)
