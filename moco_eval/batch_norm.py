@@ -10,10 +10,11 @@ from moco_eval.runtime import all_sum, world_size
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation in groups, as if each were on its own GPU: group j is every sample with index % groups == j.
+    """Batch normalisation in groups, as if each were on its own GPU: group j is the j-th of equal parts of the batch.
 
     Running statistics are the mean over groups of each group's moving average; the affine part is shared;
-    in evaluation it is ordinary batch normalisation, with the same state-dict keys.
+    in evaluation it is ordinary batch normalisation, with the same state-dict keys. `split_batch_norm` puts samples
+    into groups.
     Source: facebookresearch/moco, CIFAR-10 demo notebook, SplitBatchNorm.
     """
 
@@ -25,35 +26,25 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) to the same shape. Raises ValueError where N does not divide into the groups."""
         if not self.training:
             return super().forward(input)
-        N, C, H, W = input.shape
-        if N % self.groups:
-            raise ValueError(f"a batch of {N} does not divide into {self.groups} batch-norm groups")
+        _require_groups(len(input), self.groups)
+        if torch.compiler.is_compiling():
+            return self._arithmetic(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        if torch.compiler.is_compiling() and not input.is_contiguous():
-            return self._channels_last(input)
-        grouped = input.reshape(N // self.groups, self.groups * C, H, W)
-        mean, var = self.running_mean.repeat(self.groups), self.running_var.repeat(self.groups)
-        output = nn.functional.batch_norm(
-            grouped,
-            mean,
-            var,
-            self.weight.repeat(self.groups),
-            self.bias.repeat(self.groups),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        self.running_mean.copy_(mean.view(self.groups, C).mean(0))
-        self.running_var.copy_(var.view(self.groups, C).mean(0))
-        return output.reshape(N, C, H, W)
+        means, variances = (one.repeat(self.groups, 1) for one in (self.running_mean, self.running_var))
+        affine = self.weight, self.bias, True, self.momentum, self.eps
+        parts = zip(input.chunk(self.groups), means, variances)
+        output = torch.cat([nn.functional.batch_norm(part, mean, var, *affine) for part, mean, var in parts])
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return output
 
-    def _channels_last(self, input: torch.Tensor) -> torch.Tensor:
-        """The same in plain arithmetic, which a compiler fuses; as channels, groups would have to be copied."""
+    def _arithmetic(self, input: torch.Tensor) -> torch.Tensor:
+        """The same in plain arithmetic, which a compiler fuses."""
         N, C, H, W = input.shape
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        rows = input.permute(0, 2, 3, 1).reshape(N // self.groups, self.groups, H * W, C).float()
-        var, mean = torch.var_mean(rows, dim=(0, 2), correction=0)  # (groups, C)
-        count = N // self.groups * H * W
+        rows = input.permute(0, 2, 3, 1).reshape(self.groups, -1, C).float()
+        var, mean = torch.var_mean(rows, dim=1, correction=0)  # (groups, C)
+        count = rows.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean.mean(0), self.momentum)
             self.running_var.lerp_(var.mean(0) * count / (count - 1), self.momentum)
@@ -63,8 +54,30 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(net: nn.Module, groups: int) -> nn.Module:
-    """Every BatchNorm2d in groups."""
+    """Every BatchNorm2d in groups, of which sample i belongs to group i % groups, as in the CIFAR-10 demo.
+
+    In training the batch is sorted by group on its way into `net` and back on its way out, so that each group's
+    activations lie together in memory.
+    """
+    net.register_forward_pre_hook(lambda net, inputs: _by_group(inputs[0], groups) if net.training else inputs[0])
+    net.register_forward_hook(lambda net, _, output: _by_sample(output, groups) if net.training else output)
     return replace_batch_norm(net, lambda features: SplitBatchNorm2d(features, groups))
+
+
+def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Rows 0, groups, 2 groups, ... first, then 1, groups + 1, ...; (N, ...)."""
+    _require_groups(len(rows), groups)
+    return rows.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1)
+
+
+def _by_sample(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Undoes `_by_group`."""
+    return rows.unflatten(0, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _require_groups(N: int, groups: int) -> None:
+    if N % groups:
+        raise ValueError(f"a batch of {N} does not divide into {groups} batch-norm groups")
 
 
 class _AllMean(torch.autograd.Function):

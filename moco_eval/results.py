@@ -204,7 +204,7 @@ class Result:
             "trials": self.trials,
             "over": self.over,
             "selection": self.selection,
-            "equivalences": self.equivalences,
+            "equivalences": [*self.equivalences, *self.encoder.equivalences()],
             "deviations": [*self.deviations, *self.encoder.deviations()],
             "cost": self.cost.record(),
             "environment": environment(),

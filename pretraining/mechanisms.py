@@ -162,10 +162,9 @@ def build_encoder(config: PretrainConfig, bn: str) -> nn.Module:
 
 
 def prepare(model: Mechanism, run: Plan, device: torch.device) -> Mechanism:
-    """On the device, in the layout and compiled as the plan says; names and values stay."""
+    """On the device, channels last, compiled where the plan says so; names and values stay."""
     model.to(device)
-    if run.channels_last(device):
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     if run.config.compile:
         compile_([net for name, net in model.named_children() if name.startswith("encoder")], device)
     return model

@@ -71,9 +71,11 @@ class Plan:
         """Whether keys are encoded in other BN groups than their queries; the memory bank's are of another epoch."""
         return self.config.bn_permute and self.bn in ("shuffle", "split") and self.config.mechanism != "memory_bank"
 
-    def channels_last(self, device: torch.device) -> bool:
-        """On a GPU, but for split BN that is not compiled: there it would copy every activation."""
-        return device.type == "cuda" and (self.bn != "split" or bool(self.config.compile))
+    @property
+    def equivalences(self) -> list[str]:
+        """In words, where the run differs from its protocol in what was shown to be harmless."""
+        on_device = self.config.views.backend == "device"
+        return ["views augmented in batches, with PIL's pixels (docs/protocols/views.md)"] if on_device else []
 
     def queue_age(self, step: int) -> float:
         """Mean age of MoCo's keys in steps, those of the start left out."""
@@ -93,6 +95,7 @@ class Plan:
                 "bn": self.bn,
                 "processes": self.processes,
                 "deviations": self.deviations,
+                "equivalences": self.equivalences,
                 "config": config,
             },
         }

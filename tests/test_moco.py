@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from moco_eval import config as configs
-from moco_eval.batch_norm import SplitBatchNorm2d, SyncBatchNorm2d
+from moco_eval.batch_norm import SplitBatchNorm2d, SyncBatchNorm2d, split_batch_norm
 from moco_eval.config import PretrainConfig
 from pretraining.bn import encode_shuffled, permutation, shuffle
 from pretraining.mechanisms import build
@@ -163,11 +163,17 @@ def test_shuffle_and_unshuffle_is_the_identity():
     assert torch.equal(shuffle(shuffle(rows, forth), back), rows)
 
 
+def grouped(features: int, groups: int) -> nn.Module:
+    """A network of one layer of split BN."""
+    return split_batch_norm(nn.Sequential(nn.BatchNorm2d(features)), groups)
+
+
 def test_split_bn_is_one_bn_per_strided_group():
     torch.manual_seed(0)
-    split, images = SplitBatchNorm2d(5, groups=4), torch.randn(12, 5, 3, 2) * 3 + 1
+    net, images = grouped(5, 4), torch.randn(12, 5, 3, 2) * 3 + 1
+    split = net[0]
     nn.init.normal_(split.weight)
-    output = split(images)
+    output = net(images)
     for group in range(4):
         own = nn.BatchNorm2d(5)
         own.load_state_dict({**own.state_dict(), "weight": split.weight, "bias": split.bias})
@@ -176,22 +182,33 @@ def test_split_bn_is_one_bn_per_strided_group():
     assert torch.allclose(split.running_mean, means, atol=1e-6)
     assert split.num_batches_tracked.item() == 0
     assert set(split.state_dict()) == set(nn.BatchNorm2d(5).state_dict())
+    assert set(net.state_dict()) == set(nn.Sequential(nn.BatchNorm2d(5)).state_dict())
+
+
+def test_samples_come_out_of_split_bn_where_they_went_in():
+    """A network whose layers mix no samples gives each its own output, whatever the groups."""
+    net, images = grouped(3, 4), torch.randn(8, 3, 2, 2)
+    net[0] = nn.Flatten()
+    assert torch.equal(net(images), images.flatten(1))
+    assert torch.equal(net.eval()(images), images.flatten(1))
 
 
 def test_split_bn_takes_channels_last_and_refuses_what_does_not_divide():
-    split, images = SplitBatchNorm2d(4, groups=2), torch.randn(6, 4, 5, 5)
-    plain = split(images)
-    assert torch.allclose(split(images.to(memory_format=torch.channels_last)), plain, atol=1e-6)
-    with pytest.raises(ValueError, match="7 does not divide into 2"):
-        split(torch.randn(7, 4, 5, 5))
+    net, images = grouped(4, 2), torch.randn(6, 4, 5, 5)
+    last = images.to(memory_format=torch.channels_last)
+    assert torch.allclose(net(last), net(images), atol=1e-6)
+    assert net[0](last).is_contiguous(memory_format=torch.channels_last)
+    for layer in (net, net[0]):
+        with pytest.raises(ValueError, match="7 does not divide into 2"):
+            layer(torch.randn(7, 4, 5, 5))
 
 
-def test_compiled_split_bn_in_channels_last_is_the_same():
-    """The plain arithmetic that a compiler fuses, here run without one: output, gradients, running statistics."""
+def test_split_bn_for_a_compiler_is_the_same():
+    """The plain arithmetic, here run without one: output, gradients, running statistics."""
     torch.manual_seed(0)
     images = (torch.randn(12, 5, 3, 2) * 3 + 1).to(memory_format=torch.channels_last)
     ends = []
-    for forward in (SplitBatchNorm2d.forward, SplitBatchNorm2d._channels_last):
+    for forward in (SplitBatchNorm2d.forward, SplitBatchNorm2d._arithmetic):
         layer, x = SplitBatchNorm2d(5, groups=4), images.clone().requires_grad_()
         layer.load_state_dict({**layer.state_dict(), "weight": torch.arange(1.0, 6), "bias": torch.arange(5.0)})
         output = forward(layer, x)

@@ -54,6 +54,6 @@ def report(title: str, result: dict[str, Any], json_file: Path | None, unit: str
     for name, rate in result["per_second"].items():
         low, high = result["spread"][name]
         table.add_row(name, f"{rate:.4g}", f"{result['ratio'][name]:.2f}", f"{low:.2f}", f"{high:.2f}")
-    Console(file=sys.stdout).print(table)
+    Console(file=sys.stdout, width=100).print(table)
     if json_file is not None:
         write_json(json_file, result)

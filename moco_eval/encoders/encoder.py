@@ -84,3 +84,7 @@ class Encoder:
         """What an evaluation inherits from it, in words."""
         key = ["the key encoder instead of the query encoder"] if self.which == "key" else []
         return key + [f"encoder: {words}" for words in (self.pretraining or {}).get("deviations", [])]
+
+    def equivalences(self) -> list[str]:
+        """What an evaluation inherits from it that was shown to be harmless, in words."""
+        return [f"encoder: {words}" for words in (self.pretraining or {}).get("equivalences", [])]

@@ -1,0 +1,309 @@
+#!/usr/bin/env python3
+"""A training step of MoCo: the published one, ours, lightly's, in one run, with the batch in place on the device.
+
+python tools/benchmark_pretrain.py cifar10                    # ResNet-18, 32 pixels, batch 512, K 4096
+python tools/benchmark_pretrain.py moco_v2_r50 --device cuda  # ResNet-50, 224 pixels, batch 256, K 65536
+
+- published: facebookresearch/moco as its authors ran it: channels first, eager, the queue cloned, fp32 with TF32 in
+  convolutions where a GPU has it (PyTorch's default). The CIFAR-10 demo's is that with split BN.
+- published fp32: the same without TF32 (a GPU's row).
+- ours: what `moco-eval pretrain` does, at each precision; on a GPU channels last and compiled.
+- ours augmented: the same with the recipe's photometric steps on the device.
+- lightly: its MoCo with the same network, queue and optimiser, where it is installed; on a GPU under bf16 as well.
+
+Beside images per second and their ratio to the first row: peak memory of a GPU; the arithmetic of convolutions and
+matrix products as a share of the rate of a large matrix product measured here in the same precision; and the bytes
+that layers must read and write as a share of the rate of a large copy measured here.
+"""
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+import click
+import torch
+from race import Run, race, report
+from torch import nn
+from torch.nn.functional import batch_norm, cross_entropy, normalize
+from torch.utils.flop_counter import FlopCounterMode
+
+from moco_eval import config as configs
+from moco_eval.batch_norm import replace_batch_norm
+from moco_eval.bottleneck import seconds, wait_for
+from moco_eval.config import PretrainConfig
+from moco_eval.data.loader import Normalise
+from moco_eval.data.steps import fusing
+from pretraining.mechanisms import build_encoder
+from pretraining.plan import Plan, plan
+from pretraining.train import Trainer
+from pretraining.views import RECIPES, Batch, preprocessing
+
+
+class PublishedSplitBatchNorm(nn.BatchNorm2d):
+    """Split BN as the CIFAR-10 demo has it: sample i in group i % groups, the groups as channels of their own."""
+
+    def __init__(self, num_features: int, groups: int):
+        super().__init__(num_features)
+        self.groups = groups
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        N, C, H, W = input.shape
+        mean, var = self.running_mean.repeat(self.groups), self.running_var.repeat(self.groups)
+        affine = self.weight.repeat(self.groups), self.bias.repeat(self.groups), True, self.momentum, self.eps
+        output = batch_norm(input.view(-1, C * self.groups, H, W), mean, var, *affine).view(N, C, H, W)
+        self.running_mean.copy_(mean.view(self.groups, C).mean(0))
+        self.running_var.copy_(var.view(self.groups, C).mean(0))
+        return output
+
+
+class Published(nn.Module):
+    """MoCo on one GPU as published (moco/builder.py; the CIFAR-10 demo), restated: float views in, logits out."""
+
+    def __init__(self, config: PretrainConfig, bn: str):
+        super().__init__()
+        self.encoder_q = build_encoder(config, "none")
+        if bn == "split":
+            replace_batch_norm(self.encoder_q, lambda features: PublishedSplitBatchNorm(features, config.bn_groups))
+        self.encoder_k = copy.deepcopy(self.encoder_q)
+        for parameter in self.encoder_k.parameters():
+            parameter.requires_grad = False
+        self.register_buffer("queue", normalize(torch.randn(config.dim, config.queue_size), dim=0))
+        self.K, self.m, self.tau, self.pointer = config.queue_size, config.momentum, config.temperature, 0
+
+    def forward(self, view_q: torch.Tensor, view_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = normalize(self.encoder_q(view_q), dim=1)
+        with torch.no_grad():
+            for ours, theirs in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+                ours.data = ours.data * self.m + theirs.data * (1.0 - self.m)
+            order = torch.randperm(len(view_k), device=view_k.device)
+            k = normalize(self.encoder_k(view_k[order]), dim=1)[torch.argsort(order)]
+        positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+        negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
+        logits = torch.cat([positive, negative], dim=1) / self.tau
+        self.queue[:, self.pointer : self.pointer + len(k)] = k.T
+        self.pointer = (self.pointer + len(k)) % self.K
+        return logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+
+
+def published(run: Plan, batch: Batch, device: torch.device, tf32: bool) -> Run:
+    model = Published(run.config, run.bn).to(device)
+    sgd = run.config.optimizer
+    optimizer = torch.optim.SGD(model.parameters(), sgd.lr, sgd.sgd_momentum, weight_decay=sgd.weight_decay)
+    as_float = Normalise(preprocessing(run.config.views))
+    view_q, view_k = as_float(batch.view_q), as_float(batch.view_k)  # its loader's work
+
+    def step() -> None:
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, True
+        logits, answers = model(view_q, view_k)
+        loss = cross_entropy(logits, answers)
+        loss.item(), (logits.detach().argmax(1) == 0).float().mean().item()  # its meters read both at every step
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(run: Plan, batch: Batch, device: torch.device, augmented: bool = False) -> Run:
+    trainer = Trainer(run, Path(os.devnull), device)
+    recipe, size = RECIPES[run.config.views.recipe], run.config.views.size
+    numbers = trainer.feed.views.numbers(torch.zeros(len(batch.index)).numpy(), batch.index.cpu().numpy())
+    fuse = fusing(device, bool(run.config.compile))
+
+    def step() -> None:
+        if augmented:
+            views = [recipe.apply(view, u, size, 1, fuse) for view, u in zip((batch.view_q, batch.view_k), numbers)]
+            trainer.train_step(Batch(*views, batch.index))
+        else:
+            trainer.train_step(batch)
+        if trainer.step % 10 == 0:
+            trainer.measured.line(trainer.step, 0.0)
+
+    return step
+
+
+def lightly(run: Plan, batch: Batch, device: torch.device, bf16: bool) -> Run:
+    """lightly's modules put together as its MoCo example does."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    encoder = build_encoder(run.config, run.bn).to(device)
+    momentum_encoder = copy.deepcopy(encoder)
+    deactivate_requires_grad(momentum_encoder)
+    loss_of = NTXentLoss(run.config.temperature, memory_bank_size=(run.config.queue_size, run.config.dim)).to(device)
+    sgd = run.config.optimizer
+    optimizer = torch.optim.SGD(encoder.parameters(), sgd.lr, sgd.sgd_momentum, weight_decay=sgd.weight_decay)
+    as_float = Normalise(preprocessing(run.config.views))
+    view_q, view_k = as_float(batch.view_q), as_float(batch.view_k)
+
+    def step() -> None:
+        update_momentum(encoder, momentum_encoder, run.config.momentum)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            q = encoder(view_q)
+            with torch.no_grad():
+                order = torch.randperm(len(view_k), device=device)
+                k = momentum_encoder(view_k[order])[torch.argsort(order)]
+            loss = loss_of(q, k)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@dataclass
+class Row:
+    """A contestant: what makes its step, and the precision whose matrix rate it is held against."""
+
+    make: Callable[[], Run]
+    precision: str
+
+
+def rows(
+    recipe: str, batch_size: int | None, device: torch.device, only: tuple[str, ...]
+) -> tuple[dict[str, Row], int]:
+    """The contestants by name, and the images of a step."""
+    at = {precision: resolved(recipe, batch_size, device, precision) for precision in ("fp32", "bf16")}
+    run, batch = at["fp32"], pictures(at["fp32"], device)
+    found = {"published": Row(lambda: published(run, batch, device, True), "tf32" if device.type == "cuda" else "fp32")}
+    if device.type == "cuda":
+        found["published fp32"] = Row(lambda: published(run, batch, device, False), "fp32")
+    for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
+        mine = at[precision]
+        found[f"ours {precision}"] = Row(lambda mine=mine: ours(mine, batch, device), precision)
+        found[f"ours {precision} augmented"] = Row(lambda mine=mine: ours(mine, batch, device, True), precision)
+        found[f"lightly {precision}"] = Row(
+            lambda bf16=precision == "bf16": lightly(run, batch, device, bf16), precision
+        )
+    missing = not installed("lightly")
+    chosen = {name: row for name, row in found.items() if not (missing and name.startswith("lightly"))}
+    return {name: row for name, row in chosen.items() if not only or name in only}, len(batch.index)
+
+
+def installed(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def resolved(recipe: str, batch_size: int | None, device: torch.device, precision: str) -> Plan:
+    """The recipe for one process; the built-in digits stand in for its data, which is not looked at."""
+    settings = [f"precision={precision}", *([f"batch_size={batch_size}"] if batch_size else [])]
+    return resolved_at(configs.load(recipe, "pretrain", PretrainConfig, settings), device)
+
+
+def resolved_at(config: PretrainConfig, device: torch.device) -> Plan:
+    """A config for one process."""
+    return plan(config.model_copy(update={"knn": None}), "digits", None, 1, device)
+
+
+def pictures(run: Plan, device: torch.device) -> Batch:
+    """Noise of the recipe's shape; the arithmetic does not depend on it."""
+    shape = (run.config.batch_size, 3, run.config.views.size, run.config.views.size)
+    views = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(2)]
+    return Batch(*views, torch.arange(shape[0], device=device))
+
+
+def timed(row: Row, device: torch.device, steps: int) -> tuple[Run, dict[str, float]]:
+    """Some steps, waited for; and the peak memory, arithmetic and bytes of one."""
+    step = row.make()
+    step(), step()
+    wait_for(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step()
+    peak = {"peak_GiB": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+    def several() -> None:
+        for _ in range(steps):
+            step()
+        wait_for(device)
+
+    return several, peak
+
+
+def work_of(run: Plan, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Floating-point operations of convolutions and matrix products in a step; bytes its layers read and write.
+
+    Bytes: each layer's input and output once forward, in both encoders, and twice that backward in the query
+    encoder, at 4 bytes a number.
+    """
+    moved = 0
+
+    def count(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal moved
+        moved += 4 * (inputs[0].numel() + output.numel())
+
+    encoder = build_encoder(run.config, run.bn).to(device)
+    for module in encoder.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    as_float = Normalise(preprocessing(run.config.views))
+    with FlopCounterMode(display=False) as backward:
+        encoder(as_float(batch.view_q)).sum().backward()
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        encoder(as_float(batch.view_k))
+    logits = 2 * len(batch.index) * run.config.dim * run.config.queue_size * 2  # forward and towards q
+    return {"flop": backward.get_total_flops() + forward.get_total_flops() + logits, "bytes": moved / 2 * 4}
+
+
+def machine(device: torch.device, precisions: set[str]) -> dict[str, float]:
+    """Measured here: floating-point operations a second of a large matrix product, bytes a second of a large copy."""
+    size = 8192 if device.type == "cuda" else 2048
+    found = {}
+    for precision in sorted(precisions):
+        a, b = (torch.randn(size, size, device=device) for _ in range(2))
+        if precision == "bf16":
+            a, b = a.bfloat16(), b.bfloat16()
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        found[precision] = 2 * size**3 / seconds(lambda a=a, b=b: a @ b, device)
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), device)
+    return found
+
+
+@click.command()
+@click.argument("recipe", default="cifar10")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), help="The recipe's own where not given.")
+@click.option("--steps", type=click.IntRange(1), help="In a repeat; 10 on a GPU, else 1.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--row", "only", multiple=True, help="Only these rows; may be repeated.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+def main(
+    recipe: str, device: str, batch_size: int | None, steps: int | None, repeats: int, only: tuple[str, ...], json_file
+) -> None:
+    """Images per second of a training step of RECIPE (moco_v2_r50, moco_v1_r50, cifar10), data in place."""
+    from moco_eval.runtime import choose_device
+
+    where = choose_device(device)
+    steps = steps or (10 if where.type == "cuda" else 1)
+    contestants, images = rows(recipe, batch_size, where, only)
+    about, runs = {}, {}
+    for name, row in contestants.items():
+        runs[name], about[name] = timed(row, where, steps)
+    result = race(runs, images * steps, repeats, warm_up=0)
+    run = resolved(recipe, batch_size, where, "fp32")
+    work = work_of(run, pictures(run, where), where)
+    rates = machine(where, {row.precision for row in contestants.values()})
+    for name, row in contestants.items():
+        in_a_second = result["per_second"][name] / images
+        about[name]["of_matrix_rate"] = in_a_second * work["flop"] / rates[row.precision]
+        about[name]["of_copy_rate"] = in_a_second * work["bytes"] / rates["copy"]
+    result |= {"about": about, "work": work, "machine": rates, "batch": images}
+    kind = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    report(f"{recipe}, batch {images}, {kind}, {steps} steps x {repeats}", result, json_file)
+    for name, figures in about.items():
+        print(f"{name:<20}", ", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()
