@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moco_eval.data.two_views import TwoViews
+
 NOTICED = 0.1  # share of a step's time that is worth a word
 
 
@@ -27,6 +29,17 @@ def wait_for(device: torch.device) -> None:
     """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def of_a_worker(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:
+    """Seconds that a loader process takes for a batch, and for decoding it; on one thread, as it has."""
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decoding = seconds(lambda: [views.decoded(index) for _, index in items], cpu, 2)
+        return seconds(lambda: views.__getitems__(items), cpu, 2), decoding
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass

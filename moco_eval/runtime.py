@@ -275,10 +275,10 @@ def compile_(nets: Iterable[torch.nn.Module], device: torch.device) -> None:
 
 
 def deterministic(wanted: bool) -> None:
-    """Bit-identical repetition on a GPU, at some cost in speed; a CPU has it anyway."""
+    """Bit-identical repetition on a GPU, at some cost in speed; a CPU has it anyway. Otherwise cudnn tries its ways."""
+    torch.backends.cudnn.benchmark = not wanted
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
 
 

@@ -33,7 +33,7 @@ class Feed:
     def _from_memory(self, batches: Batches) -> Iterator[tuple[Batch, list[int]]]:
         """All images live on the device; there are no workers."""
         for items in batches:
-            epoch, index = np.array(items).T
+            epoch, index = np.ascontiguousarray(np.array(items).T)
             rows = to_device(torch.from_numpy(index), self.device)
             views = self.views.of_pixels(self.pixels[rows], self.views.numbers(epoch, index), self.fuse)
             yield Batch(views[0], views[-1], rows), []
@@ -54,7 +54,7 @@ class Feed:
 
     def device_part(self, items: list[tuple[int, int]]) -> Callable[[], Tensor]:
         """What the training device does to make the views of a batch, and nothing before it."""
-        epoch, index = np.array(items).T
+        epoch, index = np.ascontiguousarray(np.array(items).T)
         if self.in_memory:
             pixels, numbers = (
                 self.pixels[to_device(torch.from_numpy(index), self.device)],

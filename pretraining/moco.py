@@ -135,7 +135,9 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def move_encoder_k(self) -> None:
         """Every parameter of encoder_k towards encoder_q; BN statistics are encoder_k's own. Eqn. (2)."""
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum)
+        keys, queries = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_mul_(keys, self.momentum)
+        torch._foreach_add_(keys, queries, alpha=1 - self.momentum)
 
     @torch.no_grad()
     def push(self, step: Step) -> None:

@@ -1,14 +1,15 @@
 """Where the time of a pretraining step goes; nothing is kept."""
 
 import itertools
+import math
 import os
 import time
 from pathlib import Path
 
 import torch
 
-from moco_eval.bottleneck import Parts, seconds, wait_for
-from moco_eval.data.cut import photo
+from moco_eval.bottleneck import Parts, of_a_worker, seconds, wait_for
+from moco_eval.errors import InputError
 from moco_eval.runtime import all_sum, gather, to_device, world_size
 from pretraining.bn import permutation, shuffle
 from pretraining.plan import Plan
@@ -17,10 +18,18 @@ from pretraining.views import Batch
 
 
 def profile(run: Plan, device: torch.device, steps: int) -> Parts:
-    """Run some steps as training would, then their parts alone; the same on every rank, each with its own times."""
-    trainer = Trainer(run, Path(os.devnull), device)
+    """Run some steps as training would, then their parts alone; the same on every rank, each with its own times.
+
+    Raises:
+        InputError: the schedule has too few steps.
+    """
     warm = max(3, steps // 10)
-    steps = min(steps, run.steps - warm)
+    if steps + warm > run.steps:
+        raise InputError(
+            f"--profile {steps} runs {steps + warm} steps ({warm} to warm up), the schedule has {run.steps}; "
+            f"take fewer, or --set schedule.epochs={math.ceil((steps + warm) / run.steps_per_epoch)}"
+        )
+    trainer = Trainer(run, Path(os.devnull), device)
     batches = trainer.batches()
     for batch in itertools.islice(batches, warm):
         trainer.train_step(batch)
@@ -35,7 +44,9 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
 
     feed, images = trainer.feed, len(batch.index)
     items = [(0, index) for index in range(images)]
-    files = run.images.pixels is None or feed.views.reference
+    worker, decoding = (0.0, 0.0) if feed.in_memory else of_a_worker(feed.views, items)
+    views = torch.stack([batch.view_q, batch.view_k]).cpu()
+    pinned = views.pin_memory() if device.type == "cuda" else views
     return Parts(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         images=images,
@@ -44,18 +55,19 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
         waiting=waiting,
         training=seconds(lambda: trainer.train_step(batch), device),
         augmentation=seconds(feed.device_part(items), device),
-        copies=seconds(lambda: to_device(batch.view_q.cpu(), device), device) * 2,
+        copies=0.0 if feed.in_memory else seconds(lambda: to_device(pinned, device), device),
         collectives=seconds(lambda: exchange(trainer, batch), device) if world_size() > 1 else 0.0,
-        worker=seconds(lambda: feed.views.__getitems__(items), device, 2) / images if files else 0.0,
-        decoding=seconds(lambda: [photo(run.images, i) for _, i in items], device, 2) / images if files else 0.0,
+        worker=worker / images,
+        decoding=decoding / images,
         workers=run.config.workers,
     )
 
 
 def exchange(trainer: Trainer, batch: Batch) -> None:
-    """What the processes send each other in a step: images, keys, gradients."""
+    """What the processes send each other in a step: images and keys, in both directions of the loss; gradients."""
     order, _ = permutation(len(batch.index) * world_size(), torch.Generator())
-    if trainer.run.shuffles:
-        shuffle(batch.view_k, order)
-    gather(torch.zeros(len(batch.index), trainer.config.dim, device=trainer.device))
+    for _ in range(1 + trainer.config.symmetric):
+        if trainer.run.shuffles:
+            shuffle(batch.view_k, order)
+        gather(torch.zeros(len(batch.index), trainer.config.dim, device=trainer.device))
     all_sum(torch.cat([weight.grad.flatten() for weight in trainer.model.parameters() if weight.grad is not None]))

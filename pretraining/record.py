@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: measurements, metrics, TensorBoard events, a picture of its views."""
+"""What a run writes down as it goes: measurements, metrics, TensorBoard events."""
 
 import time
 from collections import deque
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
 from moco_eval import files
 from moco_eval.errors import RunFailed
@@ -16,7 +15,6 @@ from moco_eval.runtime import all_sum, gather, is_main, log, rank, tell, to_host
 from pretraining.health import PATIENCE, alarms
 from pretraining.moco import Step
 from pretraining.plan import Plan
-from pretraining.views import two_views
 
 
 class Measurements:
@@ -26,11 +24,12 @@ class Measurements:
         self.run = run
         self.rows: list[torch.Tensor] = []
         self.unreadable: set[int] = set()
+        self.known = 0  # of them, to every rank
         self.restart()
 
     def restore(self, rows: torch.Tensor, unreadable: set[int]) -> None:
         """Go on from a checkpoint's, which holds every rank's."""
-        self.rows, self.unreadable = list(rows[rank()]), unreadable
+        self.rows, self.unreadable, self.known = list(rows[rank()]), unreadable, len(unreadable)
 
     def restart(self) -> None:
         """Measure time from now."""
@@ -42,9 +41,9 @@ class Measurements:
         self.rows.append(torch.stack(rows).mean(dim=0))
 
     def note_unreadable(self, index: list[int]) -> None:
-        """Name each unreadable image once, from the rank that met it."""
+        """Name each unreadable image once, with the reason, from the rank that met it."""
         for bad in set(index) - self.unreadable:
-            tell(f"warning: unreadable image, another takes its place: {self.run.images.name_of(bad)}")
+            tell(f"warning: {self.run.images.trouble_with(bad)}; another image takes its place")
         self.unreadable |= set(index)
 
     def together(self, step: int) -> torch.Tensor:
@@ -53,7 +52,6 @@ class Measurements:
         Raises:
             RunFailed: a loss among them is not finite, or more images were unreadable than bad_images allows.
         """
-        self.unreadable = union(self.unreadable)
         self._require_few_unreadable()
         if not self.rows:
             return torch.zeros(world_size(), 0, 3)
@@ -68,17 +66,16 @@ class Measurements:
             What gives the line; asked a step later, it finds it arrived and stops no device. It raises as `together`.
         """
         rows, seconds, waited = torch.stack(self.rows), time.perf_counter() - self.started, self.waited
-        unreadable = torch.full_like(rows[:1], len(self.unreadable))
-        arrives = to_host(gather(torch.cat([rows, unreadable])[None]))
+        found = torch.full_like(rows[:1], len(self.unreadable) - self.known)
+        arrives = to_host(gather(torch.cat([rows, found])[None]))
         self.rows = []
         self.restart()
         return lambda: self._line(step, lr, arrives(), seconds, waited)
 
     def _line(self, step: int, lr: float, values: torch.Tensor, seconds: float, waited: float) -> dict[str, Any]:
-        values, unreadable = values[:, :-1], values[:, -1, 0]
+        values, found = values[:, :-1], values[:, -1, 0]
         self._require_finite(values, step)
-        if unreadable.sum() > self.run.config.bad_images:  # the same on every rank
-            self.unreadable = union(self.unreadable)
+        if self._too_many(self.known + int(found.sum())):  # the same on every rank, if some are counted twice
             self._require_few_unreadable()
         loss, accuracy, feature_std = values.double().mean(dim=(0, 1)).tolist()
         return {
@@ -101,9 +98,15 @@ class Measurements:
             where = f"epoch {(at - 1) // self.run.steps_per_epoch}, step {at}"
             raise RunFailed(f"the loss is {loss} in {where}; a smaller optimizer.lr may help")
 
+    def _too_many(self, unreadable: int) -> bool:
+        return unreadable + len(self.run.images.damaged) > self.run.config.bad_images
+
     def _require_few_unreadable(self) -> None:
-        limit = self.run.config.bad_images
-        if len(self.unreadable) + len(self.run.images.damaged) > limit:
+        """Collective: from here on every rank knows all of them."""
+        self.unreadable = union(self.unreadable)
+        self.known = len(self.unreadable)
+        if self._too_many(self.known):
+            limit = self.run.config.bad_images
             raise RunFailed(f"more than {limit} images cannot be read (the limit is bad_images); mend the data")
 
 
@@ -165,12 +168,3 @@ class Metrics:
     def close(self) -> None:
         if is_main():
             self.board.close()
-
-
-def draw_views(run: Plan, path: Path, pairs: int = 8) -> None:
-    """A picture of what the network sees: view_q above view_k, one image a column."""
-    views = two_views(run.images, run.config)
-    chosen = range(0, len(views), max(1, len(views) // pairs))[:pairs]
-    drawn, *_ = views.__getitems__([(0, index) for index in chosen])
-    with files.atomic(path) as temporary:
-        save_image(drawn.flatten(0, 1) / 255, temporary, nrow=len(chosen), padding=2, pad_value=1.0)

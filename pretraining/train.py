@@ -32,8 +32,8 @@ from pretraining.mechanisms import Mechanism, build, prepare, settle
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
-from pretraining.record import Measurements, Metrics, draw_views
-from pretraining.views import Batch
+from pretraining.record import Measurements, Metrics
+from pretraining.views import Batch, two_views
 
 
 def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
@@ -50,7 +50,7 @@ def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
     trainer = Trainer(run, output, device)
     trainer.restore()
     if is_main():
-        draw_views(run, output / "views.png")
+        two_views(run.images, run.config).draw(output / "views.png")
     try:
         trainer.train()
     except RunFailed as error:
@@ -157,6 +157,7 @@ class Trainer:
         if epoch_ends or self.step % self.config.log_every == 0:
             self.coming_line = self.measured.line(self.step, self.optimizer.param_groups[0]["lr"])
         if epoch_ends:
+            note = self.write_line()
             self.save()
         return note
 

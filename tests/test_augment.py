@@ -3,11 +3,14 @@
 Tolerances are mean absolute errors per pixel and channel, in levels of 0 to 255, over real photos.
 """
 
+from functools import lru_cache, partial
+
 import numpy as np
 import pil
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.transforms import functional as tv
 
 from moco_eval.data import augment
@@ -23,7 +26,13 @@ OPERATIONS = {  # name: ours, PIL's, smallest and largest parameter, tolerance
     "contrast": (augment.contrast, tv.adjust_contrast, 0.6, 1.4, 0),
     "saturation": (augment.saturation, tv.adjust_saturation, 0.6, 1.4, 0),
     "hue": (augment.hue, tv.adjust_hue, -0.5, 0.5, 0.02),
-    "blur": (augment.blur, lambda image, sigma: image.filter(ImageFilter.GaussianBlur(radius=sigma)), 0.1, 2.0, 0.01),
+    "blur": (
+        lambda images, sigma: augment.blur(images, sigma, 2),
+        lambda image, sigma: image.filter(ImageFilter.GaussianBlur(radius=sigma)),
+        0.1,
+        2.0,
+        0.01,
+    ),
     "grey": (lambda images, _: augment.grey(images), lambda image, _: tv.rgb_to_grayscale(image, 3), 0, 1, 0),
     "solarize": (lambda images, _: augment.solarize(images), lambda image, _: ImageOps.solarize(image), 0, 1, 0),
     "flip": (lambda images, _: augment.flip(images), lambda image, _: ImageOps.mirror(image), 0, 1, 0),
@@ -146,15 +155,12 @@ def test_the_boxes_of_a_blur_reach_as_far_as_its_sigma_needs():
 
 @pytest.mark.slow
 def test_compiled_operations_give_the_same_pixels():
-    """One compilation for any number of images."""
+    """Each is compiled once for any number of images, once for one alone, and the blur for each reach."""
     recipe = Recipe((Jitter(0.4, 0.4, 0.4, 0.1), Blur((0.1, 2.0), 0.5), Flip()))
-    compiled: dict = {}
-
-    def fuse(operation):
-        return compiled.setdefault(operation, torch.compile(operation, dynamic=True))
-
-    for count in (12, 7):
+    counter = CompileCounterWithBackend("inductor")
+    fuse = lru_cache(partial(torch.compile, dynamic=True, backend=counter))
+    for count in (12, 7, 5, 9, 3, 11, 2, 8, 10, 6, 4, 1):
         images, u = pil.tensor(PHOTOS[:count]), np.random.default_rng(count).random((count, 12))
         ours = recipe.apply(images, u, 96, fuse=fuse)
         assert (ours.int() - recipe.apply(images, u, 96).int()).abs().float().mean() < 0.01
-    assert len(compiled) == 5
+    assert fuse.cache_info().currsize == 5 and 5 <= counter.frame_count <= 12

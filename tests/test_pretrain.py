@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from moco_eval.data.loader import Normalise
 from moco_eval.encoders.build import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime import compile_
+from pretraining.moco import Step
 from pretraining.plan import plan
+from pretraining.record import Measurements
 from pretraining.train import pretrain
 from pretraining.views import preprocessing, two_views
 
@@ -197,6 +200,29 @@ def test_an_unreadable_image_has_a_fixed_substitute_and_a_limit(photos, tmp_path
     strict = flat.model_copy(update={"bad_images": 0})
     with pytest.raises(RunFailed, match="more than 0 images cannot be read"):
         pretrain(plan(strict, "flat", photos, 1), tmp_path / "strict", CPU)
+
+
+def test_unreadable_images_are_counted_with_the_damage_and_each_once(photos, monkeypatch):
+    """As several ranks count them: what each found since all knew of each other's; beyond the limit, exactly."""
+    run = plan(config("bn_groups=4", "batch_size=32", "views.recipe=moco_v2", "bad_images=4"), "flat", photos, 1)
+    run.images = replace(run.images, damaged=("a.tar", "b.tar"))
+    measured, row = Measurements(run), Step(*torch.ones(3), torch.ones(1))
+    monkeypatch.setattr("pretraining.record.union", lambda values: values | {4, 5})
+    asked = []
+    measured.note_unreadable([4])
+    for _ in range(3):
+        measured.add([row])
+        measured.line(1, 0.0)()
+        asked.append(measured.known)
+    assert asked == [0, 0, 0]  # two damaged and one unreadable: nobody needs to be asked
+    measured.together(3)
+    assert measured.known == 2 and measured.unreadable == {4, 5}
+    measured.add([row])
+    measured.line(4, 0.0)()
+    measured.note_unreadable([6])
+    measured.add([row])
+    with pytest.raises(RunFailed, match="more than 4 images cannot be read"):
+        measured.line(5, 0.0)()
 
 
 def test_an_unreadable_image_does_not_stop_the_monitor_nor_the_run(tmp_path, capfd):

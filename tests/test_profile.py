@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import in_process
+from commands import error_line, in_process
 
 from moco_eval import config as configs
 from moco_eval.bottleneck import Parts
 from moco_eval.config import PretrainConfig
+from pretraining.feed import Feed
 from pretraining.plan import plan
 from pretraining.train import Trainer
 
@@ -65,15 +66,19 @@ def test_data_in_memory_needs_no_loader():
     assert "loader" not in report
 
 
-@pytest.mark.parametrize("data", ["memory", "files"])
+@pytest.mark.parametrize("data", ["memory", "files", "reference"])
 def test_profile_says_what_limits_and_keeps_nothing(data, tmp_path, capfd, monkeypatch):
     from PIL import Image
 
     for i in range(40):
         Image.effect_noise((40, 40), 10 + i).convert("RGB").save(tmp_path / f"{i}.jpg")
-    where = ["--dataset", "digits"] if data == "memory" else ["--dataset", "flat", "--data", tmp_path]
+    (tmp_path / "3.jpg").write_text("no image")
+    where = ["--dataset", "flat", "--data", tmp_path] if data == "files" else ["--dataset", "digits"]
+    backend = "reference" if data == "reference" else "device"
     small = ["arch=resnet18_quarter", "views.size=32", "views.recipe=moco_v2", "bn_groups=2", "knn=null", "workers=0"]
-    settings = [f"--set={setting}" for setting in (*small, "queue_size=64", "schedule.epochs=3")]
+    settings = [
+        f"--set={setting}" for setting in (*small, "queue_size=64", "schedule.epochs=3", f"views.backend={backend}")
+    ]
     output = tmp_path / "run"
     command = ["pretrain", "digits", *where, "--output", output, "--batch-size", "8", *settings, "--profile", "5"]
     out, _ = in_process(capfd, monkeypatch, *command)
@@ -82,22 +87,37 @@ def test_profile_says_what_limits_and_keeps_nothing(data, tmp_path, capfd, monke
         and "training, batch in place" in out
         and "images/s; the training" in out
     )
-    assert ("One core makes views of" in out) == (data == "files")
+    assert ("One core makes views of" in out) == (data != "memory")
     assert not output.exists()
+    short = error_line(capfd, monkeypatch, *command[:-1], "5000")
+    assert "--profile 5000 runs 5500 steps (500 to warm up), the schedule has" in short
 
 
 @pytest.mark.gpu
-def test_a_step_on_a_gpu_waits_for_nothing():
-    """Every copy and every reading of a metric runs beside the host; torch says where one does not."""
-    settings = ("arch=resnet18_quarter", "views.size=32", "knn=null", "compile=false", "log_every=2")
-    device = torch.device("cuda")
-    run = plan(configs.load("digits", "pretrain", PretrainConfig, settings), "digits", None, 1, device)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("data", ["memory", "files"])
+def test_a_step_on_a_gpu_waits_for_nothing(data, compiled, tmp_path):
+    """Every copy and every reading of a metric runs beside the host, which torch checks; views are a CPU's."""
+    from PIL import Image
+
+    for i in range(256):
+        Image.effect_noise((40, 40), 10 + i).convert("RGB").save(tmp_path / f"{i:03}.jpg")
+    small = ("arch=resnet18_quarter", "views.size=32", "views.recipe=moco_v2", "knn=null", "queue_size=64")
+    settings = (*small, f"compile={str(compiled).lower()}", "batch_size=32", "workers=1")
+    config, device = configs.load("digits", "pretrain", PretrainConfig, settings), torch.device("cuda")
+    where = ("digits", None) if data == "memory" else ("flat", tmp_path)
+    run = plan(config, *where, 1, device)
     trainer = Trainer(run, Path(os.devnull), device)
-    batches = trainer.batches()
+    batches, coming = trainer.batches(), None
     try:
-        for step, batch in zip(range(12), batches):
-            torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+        for step, batch in zip(range(40), batches):
+            torch.cuda.set_sync_debug_mode("error" if step > 30 else "default")
             trainer.train_step(batch)
-            trainer.measured.line(trainer.step, 0.0)
+            if coming is not None:
+                assert coming()["loss"] > 0
+            coming = trainer.measured.line(trainer.step, 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    ours = next(Feed(run, device)(0))[0].view_q.cpu().int()
+    difference = (ours - next(Feed(run, torch.device("cpu"))(0))[0].view_q.int()).abs().float()
+    assert difference.mean() < 0.05

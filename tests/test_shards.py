@@ -168,6 +168,9 @@ def test_impossible_sizes_are_damage(tmp_path, field):
     with (tmp_path / "x.tar").open("rb") as file:
         (found,) = shards.members(file.fileno(), 2560)
     assert not found.whole
+    write_shards(tmp_path)
+    images, _, damaged = shards.open_shards(tmp_path)
+    assert len(images) == 36 and len(damaged) == 1 and damaged[0].startswith("x.tar")
 
 
 def test_damage_beyond_bad_images_is_refused_and_within_it_is_said(folder):
@@ -355,7 +358,7 @@ def test_a_run_over_damaged_shards_names_each_thing_once_and_ends(folder, tmp_pa
     said = capsys.readouterr().err + run.describe()
     for name in (broken, "bad.tar/00101.jpg", "bad.tar/text.jpg"):
         assert said.count(name) == 1
-    assert said.count("unreadable image") == 2
+    assert said.count("another image takes its place") == 2
     first = next(Trainer(run, tmp_path / "order", torch.device("cpu")).batches()).index.tolist()
     assert first == [i for _, i in next(iter(batches(run.images.shards, batch_size=8, seed=run.config.seed)))]
     with pytest.raises(RunFailed, match="more than 2 images cannot be read"):

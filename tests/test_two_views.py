@@ -7,13 +7,14 @@ import pil
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from moco_eval.data.cut import photo
 from moco_eval.data.images import ImageSet, open_images
 from moco_eval.data.loader import Batches, loader
-from moco_eval.data.steps import Flip, Recipe
+from moco_eval.data.steps import Flip, PilGaussianBlur, Recipe
 from moco_eval.data.two_views import TwoViews
 from moco_eval.errors import InputError
 from pretraining.feed import Feed
@@ -95,6 +96,43 @@ def test_workers_deliver_what_the_main_process_would(photos):
     alone, shared = (list(loader(views, batches, workers, CPU)) for workers in (0, 2))
     assert len(alone) == len(shared) == 6
     assert all(torch.equal(a, b) for left, right in zip(alone, shared) for a, b in zip(left, right))
+
+
+def parts(transform) -> list:
+    """A pipeline as nested lists of types and what they hold."""
+    if isinstance(transform, transforms.Compose | transforms.RandomApply):
+        inner = [parts(one) for one in transform.transforms]
+        return [*inner, transform.p] if isinstance(transform, transforms.RandomApply) else inner
+    held = {key: value for key, value in vars(transform).items() if not key.startswith("_") and key != "training"}
+    return [type(transform).__name__, held]
+
+
+def test_recipes_are_the_published_ones():
+    """main_moco.py's two and the CIFAR-10 demo's, written out: order, ranges, probabilities."""
+    jitter, v1_jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)
+    published = {
+        "moco_v1": [
+            transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([v1_jitter], p=1.0),
+            transforms.RandomHorizontalFlip(),
+        ],
+        "moco_v2": [
+            transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([PilGaussianBlur((0.1, 2.0))], p=0.5),
+            transforms.RandomHorizontalFlip(),
+        ],
+        "cifar10": [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(p=0.5),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+        ],
+    }
+    for name, steps in published.items():
+        assert parts(RECIPES[name].reference(224)) == parts(transforms.Compose(steps))
 
 
 def settings(*changes: str) -> PretrainConfig:

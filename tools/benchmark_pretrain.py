@@ -116,6 +116,7 @@ def ours(run: Plan, batch: Batch, device: torch.device, augmented: bool = False)
     fuse = fusing(device, bool(run.config.compile))
 
     def step() -> None:
+        torch.backends.cudnn.benchmark = True  # as training sets it
         if augmented:
             views = [recipe.apply(view, u, size, 1, fuse) for view, u in zip((batch.view_q, batch.view_k), numbers)]
             trainer.train_step(Batch(*views, batch.index))
@@ -142,6 +143,7 @@ def lightly(run: Plan, batch: Batch, device: torch.device, bf16: bool) -> Run:
     view_q, view_k = as_float(batch.view_q), as_float(batch.view_k)
 
     def step() -> None:
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, False  # PyTorch's defaults
         update_momentum(encoder, momentum_encoder, run.config.momentum)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             q = encoder(view_q)
@@ -213,13 +215,14 @@ def pictures(run: Plan, device: torch.device) -> Batch:
 
 def timed(row: Row, device: torch.device, steps: int) -> tuple[Run, dict[str, float]]:
     """Some steps, waited for; and the peak memory, arithmetic and bytes of one."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step = row.make()
     step(), step()
     wait_for(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step()
-    peak = {"peak_GiB": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+    peak = {"peak_GiB": (torch.cuda.max_memory_allocated(device) - before) / 2**30} if device.type == "cuda" else {}
 
     def several() -> None:
         for _ in range(steps):

@@ -89,7 +89,7 @@ def flip(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
-def blur(images: Tensor, sigma: Tensor, reach: int = 2) -> Tensor:
+def blur(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
     """PIL's GaussianBlur of radius sigma, pixels: three extended box filters along each axis, 8 bits in between.
 
     Args:

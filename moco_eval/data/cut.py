@@ -7,6 +7,8 @@ from torch.nn.functional import interpolate
 
 from moco_eval.data.images import ImageSet, decode_bytes
 
+LARGEST = 2**26  # pixels; PIL, which decides about larger ones, refuses from 2.7 times as many
+
 
 def photo(images: ImageSet, index: int) -> torch.Tensor:
     """An image as 8-bit RGB, (3, H, W), the pixels PIL gives; raises InputError naming what cannot be read.
@@ -17,7 +19,8 @@ def photo(images: ImageSet, index: int) -> torch.Tensor:
     data = images.read(index)
     if data[:3] == b"\xff\xd8\xff":
         try:
-            if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "RGB", "Gray"):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours in ("YCbCr", "RGB", "Gray") and height * width < LARGEST:
                 return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
         except ValueError:
             pass  # truncated or damaged: PIL says how

@@ -82,6 +82,14 @@ class ImageSet:
         """What to call an image in a message: its path, its shard and its name there, or its number."""
         return f"image {index} of {self.name}" if self.files is None else self.files[index]
 
+    def trouble_with(self, index: int) -> str:
+        """Why an image cannot be read, with its name."""
+        try:
+            self.image(index)
+        except InputError as error:
+            return str(error)
+        return f"{self.name_of(index)} could not be read at first"
+
     def record(self) -> dict[str, Any]:
         """The `dataset` part of a result record."""
         record = {

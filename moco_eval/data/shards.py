@@ -284,7 +284,7 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
             return
         size = 0 if kind in b"123456" else size
         whole = at + BLOCK + size <= end and kind != b"S"  # sparse ones are not stored as they are
-        yield Member(name, start, at + BLOCK, size, kind not in b"123456", whole)
+        yield Member(name, start, at + BLOCK, size if whole else 0, kind not in b"123456", whole)
         if not whole:
             return
         at += BLOCK + _padded(size)

@@ -1,7 +1,9 @@
 """The steps of an augmentation recipe, each in two forms: the published PIL transform, and on batches of uint8 images.
 
 A step says how many uniform numbers it takes from an image's stream (`draws`), makes its parameters of them and
-applies them to the whole batch; `reference` is torchvision's transform of the same parameters.
+applies them to the whole batch: called with images (N, 3, H, W) uint8, which it may overwrite, the numbers (N, draws),
+the size of a view in pixels and what compiles an operation, it returns images. `reference` is torchvision's transform
+of the same parameters.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,10 @@ Fuse = Callable[[Operation], Operation]  # compiles an operation, or leaves it a
 
 
 def on_chosen(images: Tensor, chosen: np.ndarray, operation: Operation, *parameters: np.ndarray) -> Tensor:
-    """The operation applied in place to the chosen images, (N,) bool, each with its own parameters, (N,)."""
+    """The operation applied to the chosen images, (N,) bool, each with its own parameters, (N,).
+
+    May overwrite `images`; what is returned counts.
+    """
     rows = np.flatnonzero(chosen)
     if len(rows) == 0:
         return images
@@ -180,7 +185,8 @@ class Jitter:
         """(N, 4): brightness, contrast and saturation factors, hue shift in turns."""
         spans = np.array([self.brightness, self.contrast, self.saturation, self.hue])
         middle = np.array([1, 1, 1, 0])
-        return between(u[:, 5:9], middle - spans, middle + spans)
+        low = np.maximum(middle - spans, (0, 0, 0, -0.5))
+        return between(u[:, 5:9], low, middle + spans)
 
     def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
         chosen, order, factors = u[:, 0] < self.p, self.order(u), self.factors(u)

@@ -1,7 +1,8 @@
 """Two views of each image of a data set: cut by loader workers, or made from device memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.utils import save_image
 
+from moco_eval import files
 from moco_eval.data.cut import cut, photo
 from moco_eval.data.images import ImageSet
 from moco_eval.data.loader import draw_seed, drawing
@@ -44,7 +47,9 @@ class TwoViews(Dataset):
     count: int = 2
 
     def __post_init__(self) -> None:
-        self.finished = self.finished or self.reference or not isinstance(self.recipe.steps[0], Crop)
+        first = self.recipe.steps[0]
+        self.crop = first if isinstance(first, Crop) else None
+        self.finished = self.finished or self.reference or self.crop is None
         self.published = transforms.Compose([self.recipe.reference(self.size), transforms.PILToTensor()])
 
     def __len__(self) -> int:
@@ -52,7 +57,7 @@ class TwoViews(Dataset):
 
     def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views (count, N, 3, size, size) uint8; index and substitute (N,); numbers (count, N, D)."""
-        epoch, index = np.array(items).T
+        epoch, index = np.ascontiguousarray(np.array(items).T)
         numbers = self.numbers(epoch, index)
         substitute = torch.full((len(items),), -1)
         if self.reference:
@@ -79,7 +84,7 @@ class TwoViews(Dataset):
     def _published(self, items: list[tuple[int, int]], substitute: Tensor) -> Tensor:
         views = self._room(len(items))
         for n, (epoch, index) in enumerate(items):
-            image, substitute[n] = self._readable(index, self.images.image)
+            image, substitute[n] = self.decoded(index)
             with drawing(draw_seed(self.seed, epoch, index)):
                 for view in views:
                     view[n] = self.published(image)
@@ -88,29 +93,40 @@ class TwoViews(Dataset):
     def _of_files(self, index: np.ndarray, numbers: np.ndarray, substitute: Tensor) -> Tensor:
         views = self._room(len(index))
         for n, one in enumerate(index.tolist()):
-            image, substitute[n] = self._readable(one, lambda other: photo(self.images, other))
+            image, substitute[n] = self.decoded(one)
             for view, one_of_two in zip(views, self._of_photo(image, numbers[:, n])):
                 view[n] = one_of_two
-        starts_with_crop = isinstance(self.recipe.steps[0], Crop)
-        return self.finish(views, numbers) if self.finished and starts_with_crop else views
+        return self.finish(views, numbers) if self.finished and self.crop else views
 
     def _of_photo(self, image: Tensor, numbers: np.ndarray) -> Sequence[Tensor] | Tensor:
         """Views of one image, (3, size, size) each: cut, or made whole where something comes before the cut."""
-        crop = self.recipe.steps[0]
-        if not isinstance(crop, Crop):
+        if self.crop is None:
             return self.of_pixels(image[None], numbers[:, None])[:, 0]
         sides = (np.full(self.count, side) for side in image.shape[1:])
-        return [cut(image, box, self.size) for box in crop.boxes(numbers, *sides)]
+        return [cut(image, box, self.size) for box in self.crop.boxes(numbers, *sides)]
 
     def _room(self, count: int) -> Tensor:
         """For views, in the order of bytes in which they are cut: a pixel's colours beside each other."""
         return torch.empty(self.count, count, self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
 
-    def _readable(self, index: int, read: Callable[[int], Any]) -> tuple[Any, int]:
+    def decoded(self, index: int) -> tuple[Any, int]:
+        """An image as the backend takes it, or the next readable one and its index; -1 where it is the image itself.
+
+        Raises:
+            InputError: none can be read.
+        """
         for step in range(len(self)):
             other = (index + step) % len(self)
             try:
-                return read(other), (other if step else -1)
+                image = self.images.image(other) if self.reference else photo(self.images, other)
+                return image, (other if step else -1)
             except InputError:
                 continue
         raise InputError(f"none of the {len(self)} images of {self.images.name} can be read")
+
+    def draw(self, path: Path, pairs: int = 8) -> None:
+        """A picture of what the network sees: first views above second ones, one image a column."""
+        chosen = range(0, len(self), max(1, len(self) // pairs))[:pairs]
+        views, *_ = self.__getitems__([(0, index) for index in chosen])
+        with files.atomic(path) as temporary:
+            save_image(views.flatten(0, 1) / 255, temporary, nrow=len(chosen), padding=2, pad_value=1.0)
