@@ -58,7 +58,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("config")
-@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10, flat or webdataset.")
+@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10, stl10, flat or webdataset.")
 @data_options
 @run_options
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died.")
@@ -134,7 +134,9 @@ def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, 
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet or cifar10.")
+@click.option(
+    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
+)
 @click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
 @data_options
 @encoder_options
@@ -165,7 +167,9 @@ def knn(checkpoint: str, dataset: str, protocol: str, data: Path | None, nproc: 
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet or cifar10.")
+@click.option(
+    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
+)
 @click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, digits, or a file.")
 @click.option("--feature", type=click.Choice(["pooled", "head"]), default="pooled", show_default=True)
 @click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")

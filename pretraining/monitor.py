@@ -16,26 +16,29 @@ class Monitor:
 
     def __init__(self, run: Plan):
         self.run, self.settings = run, run.config.knn
-        self.test = self._test_images()
+        self.splits = self._splits()
 
-    def _test_images(self) -> ImageSet | None:
-        if self.settings is None or self.run.images.labels is None:
+    def _splits(self) -> tuple[ImageSet, ImageSet] | None:
+        """Training and test images with labels."""
+        images = self.run.images
+        if self.settings is None or not images.classes:
             return None
         try:
-            return open_splits(self.run.images.name, self.run.data)[1]
+            train, test = open_splits(images.name, self.run.data)
         except InputError as error:
             log(f"no kNN monitor: {error}")
             return None
+        return (train if images.labels is None else images), test
 
     def due(self, epoch: int) -> bool:
         """Whether to run after this many epochs; always after the last."""
-        if self.settings is None or self.test is None or epoch == 0:
+        if self.settings is None or self.splits is None or epoch == 0:
             return False
         return epoch % self.settings.every == 0 or epoch == self.run.config.schedule.epochs
 
     def __call__(self, encoder_q: nn.Module, device: torch.device) -> float:
         """Top-1 in percent, of the pooled feature or the head's output."""
-        assert self.settings is not None and self.test is not None
+        assert self.settings is not None and self.splits is not None
         for buffer in encoder_q.buffers():
             broadcast_(buffer)  # rank 0's BN statistics are those that are saved
         head = encoder_q.fc
@@ -45,8 +48,7 @@ class Monitor:
         try:
             return knn.monitor(
                 encoder_q,
-                self.run.images,
-                self.test,
+                *self.splits,
                 preprocessing(self.run.config.views),
                 device,
                 k=self.settings.k,

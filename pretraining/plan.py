@@ -174,7 +174,7 @@ def plan(
             parts or BN groups cannot share equally.
     """
     architecture(config.arch)
-    images = open_images(dataset, data, "train")
+    images = open_images(dataset, data, "pretrain")
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
     config = config.model_copy(update=_by_device(config, device))
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])

@@ -120,6 +120,37 @@ def test_cifar10_reads_the_original_layout(tmp_path):
     assert np.asarray(images.image(3))[2, 5].tolist() == rows[3].reshape(3, 32, 32)[:, 2, 5].tolist()
 
 
+def write_stl10(root):
+    """Three images of each file, whose pixels say where they are; returns them, (9, 96, 96, 3)."""
+    root = root / "stl10_binary"
+    root.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), dtype=np.uint8)
+    for part, name in enumerate(("train", "test", "unlabeled")):
+        mine = images[3 * part : 3 * part + 3]
+        columns = [
+            image[row, column, c] for image in mine for c in range(3) for column in range(96) for row in range(96)
+        ]
+        (root / f"{name}_X.bin").write_bytes(bytes(columns))
+        if name != "unlabeled":
+            (root / f"{name}_y.bin").write_bytes(bytes([1, 10, 3]))
+    return images
+
+
+def test_stl10_reads_the_binary_files(tmp_path):
+    images = write_stl10(tmp_path)
+    train, test, both = (open_images("stl10", tmp_path, split) for split in ("train", "test", "pretrain"))
+    assert np.array_equal(train.pixels, images[:3]) and np.array_equal(test.pixels, images[3:6])
+    assert np.array_equal(both.pixels, images[[0, 1, 2, 6, 7, 8]]) and both.labels is None
+    assert train.labels.tolist() == test.labels.tolist() == [0, 9, 2]
+    assert departures(both) == ["stl10 pretrain of 6 images instead of 105000"]
+    (tmp_path / "stl10_binary" / "train_y.bin").write_bytes(bytes([1, 10]))
+    with pytest.raises(InputError, match="3 images of train and 2 labels"):
+        open_images("stl10", tmp_path, "train")
+    (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(bytes(7))
+    with pytest.raises(InputError, match="has 7 bytes, no whole number of 27648"):
+        open_images("stl10", tmp_path, "pretrain")
+
+
 class Canary:
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""Image data sets by name: the built-in digits, CIFAR-10, class folders, flat folders, tar shards."""
+"""Image data sets by name: the built-in digits, CIFAR-10, STL-10, class folders, flat folders, tar shards."""
 
 import hashlib
 import io
@@ -18,10 +18,13 @@ from moco_eval.data.shards import Shards, open_shards
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
 
-NAMES = ("digits", "imagefolder", "imagenet", "cifar10", "flat", "webdataset")
+NAMES = ("digits", "imagefolder", "imagenet", "cifar10", "stl10", "flat", "webdataset")
 OFFICIAL = {
     ("cifar10", "train"): 50_000,
     ("cifar10", "test"): 10_000,
+    ("stl10", "pretrain"): 105_000,
+    ("stl10", "train"): 5_000,
+    ("stl10", "test"): 8_000,
     ("imagenet", "train"): 1_281_167,
     ("imagenet", "val"): 50_000,
 }
@@ -30,6 +33,7 @@ DIGITS_TRAIN = 1297  # the first 1,297 digits train, the last 500 test: other wr
 CIFAR_STATISTICS: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 SMALL: dict[str, Preprocessing] = {
     "cifar10": Preprocessing(size=32, resize=32, **CIFAR_STATISTICS),
+    "stl10": Preprocessing(size=96, resize=96),
     "digits": Preprocessing(size=64, resize=64, mean=(0.305, 0.305, 0.305), std=(0.335, 0.335, 0.335)),
 }
 
@@ -161,17 +165,22 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     Args:
         name: one of NAMES.
         data: its folder; None for built-in ones, or where MOCO_EVAL_DATA says it.
-        split: 'train' or 'test' (an imagefolder's `val/`).
+        split: 'train' or 'test' (an imagefolder's `val/`), or 'pretrain', which is 'train' but for STL-10, where it
+            is the labelled and unlabelled images together, without labels.
     Raises:
         InputError: unknown name, missing or empty folder, a class without images, an incomplete copy.
     """
     if name not in NAMES:
         raise InputError(f"Invalid value for '--dataset': {name!r}.{did_you_mean(name, NAMES)}")
+    if split == "pretrain" and name != "stl10":
+        split = "train"
     if name == "digits":
         return _digits(split)
     folder = data_folder(name, data)
     if name == "cifar10":
         return _cifar10(folder, split)
+    if name == "stl10":
+        return _stl10(folder, split)
     if name == "flat":
         return _flat(folder, split)
     if name == "webdataset":
@@ -286,6 +295,39 @@ def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(labels) != len(pixels) or pixels.dtype != np.uint8:
         raise InputError(f"{path} is not a CIFAR-10 batch: {len(pixels)} images, {len(labels)} labels")
     return np.ascontiguousarray(pixels), labels
+
+
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+def _stl10(folder: Path, split: str) -> ImageSet:
+    """96 x 96 pixels, in the binary files of Coates et al. 2011: an image's columns one after the other, by channel."""
+    root = folder if (folder / "test_X.bin").is_file() else folder / "stl10_binary"
+    parts = ("train", "unlabeled") if split == "pretrain" else (split,)
+    pixels = np.concatenate([_stl10_file(root / f"{part}_X.bin", 3 * 96 * 96) for part in parts])
+    labels = None
+    if split != "pretrain":
+        labels = _stl10_file(root / f"{split}_y.bin", 1)[:, 0].astype(np.int64) - 1
+        if len(labels) != len(pixels) or not set(labels.tolist()) <= set(range(10)):
+            raise InputError(f"{root}: {len(pixels)} images of {split} and {len(labels)} labels do not belong together")
+    return ImageSet(
+        name="stl10",
+        split=split,
+        classes=STL10_CLASSES,
+        labels=labels,
+        fingerprint=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        pixels=np.ascontiguousarray(pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)),
+    )
+
+
+def _stl10_file(path: Path, row: int) -> np.ndarray:
+    """(N, row) bytes of one file."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; --data must hold stl10_binary with its .bin files")
+    found = np.fromfile(path, dtype=np.uint8)
+    if not len(found) or len(found) % row:
+        raise InputError(f"{path} has {len(found)} bytes, no whole number of {row}; fetch the data set again")
+    return found.reshape(-1, row)
 
 
 def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
