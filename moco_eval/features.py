@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moco_eval.data.images import ImageSet
-from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader
+from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import autocast, gather, progress, rank, to_device, world_size
@@ -76,9 +76,7 @@ def _in_memory(
     images: ImageSet, preprocessing: Preprocessing, batches: Batches, device: torch.device, *_: object
 ) -> Iterator[torch.Tensor]:
     """Normalised images of each batch, from the device's memory."""
-    assert images.pixels is not None
-    pixels = to_device(torch.from_numpy(images.pixels).permute(0, 3, 1, 2).contiguous(), device)
-    normalise = Normalise(preprocessing)
+    pixels, normalise = resident(images, device), Normalise(preprocessing)
     for items in batches:
         yield normalise(pixels[to_device(torch.tensor([index for _, index in items]), device)])
 

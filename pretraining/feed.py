@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_eval.data.loader import Batches, beside, loader
+from moco_eval.data.loader import Batches, beside, loader, resident
 from moco_eval.data.steps import fusing
 from moco_eval.runtime import to_device
 from pretraining.plan import Plan
@@ -40,9 +40,7 @@ class Feed:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """All images, (images, 3, H, W) uint8, on the device."""
-        assert self.run.images.pixels is not None
-        return to_device(torch.from_numpy(self.run.images.pixels).permute(0, 3, 1, 2).contiguous(), self.device)
+        return resident(self.run.images, self.device)
 
     def _from_files(self, batches: Batches) -> Iterator[tuple[Batch, list[int]]]:
         """Workers decode and cut; on a GPU the recipe's other steps are done there."""

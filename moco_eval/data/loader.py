@@ -217,6 +217,12 @@ def _own_group(_worker: int) -> None:
     os.setpgid(0, 0)
 
 
+def resident(images: ImageSet, device: torch.device) -> torch.Tensor:
+    """All images of a set in memory, (images, 3, H, W) uint8, on the device."""
+    assert images.pixels is not None
+    return to_device(torch.from_numpy(images.pixels).permute(0, 3, 1, 2).contiguous(), device)
+
+
 def beside(loaded: Iterable[tuple[torch.Tensor, ...]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
     """(views, index) of each loaded batch on the device, then (index, substitute, numbers) as they came.
 

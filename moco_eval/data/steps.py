@@ -199,7 +199,7 @@ class Jitter:
 
 
 Step = Crop | Flip | Grey | Solarize | Blur | Affine | Jitter
-CACHE_PIXELS = 2**16  # a CPU takes so many pixels at a time: their floats stay in its cache
+CACHE_PIXELS = 100_000  # a CPU takes so many pixels at a time: their floats stay in its cache
 
 
 def unfused(operation: Operation) -> Operation:
