@@ -111,6 +111,7 @@ def fresh(function: Callable, folder: Path) -> Any:
 
 
 def _answer(pipe: Any, function: Callable, folder: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # its loader processes start as training's do
     pipe.send(function(folder))
     for process in multiprocessing.active_children():
         process.kill()
