@@ -68,8 +68,8 @@ def extract(
 
 def _fits_as_it_is(images: ImageSet, preprocessing: Preprocessing) -> bool:
     """Whether the images are in memory and neither resized nor cropped."""
-    sides = {preprocessing.size, preprocessing.resize}
-    return images.pixels is not None and {*images.pixels.shape[1:3]} == sides and len(sides) == 1
+    side = preprocessing.size
+    return images.pixels is not None and images.pixels.shape[1:3] == (side, side) and preprocessing.resize == side
 
 
 def _in_memory(
