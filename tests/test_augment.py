@@ -156,7 +156,7 @@ def test_the_boxes_of_a_blur_reach_as_far_as_its_sigma_needs():
 
 @pytest.mark.slow
 def test_compiled_operations_give_the_same_pixels():
-    """Each is compiled once for any number of images, once for one alone, and the blur for each reach."""
+    """Each is compiled two or three times (many images, one alone, the blur's reach), not for each number of them."""
     recipe = Recipe((Jitter(0.4, 0.4, 0.4, 0.1), Blur((0.1, 2.0), 0.5), Flip()))
     counter = CompileCounterWithBackend("inductor")
     fuse = lru_cache(partial(torch.compile, dynamic=True, backend=counter))
@@ -164,4 +164,4 @@ def test_compiled_operations_give_the_same_pixels():
         images, u = pil.tensor(PHOTOS[:count]), np.random.default_rng(count).random((count, 12))
         ours = recipe.apply(images, u, 96, fuse=fuse)
         assert (ours.int() - recipe.apply(images, u, 96).int()).abs().float().mean() < 0.01
-    assert fuse.cache_info().currsize == 5 and 5 <= counter.frame_count <= 12
+    assert fuse.cache_info().currsize == 5 and 5 <= counter.frame_count <= 15
