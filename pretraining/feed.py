@@ -53,11 +53,9 @@ class Feed:
     def device_part(self, items: list[tuple[int, int]]) -> Callable[[], Tensor]:
         """What the training device does to make the views of a batch, and nothing before it."""
         epoch, index = np.ascontiguousarray(np.array(items).T)
+        numbers = self.views.numbers(epoch, index)
         if self.in_memory:
-            pixels, numbers = (
-                self.pixels[to_device(torch.from_numpy(index), self.device)],
-                self.views.numbers(epoch, index),
-            )
+            pixels = self.pixels[to_device(torch.from_numpy(index), self.device)]
             return lambda: self.views.of_pixels(pixels, numbers, self.fuse)
-        views, numbers = to_device(self.views.__getitems__(items)[0], self.device), self.views.numbers(epoch, index)
+        views = to_device(self.views.__getitems__(items)[0], self.device)
         return lambda: views if self.views.finished else self.views.finish(views, numbers, self.fuse)
