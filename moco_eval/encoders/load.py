@@ -17,7 +17,8 @@ from moco_eval import files
 from moco_eval.config import did_you_mean
 from moco_eval.encoders.build import ARCHITECTURES, architecture, build_backbone, build_resnet
 from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.encoders.recognise import SAFETENSORS, SUFFIXES, Checkpoint, recognise
+from moco_eval.encoders.read import SUFFIXES
+from moco_eval.encoders.recognise import SAFETENSORS, Checkpoint, recognise
 from moco_eval.errors import InputError
 
 OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
