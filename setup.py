@@ -33,6 +33,7 @@ setup(
         "pillow>=10",
         "simplejpeg>=1.7",
         "jinja2>=3.1",
+        "timm>=1.0",
     ],
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "webdataset>=0.2"]

@@ -43,8 +43,11 @@ data_options = options(
 )
 encoder_options = options(
     click.option("--arch", help="Architecture, where the file does not say."),
-    click.option("--encoder", type=click.Choice(["query", "key"]), default="query", show_default=True),
+    click.option(
+        "--encoder", type=click.Choice(["query", "key"]), help="key: the momentum encoder.  [default: the method's own]"
+    ),
 )
+feature_option = click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -52,7 +55,7 @@ encoder_options = options(
 def cli() -> None:
     """Train MoCo encoders, and measure how well any encoder transfers, beside the papers' own numbers.
 
-    CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], pixels.
+    CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], timm:NAME, pixels.
     """
 
 
@@ -112,7 +115,7 @@ def pretrain(
 @cli.command()
 @click.argument("checkpoint")
 @encoder_options
-def inspect(checkpoint: str, arch: str | None, encoder: str) -> None:
+def inspect(checkpoint: str, arch: str | None, encoder: str | None) -> None:
     """Whose checkpoint is this? Every tensor accounted for, or it says why not."""
     from moco_eval.encoders.inspect import describe, format_description
 
@@ -125,7 +128,7 @@ def inspect(checkpoint: str, arch: str | None, encoder: str) -> None:
 @click.option("--to", required=True, type=click.Choice(["detectron2", "torchvision", "safetensors"]))
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @encoder_options
-def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, encoder: str) -> None:
+def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, encoder: str | None) -> None:
     """Write an encoder in another framework's format, and prove the copy."""
     from moco_eval.encoders.export import convert as convert_checkpoint
 
@@ -138,10 +141,19 @@ def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, 
     "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
 )
 @click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
+@feature_option
 @data_options
 @encoder_options
 @run_options
-def knn(checkpoint: str, dataset: str, protocol: str, data: Path | None, nproc: int, **given: Any) -> int:
+def knn(
+    checkpoint: str,
+    dataset: str,
+    protocol: str,
+    feature: str | None,
+    data: Path | None,
+    nproc: int,
+    **given: Any,
+) -> int:
     """Weighted k-nearest-neighbour classification on frozen features."""
     from moco_eval import knn as protocols
     from moco_eval.config import KnnConfig
@@ -150,6 +162,8 @@ def knn(checkpoint: str, dataset: str, protocol: str, data: Path | None, nproc: 
     from moco_eval.results import default_output
     from moco_eval.runtime import processes
 
+    if feature is not None:
+        given["settings"] = (*given["settings"], f"feature={feature}")
     config = _config(protocol, "knn", KnnConfig, given)
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
@@ -171,7 +185,7 @@ def knn(checkpoint: str, dataset: str, protocol: str, data: Path | None, nproc: 
     "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
 )
 @click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, digits, or a file.")
-@click.option("--feature", type=click.Choice(["pooled", "head"]), default="pooled", show_default=True)
+@feature_option
 @click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")
 @click.option(
     "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
@@ -183,7 +197,7 @@ def linear(
     checkpoint: str,
     dataset: str,
     protocol: str,
-    feature: str,
+    feature: str | None,
     labels: str | None,
     trials: int,
     data: Path | None,
@@ -210,7 +224,7 @@ def linear(
         return 0
     if nproc > 1:
         return _launch(nproc)
-    task = protocols.Task(encoder, train, test, config, feature, per_class, trials)
+    task = protocols.Task(encoder, train, test, config, feature or "pooled", per_class, trials)
     with processes(given["device"]) as device:
         _print_record(protocols.evaluate(task, output, device))
     return 0

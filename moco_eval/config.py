@@ -71,7 +71,7 @@ class KnnMonitor(Model):
     every: int = Positive
     k: int = Field(200, gt=0)
     temperature: float = Field(0.07, gt=0)
-    feature: Literal["pooled", "head"] = "pooled"
+    feature: str = "pooled"  # or head, or a stage of the network
 
 
 class KeepCheckpoints(Model):

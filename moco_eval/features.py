@@ -7,25 +7,56 @@ from torch import nn
 
 from moco_eval.data.images import ImageSet
 from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident
+from moco_eval.encoders.build import architecture
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import autocast, gather, progress, rank, to_device, world_size
 
 
 def network(encoder: Encoder, feature: str) -> nn.Module:
-    """The backbone alone (`pooled`), or with its projection head (`head`).
+    """What gives a feature: (N, 3, H, W) to (N, D).
 
+    Args:
+        feature: `pooled`, the backbone's output; `head`, the projection head's; or a stage of the network, averaged
+            over its places (`layer3` of a ResNet) or its normalised class token (`blocks.8` of a ViT).
     Raises:
-        InputError: head is asked of an encoder without one.
+        InputError: a head or stage that the encoder does not have.
     """
     if feature == "pooled":
         return encoder.backbone
+    if feature != "head":
+        return _Stage(encoder, feature)
     if encoder.head is None:
         raise InputError(
             f"{encoder.source} has no projection head ({encoder.origin}); evaluate its pooled feature instead "
-            "(--protocol instdisc)"
+            "(--feature pooled)"
         )
     return nn.Sequential(encoder.backbone, encoder.head)
+
+
+class _Stage(nn.Module):
+    """The backbone up to one of its stages."""
+
+    def __init__(self, encoder: Encoder, stage: str):
+        super().__init__()
+        stages = architecture(encoder.arch).stages if encoder.tensors_loaded else ()
+        if stage not in stages:
+            has = f"it has pooled, head and {', '.join(stages)}" if stages else "it has pooled alone"
+            raise InputError(f"--feature {stage!r} is no stage of {encoder.arch}; {has}")
+        self.backbone, self.stage = encoder.backbone, stage
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.stage.startswith("blocks."):
+            block = int(self.stage.partition(".")[2])
+            return self.backbone.get_intermediate_layers(images, n=[block], return_prefix_tokens=True, norm=True)[0][1][
+                :, 0
+            ]
+        x = images
+        for name, module in self.backbone.named_children():
+            x = module(x)
+            if name == self.stage:
+                break
+        return x.mean(dim=(2, 3))
 
 
 @torch.no_grad()

@@ -64,6 +64,7 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
         RunFailed: the loss is not finite, or something but the classifier moved.
         Interrupted: stopped by a signal; run again to go on.
     """
+    network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
     if open_run(output, _resolved(task)) and (record := finished(output)):
         log(f"already done: {output}")
         return record

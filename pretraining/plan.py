@@ -10,7 +10,7 @@ import torch
 from moco_eval import config as configs
 from moco_eval.config import PretrainConfig
 from moco_eval.data.images import ImageSet, departures, open_images, require_whole
-from moco_eval.encoders.build import architecture
+from moco_eval.encoders.build import resnet
 from moco_eval.errors import InputError
 from pretraining.views import preprocessing
 
@@ -173,7 +173,7 @@ def plan(
         InputError: data that is not there or too damaged, fewer images than a batch, a batch that the processes,
             parts or BN groups cannot share equally.
     """
-    architecture(config.arch)
+    resnet(config.arch)
     images = open_images(dataset, data, "pretrain")
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
     config = config.model_copy(update=_by_device(config, device))

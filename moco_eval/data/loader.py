@@ -1,7 +1,7 @@
 """Transforms and loaders for evaluation. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,8 +26,7 @@ def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
         [
             transforms.Resize(preprocessing.resize),
             transforms.CenterCrop(preprocessing.size),
-            transforms.ToTensor(),
-            transforms.Normalize(preprocessing.mean, preprocessing.std),
+            *_to_network(preprocessing),
         ]
     )
 
@@ -40,25 +39,37 @@ def crop_transform(
         [
             transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale),
             *([transforms.RandomHorizontalFlip()] if flip else []),
-            transforms.ToTensor(),
-            transforms.Normalize(preprocessing.mean, preprocessing.std),
+            *_to_network(preprocessing),
         ]
     )
 
 
+def _to_network(preprocessing: Preprocessing) -> list[Callable]:
+    """A PIL image to what an encoder takes."""
+    swap = [] if preprocessing.channels == "RGB" else [swap_colours]
+    return [transforms.ToTensor(), transforms.Normalize(*preprocessing.rgb()), *swap]
+
+
+def swap_colours(images: torch.Tensor) -> torch.Tensor:
+    """RGB to BGR, or back: (..., 3, H, W)."""
+    return images.flip(-3)
+
+
 class Normalise:
-    """8-bit images, (N, 3, H, W) uint8, to what an encoder takes: 0..1, less the mean, by the standard deviation.
+    """8-bit RGB images, (N, 3, H, W) uint8, to what an encoder takes: less the mean, by the standard deviation.
 
     Bit for bit ToTensor and Normalize, but on the images' device.
     """
 
     def __init__(self, preprocessing: Preprocessing):
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in preprocessing.rgb())
+        self.swap = preprocessing.channels != "RGB"
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        pixels = images.float().div_(255).sub_(self.mean).div_(self.std)
+        return swap_colours(pixels) if self.swap else pixels
 
 
 def draw_seed(seed: int, epoch: int, index: int) -> int:

@@ -24,6 +24,7 @@ from torchvision.ops import roi_align
 
 from moco_eval import files, runtime
 from moco_eval.data.boxes import DetectionData
+from moco_eval.data.loader import swap_colours
 from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.recipe import DetectConfig, learning_rate
@@ -153,8 +154,10 @@ class FasterRCNN(nn.Module):
         self.heads = _region_heads(copy.deepcopy(net.layer4), encoder.feature_dim, classes, recipe)
         self.requires_grad_(True)
         pixels = encoder.preprocessing or Preprocessing()
-        self.register_buffer("mean", 255 * torch.tensor(pixels.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(pixels.std)[:, None, None], persistent=False)
+        mean, std = (255 * torch.tensor(values)[:, None, None] for values in pixels.rgb())
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.swap = pixels.channels != "RGB"
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         batch = self._batch(images)
@@ -170,7 +173,7 @@ class FasterRCNN(nn.Module):
         batch = self.mean.new_zeros((len(images), 3, height, width))
         for place, image in zip(batch, images):
             place[:, : image.shape[1], : image.shape[2]] = (image.to(batch) - self.mean) / self.std
-        return ImageList(batch, sizes)
+        return ImageList(swap_colours(batch) if self.swap else batch, sizes)
 
 
 def _proposal_network(channels: int, recipe: DetectConfig) -> RegionProposalNetwork:
@@ -219,7 +222,7 @@ def check_architecture(encoder: Encoder) -> None:
     if arch.cifar_stem:
         raise InputError(
             f"detect cannot take {encoder.arch}: its CIFAR stem leaves layer3 at stride 4, C4 is "
-            f"defined at 16; take {encoder.arch.removesuffix('_cifar')}"
+            f"defined at 16; take {encoder.arch.partition('_cifar')[0]}"
         )
 
 

@@ -1,22 +1,35 @@
 """What every evaluation takes: a proven backbone, and all that must travel with it."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+
+from moco_eval.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the network expects: RGB in 0..1, less `mean`, over `std`; `size` pixels cut from a resize to `resize`."""
+    """What the network expects: pixels of 0..`range`, less `mean`, over `std`, their colours in the order `channels`.
+
+    `size` pixels are cut from a resize to `resize`; `mean` and `std` are in the units of `range`, in that order.
+    """
 
     size: int = 224
     resize: int = 256
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     channels: str = "RGB"
+    range: int = 1
+
+    def rgb(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of RGB pixels of 0..1."""
+        order = 1 if self.channels == "RGB" else -1
+        mean, std = self.mean[::order], self.std[::order]
+        return (mean, std) if self.range == 1 else (scaled(mean, self.range), scaled(std, self.range))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they come back from a file."""
@@ -24,7 +37,23 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """Raises InputError for a value that is missing, of another kind or out of its range."""
+        try:
+            found = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+            numbers = [float(value) for value in (*found.mean, *found.std)]
+            sizes = [int(found.size), int(found.resize)]
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise InputError(f"its preprocessing is damaged: {error}") from None
+        sound = len(numbers) == 6 and all(map(math.isfinite, numbers)) and min(numbers[3:]) > 0
+        if not sound or not 0 < min(sizes) <= max(sizes) <= 4096 or found.channels not in ("RGB", "BGR"):
+            raise InputError(f"its preprocessing makes no sense: {found}")
+        if found.range not in (1, 255):
+            raise InputError(f"its preprocessing has pixels of 0..{found.range}; 1 and 255 are known")
+        return found
+
+
+def scaled(values: tuple[float, ...], by: float) -> tuple[float, ...]:
+    return tuple(value / by for value in values)
 
 
 @dataclass
@@ -34,18 +63,21 @@ class Encoder:
     Attributes:
         source: the CHECKPOINT argument as the user gave it.
         run_name: short name for folders and tables ('moco_v2_r50', 'random-resnet18').
-        arch: a key of `build.ARCHITECTURES`, or 'pixels'.
-        backbone: (N, 3, H, W) to pooled features (N, feature_dim); torchvision's module names, `fc` the identity.
+        arch: a name that `build.architecture` knows, or 'pixels'.
+        backbone: (N, 3, H, W) to pooled features (N, feature_dim); a ResNet with torchvision's module names, `fc` the
+            identity, or timm's VisionTransformer.
         feature_dim: length of the pooled feature.
         head: the projection head on the pooled feature, (N, feature_dim) to (N, dim); None where there is none.
         origin: the layout it was recognised as, such as 'facebookresearch/moco v2'.
         sha256: of the checkpoint file's bytes; of the weights themselves for `random:` and `torchvision:`.
         tensors_loaded: how many backbone tensors were matched: all of them.
-        which: 'query' or 'key' (MoCo's momentum encoder).
+        which: 'query' or 'key' (the momentum encoder).
+        usual: which of them the method's own evaluation takes.
         dropped: (what, why) of each group of tensors in the file that the backbone does not use.
         warnings: doubts, in words.
         preprocessing: what the weights expect; None where the checkpoint does not say (`random:`).
         pretraining: protocol, dataset, epochs, config, deviations of the run that made it, where it says.
+        norm_eps: of a ViT's layer norms, where it is not timm's.
     """
 
     source: str
@@ -58,10 +90,12 @@ class Encoder:
     sha256: str
     tensors_loaded: int
     which: str = "query"
+    usual: str = "query"
     dropped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     preprocessing: Preprocessing | None = None
     pretraining: dict[str, Any] | None = None
+    norm_eps: float | None = None
 
     def record(self) -> dict[str, Any]:
         """The `encoder` part of a result record."""
@@ -73,6 +107,7 @@ class Encoder:
             "which": self.which,
             "tensors_loaded": self.tensors_loaded,
             "warnings": self.warnings,
+            "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
             "pretraining": self.pretraining,
         }
 
@@ -82,8 +117,8 @@ class Encoder:
 
     def deviations(self) -> list[str]:
         """What an evaluation inherits from it, in words."""
-        key = ["the key encoder instead of the query encoder"] if self.which == "key" else []
-        return key + [f"encoder: {words}" for words in (self.pretraining or {}).get("deviations", [])]
+        other = [f"the {self.which} encoder instead of the {self.usual} encoder"] if self.which != self.usual else []
+        return other + [f"encoder: {words}" for words in (self.pretraining or {}).get("deviations", [])]
 
     def equivalences(self) -> list[str]:
         """What an evaluation inherits from it that was shown to be harmless, in words."""

@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 from moco_eval import files, pickles
 from moco_eval.config import did_you_mean
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.encoders.inspect import probe_features
-from moco_eval.encoders.load import Parts, load, prove, split
-from moco_eval.encoders.recognise import SAFETENSORS, recognise
+from moco_eval.encoders.layouts import SAFETENSORS
+from moco_eval.encoders.load import load
+from moco_eval.encoders.parts import Parts, split
+from moco_eval.encoders.probe import probe_features
+from moco_eval.encoders.prove import prove
+from moco_eval.encoders.recognise import recognise
 from moco_eval.errors import InputError, RunFailed
 
 
 def convert(
-    source: str, output: Path, to: str, arch: str | None = None, encoder: str = "query", force: bool = False
+    source: str, output: Path, to: str, arch: str | None = None, encoder: str | None = None, force: bool = False
 ) -> str:
     """Write CHECKPOINT's encoder in another format and prove the copy.
 

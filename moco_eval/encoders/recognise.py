@@ -1,115 +1,64 @@
-"""Whose checkpoint is this? Names a file's layout by content.
-
-A layout is a row of LAYOUTS; reading, proof of load and export work from the row alone.
-"""
+"""Whose checkpoint is this? Finds a file's tensors and names their layout by content, never by the file's name."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
 from moco_eval.encoders.read import read
 from moco_eval.errors import InputError
 
-FORMAT = "moco-eval/1"
-SAFETENSORS = "moco-eval/1 safetensors"
-IMAGENET = Preprocessing()
-QUEUE = (
-    (r"queue$", "queue", "the negative keys of pretraining"),
-    (r"queue_ptr$", "queue_ptr", "the queue's position"),
-)
-BANK = (r"bank$", "bank", "the memory bank's slots")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one code base names its tensors; a leading `module.` is taken off before anything is compared.
-
-    Attributes:
-        origin: the name users see.
-        marks: regular expressions, each of which must be found in some tensor name.
-        format: value of the file's own `format` entry, where it has one.
-        query: what precedes the names of the evaluated backbone.
-        key: what precedes those of the key encoder; None where there is none.
-        head: what precedes the names of the head, after `query` or `key`.
-        projection: the head is a projection and is loaded; otherwise it is a classifier and is dropped.
-        dropped: (regular expression, what, why) of further tensors that an evaluation does not use.
-        preprocessing: what the weights expect; None where the file itself says.
-    """
-
-    origin: str
-    marks: tuple[str, ...] = ()
-    format: str | None = None
-    query: str = ""
-    key: str | None = None
-    head: str = "fc."
-    projection: bool = False
-    dropped: tuple[tuple[str, str, str], ...] = ()
-    preprocessing: Preprocessing | None = IMAGENET
-
-    def prefix(self, encoder: str) -> str:
-        """Raises InputError where the layout has no such encoder."""
-        if encoder == "query":
-            return self.query
-        if self.key is None:
-            raise InputError(f"--encoder {encoder}: a {self.origin} checkpoint has one encoder only; leave it out")
-        return self.key
-
-
-# The first row that fits is taken: the specific ones stand first.
-LAYOUTS: tuple[Layout, ...] = (
-    Layout(
-        "moco-eval",
-        format=FORMAT,
-        query="encoder_q.",
-        key="encoder_k.",
-        projection=True,
-        dropped=(*QUEUE, BANK),
-        preprocessing=None,
-    ),
-    Layout("moco-eval safetensors", format=SAFETENSORS, head="head.", projection=True, preprocessing=None),
-    Layout(
-        "facebookresearch/moco v2",
-        marks=(r"^encoder_[qk]\.fc\.0\.",),
-        query="encoder_q.",
-        key="encoder_k.",
-        projection=True,
-        dropped=QUEUE,
-    ),
-    Layout(
-        "facebookresearch/moco v1",
-        marks=(r"^encoder_[qk]\.fc\.(weight|bias)$",),
-        query="encoder_q.",
-        key="encoder_k.",
-        projection=True,
-        dropped=QUEUE,
-    ),
-    Layout(
-        "facebookresearch/moco without its head",
-        marks=(r"^encoder_[qk]\.",),
-        query="encoder_q.",
-        key="encoder_k.",
-        projection=True,
-        dropped=QUEUE,
-    ),
-    Layout("torchvision ResNet", marks=(r"^(conv1|bn1|fc)\.", r"^layer\d\.")),
-)
+# Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
+CONTAINERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model")
+COMPANIONS = (("student", "teacher"), ("trunk", "heads"), ("model", "model_ema"))
 
 # What a checkpoint may hold beside its tensors, and why an evaluation leaves it.
 STATE = {
     "optimizer": "the optimiser's state, for resuming",
+    "optimizer_states": "the optimisers' state, for resuming",
+    "scheduler": "the learning-rate schedule, for resuming",
+    "lr_schedulers": "the learning-rate schedules, for resuming",
+    "param_schedulers": "the learning-rate schedules, for resuming",
     "scaler": "the loss scaler's state, for resuming",
+    "fp16_scaler": "the loss scaler's state, for resuming",
+    "amp": "the loss scaler's state, for resuming",
+    "loops": "the trainer's counts, for resuming",
+    "callbacks": "the trainer's callbacks, for resuming",
+    "message_hub": "the log, for resuming",
+    "meta": "settings and versions of the run that wrote it",
+    "hyper_parameters": "settings of the run that wrote it",
+    "args": "settings of the run that wrote it",
+    "opt": "settings of the run that wrote it",
+    "contrast": "the memory of keys",
+    "dino_loss": "the centre of DINO's targets",
+    "lightly_train": "whole modules, which are not read",
     "step": "the training step, for resuming",
+    "global_step": "the training step, for resuming",
+    "iteration": "the training step, for resuming",
     "sampler": "the data order, for resuming",
     "window": "measurements since the last log line, for resuming",
     "unreadable": "the images that could not be read so far, for resuming",
     "rng": "random generators, for resuming",
+    "best_acc": "the accuracy its own training saw",
     "best_acc1": "the accuracy its own training saw",
 }
-READ = ("state_dict", "arch", "epoch", "format", "preprocessing", "pretraining", "config", "origin", "which")
+READ = (
+    "state_dict",
+    "arch",
+    "epoch",
+    "format",
+    "preprocessing",
+    "pretraining",
+    "config",
+    "origin",
+    "which",
+    "norm_eps",
+)
+MOMENTUM = re.compile(r"momentum|teacher|target|(^|[._])(ema|key|k)[._]")
 
 
 @dataclass(frozen=True)
@@ -119,7 +68,7 @@ class Checkpoint:
     Attributes:
         path: the file.
         layout: its row of LAYOUTS.
-        tensors: by name without a leading `module.`, in the file's order, not copied out of it yet.
+        tensors: by name, in the file's order, not copied out of it yet; without wrappers such as a leading `module.`.
         values: what stands beside the tensors.
         dropped: (what, why) of values that are no tensors of the encoder and are not read.
     """
@@ -137,50 +86,168 @@ def recognise(path: Path) -> Checkpoint:
     Raises:
         InputError: missing, unreadable, wants to run code, no checkpoint, or of no known layout.
     """
-    values = read(path)
-    tensors, beside = _tensors(path, values)
-    tensors = _without_module(path, tensors)
-    layout = _layout(path, tensors, beside.get("format"))
+    named, beside = find_tensors(path, read(path))
     dropped = [(name, STATE.get(name, "not used by an evaluation")) for name in beside if name not in READ]
-    dropped += [(name, "not a tensor") for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
-    tensors = {name: value.detach() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    sparse = [name for name, value in tensors.items() if value.layout != torch.strided]
-    if sparse:
-        raise InputError(f"{path}: {sparse[0]} is stored as {tensors[sparse[0]].layout}; only dense tensors are read")
+    dropped += [(name, "not a tensor") for name, value in named.items() if not isinstance(value, torch.Tensor)]
+    tensors = {name: value.detach() for name, value in named.items() if isinstance(value, torch.Tensor)}
+    _require_dense(path, tensors)
+    layout, tensors = _layout(path, tensors, beside.get("format"))
+    if layout.refused:
+        raise InputError(f"{path} is {layout.origin}: {layout.refused}")
     return Checkpoint(path, layout, tensors, beside, dropped)
 
 
-def _tensors(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The named tensors, under `state_dict` or at the top, and what stands beside them."""
-    inner = values.get("state_dict")
-    tensors = inner if isinstance(inner, dict) else {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
-    if not any(isinstance(value, torch.Tensor) for value in tensors.values()):
-        known = ", ".join(str(name) for name in list(values)[:6]) or "none, it is empty"
+# Where are the tensors?
+
+
+def find_tensors(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The named tensors of a checkpoint, and what stands beside them, at whatever depth.
+
+    Raises:
+        InputError: it holds none, or the same ones twice.
+    """
+    beside: dict[str, Any] = {}
+    inner = values
+    while True:
+        parts = _companions(inner)
+        name = next((name for name in CONTAINERS if isinstance(inner.get(name), dict)), None)
+        if parts or name is None:
+            break
+        beside |= {str(key): value for key, value in inner.items() if key != name}
+        inner = inner[name]
+    if parts:
+        beside |= {str(key): value for key, value in inner.items() if key not in parts}
+        named = {f"{part}.": inner[part] for part in parts}
+    else:
+        loose = {key: value for key, value in inner.items() if not isinstance(value, torch.Tensor)}
+        beside |= {str(key): value for key, value in loose.items()} if inner is values else {}
+        named = {"": {key: value for key, value in inner.items() if inner is not values or key not in loose}}
+    if not any(isinstance(value, torch.Tensor) for tensors in named.values() for value in tensors.values()):
+        known = ", ".join(str(key) for key in list(values)[:6]) or "none, it is empty"
         raise InputError(f"{path} holds no tensors; its entries: {known}")
-    beside = (
-        {str(k): v for k, v in values.items() if not isinstance(v, torch.Tensor)} if tensors is not inner else values
-    )
-    return tensors, {str(k): v for k, v in beside.items() if k != "state_dict"}
+    return _joined(path, named), beside
 
 
-def _without_module(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    plain = {str(name).removeprefix("module."): value for name, value in tensors.items()}
-    if len(plain) != len(tensors):
+def _companions(values: Mapping[str, Any]) -> list[str]:
+    """Entries that belong together, such as DINO's student and teacher."""
+    for names in COMPANIONS:
+        found = [name for name in names if isinstance(values.get(name), dict)]
+        if len(found) == len(names) or (found and names[0] != "model"):
+            return found
+    return []
+
+
+def _joined(path: Path, named: dict[str, dict]) -> dict[str, Any]:
+    """All tensors under the names of their parts, the wrappers' additions taken off."""
+    plain = {part + _unwrapped(str(name)): value for part, inner in named.items() for name, value in inner.items()}
+    if len(plain) != sum(len(inner) for inner in named.values()):
         raise InputError(f"{path} holds the same tensors twice, with and without a leading 'module.'")
     return plain
 
 
-def _layout(path: Path, names: dict[str, Any], format_: Any) -> Layout:
+def _unwrapped(name: str) -> str:
+    """Without what DataParallel and torch.compile put before and into names."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name.replace("._orig_mod.", "."))
+
+
+def _require_dense(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    sparse = [name for name, value in tensors.items() if value.layout != torch.strided]
+    if sparse:
+        raise InputError(f"{path}: {sparse[0]} is stored as {tensors[sparse[0]].layout}; only dense tensors are read")
+
+
+# Which layout?
+
+
+def _layout(path: Path, tensors: dict[str, torch.Tensor], format_: Any) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """The row that fits, and the tensors without a prefix that they all share (`model.` of a LightningModule)."""
     known = [row.format for row in LAYOUTS if row.format]
     if isinstance(format_, str) and format_.startswith("moco-eval/") and format_ not in known:
         raise InputError(f"{path} has the format {format_!r}, which this version does not know; update moco-eval")
-    for row in LAYOUTS:
-        if row.format == format_ if row.format else all(_found(mark, names) for mark in row.marks):
-            return row
-    first = ", ".join(list(names)[:3])
-    origins = ", ".join(row.origin for row in LAYOUTS)
-    raise InputError(f"{path} has no layout we know (its tensors: {first}, ...); we read: {origins}")
+    _refuse_altered(path, tensors)
+    shared, bare = "", tensors
+    while True:
+        for row in LAYOUTS:
+            if row.format == format_ if row.format else all(_found(mark, bare) for mark in row.marks):
+                return (replace(row, origin=f"{row.origin}, under {shared!r}") if shared else row), bare
+        first = {name.partition(".")[0] for name in bare}
+        if len(first) != 1 or any("." not in name for name in bare):
+            return _prefixed(path, tensors), tensors
+        shared += f"{next(iter(first))}."
+        bare = {name.partition(".")[2]: tensor for name, tensor in bare.items()}
 
 
-def _found(mark: str, names: dict[str, Any]) -> bool:
+def _found(mark: str, names: Iterable[str]) -> bool:
     return any(re.search(mark, name) for name in names)
+
+
+def _prefixed(path: Path, names: Iterable[str]) -> Layout:
+    """A backbone under a prefix that no row names; of two, the one whose prefix says so is the momentum encoder's.
+
+    Raises:
+        InputError: no backbone under torchvision's or timm's names, or several.
+    """
+    found = _backbones(names)
+    keys = [prefix for prefix in found if MOMENTUM.search(prefix)]
+    queries = [prefix for prefix in found if prefix not in keys]
+    if len(queries) > 1 or len(keys) > 1:
+        several = ", ".join(repr(prefix) for prefix in found)
+        raise InputError(f"{path} holds several networks, under {several}; save the one to be judged by itself")
+    if not found:
+        raise InputError(
+            f"{path} has no layout we know{_looks(list(names))}; docs/encoders.md lists those that are read"
+        )
+    query, key = (re.escape(prefixes[0]) if prefixes else None for prefixes in (queries, keys))
+    either = "|".join(filter(None, (query, key)))
+    return replace(
+        PREFIXED,
+        origin=f"{PREFIXED.origin} {(queries or keys)[0]!r}",
+        query=r"(?!)" if query is None else query,
+        key=key,
+        dropped=(
+            (rf"({either})(fc|head|classifier)\.", "fc", "a classifier or head on the pooled feature"),
+            (rf"(?!{either})", "other tensors", "they stand outside the backbone's prefix"),
+        ),
+    )
+
+
+def _backbones(names: Iterable[str]) -> list[str]:
+    """The prefixes below which a ResNet or ViT begins."""
+    starts: dict[str, None] = {}
+    for name in names:
+        for stem, body in (("conv1.weight", "layer1."), ("patch_embed.proj.weight", "blocks.0.")):
+            prefix = name.removesuffix(stem)
+            if prefix.endswith(".") and name != prefix and _found(f"^{re.escape(prefix + body)}", names):
+                starts[prefix] = None
+    return list(starts)
+
+
+def _looks(names: list[str]) -> str:
+    """What a file of no known layout seems to hold, in words."""
+    heads = r"^(projector|projection_head|head|fc|neck|linear|classifier|predictor|prototypes)\."
+    if all(re.match(heads, name) for name in names):
+        return ": only a projection head or classifier is in it, and no backbone; save the whole network"
+    return f" (its tensors: {', '.join(names[:3])}, ...)"
+
+
+_ALTERED = (
+    (
+        r"\blora_(A|B|down|up|embedding)",
+        "holds LoRA adapters; merge them into the network and save its own state_dict",
+    ),
+    (
+        r"_packed_params|\.(qweight|qzeros|weight_packed|weight_scale|SCB|absmax|quant_state\b.*|zero_point)$",
+        "holds quantised weights in a packed form; save the network before it was quantised",
+    ),
+    (
+        r"\.weight_(orig|mask)$",
+        "holds pruning masks; make them permanent (torch.nn.utils.prune.remove) and save the network again",
+    ),
+)
+
+
+def _refuse_altered(path: Path, names: Iterable[str]) -> None:
+    for mark, words in _ALTERED:
+        first = next((name for name in names if re.search(mark, name)), None)
+        if first:
+            raise InputError(f"{path} {words} (first: {first})")

@@ -1,0 +1,185 @@
+"""Which architecture do these tensors belong to? Read off names and shapes, and said in words where it is none."""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from moco_eval.encoders.build import ARCHITECTURES, TRANSFORMERS, Architecture, build_backbone
+from moco_eval.errors import InputError
+
+OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
+
+
+@cache
+def expected(arch: str) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of an architecture's backbone, without its memory."""
+    with torch.device("meta"):
+        return dict(build_backbone(arch).state_dict())
+
+
+def infer(source: str, tensors: Mapping[str, Tensor]) -> str:
+    """The architecture of these backbone tensors, under torchvision's names or timm's.
+
+    Raises:
+        InputError: they are of none that we build; the message says what they are.
+    """
+    found = _transformer(source, tensors) if is_transformer(tensors) else _resnet(tensors)
+    if found is not None:
+        return found
+    best, share = nearest(tensors)
+    if share < 0.9 and structure(tensors) != structure(expected(best)):
+        raise InputError(
+            f"{source}: not an architecture we build: it is {structure(tensors)}; the nearest is {best}, "
+            f"{structure(expected(best))}"
+        )
+    return best
+
+
+def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("blocks.") for name in tensors)
+
+
+def nearest(tensors: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The architecture that shares most names and shapes with these tensors, and the share (1 is all)."""
+    ours = _shapes(tensors)
+
+    def share(arch: str) -> float:
+        theirs = _shapes(expected(arch))
+        return len(ours & theirs) / len(ours | theirs)
+
+    candidates = _transformers(tensors) if is_transformer(tensors) else list(ARCHITECTURES)
+    best = max(candidates, key=share)
+    return best, share(best)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in tensors.items() if not name.endswith(OPTIONAL)}
+
+
+# ResNets
+
+
+def _resnet(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the ResNet whose stem, depth, width and groups these are, if we know it."""
+    stem, first, second = (_kernel(tensors, f"{place}.weight") for place in ("conv1", *_FIRST_BLOCK))
+    if stem is None or first is None or second is None:
+        return None
+    bottleneck = any(name.endswith("conv3.weight") for name in tensors)
+    width = stem[0] / 64
+    groups = second[0] // second[1]
+    found = Architecture(
+        Bottleneck if bottleneck else BasicBlock,
+        tuple(len(blocks) for blocks in _blocks(tensors).values()),  # type: ignore[arg-type]
+        width=width,
+        cifar_stem=stem[2:] == (3, 3),
+        groups=groups,
+        group_width=int(second[0] / groups / width) if bottleneck else 64,
+    )
+    return next((name for name, arch in ARCHITECTURES.items() if arch == found), None)
+
+
+_FIRST_BLOCK = ("layer1.0.conv1", "layer1.0.conv2")
+
+
+def _kernel(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    """The shape of a convolution's weight; None where there is no such tensor."""
+    tensor = tensors.get(name)
+    return tuple(tensor.shape) if tensor is not None and tensor.ndim == 4 and min(tensor.shape) > 0 else None
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """The blocks of each stage, by number."""
+    blocks: dict[str, set[str]] = {}
+    for name in tensors:
+        if found := re.match(r"layer(\d+)\.(\d+)\.", name):
+            blocks.setdefault(found[1], set()).add(found[2])
+    return dict(sorted(blocks.items(), key=lambda stage: int(stage[0])))
+
+
+# Vision transformers
+
+
+def _transformer(source: str, tensors: Mapping[str, Tensor]) -> str:
+    """The ViT of these tensors; where only the heads are open, the usual ones."""
+    names = _transformers(tensors)
+    if not names:
+        raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
+    return names[0]
+
+
+def _transformers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The ViTs that have these patches, tokens and blocks, the usual number of heads first."""
+    patches, tokens = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("pos_embed")
+    if patches is None or tokens is None or tokens.ndim != 3:
+        return []
+    side = math.isqrt(max(tokens.shape[1] - 1, 0))
+    if side * side + 1 != tokens.shape[1] or not side:
+        return []
+    shape = (patches[0], _depth(tensors))
+    return [
+        f"vit_{name}_patch{patches[2]}_{side * patches[2]}"
+        for name, (dim, depth, _) in TRANSFORMERS.items()
+        if (dim, depth) == shape
+    ]
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    return len({found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))})
+
+
+# In words
+
+
+def structure(tensors: Mapping[str, Tensor]) -> str:
+    """A network's tensors in words: blocks per stage, widths, stem and shortcuts; dim, depth and patches of a ViT."""
+    if is_transformer(tensors):
+        return _transformer_words(tensors)
+    blocks, stem = _blocks(tensors), _kernel(tensors, "conv1.weight")
+    if not blocks or stem is None:
+        first = ", ".join(list(tensors)[:3])
+        return f"no ResNet under torchvision's names and no ViT under timm's (its tensors: {first}, ...)"
+    kind = "bottleneck" if any(name.endswith("conv3.weight") for name in tensors) else "basic"
+    depth = "-".join(str(len(names)) for names in blocks.values())
+    kernels = (_kernel(tensors, f"layer{stage}.0.conv1.weight") for stage in blocks)
+    widths = "-".join(str(kernel[0]) for kernel in kernels if kernel)
+    groups = _groups(tensors)
+    shortcuts = "" if any(".downsample." in name for name in tensors) else ", shortcuts without parameters"
+    return (
+        f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {widths} channels wide"
+        f"{f' in {groups} groups' if groups > 1 else ''}, "
+        f"stem of {stem[0]} channels and {'x'.join(map(str, stem[2:]))} pixels{shortcuts}"
+    )
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> int:
+    """Groups of the 3x3 convolutions in the bottlenecks: a ResNeXt's."""
+    before, grouped = (_kernel(tensors, f"{place}.weight") for place in _FIRST_BLOCK)
+    return before[0] // grouped[1] if before and grouped else 1
+
+
+_EXTRAS = {
+    "ls1.": "LayerScale",
+    "reg_token": "register tokens",
+    "register_tokens": "register tokens",
+    "fc_norm.": "mean pooling over the patches",
+    "relative_position": "relative positions",
+    "attn.q_norm.": "normalised queries and keys",
+    "mlp.w12.": "SwiGLU",
+}
+
+
+def _transformer_words(tensors: Mapping[str, Tensor]) -> str:
+    patches, tokens = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("pos_embed")
+    stem = f"patches of {patches[2]} pixels" if patches else "patches from a stem of convolutions"
+    dim = tokens.shape[-1] if tokens is not None and tokens.ndim else "unknown"
+    count = f"{tokens.shape[1]} positions" if tokens is not None and tokens.ndim == 3 else "no learnt positions"
+    extras = sorted({words for mark, words in _EXTRAS.items() if any(mark in name for name in tensors)})
+    return (
+        f"a vision transformer of {_depth(tensors)} blocks of {dim} dimensions, {stem}, {count}"
+        f"{', with ' + ', '.join(extras) if extras else ''}"
+    )

@@ -1,0 +1,177 @@
+"""A checkpoint's tensors cut into backbone, projection head and the rest, each with its reason."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moco_eval.encoders.layouts import Rules
+from moco_eval.encoders.recognise import Checkpoint
+from moco_eval.errors import InputError
+
+
+@dataclass
+class Parts:
+    """A state dict cut up: the backbone under torchvision's or timm's names, the head under its layers' places.
+
+    Both are in fp32, which is what evaluations compute in. `raw` holds both exactly as they are in the file, in its
+    order, the head as `fc.`: for exact copies.
+    """
+
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, backbone: dict[str, Tensor], head: dict[str, Tensor] | None = None) -> "Parts":
+        warnings: list[str] = []
+        head = head or {}
+        raw = backbone | {f"fc.{name}": tensor for name, tensor in head.items()}
+        return cls(_fp32(backbone, warnings), _fp32(head, warnings), raw, [], warnings)
+
+
+def split(found: Checkpoint, encoder: str) -> Parts:
+    """Cut a checkpoint into the backbone and head of one encoder, and the rest.
+
+    Args:
+        encoder: 'query' or 'key'.
+    Raises:
+        InputError: the file lacks that encoder, or holds a tensor whose purpose is unknown.
+    """
+    layout = found.layout
+    prefix, head_prefix = layout.prefixes(encoder)
+    if prefix is None:
+        raise InputError(f"--encoder {encoder}: {_none_at_all(found)}")
+    groups = _groups(found, encoder, prefix, head_prefix)
+    backbone = _renamed(found, groups["backbone"], prefix, layout.names)
+    if not backbone:
+        raise InputError(f"{found.path}: {_absent(found, encoder)}")
+    parts = Parts.of(backbone, _renamed(found, groups["head"], head_prefix or "", ()))
+    if layout.folded:
+        _unfold(parts)
+    parts.dropped += [*_other(groups["other"], encoder), *_reasons(found, groups["dropped"]), *found.dropped]
+    return parts
+
+
+def _groups(found: Checkpoint, encoder: str, prefix: str, head: str | None) -> dict[str, list[str]]:
+    """Names by what they belong to: the backbone, its head, the other encoder, or what the layout drops.
+
+    Raises:
+        InputError: a name that belongs to none of them.
+    """
+    others = [one for one in found.layout.prefixes("key" if encoder == "query" else "query") if one]
+    groups: dict[str, list[str]] = {"backbone": [], "head": [], "other": [], "dropped": []}
+    for name in found.tensors:
+        if any(re.match(mark, name) for mark, _, _ in found.layout.dropped):
+            groups["dropped"].append(name)
+        elif head and re.match(head, name):
+            groups["head"].append(name)
+        elif re.match(prefix, name):
+            groups["backbone"].append(name)
+        elif any(re.match(one, name) for one in others):
+            groups["other"].append(name)
+        else:
+            raise InputError(f"{found.path}: tensor {name} belongs to no part of a {found.layout.origin} checkpoint")
+    return groups
+
+
+def _none_at_all(found: Checkpoint) -> str:
+    return f"a {found.layout.origin} checkpoint has one encoder only; leave it out"
+
+
+def _absent(found: Checkpoint, encoder: str) -> str:
+    """Why a file lacks an encoder, and the way out."""
+    if encoder == "key" and "bank" in found.tensors:
+        return "--encoder key: a memory bank has no key encoder, its keys are the bank's slots; take --encoder query"
+    other = "key" if encoder == "query" else "query"
+    there = found.layout.prefixes(other)[0]
+    if there is not None and any(re.match(there, name) for name in found.tensors):
+        return f"only the {other} encoder is in this file: --encoder {other}"
+    return "no backbone is in this file, only what stands on one; save the whole network"
+
+
+def _other(names: list[str], encoder: str) -> list[tuple[str, str]]:
+    if not names:
+        return []
+    if encoder == "query":
+        return [(f"key encoder ({len(names)} tensors)", "the query encoder is evaluated; --encoder key takes this one")]
+    return [(f"query encoder ({len(names)} tensors)", "the key encoder is evaluated; --encoder query takes this one")]
+
+
+def _reasons(found: Checkpoint, names: list[str]) -> list[tuple[str, str]]:
+    """Each group of dropped tensors once, with its size where it has several."""
+    counts: dict[tuple[str, str], int] = {}
+    for name in names:
+        what = next((what, why) for mark, what, why in found.layout.dropped if re.match(mark, name))
+        counts[what] = counts.get(what, 0) + 1
+    return [(f"{what} ({count} tensors)" if count > 1 else what, why) for (what, why), count in counts.items()]
+
+
+# Names
+
+
+def _renamed(found: Checkpoint, names: list[str], prefix: str, rules: Rules) -> dict[str, Tensor]:
+    """Tensors without their prefix, under the names of the network that is built here.
+
+    Raises:
+        InputError: two tensors come out under one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name in names:
+        plain = rename(re.sub(f"^({prefix})", "", name), rules)
+        if plain in renamed:
+            raise InputError(f"{found.path} holds two tensors for {plain} (the second: {name})")
+        renamed[plain] = found.tensors[name]
+    return _joined_attention(renamed)
+
+
+def rename(name: str, rules: Rules) -> str:
+    """A name after each rule in turn."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _joined_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values that are stored apart, as the one tensor that timm has."""
+    joined: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not (found := re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)", name)):
+            joined[name] = tensor
+            continue
+        three = [tensors.get(f"{found[1]}{letter}{found[3]}") for letter in "qkv"]
+        if all(part is not None and part.shape == tensor.shape for part in three):
+            joined.setdefault(f"{found[1]}qkv{found[3]}", torch.cat(three))
+        else:
+            joined[name] = tensor
+    return joined
+
+
+def _unfold(parts: Parts) -> None:
+    """Statistics of 0 and 1 for batch norms that have only a scale and a shift, as detectron2 loads them."""
+    scales = [name for name in parts.backbone if re.search(r"(^|\.)(bn\d|downsample\.1)\.weight$", name)]
+    for name in scales:
+        place, scale = name.removesuffix("weight"), parts.backbone[name]
+        statistics = {"running_mean": torch.zeros_like(scale), "running_var": torch.ones_like(scale)}
+        parts.backbone |= {f"{place}{key}": tensor for key, tensor in statistics.items()}
+        parts.raw |= {f"{place}{key}": tensor for key, tensor in statistics.items()}
+    parts.warnings.append(
+        f"{len(scales)} batch norms have their statistics folded into scale and shift; mean 0 and variance 1 stand "
+        "for them, as in detectron2"
+    )
+
+
+def _fp32(tensors: Mapping[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
+    """Quantised, half and double weights as fp32; says so."""
+    odd = [
+        name for name, t in tensors.items() if t.is_quantized or (t.is_floating_point() and t.dtype != torch.float32)
+    ]
+    if odd:
+        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in odd}))
+        warnings.append(f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})")
+    cast = {name: tensors[name].dequantize() if tensors[name].is_quantized else tensors[name] for name in odd}
+    return {name: cast[name].float() if name in cast else tensor for name, tensor in tensors.items()}

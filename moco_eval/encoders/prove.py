@@ -1,0 +1,130 @@
+"""Proof of load: every tensor of an architecture matched in name, shape and dtype, and arrived bit for bit."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moco_eval.encoders.build import Architecture, architecture, build_backbone
+from moco_eval.encoders.infer import OPTIONAL, expected, nearest, structure
+from moco_eval.errors import InputError
+
+
+def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str]) -> nn.Module:
+    """Build `arch`, load the tensors, and show that each arrived bit for bit.
+
+    Args:
+        source: for messages.
+        tensors: the backbone's, under torchvision's names (timm's for a ViT), parameters and BN buffers alike.
+        arch: a name that `architecture` knows.
+        warnings: doubts are appended here.
+    Raises:
+        InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
+    """
+    wanted = expected(arch)
+    counters = [name for name in wanted if name.endswith(OPTIONAL)]
+    if counters and not any(name in tensors for name in counters):
+        warnings.append(f"num_batches_tracked is absent ({len(counters)} counts, as in old files) and was set to 0")
+        tensors = tensors | {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    _require_match(source, tensors, wanted, arch)
+    require_finite(source, tensors)
+    with torch.device("meta"):
+        net = build_backbone(arch)
+    net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    loaded = net.state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in loaded)
+    return net.eval()
+
+
+def _require_match(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: str) -> None:
+    shared = [name for name in wanted if name in tensors]
+    wrong: dict[str, list[str]] = {
+        "have another shape": [name for name in shared if tensors[name].shape != wanted[name].shape],
+        "are missing": [name for name in wanted if name not in tensors],
+        "are unexpected": [name for name in tensors if name not in wanted],
+        "have another dtype": [name for name in shared if tensors[name].dtype != wanted[name].dtype],
+    }
+    wrong = {what: names for what, names in wrong.items() if names}
+    if not wrong:
+        return
+    counts = ", ".join(f"{len(names)} {what}" for what, names in wrong.items())
+    what, names = next(iter(wrong.items()))
+    raise InputError(
+        f"{source}: of the {len(wanted)} backbone tensors of {arch}, {counts} "
+        f"(first: {names[0]}{_detail(what, names[0], tensors, wanted)}). {_explanation(tensors, arch)}"
+    )
+
+
+def _detail(what: str, name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    if what == "have another shape":
+        return f", {size_words(tensors[name])}, expected {size_words(wanted[name])}"
+    if what == "have another dtype":
+        return f", {tensors[name].dtype}, expected {wanted[name].dtype}"
+    return f", {size_words(wanted[name] if what == 'are missing' else tensors[name])}"
+
+
+def size_words(tensor: Tensor) -> str:
+    """Such as '64x3x7x7'."""
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _explanation(tensors: Mapping[str, Tensor], arch: str) -> str:
+    """The nearest explanation of a mismatch, and the way out."""
+    best, share = nearest(tensors)
+    if best != arch and share > 0.9:
+        stem = " (CIFAR stem)" if _cifar_stem(best) and not _cifar_stem(arch) else ""
+        return f"This looks like {best}{stem}: try --arch {best}."
+    if structure(tensors) != structure(expected(arch)):
+        return f"The file holds {structure(tensors)}."
+    return f"The rest is a {arch}: the file is incomplete or was altered; write it again from where it was trained."
+
+
+def _cifar_stem(name: str) -> bool:
+    arch = architecture(name)
+    return isinstance(arch, Architecture) and arch.cifar_stem
+
+
+def require_finite(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError for a value that is infinite or not a number."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{source}: {name} has {count} values that are not finite, of {tensor.numel()}; the training that "
+                "wrote it diverged: take an earlier checkpoint"
+            )
+
+
+# Doubts
+
+
+def doubts(tensors: Mapping[str, Tensor], folded: bool = False) -> list[str]:
+    """What makes a network look as if it had not been trained, or its features unsound, in words.
+
+    Args:
+        folded: its batch norms have their statistics in scale and shift.
+    """
+    means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
+    variances = [tensor for name, tensor in tensors.items() if name.endswith("running_var")]
+    initial = all(not mean.any() for mean in means) and all((variance == 1).all() for variance in variances)
+    found = []
+    if means and initial and not folded:
+        found.append("every BN running statistic is at its initial value: this encoder never saw data in train mode")
+    if untrained(tensors):
+        found.append("every norm layer is as initialised, scale 1 (or 0) and shift 0: these weights look untrained")
+    if any((variance < 0).any() for variance in variances):
+        found.append("a BN running variance is negative: the features will not be finite")
+    return found
+
+
+def untrained(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all scales of norm layers are 1, or 0 as a zero-initialised residual has them, and all shifts 0."""
+    scales = [name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.ndim == 1]
+    shifts = [name.removesuffix("weight") + "bias" for name in scales]
+    return bool(scales) and all(
+        bool((tensors[scale] == tensors[scale].flatten()[0]).all())
+        and float(tensors[scale].flatten()[0]) in (0.0, 1.0)
+        and not tensors.get(shift, torch.zeros(1)).any()
+        for scale, shift in zip(scales, shifts)
+    )
