@@ -1,6 +1,10 @@
 import hashlib
 import http.server
+import itertools
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -9,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import error_line, in_process, start
+from commands import environment, error_line, in_process, start
 
 from moco_eval import config, files, papers, zoo
 from moco_eval.errors import InputError, Interrupted, RunFailed
@@ -73,6 +77,28 @@ def test_list(capfd, monkeypatch):
     lines = out.splitlines()
     assert lines[0].split() == ["moco_v1_200ep", "MoCo", "v1", "resnet50", "MIT", "60.6"]
     assert [line.split()[0] for line in lines] == list(SHIPPED)
+
+
+def test_the_table_of_the_docs_names_every_entry():
+    text = (Path(__file__).parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8")
+    rows = [line for line in text.partition("\n\nThe licence")[0].splitlines() if "`" in line and line.startswith("|")]
+    names = []
+    for row in rows:
+        _, _, patterns, licence, verified, _ = (cell.strip() for cell in row.split("|"))
+        for name in [name for pattern in re.findall("`([^`]+)`", patterns) for name in expanded(pattern)]:
+            one = zoo.entry(name)
+            checksum = one.checksum
+            digits = "" if not checksum or checksum.whole else f", {len(checksum.digest)} digits"
+            assert verified == (f"{checksum.algorithm}{digits}" if checksum else ""), name
+            assert one.licence.name in licence.split(", "), name
+            names.append(name)
+    assert sorted(names) == sorted(SHIPPED)
+
+
+def expanded(pattern):
+    """'a_{b,c}' as a shell reads it."""
+    parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+    return ["".join(chosen) for chosen in itertools.product(*parts)]
 
 
 # What a manifest may hold
@@ -439,8 +465,9 @@ def test_a_wrong_checksum_removes_the_file(served, server, cache, capfd, monkeyp
     assert not left(cache)
 
 
-def test_another_size_is_not_even_fetched(served, server, cache):
+def test_another_size_is_not_even_fetched(served, server, cache, monkeypatch):
     served(bytes=100)
+    monkeypatch.delattr(zoo, "_save")
     with pytest.raises(RunFailed, match="has 2560000 bytes, expected 100 as published"):
         zoo.fetch("mine")
     assert not left(cache)
@@ -555,11 +582,6 @@ def test_the_users_manifest_is_yaml(tmp_path, monkeypatch):
         zoo.entries()
 
 
-def test_names_are_listed_without_torch(tmp_path):
-    import subprocess
-    import sys
-
-    from commands import environment
-
+def test_names_are_listed_without_torch():
     code = "import sys; from moco_eval import zoo; list(zoo.lines()); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
