@@ -136,6 +136,26 @@ def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, 
 
 
 @cli.command()
+@click.argument("name", required=False)
+@click.option("--output", type=FOLDER, metavar="FILE", help="Where to put it; in the cache where not given.")
+@click.option("--list", "list_names", is_flag=True, help="Name every known checkpoint.")
+def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
+    """A known public checkpoint, downloaded and verified: moco-eval fetch moco_v2_800ep
+
+    Prints the file's path. Running it again goes on where it was cut, or verifies what is there.
+    """
+    from moco_eval import zoo
+
+    if list_names:
+        for line in zoo.lines():
+            click.echo(line)
+        return
+    if name is None:
+        raise InputError("fetch needs a NAME; moco-eval fetch --list names them")
+    click.echo(zoo.fetch(name, output))
+
+
+@cli.command()
 @click.argument("checkpoint")
 @click.option(
     "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."

@@ -1,5 +1,6 @@
 """Files that are never half there: written under a temporary name, flushed, renamed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _disk_errors_named(path):
+        with disk_errors_named(path):
             yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -40,7 +41,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def _disk_errors_named(path: Path) -> Iterator[None]:
+def disk_errors_named(path: Path) -> Iterator[None]:
     """A full or failing disk as RunFailed; torch tells of it in a RuntimeError of its own."""
     try:
         yield
@@ -79,13 +80,13 @@ def read_json(path: Path | str) -> Any:
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add one object to a JSON-lines file. Raises RunFailed where the disk refuses."""
-    with _disk_errors_named(path), path.open("a", encoding="utf-8") as file:
+    with disk_errors_named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def flush(path: Path) -> None:
     """What was written to a file, to the disk."""
-    with _disk_errors_named(path), path.open("rb") as file:
+    with disk_errors_named(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -107,14 +108,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def sha256_of(path: Path | str) -> str:
     """Hexadecimal digest of a file's bytes."""
+    return digest_of(path, "sha256")
+
+
+def digest_of(path: Path | str, algorithm: str) -> str:
+    """The same by any of hashlib's algorithms."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -125,3 +127,26 @@ def second_name(written: Path, path: Path) -> None:
         os.link(written, path)
     except OSError:
         shutil.copyfile(written, path)
+
+
+def cache_folder(part: str) -> Path:
+    """A folder of what can be had again: `part` in MOCO_EVAL_CACHE, or in moco-eval's folder of the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never fails)
+    return Path(os.environ.get("MOCO_EVAL_CACHE") or f"{cache}/moco-eval") / part
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Of several processes that would write `path`, one is inside, the others wait; not where locks do not work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("a")
+    except OSError:
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield

@@ -1,12 +1,9 @@
 """Image files in folders: listed once, kept in an index on disk, held without an object per file."""
 
-import fcntl
 import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +114,7 @@ def list_images(folder: Path, split: str | None) -> Listing:
     path = cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.npz"
     found = _from_index(path, folder)
     if found is None:
-        with one_at_a_time(path):
+        with files.one_at_a_time(path):
             found = _from_index(path, folder) or _listed(path, folder, split)
     return found
 
@@ -220,26 +217,8 @@ def fingerprint(sizes: list[tuple[bytes, int]]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where indices are kept: `index/` in MOCO_EVAL_CACHE, or in moco-eval's folder of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never fails)
-    return Path(os.environ.get("MOCO_EVAL_CACHE") or f"{cache}/moco-eval") / "index"
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Of several processes that would write `path`, one is inside, the others wait; not where locks do not work."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("a")
-    except OSError:
-        yield
-        return
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
+    """Where indices are kept."""
+    return files.cache_folder("index")
 
 
 def _keep(path: Path, found: Listing) -> None:

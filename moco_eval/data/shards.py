@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moco_eval import files
-from moco_eval.data.index import EXTENSIONS, cache_folder, fingerprint, one_at_a_time, say_not_kept, scan
+from moco_eval.data.index import EXTENSIONS, cache_folder, fingerprint, say_not_kept, scan
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import progress
 
@@ -149,7 +149,7 @@ def _summaries(shards: list[Shard]) -> list[Summary]:
     """Of every shard; those without an index are indexed, by one process at a time and its children."""
     known = {shard: _summary(shard) for shard in shards if shard.kept_at.exists()}
     if len(known) < len(shards):
-        with one_at_a_time(cache_folder() / "shards.npy"):
+        with files.one_at_a_time(cache_folder() / "shards.npy"):
             missing = [shard for shard in shards if shard not in known]
             with progress("index", len(missing), unit="shards") as advance:
                 for shard, summary in zip(missing, _in_parallel(missing)):
