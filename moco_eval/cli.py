@@ -55,7 +55,8 @@ feature_option = click.option("--feature", help="pooled (default), head, or a st
 def cli() -> None:
     """Train MoCo encoders, and measure how well any encoder transfers, beside the papers' own numbers.
 
-    CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], timm:NAME, pixels.
+    CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], timm:NAME, zoo:NAME
+    (`moco-eval fetch --list`), pixels.
     """
 
 
@@ -125,7 +126,7 @@ def inspect(checkpoint: str, arch: str | None, encoder: str | None) -> None:
 @cli.command()
 @click.argument("checkpoint")
 @click.argument("out", type=FOLDER)
-@click.option("--to", required=True, type=click.Choice(["detectron2", "torchvision", "safetensors"]))
+@click.option("--to", required=True, type=click.Choice(["detectron2", "torchvision", "timm", "safetensors"]))
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @encoder_options
 def convert(checkpoint: str, out: Path, to: str, force: bool, arch: str | None, encoder: str | None) -> None:

@@ -1,51 +1,51 @@
 """Copies in other formats: what the official converter would write, and every copy proven."""
 
+import itertools
+import json
 import pickle
 import pickletools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+import yaml
+from checkpoints import ARCH, FILES, VIT, body, linear, mlp, moco, network, ours
+from checkpoints import detectron2 as theirs
 from commands import ROOT, environment
-from test_encoders import ARCH, checkpoint, moco_state, network, ours, written
+from torch import nn
 
-from moco_eval import pickles
+from moco_eval import files, pickles
 from moco_eval.encoders import export
-from moco_eval.encoders.build import build_resnet
-from moco_eval.encoders.export import convert, detectron2_name, torchvision_name
-from moco_eval.encoders.inspect import probe_features
-from moco_eval.encoders.load import load
+from moco_eval.encoders.build import build_backbone, build_resnet
+from moco_eval.encoders.detectron2 import from_detectron2, settings_of, to_detectron2, yaml_of
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.export import convert
+from moco_eval.encoders.load import MSRA, load
+from moco_eval.encoders.probe import activations_sha256, probe_features
 from moco_eval.errors import InputError, RunFailed
 
 
 def expected_for_detectron2(state_dict: dict) -> dict:
-    """The official converter's rules, stated again from the specification as a plain walk over the parts of a name."""
+    """What the official converter writes: the query encoder's tensors, renamed by the walk in checkpoints.py."""
     model = {}
     for key, tensor in state_dict.items():
-        if not key.startswith("module.encoder_q."):
-            continue
-        parts = key.split(".")[2:]
-        if not any("layer" in part for part in parts):
-            parts = ["stem", *parts]
-        renamed = []
-        position = 0
-        while position < len(parts):
-            part, after = parts[position], parts[position + 1 : position + 2]
-            if part in ("layer1", "layer2", "layer3", "layer4"):
-                renamed.append(f"res{int(part[-1]) + 1}")
-            elif part in ("bn1", "bn2", "bn3"):
-                renamed += [f"conv{part[-1]}", "norm"]
-            elif part == "downsample":
-                renamed += ["shortcut"] if after == ["0"] else ["shortcut", "norm"]
-                position += 1
-            else:
-                renamed.append(part)
-            position += 1
-        model[".".join(renamed)] = tensor.numpy()
+        if key.startswith("module.encoder_q."):
+            model[theirs(key.removeprefix("module.encoder_q."))] = tensor.numpy()
     return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
+
+
+def written(folder: Path, values: object, name: str = "encoder.pth") -> str:
+    torch.save(values, folder / name)
+    return str(folder / name)
+
+
+def checkpoint(state: dict, **beside) -> dict:
+    return {"epoch": 3, "arch": "resnet18", "state_dict": state, **beside}
 
 
 @pytest.mark.parametrize("arch", ["resnet18_quarter", "resnet50_quarter"])
@@ -76,9 +76,9 @@ def test_the_names_that_the_specification_lists():
         "fc.2.bias": "stem.fc.2.bias",
         "layer4.2.bn1.num_batches_tracked": "res5.2.conv1.norm.num_batches_tracked",
     }
-    assert {name: detectron2_name(name) for name in known} == known
+    assert {name: to_detectron2(name) for name in known} == known
     names = list(build_resnet("resnet50_quarter").state_dict())
-    assert [torchvision_name(detectron2_name(name)) for name in names] == names
+    assert [from_detectron2(to_detectron2(name)) for name in names] == names
 
 
 def test_our_checkpoint_is_converted_like_the_official_one(tmp_path):
@@ -124,17 +124,21 @@ def test_a_reader_with_latin1_as_detectron2_has_it(tmp_path):
         plain = pickle.load(file, encoding="latin1")["model"]
     assert not any(name.startswith("stem.fc") for name in plain)
     expected = load(f"random:{ARCH}").backbone.state_dict()
-    assert list(plain) == [detectron2_name(name) for name in expected]
-    assert all(torch.equal(torch.from_numpy(plain[detectron2_name(name)]), t) for name, t in expected.items())
+    assert list(plain) == [to_detectron2(name) for name in expected]
+    assert all(torch.equal(torch.from_numpy(plain[to_detectron2(name)]), t) for name, t in expected.items())
+
+
+ENDINGS = {"detectron2": ".pkl", "torchvision": ".pth", "timm": ".pth", "safetensors": ".safetensors"}
 
 
 @pytest.mark.parametrize("to", ["detectron2", "torchvision", "safetensors"])
 def test_the_same_bytes_every_time(to, tmp_path):
-    path = written(tmp_path, ours())
-    for name in ("a.out", "other.out"):
-        convert(path, tmp_path / name, to)
-    assert (tmp_path / "a.out").read_bytes() == (tmp_path / "other.out").read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.out", "encoder.pth", "other.out"]
+    path, ending = written(tmp_path, ours()), ENDINGS[to]
+    for name in ("a", "other"):
+        convert(path, tmp_path / f"{name}{ending}", to)
+    assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"other{ending}").read_bytes()
+    names = [f"{name}{ending}{more}" for name in ("a", "other") for more in ("", ".json")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names, "encoder.pth"])
 
 
 @pytest.mark.parametrize("to", ["torchvision", "safetensors"])
@@ -157,10 +161,10 @@ def test_a_copy_gives_the_same_features(to, encoder, tmp_path):
 
 
 def test_half_weights_stay_half_in_the_detectron2_file(tmp_path):
-    state = {k: v.half() if v.is_floating_point() else v for k, v in moco_state("linear").items()}
+    state = {k: v.half() if v.is_floating_point() else v for k, v in moco(linear).items()}
     convert(written(tmp_path, checkpoint(state)), tmp_path / "out.pkl", "detectron2")
     assert pickles.read(tmp_path / "out.pkl")["model"]["stem.conv1.weight"].dtype == np.float16
-    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in moco_state("linear").items()}
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in moco(linear).items()}
     with pytest.raises(InputError, match=r"no type for one of torch\.bfloat16"):
         convert(written(tmp_path, checkpoint(state)), tmp_path / "other.pkl", "detectron2")
     assert not (tmp_path / "other.pkl").exists()
@@ -168,10 +172,11 @@ def test_half_weights_stay_half_in_the_detectron2_file(tmp_path):
 
 @pytest.mark.parametrize("to", ["detectron2", "torchvision", "safetensors"])
 def test_a_copy_that_is_not_equal_is_not_kept(to, tmp_path, monkeypatch):
-    once = iter([1.0, 1.1])
-    monkeypatch.setattr(export, "probe_features", lambda encoder: probe_features(encoder) * next(once))
+    factors = itertools.count(1)  # each look at the picture differs from the one before
+    output = tmp_path / f"out{ENDINGS[to]}"
+    monkeypatch.setattr(export, "probe_features", lambda encoder: probe_features(encoder) * next(factors))
     with pytest.raises(RunFailed, match="activations differ"):
-        convert(f"random:{ARCH}", tmp_path / "out.x", to)
+        convert(f"random:{ARCH}", output, to)
     assert not list(tmp_path.iterdir())
 
 
@@ -184,9 +189,9 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         ("encoder.pth", "the checkpoint itself"),
     ):
         with pytest.raises(InputError, match=words):
-            convert(path, tmp_path / output, "detectron2")
+            convert(path, tmp_path / output, "torchvision")
     with pytest.raises(InputError, match="the checkpoint itself"):
-        convert(path, tmp_path / "encoder.pth", "detectron2", force=True)
+        convert(path, tmp_path / "encoder.pth", "torchvision", force=True)
     assert (tmp_path / "mine.pkl").read_text() == "mine"
     convert(path, tmp_path / "mine.pkl", "detectron2", force=True)
     assert pickles.read(tmp_path / "mine.pkl")["__author__"] == "MOCO"
@@ -194,7 +199,13 @@ def test_nothing_is_overwritten_unasked(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "to", "words"),
-    [("pixels", "torchvision", "has no weights"), (f"random:{ARCH}", "timm", "is not built yet")],
+    [
+        ("pixels", "torchvision", "has no weights"),
+        (f"random:{ARCH}", "timm", "timm has no resnet18_quarter"),
+        (f"random:{ARCH}", "keras", "--to 'keras' is not built yet"),
+        (f"random:{ARCH}", "detectron2", "must end in .pkl"),
+        (f"random:{VIT}", "torchvision", "has no place there"),
+    ],
 )
 def test_what_cannot_be_converted(source, to, words, tmp_path):
     with pytest.raises(InputError, match=words):
@@ -220,3 +231,98 @@ def test_a_pickle_with_code_is_not_run_by_our_reader(tmp_path):
     with pytest.raises(InputError, match=r"os\.system"):
         pickles.read(tmp_path / "evil.pkl")
     assert not (tmp_path / "canary").exists() and not Path("canary").exists()
+
+
+# Beside the copy, and in its own library
+
+
+@pytest.mark.parametrize("to", ENDINGS)
+def test_what_travels_with_the_weights_lies_beside_them(to, tmp_path):
+    source = written(tmp_path, {"state_dict": moco(mlp)})
+    output = tmp_path / f"copy{ENDINGS[to]}"
+    arch = {"timm": "resnet18"}.get(to)
+    if arch:
+        source = written(tmp_path, body(0, arch))
+    convert(source, output, to)
+    about = json.loads(output.with_name(f"{output.name}.json").read_text())
+    original = load(source)
+    assert (about["format"], about["arch"], about["origin"]) == (to, original.arch, original.origin)
+    assert about["source_sha256"] == original.sha256 and about["sha256"] == files.sha256_of(output)
+    assert about["preprocessing"] == original.preprocessing.to_dict()
+    again = load(str(output), arch=original.arch)
+    assert activations_sha256(probe_features(again)) == about["activations_sha256"]
+    assert again.preprocessing == original.preprocessing
+
+
+@pytest.mark.parametrize("arch", ["resnet18", VIT, "vit_narrow_12h_patch16_32"])
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_timm_reads_what_is_written_for_it(arch, ending, tmp_path):
+    import timm
+
+    source = written(tmp_path, body(0, arch))
+    said = convert(source, tmp_path / f"copy{ending}", "timm", arch=arch)
+    assert f"in timm {timm.__version__}: pooled equal (largest difference 0 of the largest activation)" in said
+    net = build_backbone(arch) if arch.startswith("vit") else timm.create_model(arch, num_classes=0)
+    timm.models.load_checkpoint(net, str(tmp_path / f"copy{ending}"))
+    encoder = load(source, arch)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net.eval()(image), encoder.backbone(image))
+
+
+def test_torchvision_reads_what_is_written_for_it(tmp_path):
+    said = convert("random:resnet18", tmp_path / "copy.pth", "torchvision")
+    assert (
+        f"in torchvision {torchvision.__version__.split('+')[0]}" in said
+        and "pooled equal (largest difference 0 " in said
+    )
+    assert "torchvision has no resnet18_quarter" in convert(f"random:{ARCH}", tmp_path / "other.pth", "torchvision")
+
+
+def test_hugging_faces_epsilon_survives_in_a_copy(tmp_path):
+    source = written(tmp_path, FILES["Hugging Face ViT"]().values)
+    convert(source, tmp_path / "copy.safetensors", "safetensors")
+    convert(source, tmp_path / "timm.pth", "timm")
+    assert load(str(tmp_path / "copy.safetensors")).norm_eps == 1e-12
+    assert json.loads((tmp_path / "timm.pth.json").read_text())["norm_eps"] == 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arch", "resnet"),
+    [
+        ("resnet50", {"DEPTH": 50, "RES2_OUT_CHANNELS": 256, "STEM_OUT_CHANNELS": 64, "STRIDE_IN_1X1": False}),
+        ("resnet50_msra", {"DEPTH": 50, "STRIDE_IN_1X1": True}),
+        ("resnet101", {"DEPTH": 101, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64}),
+        ("resnext50_32x8d", {"DEPTH": 50, "NUM_GROUPS": 32, "WIDTH_PER_GROUP": 8}),
+        ("resnet50_w2", {"STEM_OUT_CHANNELS": 128, "RES2_OUT_CHANNELS": 512, "WIDTH_PER_GROUP": 128}),
+        ("wide_resnet50_2", {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 256, "WIDTH_PER_GROUP": 128}),
+        ("resnet34", {"DEPTH": 34, "RES2_OUT_CHANNELS": 64}),
+    ],
+)
+def test_detectron2_is_told_which_network_it_is(arch, resnet, tmp_path):
+    with torch.device("meta"):
+        encoder = Encoder("x", "x", arch, build_backbone(arch), 0, None, "x", "0", 1)
+    settings, why_none = settings_of(encoder, tmp_path / "x.pkl")
+    assert resnet.items() <= settings["MODEL"]["RESNETS"].items() and not why_none
+    heads = settings["MODEL"]["ROI_HEADS"]["NAME"]
+    assert heads == ("StandardROIHeads" if arch == "resnet34" else "Res5ROIHeadsExtraNorm")
+    assert ("extra_norm" in yaml_of(settings)) == (arch != "resnet34")
+    assert yaml.safe_load(yaml_of(settings)) == settings
+
+
+def test_detectron2_is_told_what_pixels_to_give(tmp_path):
+    convert(written(tmp_path, {"state_dict": moco(mlp)}), tmp_path / "x.pkl", "detectron2")
+    assert not (tmp_path / "x.yaml").exists()  # detectron2 builds no ResNet-18 of a quarter's width
+    encoder = Encoder("x", "x", "resnet50", nn.Identity(), 0, None, "x", "0", 1, preprocessing=Preprocessing())
+    model, said = settings_of(encoder, tmp_path / "x.pkl")[0]["MODEL"], settings_of(encoder, tmp_path / "x.pkl")[0]
+    assert (model["PIXEL_MEAN"], model["PIXEL_STD"]) == ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+    assert said["INPUT"]["FORMAT"] == "RGB" and model["BACKBONE"]["FREEZE_AT"] == 0
+    caffe = settings_of(replace(encoder, arch="resnet50_msra", preprocessing=MSRA), tmp_path / "x.pkl")[0]
+    assert caffe["MODEL"]["PIXEL_MEAN"] == [103.53, 116.28, 123.675] and caffe["MODEL"]["PIXEL_STD"] == [1, 1, 1]
+    assert caffe["INPUT"]["FORMAT"] == "BGR"
+
+
+@pytest.mark.parametrize("arch", ["resnet18_quarter", "resnet50_cifar", "resnet200"])
+def test_networks_that_detectron2_cannot_build_are_written_without_settings(arch, tmp_path):
+    encoder = Encoder("x", "x", arch, nn.Identity(), 0, None, "x", "0", 1)
+    settings, why = settings_of(encoder, tmp_path / "x.pkl")
+    assert settings is None and f"makes no {arch}" in why

@@ -74,6 +74,7 @@ def _resnets() -> dict[str, Architecture]:
         "resnet50": (Bottleneck, (3, 4, 6, 3)),
         "resnet101": (Bottleneck, (3, 4, 23, 3)),
         "resnet152": (Bottleneck, (3, 8, 36, 3)),
+        "resnet200": (Bottleneck, (3, 24, 36, 3)),
     }
     family = {name: Architecture(block, layers) for name, (block, layers) in depths.items()}
     for name, (block, layers) in depths.items():
@@ -85,6 +86,7 @@ def _resnets() -> dict[str, Architecture]:
         family[f"{name}_quarter_cifar"] = Architecture(block, layers, width=0.25, cifar_stem=True)
     for width in (2, 4, 5):  # 5: SwAV's
         family[f"resnet50_w{width}"] = Architecture(*depths["resnet50"], width=float(width))
+    family["resnet200_w2"] = Architecture(*depths["resnet200"], width=2.0)  # VICReg's
     for name in ("resnet50", "resnet101"):
         family[f"wide_{name}_2"] = Architecture(*depths[name], group_width=128)
         family[f"{name}_msra"] = Architecture(*depths[name], stride_in_1x1=True)
@@ -96,14 +98,17 @@ def _resnets() -> dict[str, Architecture]:
 
 
 ARCHITECTURES = _resnets()
-# dim, depth, heads: DeiT's, DINO's and timm's; MoCo v3 has 12 heads in each
+# dim, depth, heads: DeiT's, DINO's and timm's; MoCo v3 has 12 heads in each. The narrow ones are for trials.
 TRANSFORMERS = {
+    "narrow": (48, 2, 3),
+    "narrow_12h": (48, 2, 12),
     "tiny": (192, 12, 3),
     "tiny_12h": (192, 12, 12),
     "small": (384, 12, 6),
     "small_12h": (384, 12, 12),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
 }
 _VIT = re.compile(rf"vit_({'|'.join(TRANSFORMERS)})_patch(\d{{1,2}})_(\d{{2,4}})")
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -71,7 +72,9 @@ class Encoder:
         origin: the layout it was recognised as, such as 'facebookresearch/moco v2'.
         sha256: of the checkpoint file's bytes; of the weights themselves for `random:` and `torchvision:`.
         tensors_loaded: how many backbone tensors were matched: all of them.
-        which: 'query' or 'key' (the momentum encoder).
+        path: the file it was read from; None where there is none.
+        taken: 'query' or 'key' (the momentum encoder): the part of that file.
+        which: the same, or for a copy that `convert` wrote, what it was made of.
         usual: which of them the method's own evaluation takes.
         dropped: (what, why) of each group of tensors in the file that the backbone does not use.
         warnings: doubts, in words.
@@ -89,6 +92,8 @@ class Encoder:
     origin: str
     sha256: str
     tensors_loaded: int
+    path: Path | None = None
+    taken: str = "query"
     which: str = "query"
     usual: str = "query"
     dropped: list[tuple[str, str]] = field(default_factory=list)

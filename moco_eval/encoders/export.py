@@ -1,25 +1,22 @@
-"""Encoders in other frameworks' formats; each copy is read back and proven equal.
-
-The detectron2 file is what the official converter writes: facebookresearch/moco@132aea9,
-detection/convert-pretrain-to-detectron2.py.
-"""
+"""Encoders in other frameworks' formats; each copy is read back and proven equal; in its own library too."""
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from moco_eval import files, pickles
+from moco_eval import __version__, files, pickles
 from moco_eval.config import did_you_mean
+from moco_eval.encoders import detectron2, peers
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.layouts import SAFETENSORS
-from moco_eval.encoders.load import load
+from moco_eval.encoders.load import load, set_norm_eps
 from moco_eval.encoders.parts import Parts, split
-from moco_eval.encoders.probe import probe_features
+from moco_eval.encoders.probe import activations_sha256, probe_features
 from moco_eval.encoders.prove import prove
 from moco_eval.encoders.recognise import recognise
 from moco_eval.errors import InputError, RunFailed
@@ -30,59 +27,90 @@ def convert(
 ) -> str:
     """Write CHECKPOINT's encoder in another format and prove the copy.
 
+    Beside OUT goes OUT.json with what travels with the weights, and for detectron2 OUT's name with .yaml, the
+    configuration that takes it.
+
     Args:
-        to: detectron2 (.pkl), torchvision (.pth, a plain state dict without fc), safetensors.
+        to: detectron2 (.pkl), torchvision (.pth, a plain state dict without fc), timm (the same; safetensors where the
+            name ends so), safetensors (with the head, and everything else in its metadata).
         force: overwrite.
     Returns:
-        One line about what was written and shown.
+        Lines about what was written and shown.
     Raises:
-        InputError: as `load`; the output exists; pixels have no weights.
+        InputError: as `load`; the output exists; the format has no place for this network.
     """
     if to not in WRITERS:
         raise InputError(f"--to {to!r} is not built yet.{did_you_mean(to, WRITERS)}")
-    _require_free(source, output, force)
+    beside = [output.with_name(f"{output.name}.json")] + ([output.with_suffix(".yaml")] if to == "detectron2" else [])
+    if to == "detectron2" and output.suffix != ".pkl":
+        raise InputError(f"{output} must end in .pkl: by that detectron2 knows how to read it")
+    _require_free(source, [output, *beside], force)
     loaded = load(source, arch, encoder)
     if not loaded.tensors_loaded:
         raise InputError(f"{source} has no weights to convert")
+    peers.require_place(loaded, to)
+    settings, why_none = detectron2.settings_of(loaded, output) if to == "detectron2" else (None, "")
     try:
         with files.atomic(output) as path:
-            copied = WRITERS[to](loaded, encoder, path)
+            copied = WRITERS[to](loaded, path)
+            shown = peers.prove_in(to, loaded, path, settings)
     except OSError as error:
         raise RunFailed(f"cannot write {output}: {error.strerror}") from None
-    return f"{output}: {copied} tensors of {loaded.origin} ({loaded.arch}) for {to}, read back: same activations"
+    files.write_json(beside[0], _about(loaded) | {"format": to, "sha256": files.sha256_of(output)})
+    if settings:
+        files.write_text(beside[1], detectron2.yaml_of(settings))
+    lines = [
+        f"{output}: {copied} tensors of {loaded.origin} ({loaded.arch}) for {to}, read back: same activations",
+        f"  {shown}",
+        f"  beside it: {', '.join(path.name for path in beside[: 2 if settings else 1])}",
+    ]
+    return "\n".join(lines + ([f"  no {beside[1].name}: {why_none}"] if why_none else []))
 
 
-def _require_free(source: str, output: Path, force: bool) -> None:
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give the name of a file")
-    if output.exists() and Path(source).exists() and output.samefile(source):
-        raise InputError(f"{output} is the checkpoint itself; give another name")
-    if output.exists() and not force:
-        raise InputError(f"{output} exists; add --force to overwrite it")
+def _require_free(source: str, outputs: list[Path], force: bool) -> None:
+    for output in outputs:
+        if output.is_dir():
+            raise InputError(f"{output} is a folder; give the name of a file")
+        if output.exists() and Path(source).exists() and output.samefile(source):
+            raise InputError(f"{output} is the checkpoint itself; give another name")
+        if output.exists() and not force:
+            raise InputError(f"{output} exists; add --force to overwrite it")
 
 
-def _write_torchvision(encoder: Encoder, which: str, path: Path) -> int:
-    """A plain state dict in fp32 under torchvision's names, without fc."""
-    state = encoder.backbone.state_dict()
-    with path.open("wb") as file:  # through a file object the bytes do not depend on the file's name
-        torch.save(dict(state), file)
-    _require_equal(encoder, load(str(path), encoder.arch), path)
-    return len(state)
-
-
-def _write_safetensors(encoder: Encoder, which: str, path: Path) -> int:
-    """Backbone and head in fp32, and in the metadata all that travels with them."""
-    head = encoder.head.state_dict() if encoder.head is not None else {}
-    state = encoder.backbone.state_dict() | {f"head.{name}": tensor for name, tensor in head.items()}
-    about = {
-        "format": SAFETENSORS,
+def _about(encoder: Encoder) -> dict[str, Any]:
+    """What travels with the weights."""
+    return {
         "origin": encoder.origin,
         "arch": encoder.arch,
         "which": encoder.which,
         "source_sha256": encoder.sha256,
-        "preprocessing": asdict(encoder.preprocessing) if encoder.preprocessing else None,
+        "preprocessing": encoder.preprocessing.to_dict() if encoder.preprocessing else None,
         "pretraining": encoder.pretraining,
+        "norm_eps": encoder.norm_eps,
+        "activations_sha256": activations_sha256(probe_features(encoder)),
+        "moco_eval": __version__,
     }
+
+
+def _write_state(encoder: Encoder, path: Path) -> int:
+    """A plain state dict in fp32 without a classifier, under torchvision's names or timm's."""
+    state = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata={"about": json.dumps(_about(encoder))})
+    else:
+        with path.open("wb") as file:  # through a file object the bytes do not depend on the file's name
+            torch.save(state, file)
+    copy = load(str(path), encoder.arch)
+    set_norm_eps(copy.backbone, encoder.norm_eps)
+    _require_equal(encoder, copy, path)
+    return len(state)
+
+
+def _write_safetensors(encoder: Encoder, path: Path) -> int:
+    """Backbone and head in fp32, and in the metadata all that travels with them."""
+    head = encoder.head.state_dict() if encoder.head is not None else {}
+    state = encoder.backbone.state_dict() | {f"head.{name}": tensor for name, tensor in head.items()}
+    about = _about(encoder) | {"format": SAFETENSORS}
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()},
         path,
@@ -92,30 +120,30 @@ def _write_safetensors(encoder: Encoder, which: str, path: Path) -> int:
     return len(state)
 
 
-def _write_detectron2(encoder: Encoder, which: str, path: Path) -> int:
+def _write_detectron2(encoder: Encoder, path: Path) -> int:
     """What the official converter writes: the file's own tensors, in its order, the projection head included."""
-    state = _as_stored(encoder, which)
+    state = _as_stored(encoder)
     try:
-        arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
+        arrays = {detectron2.to_detectron2(name): tensor.numpy() for name, tensor in state.items()}
     except TypeError:
         kinds = ", ".join(sorted({str(tensor.dtype) for tensor in state.values()}))
         raise InputError(f"{encoder.source}: numpy, and so detectron2's file, has no type for one of {kinds}") from None
     pickles.write(path, {"model": arrays, "__author__": "MOCO", "matching_heuristics": True})
-    back = {torchvision_name(name): torch.from_numpy(array) for name, array in pickles.read(path)["model"].items()}
+    written = pickles.read(path)["model"]
+    back = {detectron2.from_detectron2(name): torch.from_numpy(array) for name, array in written.items()}
     if list(back) != list(state) or any(not _same_bytes(back[name], state[name]) for name in state):
         raise RunFailed(f"{path} does not hold the tensors that were written to it")
-    parts = Parts.of({name: tensor for name, tensor in back.items() if not name.startswith("fc.")}, {})
+    parts = Parts.of({name: tensor for name, tensor in back.items() if not name.startswith("fc.")})
     copy = replace(encoder, backbone=prove(str(path), parts.backbone, encoder.arch, []), head=None)
     _require_equal(replace(encoder, head=None), copy, path)
     return len(state)
 
 
-def _as_stored(encoder: Encoder, which: str) -> dict[str, torch.Tensor]:
+def _as_stored(encoder: Encoder) -> dict[str, torch.Tensor]:
     """Backbone and projection head exactly as in the file, in its order."""
-    if encoder.source.startswith(("random:", "torchvision:")):
+    if encoder.path is None:
         return encoder.backbone.state_dict()
-    stored = split(recognise(Path(encoder.source)), which)
-    return stored.raw
+    return split(recognise(encoder.path), encoder.taken).raw
 
 
 def _same_bytes(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -131,37 +159,9 @@ def _require_equal(encoder: Encoder, copy: Encoder, path: Path) -> None:
         raise RunFailed(f"{path}: the copy's projection head gives other values")
 
 
-WRITERS: dict[str, Callable[[Encoder, str, Path], int]] = {
+WRITERS: dict[str, Callable[[Encoder, Path], int]] = {
     "detectron2": _write_detectron2,
-    "torchvision": _write_torchvision,
+    "torchvision": _write_state,
+    "timm": _write_state,
     "safetensors": _write_safetensors,
 }
-
-_TO_DETECTRON2 = (
-    (r"^(?!layer)", "stem."),
-    (r"layer([1-4])", lambda match: f"res{int(match.group(1)) + 1}"),
-    (r"bn([1-3])", r"conv\1.norm"),
-    (r"downsample\.0", "shortcut"),
-    (r"downsample\.1", "shortcut.norm"),
-)
-_TO_TORCHVISION = (
-    (r"^stem\.", ""),
-    (r"^res([2-5])", lambda match: f"layer{int(match.group(1)) - 1}"),
-    (r"conv([1-3])\.norm", r"bn\1"),
-    (r"shortcut\.norm", "downsample.1"),
-    (r"shortcut", "downsample.0"),
-)
-
-
-def detectron2_name(name: str) -> str:
-    """'layer1.0.bn3.weight' to 'res2.0.conv3.norm.weight'; what is in no layer goes to the stem."""
-    for pattern, replacement in _TO_DETECTRON2:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def torchvision_name(name: str) -> str:
-    """The way back."""
-    for pattern, replacement in _TO_TORCHVISION:
-        name = re.sub(pattern, replacement, name)
-    return name

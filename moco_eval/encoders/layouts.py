@@ -161,7 +161,7 @@ _TORCHVISION_VIT: Rules = (
     (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
     (r"^encoder\.ln\.", "norm."),
 )
-_TWELVE_HEADS: Rules = ((r"^vit_(tiny|small)_patch", r"vit_\1_12h_patch"),)
+_TWELVE_HEADS: Rules = ((r"^vit_(narrow|tiny|small)_patch", r"vit_\1_12h_patch"),)
 
 # Some code bases have several rows. The first row that fits is taken: the specific ones stand first.
 _MOCO = Layout(
@@ -249,7 +249,7 @@ _LIGHTLY_TRAIN = Layout(
     "lightly-ai/lightly-train@8f5a75c: src/lightly_train/_methods, _models",
     dropped=(
         _CENTRE,
-        (r".*wrapped_model\._model\.(fc|head)\.", "fc", _CLASSIFIER),
+        (r".*wrapped_model\.(_features|_model)\.(fc|head)\.", "fc", _CLASSIFIER),
         (r".*embedding_model\.embed_head\.", "embed_head", "the projection to an embedding, for pretraining"),
         (r"(\w+_)?(projection|prediction)?_?head\.", "heads", _OTHER_HEAD),
         (r".*\.mask_token$", "mask_token", "for masked pretraining"),
@@ -297,7 +297,7 @@ LAYOUTS: tuple[Layout, ...] = (
         names=_CIFAR_CHILDREN,
         cifar=CIFAR_DEMO,
     ),
-    replace(_MOCO, origin="facebookresearch/moco without its head", marks=(r"^encoder_[qk]\.",)),
+    replace(_MOCO, origin="facebookresearch/moco without its head", marks=(r"^encoder_[qk]\.(conv1|bn1|layer\d)\.",)),
     replace(
         _OPENMMLAB,
         origin="OpenMMLab MoCo v3 ViT",
@@ -391,6 +391,21 @@ LAYOUTS: tuple[Layout, ...] = (
         query=r"backbone\.",
         head=r"projector\.",
     ),
+    replace(
+        _LIGHTLY_TRAIN,
+        origin="lightly-train, student and teacher",
+        marks=(r"^(student|teacher)_embedding_model\.",),
+        query=rf"student_embedding_model{_TRAIN_BODY}",
+        key=rf"teacher_embedding_model{_TRAIN_BODY}",
+        usual="key",
+    ),
+    replace(
+        _LIGHTLY_TRAIN,
+        origin="lightly-train",
+        marks=(r"^((query|key)_encoder\.)?embedding_model\.wrapped_model\.",),
+        query=rf"(query_encoder\.)?embedding_model{_TRAIN_BODY}",
+        key=rf"key_encoder\.embedding_model{_TRAIN_BODY}",
+    ),
     Layout(
         "lightly's own CIFAR ResNet",
         "lightly-ai/lightly@e8d317f: lightly/models/resnet.py",
@@ -400,7 +415,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "lightly DINO",
         _LIGHTLY,
-        marks=(r"^student_backbone\.",),
+        marks=(r"^student_(backbone|head|projection_head)\.",),
         query=r"student_backbone\.(vit\.)?",
         key=r"(teacher_backbone|backbone)\.(vit\.)?",
         usual="key",
@@ -426,21 +441,6 @@ LAYOUTS: tuple[Layout, ...] = (
         _LIGHTLY,
         marks=(r"^0\.weight$", r"^4\.0\.conv1\.", r"^7\."),
         names=_CHILDREN,
-    ),
-    replace(
-        _LIGHTLY_TRAIN,
-        origin="lightly-train, student and teacher",
-        marks=(r"^(student|teacher)_embedding_model\.",),
-        query=rf"student_embedding_model{_TRAIN_BODY}",
-        key=rf"teacher_embedding_model{_TRAIN_BODY}",
-        usual="key",
-    ),
-    replace(
-        _LIGHTLY_TRAIN,
-        origin="lightly-train",
-        marks=(r"^((query|key)_encoder\.)?embedding_model\.wrapped_model\.",),
-        query=rf"(query_encoder\.)?embedding_model{_TRAIN_BODY}",
-        key=rf"key_encoder\.embedding_model{_TRAIN_BODY}",
     ),
     Layout(
         "PyContrast or SupContrast",

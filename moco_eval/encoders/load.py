@@ -1,5 +1,6 @@
 """Load anyone's encoder with proof: every backbone tensor matched in name, shape and dtype, or an error."""
 
+import difflib
 import hashlib
 import re
 import urllib.error
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
-from moco_eval import files
+from moco_eval import files, zoo
 from moco_eval.config import did_you_mean
 from moco_eval.encoders import beside
 from moco_eval.encoders.build import (
@@ -41,7 +42,7 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
     """Load and prove an encoder; its backbone comes back in eval mode.
 
     Args:
-        source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME` or `pixels`.
+        source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME`, `zoo:NAME` or `pixels`.
         arch: overrides the architecture read from the tensors' shapes.
         encoder: 'query' or 'key' (the momentum encoder); by default the one that the method itself evaluates.
         seed: of the weights of `random:`.
@@ -54,7 +55,7 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
         architecture(arch)
     kind, colon, rest = source.partition(":")
     if colon and kind == "zoo":
-        raise InputError(f"{source}: the prefix {kind}: is not built yet; give a path, random:ARCH or torchvision:ARCH")
+        return _from_zoo(rest, arch, encoder)
     if source != "pixels" and not (colon and kind in ("random", "torchvision", "timm")):
         return _from_file(source, arch, encoder)
     if encoder == "key":
@@ -144,7 +145,8 @@ def _timm(rest: str, seed: int) -> Encoder:
 
     source = f"timm:{rest}"
     if not timm.is_model(rest):
-        raise InputError(f"timm has no model {rest!r}.{did_you_mean(rest, timm.list_models())}")
+        near = difflib.get_close_matches(rest, timm.list_models(), 3) or timm.list_models(f"{rest}*")[:3]
+        raise InputError(f"timm has no model {rest!r}{'; near it are ' + ', '.join(near) if near else ''}")
     if not timm.models.is_model_pretrained(rest):
         raise InputError(f"timm has no published weights of {rest}; for an untrained network: random:ARCH")
     try:
@@ -159,7 +161,7 @@ def _of_timm(source: str, theirs: nn.Module) -> Encoder:
     tensors = theirs.state_dict()
     arch = infer(source, tensors)
     heads = getattr(theirs, "blocks", [None])[0]
-    if heads is not None and heads.attn.num_heads == 12 and arch.startswith(("vit_tiny_patch", "vit_small_patch")):
+    if heads is not None and heads.attn.num_heads == 12 and architecture(arch).feature_dim < 768:
         arch = arch.replace("_patch", "_12h_patch")
     settings: Any = theirs.pretrained_cfg
     loaded = _published(source, tensors, arch)
@@ -202,7 +204,7 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
     shape = architecture(chosen)
     backbone = prove(source, parts.backbone, chosen, parts.warnings)
     norm_eps = found.values.get("norm_eps", layout.norm_eps)
-    _set_norm_eps(backbone, norm_eps)
+    set_norm_eps(backbone, norm_eps)
     pixels, said = _preprocessing(found, shape)
     return Encoder(
         source=source,
@@ -214,6 +216,8 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         origin=_origin(found) + said,
         sha256=files.sha256_of(source),
         tensors_loaded=len(parts.backbone),
+        path=found.path,
+        taken=which,
         which=_which(found, which),
         usual=layout.usual,
         dropped=parts.dropped,
@@ -222,6 +226,15 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         pretraining=_pretraining(found),
         norm_eps=norm_eps,
     )
+
+
+def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
+    """A known public checkpoint: fetched where it is not there yet, and held against what its manifest expects."""
+    entry = zoo.entry(name)
+    loaded = _from_file(str(zoo.path_of(name)), arch, encoder)
+    if not loaded.origin.startswith(entry.layout):
+        loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
+    return replace(loaded, source=f"zoo:{name}", run_name=_safe(name) + ("-key" if encoder == "key" else ""))
 
 
 def run_name(path: Path) -> str:
@@ -274,7 +287,8 @@ def _open_questions(found: Checkpoint, given: str | None, arch: str) -> list[str
     return [found.layout.doubt.format(heads=shape.heads, other=arch.replace("_patch", "_12h_patch"))]
 
 
-def _set_norm_eps(net: nn.Module, eps: float | None) -> None:
+def set_norm_eps(net: nn.Module, eps: float | None) -> None:
+    """Where a code base has layer norms with another epsilon than timm's."""
     for module in net.modules():
         if eps is not None and isinstance(module, nn.LayerNorm):
             module.eps = eps
