@@ -9,7 +9,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-MOST = 10_000_000  # opcodes, and values that calls copy; a training checkpoint of 10,000 tensors has 200,000
+MOST = 5_000_000  # opcodes, and values that calls copy; a training checkpoint of 10,000 tensors has 200,000
 DEEPEST = 100  # levels of nesting; Python's own hash and repr recurse without a bound of their own
 DAMAGED = "copy or download it again"
 
@@ -88,6 +88,11 @@ def shown(text: object, most: int = 90) -> str:
     """Text from a file, fit for one line of a terminal."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * most]).split())
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def python_3(module: str, name: str) -> str:
+    """A global's full name, as Python 3 has it."""
+    return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
 
 
 class _Bounded:
@@ -191,8 +196,7 @@ class _Machine:
     def _named(self, module: str, name: str) -> Name:
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused("has a pickle that hides the name of the code it wants to run; nothing was executed")
-        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        found = Name(f"{module}.{name}")
+        found = Name(python_3(module, name))
         self.found.names[found] = None
         return found
 
@@ -234,6 +238,8 @@ class _Machine:
 
 def _storage(identity: Any) -> Row:
     flat = isinstance(identity, Row) and len(identity) < 10 and not any(isinstance(part, Thing) for part in identity)
+    if isinstance(identity, Row) and identity[:1] == ("module",):  # of torch before 0.4
+        raise Refused("holds a whole network with its code; nothing was executed: have its state_dict() saved instead")
     if not flat or identity.depth > 2:
         raise Refused("has a pickle that asks for something stored outside of it, which is no tensor's data")
     return identity

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moco_eval.errors import InputError
-from moco_eval.opcodes import DAMAGED, DEEPEST, MOST, Refused, Scan, scan, shown
+from moco_eval.opcodes import DAMAGED, DEEPEST, MOST, Refused, Scan, python_3, scan, shown
 
 # Reading and writing
 
@@ -64,9 +64,10 @@ def _require_arrays_only(found: Scan) -> None:
 
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if not ARRAYS.fullmatch(f"{module}.{name}"):
-            raise Refused(refusal(f"{module}.{name}"))
-        return OrderedDict if name == "OrderedDict" else stand_in(f"{module}.{name}")
+        full = python_3(module, name)
+        if not ARRAYS.fullmatch(full):
+            raise Refused(refusal(full))
+        return OrderedDict if full == "collections.OrderedDict" else stand_in(full)
 
 
 def refusal(name: str) -> str:
@@ -162,6 +163,7 @@ class _Dtype(StandIn):
 class _Array(StandIn):
     """numpy.ndarray: what numpy's `_reconstruct` returns, then given its state."""
 
+    of = "numpy.ndarray"
     value: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
@@ -239,7 +241,7 @@ def stand_in(name: str, filled: str = "") -> type[StandIn]:
     usual = CONTAINERS.get(filled, StandIn)
     base = next((kind for pattern, kind in MADE if re.fullmatch(pattern, name)), usual)
     module, _, own = name.rpartition(".")
-    of = "numpy.ndarray" if base is _Array else name
+    of = name if base.of == StandIn.of else base.of
     return type(own, (base,), {"__module__": module, "__qualname__": own, "of": of})
 
 

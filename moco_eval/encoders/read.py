@@ -62,15 +62,15 @@ def _values(path: Path, start: bytes, size: int) -> Any:
     if start.startswith(b"PK"):
         mapped = path.suffix != ".safetensors"  # torch would go by that suffix, not by the contents
         if not mapped:
-            _require_memory(path, size, "is torch's under safetensors' suffix", "give it the suffix .pth")
+            _require_memory(path, size, "is torch's under the suffix .safetensors", "give it the suffix .pth")
         return read_archive(path, size, mapped)
     if start.startswith(LEGACY):
-        way_out = "torch.load and torch.save it once on a larger machine"
+        way_out = "torch.load and torch.save it once where there is memory"
         _require_memory(path, size, "is in torch's format of before 1.6", way_out)
         return read_legacy(path, size)
     _require_known(path, start)
     if start.startswith(b"\x80") or _is_pickle(path, size):
-        _require_memory(path, size, "is a pickle", "read it on a larger machine")
+        _require_memory(path, 2 * size, "is a pickle", "have it saved by torch.save")
         return pickles.read(path, encoding="latin1")
     if _is_text(start):
         raise Refused("is a text file, not a checkpoint")
@@ -119,14 +119,14 @@ def _newest_words(folder: Path, words: str, full: bool = False) -> str:
 # Memory
 
 
-def _require_memory(path: Path, size: int, why: str, way_out: str) -> None:
+def _require_memory(path: Path, need: int, why: str, way_out: str) -> None:
     """Say what memory a large file needs before it is taken; Refused where there is not so much."""
-    if size < LARGE:
+    if need < LARGE:
         return
-    need, free = f"{why}, so all of its {size / 1e9:.1f} GB go into memory", _free_memory()
-    if free is not None and size > free:
-        raise Refused(f"{need}, and {free / 1e9:.1f} GB are free: {way_out}")
-    warn(f"{path} {need}; to spare that, {way_out}")
+    words, free = f"{why}, which cannot be mapped: to read it takes {need / 1e9:.1f} GB of memory", _free_memory()
+    if free is not None and need > free:
+        raise Refused(f"{words}, and {free / 1e9:.1f} GB are free; {way_out}")
+    warn(f"{path} {words}; to spare that, {way_out}")
 
 
 def _free_memory() -> int | None:

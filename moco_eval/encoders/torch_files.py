@@ -90,10 +90,10 @@ def _require_harmless(found: Scan) -> None:
             raise Refused(f"holds a tensor that is {NOT_DENSE[name]}; only dense tensors are read: have it saved dense")
         if name not in REBUILD | CALLED and not NAMED.fullmatch(name) and not INERT.fullmatch(name):
             raise Refused(refusal(name))
-    for name, arguments in found.calls:
+    for name, arguments in sorted(found.calls):
         if not _harmless_call(name, arguments):
             raise Refused(f"calls {name} in a way that no checkpoint does; nothing was executed")
-    for kind in found.built | found.filled.keys():
+    for kind in sorted(found.built | found.filled.keys()):
         if kind not in CHANGED and not INERT.fullmatch(kind.removesuffix("()")):
             raise Refused(f"changes a {shown(kind)} after it is made, as no checkpoint does; nothing was executed")
 
