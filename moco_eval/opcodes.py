@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 MOST = 5_000_000  # opcodes, and values that calls copy; a training checkpoint of 10,000 tensors has 200,000
+MOST_NAMES = 1000  # globals; each costs a class
 DEEPEST = 100  # levels of nesting; Python's own hash and repr recurse without a bound of their own
 DAMAGED = "copy or download it again"
 
@@ -198,6 +199,8 @@ class _Machine:
             raise Refused("has a pickle that hides the name of the code it wants to run; nothing was executed")
         found = Name(python_3(module, name))
         self.found.names[found] = None
+        if len(self.found.names) > MOST_NAMES:
+            raise Refused(f"has a pickle that names more than {MOST_NAMES} classes, as no checkpoint does")
         return found
 
     def _called(self, function: Any, arguments: Any) -> Thing:
@@ -237,12 +240,12 @@ class _Machine:
 
 
 def _storage(identity: Any) -> Row:
-    flat = isinstance(identity, Row) and len(identity) < 10 and not any(isinstance(part, Thing) for part in identity)
-    if isinstance(identity, Row) and identity[:1] == ("module",):  # of torch before 0.4
-        raise Refused("holds a whole network with its code; nothing was executed: have its state_dict() saved instead")
-    if not flat or identity.depth > 2:
-        raise Refused("has a pickle that asks for something stored outside of it, which is no tensor's data")
-    return identity
+    if isinstance(identity, Row):
+        if identity[:1] == ("module",):
+            raise Refused("holds a whole network, whose code we do not run: have its state_dict() saved instead")
+        if len(identity) < 10 and identity.depth < 3 and not any(isinstance(part, Thing) for part in identity):
+            return identity
+    raise Refused("has a pickle that asks for something stored outside of it, which is no tensor's data")
 
 
 def _made(opcode: str) -> str:

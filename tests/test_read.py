@@ -405,6 +405,14 @@ BROKEN: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "items for a tensor": (fifty(WEIGHT + number(0) + number(1) + b"s"), "changes a torch._utils._rebuild_tensor_v2()"),
     "state for a tensor": (fifty(WEIGHT + b"}b"), "changes a torch._utils._rebuild_tensor_v2()"),
     "codec": (fifty(call(named("_codecs", "encode"), text("x"), text("idna"))), "calls _codecs.encode in a way"),
+    "names without end": (
+        fifty(b"(" + b"".join(named("omegaconf", f"C{i}") for i in range(1001)) + b"t"),
+        "names more than 1000 classes",
+    ),
+    "array of 64 dimensions": (
+        done(entries(a=array_pickle(row(*(64 * [number(1)])), text("x")))),
+        "array of the shape",
+    ),
     "no storage": (fifty(row(text("storage"), text("x")) + b"Q"), "asks for tensor data that is none"),
     "stored outside": (fifty(row(text("storage"), b"]") + b"Q"), "something stored outside of it"),
     "absent storage": (fifty(tensor(storage("7"), 4)), "data/7 has 16 bytes, but it is absent"),
@@ -766,6 +774,19 @@ def test_what_frameworks_store_beside_the_weights_is_read_and_not_made(zipped, t
     assert (found["milestones"], found["default"], found["queue"]) == ({30: 2}, {"a": [1]}, [1, 2])
     assert (found["epoch"], found["best"], found["raw"], found["none"]) == (200, 67.5, b"\xff\0", None)
     assert type(found["epoch"]) is int and found["rng"][1].dtype == torch.uint32
+
+
+def test_what_other_packages_take_for_safe_is_not_ours(tmp_path, in_tmp):
+    (tmp_path / "x.pth").write_bytes(saved({"a": np.arange(3)}))
+    (tmp_path / "evil.pth").write_bytes(HARMFUL["torch's shell in an archive"][0])
+    from torch.utils.collect_env import run
+
+    before = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([np.dtype, np.ndarray, run]):
+        assert read(tmp_path / "x.pth")["a"].tolist() == [0, 1, 2]
+        refused(tmp_path / "evil.pth")
+        assert set(torch.serialization.get_safe_globals()) == before | {np.dtype, np.ndarray, run}
+    assert set(torch.serialization.get_safe_globals()) == before and not Path(CANARY).exists()
 
 
 def test_parameters_and_tensors_with_attributes_come_as_plain_tensors(tmp_path):

@@ -8,7 +8,8 @@ from typing import BinaryIO
 
 from moco_eval.opcodes import DAMAGED, Refused, shown
 
-LARGEST_PICKLE = 1 << 28  # bytes; also of the archive's directory
+LARGEST_DIRECTORY = 1 << 24  # bytes; 80 for each tensor
+LARGEST_PICKLE = 1 << 28
 LARGEST_NOTE = 1 << 20  # of torch's own: version, byte order, ...
 
 
@@ -48,7 +49,7 @@ def _require_one_directory(file: BinaryIO, size: int) -> None:
         length, start = struct.unpack("<QQ", tail[40:56])
         end = size - 98
         sound &= tail[:4] == b"PK\6\6" and struct.unpack("<Q", tail[64:72])[0] == end
-    if not sound or start + length != end or length > LARGEST_PICKLE:
+    if not sound or start + length != end or length > LARGEST_DIRECTORY:
         raise Refused(f"is a damaged archive: its directory is not where its end says; {DAMAGED}")
 
 

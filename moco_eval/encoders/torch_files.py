@@ -7,6 +7,8 @@ frameworks store beside the weights: these are read, and nothing of them is exec
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +142,8 @@ def _sensible(kind: Any, key: Any, location: Any, count: Any) -> bool:
 def _load(found: Scan, file: Any, **how: Any) -> Any:
     """torch.load with stand-ins for what the pickle names; nothing in it is executed."""
     names = [name for name in found.names if name not in CALLED and INERT.fullmatch(name)]
-    made = [stand_in(str(name), found.filled.get(f"{name}()", "")) for name in names]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(made):
-            warnings.simplefilter("ignore")
+        with _safe_globals([stand_in(str(name), found.filled.get(f"{name}()", "")) for name in names]):
             return torch.load(file, map_location="cpu", weights_only=True, **how)
     except (MemoryError, Refused):
         raise
@@ -151,8 +151,25 @@ def _load(found: Scan, file: Any, **how: Any) -> Any:
         if "allocate memory" in str(error):
             raise MemoryError from None
         if found.protocol > 2:
-            raise Refused(f"is written with pickle protocol {found.protocol}: torch.save it with protocol 2") from None
-        raise Refused(f"is damaged, or not as torch {torch.__version__} reads it: {shown(error, 160)}") from None
+            again = "torch.save it again without pickle_protocol"
+            raise Refused(f"has pickle protocol {found.protocol}, which torch does not read safely: {again}") from None
+        words = shown(str(error).rpartition("WeightsUnpickler error: ")[2])
+        raise Refused(f"is damaged, or not as torch {torch.__version__} reads it ({words}): {DAMAGED}") from None
+
+
+@contextmanager
+def _safe_globals(made: list[type]) -> Iterator[None]:
+    """These and no others, whatever other packages have told torch to take for safe."""
+    others = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(made)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 # The two formats
