@@ -1,74 +1,109 @@
-"""What a checkpoint file holds, read without executing anything in it."""
+"""What a checkpoint file holds, read without executing anything in it.
+
+The format goes by the contents, never by the name: torch's zip format and safetensors, whose tensors are mapped and
+stay on disk until they are used; torch's format of before 1.6 and detectron2's pickle, which go into memory.
+"""
 
 import json
-import pickletools
+import math
+import os
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 
+from moco_eval import pickles
+from moco_eval.encoders.torch_files import LEGACY, read_archive, read_legacy
 from moco_eval.errors import InputError
+from moco_eval.opcodes import DAMAGED, Refused, scan, shown
+from moco_eval.pickles import StandIn, plain, stand_in
+from moco_eval.runtime import warn
 
-SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors")
+SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors", ".pkl")
+LARGE = 1 << 30  # bytes that are worth a word
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The dict a checkpoint file holds; tensors stay on disk until used where the file allows it.
+    """The dict a checkpoint file holds, in plain containers of tensors, strings, numbers, None and stand-ins.
 
+    Arrays come as tensors. An object of another class than these comes as a `StandIn` that knows the class's name.
     For safetensors, the tensors and what our own `convert` wrote in the metadata, side by side.
+
     Raises:
-        InputError: missing, a folder, empty, truncated, no checkpoint, or it needs code that we do not run.
+        InputError: missing, a folder, empty, truncated, no checkpoint, made to harm, or in need of code.
     """
-    start = _start(path)
-    if _is_safetensors(start):
-        return _read_safetensors(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values = _load_torch(path, start.startswith(b"PK") and zipfile.is_zipfile(path))
+        start, before = _start(path)
+        values = _values(path, start, before.st_size)
+        if not isinstance(values, dict):
+            kind = values.of if isinstance(values, StandIn) else type(values).__name__
+            raise Refused(f"holds a {kind}, not a dict of named tensors: have a state_dict() saved")
+        found = plain(values, _Tensors(before.st_size).checked)
+        now = path.stat()
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise Refused("changed while it was read: wait until it is written, then try again")
+        return found
+    except Refused as error:
+        raise InputError(f"{path} {error}") from None
     except MemoryError:
-        raise InputError(f"{path} does not fit into memory") from None
-    except Exception as error:  # torch.load raises a dozen kinds for a file that is not one of its own
-        raise InputError(f"{path} {_why(path, start, str(error))}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}, not a dict of named tensors")
-    return dict(values)
-
-
-def _load_torch(path: Path, zipped: bool) -> Any:
-    if zipped and path.suffix != ".safetensors":  # torch would go by that suffix, not by the contents
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _start(path: Path) -> bytes:
-    if path.is_dir():
-        raise InputError(_folder(path))
-    if not path.exists():
-        raise InputError(f"{path} does not exist{_newest_words(path.parent, '; the newest there is ')}")
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
+        raise InputError(f"{path} does not fit into this machine's memory: read it on a larger one") from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {path}: {error.strerror or shown(error)}") from None
+
+
+def _values(path: Path, start: bytes, size: int) -> Any:
+    """What a file of any format holds."""
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40:
+        return _read_safetensors(path, start, size)
+    if start.startswith(b"PK"):
+        mapped = path.suffix != ".safetensors"  # torch would go by that suffix, not by the contents
+        if not mapped:
+            _require_memory(path, size, "is torch's under the suffix .safetensors", "give it the suffix .pth")
+        return read_archive(path, size, mapped)
+    if start.startswith(LEGACY):
+        way_out = "torch.load and torch.save it once where there is memory"
+        _require_memory(path, size, "is in torch's format of before 1.6", way_out)
+        return read_legacy(path, size)
+    _require_known(path, start)
+    if start.startswith(b"\x80") or _is_pickle(path, size):
+        _require_memory(path, 2 * size, "is a pickle", "have it saved by torch.save")
+        return pickles.read(path, encoding="latin1")
+    if _is_text(start):
+        raise Refused("is a text file, not a checkpoint")
+    raise Refused(f"is no checkpoint that can be read: neither PyTorch's nor safetensors nor detectron2's; {DAMAGED}")
+
+
+# The path
+
+
+def _start(path: Path) -> tuple[bytes, os.stat_result]:
+    """The first bytes of a file, and its size and date."""
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if path.is_symlink():
+            raise Refused(f"is a link to {path.readlink()}, which does not exist") from None
+        raise Refused(f"does not exist{_newest_words(path.parent, '; the newest there is ')}") from None
+    if stat.S_ISDIR(about.st_mode):
+        raise Refused(_folder(path))
+    if not stat.S_ISREG(about.st_mode):
+        raise Refused("is not a regular file: copy what it gives to one")
+    with path.open("rb") as file:
+        start = file.read(512)
     if not start:
-        raise InputError(f"{path} is empty (0 bytes)")
-    return start
+        raise Refused(f"is empty (0 bytes): {DAMAGED}")
+    return start, about
 
 
 def _folder(path: Path) -> str:
     inside = path / "checkpoints"
     if inside.is_dir():
-        return f"{path} is a run directory{_newest_words(inside, '; give its newest checkpoint: ', full=True)}"
-    return f"{path} is a folder, not a checkpoint{_newest_words(path, '; the newest there is ')}"
+        return f"is a run directory{_newest_words(inside, '; give its newest checkpoint: ', full=True)}"
+    return f"is a folder, not a checkpoint{_newest_words(path, '; the newest there is ')}"
 
 
 def _newest_words(folder: Path, words: str, full: bool = False) -> str:
@@ -76,113 +111,134 @@ def _newest_words(folder: Path, words: str, full: bool = False) -> str:
     try:
         files = [file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and file.is_file()]
         newest = max(files, key=lambda file: (file.stat().st_mtime, file.name), default=None)
-    except OSError:
+    except (OSError, ValueError):
         return ""
     return f"{words}{newest if full else newest.name}" if newest else ""
 
 
-def _is_safetensors(start: bytes) -> bool:
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000
+# Memory
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _require_memory(path: Path, need: int, why: str, way_out: str) -> None:
+    """Say what memory a large file needs before it is taken; Refused where there is not so much."""
+    if need < LARGE:
+        return
+    words, free = f"{why}, which cannot be mapped: to read it takes {need / 1e9:.1f} GB of memory", _free_memory()
+    if free is not None and need > free:
+        raise Refused(f"{words}, and {free / 1e9:.1f} GB are free; {way_out}")
+    warn(f"{path} {words}; to spare that, {way_out}")
+
+
+def _free_memory() -> int | None:
+    """Bytes; None where the system does not tell."""
     try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+class _Tensors:
+    """Turns what is no plain value into a tensor or a stand-in, and keeps count of what the tensors claim."""
+
+    def __init__(self, size: int):
+        self.most = max(8 * size, LARGE)
+        self.claimed = 0
+
+    def checked(self, value: Any) -> Any:
+        if isinstance(value, bytearray):
+            return bytes(value)
+        tensor = _tensor(value)
+        if tensor is None:
+            kind = value if isinstance(value, type) else type(value)
+            return object.__new__(stand_in(f"{kind.__module__}.{kind.__qualname__}"))
+        self.claimed += math.prod(tensor.shape) * tensor.element_size()
+        if self.claimed > self.most:
+            raise Refused(f"claims tensors of {self.claimed / 1e9:.1f} GB, many times what it holds: {DAMAGED}")
+        return tensor
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    """A plain tensor that shares the value's memory where it can; None where it is neither tensor nor array."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)
+    if not isinstance(value, np.ndarray):
+        return None
+    try:
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
+    except TypeError:  # numpy's long doubles
+        return None
+
+
+# safetensors
+
+
+LARGEST_HEADER = 1 << 24
+
+
+def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Any]:
+    length = int.from_bytes(start[:8], "little")
+    if length > size - 8:
+        raise Refused(f"is a truncated safetensors file: {length:,} bytes of header announced, {size - 8:,} there")
+    if length > LARGEST_HEADER:
+        raise Refused(f"is a safetensors file with a header of {length:,} bytes, as no checkpoint has: {DAMAGED}")
+    try:
+        with path.open("rb") as whole:
+            json.loads(whole.read(8 + length)[8:], object_pairs_hook=_unique)
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("moco-eval", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is a damaged safetensors file: {_one_line(str(error))}") from None
+    except (MemoryError, Refused):
+        raise
+    except Exception as error:  # of safetensors, json and torch, for a damaged file
+        raise Refused(f"is a damaged safetensors file ({shown(error)}): {DAMAGED}") from None
     return {**about, **tensors} if isinstance(about, dict) else tensors
 
 
-# Objects that people store beside weights; all other code a pickle names is called what it is.
-HARMLESS = (
-    "argparse.",
-    "pathlib.",
-    "numpy.",
-    "collections.",
-    "omegaconf.",
-    "torch.nn.",
-    "easydict.",
-    "yacs.",
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("the same name twice")
+    return found
+
+
+# What else it may be
+
+
+LOOKS = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from"),
+    (rb"\s*<(html|!doctype|\?xml)", "is a web page, not a checkpoint: the download went wrong, fetch it again"),
+    (rb"\s*[{\[][\s -~]*$", "is JSON, such as a server's error, not a checkpoint: fetch it again"),
+    (rb".{257}ustar", "is a tar archive, not a checkpoint: unpack it and give the file inside"),
+    (rb"\x1f\x8b|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "is compressed: unpack it and give the file inside"),
+    (rb"\x89HDF\r\n", "is an HDF5 file such as Keras writes, not a PyTorch checkpoint: have its weights converted"),
+    (rb"\x93NUMPY", "is a numpy array (.npy), not a checkpoint: write a dict of named tensors with torch.save"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]", "is an ONNX or TensorFlow graph, not a PyTorch checkpoint: give that"),
+    (rb"model_checkpoint_path:", "is TensorFlow's list of checkpoints, not a PyTorch checkpoint: give that"),
+    (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", "is msgpack such as Flax writes: have its weights converted"),
 )
+TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # at its end
 
 
-def _why(path: Path, start: bytes, error: str) -> str:
-    """Why a file could not be read, after the words '<path> ...'."""
-    refused = _refused_code(path, start, error)
-    if refused and refused.startswith(HARMLESS):
-        return (
-            f"holds an object of the class {refused} beside its tensors; it was not executed and the file was not "
-            "loaded: save its state_dict alone where it was written"
-        )
-    if refused:
-        return f"wants to run code named {refused}; it was not loaded and nothing was executed"
-    for fits, words in _LOOKS:
-        if fits(path, start):
-            return words
-    return f"is no checkpoint that can be read safely: {_one_line(error)}"
+def _require_known(path: Path, start: bytes) -> None:
+    """Raises Refused for a file that is plainly something else, and says what."""
+    for pattern, words in LOOKS:
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise Refused(words)
+    with path.open("rb") as file:
+        file.seek(-min(8, path.stat().st_size), os.SEEK_END)
+        if file.read() == TENSORFLOW_INDEX:
+            raise Refused("is the index of a TensorFlow checkpoint: have its weights converted to PyTorch")
 
 
-def _refused_code(path: Path, start: bytes, error: str) -> str | None:
-    """The first global that the safe unpickler refused, from its message or from the pickle's own opcodes."""
-    if found := re.search(r"GLOBAL ([\w.]+)", error):
-        return found[1]
-    if "Weights only load failed" not in error or not start.startswith(b"\x80"):
-        return None
-    names = list(_named_code(path))
-    return next((name for name in names if not name.startswith(HARMLESS)), names[0] if names else None)
-
-
-def _named_code(path: Path) -> Iterator[str]:
-    """The globals that a pickle names, read off its opcodes as far as they go; nothing is unpickled."""
-    strings: list[str] = [""]
-    memo: list[str] = []
+def _is_pickle(path: Path, size: int) -> bool:
+    """Whether a file without pickle's mark is one all the same, as of protocols 0 and 1."""
     try:
         with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    yield str(argument).replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL":
-                    yield ".".join(strings[-2:])
-                elif opcode.name == "MEMOIZE":
-                    memo.append(strings[-1])
-                elif opcode.name in ("BINGET", "LONG_BINGET") and int(argument or 0) < len(memo):
-                    strings.append(memo[int(argument or 0)])
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except (ValueError, OSError):
-        return
+            return scan(file, size).end > 1
+    except Refused:
+        return False
 
 
 def _is_text(start: bytes) -> bool:
-    return all(byte in b"\t\n\r\f" or 32 <= byte < 127 or byte >= 128 for byte in start) and start.isascii()
-
-
-_LOOKS: tuple[tuple[Callable[[Path, bytes], bool], str], ...] = (
-    (
-        lambda path, start: start.startswith(b"version https://git-lfs"),
-        "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from",
-    ),
-    (
-        lambda path, start: start.lstrip()[:9].lower().startswith((b"<html", b"<!doctype", b"<?xml")),
-        "is a web page (HTML), not a checkpoint: the download went wrong, fetch it again",
-    ),
-    (lambda path, start: _is_text(start), "is a text file, not a checkpoint"),
-    (
-        lambda path, start: start.startswith(b"PK") and not zipfile.is_zipfile(path),
-        "is truncated: the end of the file is missing; copy or download it again",
-    ),
-    (
-        lambda path, start: start.startswith(b"PK"),
-        "is a damaged checkpoint or a zip archive of something else",
-    ),
-    (
-        lambda path, start: start.startswith(b"\x80"),
-        "is truncated or damaged, or a pickle that is no torch checkpoint",
-    ),
-)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:160]
+    return start.isascii() and all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in start)
