@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, cast
 MOST = 5_000_000  # opcodes, and values that calls copy; a training checkpoint of 10,000 tensors has 200,000
 MOST_NAMES = 1000  # globals; each costs a class
 DEEPEST = 100  # levels of nesting; Python's own hash and repr recurse without a bound of their own
-DAMAGED = "copy or download it again"
+DAMAGED = "copy or download it again"  # two ways out, for the end of a message
+DISTRUST = "nothing was executed: take the file from a source you trust"
 
 
 class Refused(ValueError):
@@ -152,7 +153,7 @@ class _Machine:
 
     def _remember(self, index: int, position: int) -> None:
         if index > position:  # Python's unpickler would make a memo of that size
-            raise Refused(f"has a pickle that asks for a memo of {index:,} entries, as no checkpoint does")
+            raise Refused(f"has a pickle that asks for a memo of {index:,} entries; {DISTRUST}")
         self.memo[index] = self.stack[-1]
 
     def _take(self, opcode: pickletools.OpcodeInfo) -> list[Any]:
@@ -189,36 +190,36 @@ class _Machine:
             self.found.storages.add(_storage(taken[0] if taken else argument))
             return Thing("storage")
         if name.startswith("EXT"):
-            raise Refused("has a pickle that calls code by number (copyreg's extensions); nothing was executed")
+            raise Refused(f"has a pickle that calls code by number (copyreg's extensions); {DISTRUST}")
         if isinstance(argument, (str, int, float)) or name == "NONE":
             return argument
         return Thing(_made(name), len(argument) if isinstance(argument, (bytes, bytearray)) else len(taken))
 
     def _named(self, module: str, name: str) -> Name:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise Refused("has a pickle that hides the name of the code it wants to run; nothing was executed")
+            raise Refused(f"has a pickle that hides the name of the code it wants to run; {DISTRUST}")
         found = Name(python_3(module, name))
         self.found.names[found] = None
         if len(self.found.names) > MOST_NAMES:
-            raise Refused(f"has a pickle that names more than {MOST_NAMES} classes, as no checkpoint does")
+            raise Refused(f"has a pickle that names more than {MOST_NAMES} classes, as no checkpoint does; {DISTRUST}")
         return found
 
     def _called(self, function: Any, arguments: Any) -> Thing:
         if not isinstance(function, Name) or not isinstance(arguments, Row):
-            raise Refused("has a pickle that calls what it has made itself, as no checkpoint does")
+            raise Refused(f"has a pickle that calls what it has made itself; {DISTRUST}")
         self.found.calls.add((str(function), tuple(_kind(argument) for argument in arguments[:8])))
         return Thing(f"{function}()", self._copy(arguments))
 
     def _built(self, target: Any, state: Any) -> Any:
         if not isinstance(target, Thing):
-            raise Refused("has a pickle that hands a state to what has none, as no checkpoint does")
+            raise Refused(f"has a pickle that hands a state to what has none; {DISTRUST}")
         self.found.built.add(_kind(target))
         self._copy(state if isinstance(state, Row) else (state,))
         return target
 
     def _filled(self, target: Any, items: int, how: str) -> Any:
         if not isinstance(target, Thing):
-            raise Refused("has a pickle that puts items into what holds none, as no checkpoint does")
+            raise Refused(f"has a pickle that puts items into what holds none; {DISTRUST}")
         target.size += items
         self.found.filled[target.kind] = how
         return target
@@ -228,14 +229,14 @@ class _Machine:
         size = len(values) + sum(len(value) for value in values if isinstance(value, (str, tuple, Thing)))
         self.copied += size
         if self.copied > self.size + MOST:
-            raise Refused("has a pickle that copies the same values over and over to fill the memory")
+            raise Refused(f"has a pickle that copies the same values over and over; {DISTRUST}")
         return size
 
     def _row(self, taken: list[Any]) -> Row:
         row = Row(taken)
         row.depth = 1 + max((item.depth for item in taken if isinstance(item, Row)), default=0)
         if row.depth > DEEPEST:
-            raise Refused(f"has a pickle that nests tuples more than {DEEPEST} deep, as no checkpoint does")
+            raise Refused(f"has a pickle that nests tuples more than {DEEPEST} deep; {DISTRUST}")
         return row
 
 
@@ -245,7 +246,7 @@ def _storage(identity: Any) -> Row:
             raise Refused("holds a whole network, whose code we do not run: have its state_dict() saved instead")
         if len(identity) < 10 and identity.depth < 3 and not any(isinstance(part, Thing) for part in identity):
             return identity
-    raise Refused("has a pickle that asks for something stored outside of it, which is no tensor's data")
+    raise Refused(f"has a pickle that asks for something stored outside of it, no tensor's data; {DISTRUST}")
 
 
 def _made(opcode: str) -> str:

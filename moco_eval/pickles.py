@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moco_eval.errors import InputError
-from moco_eval.opcodes import DAMAGED, DEEPEST, MOST, Refused, Scan, python_3, scan, shown
+from moco_eval.opcodes import DAMAGED, DEEPEST, DISTRUST, MOST, Refused, Scan, python_3, scan, shown
 
 # Reading and writing
 
@@ -48,7 +48,7 @@ def _load(file: BinaryIO, size: int, encoding: str) -> Any:
     except (MemoryError, Refused):
         raise
     except Exception as error:  # whatever a damaged pickle makes the unpickler raise
-        raise Refused(f"is not a pickle of arrays: {shown(error)}") from None
+        raise Refused(f"is not a pickle of arrays ({shown(error)}): {DAMAGED}") from None
 
 
 def _require_arrays_only(found: Scan) -> None:
@@ -59,7 +59,7 @@ def _require_arrays_only(found: Scan) -> None:
         raise Refused("is half of a torch checkpoint: a pickle without the tensor data that it asks for")
     for name, arguments in found.calls:
         if name == "collections.OrderedDict" and not set(arguments) <= {"list", "dict", "tuple"}:
-            raise Refused(f"calls {name} in a way that no checkpoint does")
+            raise Refused(f"calls {name} in a way that no checkpoint does; {DISTRUST}")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -81,10 +81,7 @@ def refusal(name: str) -> str:
         return (
             f"is a plain pickle of torch tensors ({shown(name)}); nothing was executed: have it written by torch.save"
         )
-    return (
-        f"wants to run code named {shown(name)}; it was not loaded and nothing was executed: take the file from a "
-        "source you trust, or have its state_dict saved alone"
-    )
+    return f"wants to run code named {shown(name)}; {DISTRUST}, or have its state_dict saved alone"
 
 
 class _ForBothNumpys(pickle._Pickler):
@@ -283,7 +280,7 @@ class _Plain:
 
     def _container(self, value: Any, depth: int) -> Measured:
         if depth == DEEPEST:
-            raise Refused(f"nests its entries more than {DEEPEST} deep, as no checkpoint does")
+            raise Refused(f"nests its entries more than {DEEPEST} deep; {DISTRUST}")
         members = [*value, *value.values()] if isinstance(value, dict) else list(value)
         found, height, size = [], 1, 1
         for member in members:
@@ -291,7 +288,7 @@ class _Plain:
             found.append(copy)
             height, size = max(height, above + 1), size + unfolded
         if depth + height > DEEPEST or size > MOST:
-            raise Refused(f"nests the same entries in each other, {height} deep, to {size:,}; no checkpoint does")
+            raise Refused(f"nests the same entries in each other, {height} deep, to {size:,} entries; {DISTRUST}")
         if isinstance(value, dict):
             return dict(zip(found[: len(value)], found[len(value) :])), height, size
         kind = next(kind for kind in (list, tuple, set) if isinstance(value, kind))

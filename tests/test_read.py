@@ -425,7 +425,7 @@ BROKEN: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "network, legacy": (lambda: saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False), "holds a whole network"),
     "tensor": (lambda: saved(torch.ones(3)), "holds a Tensor, not a dict"),
     "list": (lambda: saved([torch.ones(3)]), "holds a list, not a dict"),
-    "namespace": (lambda: saved(argparse.Namespace(a=1)), "holds a argparse.Namespace, not a dict"),
+    "namespace": (lambda: saved(argparse.Namespace(a=1)), "holds an argparse.Namespace, not a dict"),
     "protocol 4": (lambda: saved({"a": torch.ones(3)}, pickle_protocol=4), "pickle protocol 4"),
     "plain pickle of tensors": (lambda: pickle.dumps({"a": torch.ones(2)}), "is a plain pickle of torch tensors"),
     "half a checkpoint": (done(entries(weight=WEIGHT)), "a plain pickle of torch tensors"),
@@ -603,7 +603,7 @@ def test_what_is_no_regular_file_is_named(tmp_path):
     (tmp_path / "dangling.pth").symlink_to("gone.pth")
     (tmp_path / "loop.pth").symlink_to("loop.pth")
     os.mkfifo(tmp_path / "pipe.pth")
-    assert refused(tmp_path / "dangling.pth") == "is a link to gone.pth, which does not exist"
+    assert refused(tmp_path / "dangling.pth") == "is a link to gone.pth, which does not exist: mend the link"
     assert "Too many levels of symbolic links" in refused(tmp_path / "loop.pth")
     assert "is not a regular file" in refused(tmp_path / "pipe.pth")
     assert "is not a regular file" in refused(Path("/dev/zero"))

@@ -64,7 +64,7 @@ def _root(names: list[str]) -> str:
         raise Refused("is a Keras model, not a PyTorch checkpoint: have its weights converted")
     if f"{root}/data.pkl" not in names:
         first = shown(", ".join(names[:3])) or "nothing"
-        raise Refused(f"is a zip archive of something else (it holds {first}), not a checkpoint")
+        raise Refused(f"is a zip archive of something else (it holds {first}): give the checkpoint itself")
     return root
 
 

@@ -41,7 +41,8 @@ def read(path: Path) -> dict[str, Any]:
         values = _values(path, start, before.st_size)
         if not isinstance(values, dict):
             kind = values.of if isinstance(values, StandIn) else type(values).__name__
-            raise Refused(f"holds a {kind}, not a dict of named tensors: have a state_dict() saved")
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise Refused(f"holds {article} {kind}, not a dict of named tensors: have a state_dict() saved")
         found = plain(values, _Tensors(before.st_size).checked)
         now = path.stat()
         if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -73,7 +74,7 @@ def _values(path: Path, start: bytes, size: int) -> Any:
         _require_memory(path, 2 * size, "is a pickle", "have it saved by torch.save")
         return pickles.read(path, encoding="latin1")
     if _is_text(start):
-        raise Refused("is a text file, not a checkpoint")
+        raise Refused("is a text file, not a checkpoint: give the checkpoint's own path")
     raise Refused(f"is no checkpoint that can be read: neither PyTorch's nor safetensors nor detectron2's; {DAMAGED}")
 
 
@@ -86,7 +87,7 @@ def _start(path: Path) -> tuple[bytes, os.stat_result]:
         about = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         if path.is_symlink():
-            raise Refused(f"is a link to {path.readlink()}, which does not exist") from None
+            raise Refused(f"is a link to {path.readlink()}, which does not exist: mend the link") from None
         raise Refused(f"does not exist{_newest_words(path.parent, '; the newest there is ')}") from None
     if stat.S_ISDIR(about.st_mode):
         raise Refused(_folder(path))
@@ -179,7 +180,9 @@ LARGEST_HEADER = 1 << 24
 def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Any]:
     length = int.from_bytes(start[:8], "little")
     if length > size - 8:
-        raise Refused(f"is a truncated safetensors file: {length:,} bytes of header announced, {size - 8:,} there")
+        raise Refused(
+            f"is a truncated safetensors file: {length:,} bytes of header announced, {size - 8:,} there; {DAMAGED}"
+        )
     if length > LARGEST_HEADER:
         raise Refused(f"is a safetensors file with a header of {length:,} bytes, as no checkpoint has: {DAMAGED}")
     try:

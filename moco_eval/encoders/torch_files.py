@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moco_eval.encoders import archive
-from moco_eval.opcodes import DAMAGED, Name, Refused, Scan, scan, shown
+from moco_eval.opcodes import DAMAGED, DISTRUST, Name, Refused, Scan, scan, shown
 from moco_eval.pickles import MADE, refusal, stand_in
 
 # What a pickle may name
@@ -94,10 +94,10 @@ def _require_harmless(found: Scan) -> None:
             raise Refused(refusal(name))
     for name, arguments in sorted(found.calls):
         if not _harmless_call(name, arguments):
-            raise Refused(f"calls {name} in a way that no checkpoint does; nothing was executed")
+            raise Refused(f"calls {name} in a way that no checkpoint does; {DISTRUST}")
     for kind in sorted(found.built | found.filled.keys()):
         if kind not in CHANGED and not INERT.fullmatch(kind.removesuffix("()")):
-            raise Refused(f"changes a {shown(kind)} after it is made, as no checkpoint does; nothing was executed")
+            raise Refused(f"changes a {shown(kind)} after it is made; {DISTRUST}")
 
 
 def _harmless_call(name: str, kinds: tuple[str, ...]) -> bool:
