@@ -70,9 +70,12 @@ class _ArraysOnly(pickle.Unpickler):
         return OrderedDict if full == "collections.OrderedDict" else stand_in(full)
 
 
+NETWORK = re.compile(r"torch\.nn\.modules\.|torchvision\.|timm\.|lightly(_train)?\.")
+
+
 def refusal(name: str) -> str:
     """Why a file that names this global is not read, in words that follow its path."""
-    if re.match(r"torch\.nn\.|torchvision\.models\.|timm\.models\.", name):
+    if NETWORK.match(name):
         return (
             f"holds a whole network (class {shown(name)}), whose code we do not run; nothing was executed: have its "
             "state_dict() saved instead"

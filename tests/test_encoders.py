@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -381,6 +382,27 @@ def test_prefixes_that_speak_of_a_momentum_encoder(prefix):
 def test_only_a_head_is_said(tmp_path):
     message = error(written(tmp_path, under("projector.", mlp(8).state_dict())))
     assert "only a projection head or classifier is in it, and no backbone; save the whole network" in message
+
+
+def exclude_bias_and_norm(parameter):
+    """VICReg's optimiser refers to a function of this name."""
+    return parameter.ndim == 1
+
+
+def test_whole_networks_and_functions_beside_the_weights_are_passed_over(tmp_path, monkeypatch):
+    values = FILES["vicreg"]().values | {"lightly_train": {"models": nn.Sequential(nn.Linear(2, 2), nn.ReLU())}}
+    monkeypatch.setattr(exclude_bias_and_norm, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "exclude_bias_and_norm", exclude_bias_and_norm, raising=False)
+    values["optimizer"] = {"param_groups": [{"lars_adaptation_filter": exclude_bias_and_norm}]}
+    encoder = load(written(tmp_path, values))
+    assert (
+        encoder.tensors_loaded == 120 and dict(encoder.dropped)["lightly_train"] == "whole modules, which are not read"
+    )
+
+
+def test_a_whole_network_in_place_of_the_weights_is_refused(tmp_path):
+    message = error(written(tmp_path, {"model": nn.Sequential(nn.Linear(2, 2)), "epoch": 3}))
+    assert "holds no tensors, but a whole network as 'model', whose code we do not run" in message
 
 
 # What the weights expect

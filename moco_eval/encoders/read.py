@@ -20,7 +20,7 @@ from moco_eval import pickles
 from moco_eval.encoders.torch_files import LEGACY, read_archive, read_legacy
 from moco_eval.errors import InputError
 from moco_eval.opcodes import DAMAGED, Refused, scan, shown
-from moco_eval.pickles import StandIn, plain, stand_in
+from moco_eval.pickles import NETWORK, StandIn, plain, refusal, stand_in
 from moco_eval.runtime import warn
 
 SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors", ".pkl")
@@ -39,6 +39,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         start, before = _start(path)
         values = _values(path, start, before.st_size)
+        if isinstance(values, StandIn) and NETWORK.match(values.of):
+            raise Refused(refusal(values.of))
         if not isinstance(values, dict):
             kind = values.of if isinstance(values, StandIn) else type(values).__name__
             article = "an" if kind[0] in "aeiou" else "a"

@@ -11,6 +11,7 @@ import torch
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
 from moco_eval.encoders.read import read
 from moco_eval.errors import InputError
+from moco_eval.pickles import NETWORK, StandIn
 
 # Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model")
@@ -123,9 +124,16 @@ def find_tensors(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], di
         beside |= {str(key): value for key, value in loose.items()} if inner is values else {}
         named = {"": {key: value for key, value in inner.items() if inner is not values or key not in loose}}
     if not any(isinstance(value, torch.Tensor) for tensors in named.values() for value in tensors.values()):
-        known = ", ".join(str(key) for key in list(values)[:6]) or "none, it is empty"
-        raise InputError(f"{path} holds no tensors; its entries: {known}")
+        raise InputError(f"{path} holds no tensors{_instead(values)}")
     return _joined(path, named), beside
+
+
+def _instead(values: Mapping[str, Any]) -> str:
+    """What stands where the tensors should, in words."""
+    whole = next((key for key, value in values.items() if isinstance(value, StandIn) and NETWORK.match(value.of)), None)
+    if whole is not None:
+        return f", but a whole network as {whole!r}, whose code we do not run: have its state_dict() saved instead"
+    return f"; its entries: {', '.join(str(key) for key in list(values)[:6]) or 'none, it is empty'}"
 
 
 def _companions(values: Mapping[str, Any]) -> list[str]:

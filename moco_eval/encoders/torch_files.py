@@ -16,7 +16,7 @@ import torch
 
 from moco_eval.encoders import archive
 from moco_eval.opcodes import DAMAGED, DISTRUST, Name, Refused, Scan, scan, shown
-from moco_eval.pickles import MADE, refusal, stand_in
+from moco_eval.pickles import MADE, NETWORK, refusal, stand_in
 
 # What a pickle may name
 
@@ -72,6 +72,9 @@ INERT = re.compile(
     "|".join(
         (
             rf"({'|'.join(map(re.escape, FRAMEWORKS))})(\.\w+)*\.[A-Z]\w*",  # their classes, none of their functions
+            rf"(?:{NETWORK.pattern})(\w+\.)*[A-Z]\w*",  # whole networks beside the weights ...
+            r"lightly_train(\.\w+)+|types\.MethodType",  # ... as lightly-train keeps them, with their methods
+            r"(__main__|main_vicreg)\.exclude_bias_and_norm",  # VICReg's optimiser names it and never calls it here
             r"argparse\.Namespace|types\.SimpleNamespace|typing\.[A-Z]\w*",
             r"pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path",
             r"datetime\.(datetime|date|time|timedelta|timezone)",
