@@ -71,7 +71,7 @@ class KnnMonitor(Model):
     every: int = Positive
     k: int = Field(200, gt=0)
     temperature: float = Field(0.07, gt=0)
-    feature: str = "pooled"  # or head, or a stage of the network
+    feature: Literal["pooled", "head"] = "pooled"
 
 
 class KeepCheckpoints(Model):
@@ -188,7 +188,7 @@ class KnnConfig(Model):
     protocol: Literal["knn/instdisc@1", "knn/cifar10-demo@1"]
     k: int = Positive
     temperature: float = Positive
-    feature: Literal["pooled", "head"] = "pooled"
+    feature: str = "pooled"  # or head, or a stage of the network
     batch_size: int = Field(256, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = Field(8, ge=0)

@@ -105,6 +105,7 @@ def evaluate(
     encoder: Encoder, train: ImageSet, test: ImageSet, config: KnnConfig, output: Path, device: torch.device
 ) -> dict:
     """Run the protocol into a run directory; returns the result record."""
+    network(encoder, config.feature)  # an encoder without that feature is refused before anything is written
     require_enough(config.k, len(train))
     preprocessing = preprocessing_for(train.name, encoder.preprocessing)
     resolved = {

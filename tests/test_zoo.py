@@ -585,3 +585,14 @@ def test_the_users_manifest_is_yaml(tmp_path, monkeypatch):
 def test_names_are_listed_without_torch():
     code = "import sys; from moco_eval import zoo; list(zoo.lines()); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+def test_every_entry_is_of_a_layout_and_an_architecture_that_are_read():
+    from moco_eval.encoders.build import architecture
+    from moco_eval.encoders.layouts import LAYOUTS
+
+    origins = {row.origin for row in LAYOUTS}
+    for name, entry in zoo.entries().items():
+        assert entry.layout in origins, name
+        arch = entry.recipe.arch
+        assert architecture(f"{arch}_224" if arch.startswith("vit") else arch), name
