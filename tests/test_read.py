@@ -693,6 +693,16 @@ def test_memory_is_announced_before_it_is_taken(kind, tmp_path, monkeypatch, cap
     read(path)
 
 
+@pytest.mark.parametrize("module", ["torch", "safetensors"])
+def test_a_file_that_cannot_be_mapped_does_not_fit(module, tmp_path, monkeypatch):
+    def full(*_arguments, **_how):
+        raise RuntimeError("unable to mmap 42949672960 bytes from file <x>: Cannot allocate memory (12)")
+
+    (tmp_path / "x.pth").write_bytes(GOOD if module == "torch" else safetensors.torch.save(WEIGHTS))
+    monkeypatch.setattr(*((torch, "load") if module == "torch" else (safetensors, "safe_open")), full)
+    assert "does not fit into this machine's memory" in refused(tmp_path / "x.pth")
+
+
 def test_free_memory_is_that_of_the_system():
     free = reader._free_memory()
     assert free is None or 1 << 20 < free < 1 << 50

@@ -196,6 +196,8 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Any]:
     except (MemoryError, Refused):
         raise
     except Exception as error:  # of safetensors, json and torch, for a damaged file
+        if "allocate memory" in str(error):
+            raise MemoryError from None
         raise Refused(f"is a damaged safetensors file ({shown(error)}): {DAMAGED}") from None
     return {**about, **tensors} if isinstance(about, dict) else tensors
 
