@@ -23,7 +23,7 @@ from checkpoints import (
     ours,
     under,
 )
-from commands import error_line
+from commands import ROOT, error_line
 from torch import nn
 
 from moco_eval import pickles
@@ -773,3 +773,9 @@ def test_every_checkpoint_of_the_shared_data(shared_data, tmp_path):
 
 def test_layouts_are_told_apart_in_one_place():
     assert len({row.origin for row in LAYOUTS}) == len(LAYOUTS)
+
+
+def test_the_page_on_encoders_lists_every_layout_and_its_source():
+    page = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
+    for row in LAYOUTS:
+        assert f"| {row.origin} |" in page and row.source in page, row.origin
