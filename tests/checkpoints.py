@@ -3,12 +3,17 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from moco_eval.encoders.build import build_resnet, build_transformer
+from moco_eval.encoders.load import load
+from moco_eval.errors import InputError
 
 ARCH, VIT = "resnet18_quarter", "vit_narrow_patch16_32"
 DIM = {ARCH: 128, VIT: 48, "resnet18_quarter_cifar": 128, "resnet50_quarter": 512}
@@ -48,12 +53,31 @@ def transformer(seed: int, arch: str = VIT) -> nn.Module:
 
 def body(seed: int, arch: str = ARCH) -> dict[str, Tensor]:
     """A backbone's tensors under the names it is built with here."""
+    return {name: tensor.clone() for name, tensor in _body(seed, arch).items()}
+
+
+@cache
+def _body(seed: int, arch: str) -> dict[str, Tensor]:
     net = transformer(seed, arch) if arch.startswith("vit") else network(seed, arch)
     return {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("fc.")}
 
 
 def under(prefix: str, tensors: dict[str, Tensor], rename: Callable[[str], str] = lambda name: name) -> dict:
     return {prefix + rename(name): tensor for name, tensor in tensors.items()}
+
+
+def written(folder: Path, values: object, name: str = "encoder.pth") -> str:
+    torch.save(values, folder / name)
+    return str(folder / name)
+
+
+def error(source: str, **given) -> str:
+    """The one line with which a load is refused."""
+    with pytest.raises(InputError) as caught:
+        load(source, **given)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 # Projection heads

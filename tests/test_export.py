@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from checkpoints import ARCH, FILES, VIT, body, linear, mlp, moco, network, ours
+from checkpoints import ARCH, FILES, VIT, body, linear, mlp, moco, network, ours, written
 from checkpoints import detectron2 as theirs
 from commands import ROOT, environment
 from torch import nn
@@ -37,11 +37,6 @@ def expected_for_detectron2(state_dict: dict) -> dict:
         if key.startswith("module.encoder_q."):
             model[theirs(key.removeprefix("module.encoder_q."))] = tensor.numpy()
     return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
-
-
-def written(folder: Path, values: object, name: str = "encoder.pth") -> str:
-    torch.save(values, folder / name)
-    return str(folder / name)
 
 
 def checkpoint(state: dict, **beside) -> dict:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import VIT, body, caffe2, mlp, moco, network, transformer, under
+from checkpoints import VIT, body, caffe2, mlp, moco, network, transformer, under, written
 from PIL import Image
 
 from moco_eval import zoo
@@ -21,14 +21,9 @@ from moco_eval.features import network as feature_network
 from commands import in_process  # isort: skip
 
 
-def saved(folder, values, name="x.pth") -> str:
-    torch.save(values, folder / name)
-    return str(folder / name)
-
-
 @pytest.fixture
 def moco_file(tmp_path) -> str:
-    return saved(tmp_path, {"state_dict": moco(mlp)})
+    return written(tmp_path, {"state_dict": moco(mlp)})
 
 
 # Stages
@@ -48,7 +43,7 @@ def test_a_stage_of_a_resnet_is_its_mean_over_places(stage, moco_file):
 
 
 def test_a_block_of_a_vit_is_its_normalised_class_token(tmp_path):
-    encoder, images = load(saved(tmp_path, body(0, VIT))), torch.randn(2, 3, 32, 32)
+    encoder, images = load(written(tmp_path, body(0, VIT))), torch.randn(2, 3, 32, 32)
     reference, caught = transformer(0).eval(), []
     for block in reference.blocks:
         block.register_forward_hook(lambda _, __, output: caught.append(output))
@@ -93,7 +88,7 @@ def test_a_wrong_feature_leaves_nothing_behind(moco_file, capfd, monkeypatch, tm
 
 
 def test_a_vit_is_evaluated_at_its_own_size(capfd, monkeypatch, tmp_path):
-    source = saved(tmp_path, body(0, "vit_narrow_patch16_64"))
+    source = written(tmp_path, body(0, "vit_narrow_patch16_64"))
     given = ["--dataset", "digits", "--protocol", "digits", "--output", tmp_path / "out"]
     in_process(capfd, monkeypatch, "knn", source, *given)
     record = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -133,7 +128,7 @@ def test_a_detector_gives_caffes_pixels_to_caffes_weights(tmp_path):
     from moco_eval.detection.torchvision_engine import FasterRCNN
 
     tensors = {n: t for n, t in body(0, "resnet50").items() if n.endswith(("weight", "bias"))}
-    encoder = load(saved(tmp_path, under("", tensors, caffe2)))
+    encoder = load(written(tmp_path, under("", tensors, caffe2)))
     recipe = config.load("digits_r50_c4", "detect", DetectConfig)
     detector = FasterRCNN(encoder, 3, recipe)
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
@@ -163,8 +158,8 @@ def test_pretraining_takes_resnets():
 
 
 def test_a_checkpoint_of_the_zoo(tmp_path, monkeypatch):
-    path = saved(tmp_path, {"state_dict": moco(mlp)})
-    monkeypatch.setattr(zoo, "path_of", lambda name: tmp_path / "x.pth")
+    path = written(tmp_path, {"state_dict": moco(mlp)})
+    monkeypatch.setattr(zoo, "path_of", lambda name: tmp_path / "encoder.pth")
     encoder = load("zoo:moco_v2_800ep")
     assert (encoder.source, encoder.run_name, encoder.origin) == (
         "zoo:moco_v2_800ep",
