@@ -42,9 +42,11 @@ data_options = options(
     click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none."),
 )
 encoder_options = options(
-    click.option("--arch", help="Architecture, where the file does not say."),
+    click.option("--arch", help="Architecture, where the shapes leave it open (the heads of a ViT) or are misread."),
     click.option(
-        "--encoder", type=click.Choice(["query", "key"]), help="key: the momentum encoder.  [default: the method's own]"
+        "--encoder",
+        type=click.Choice(["query", "key"]),
+        help="key is the momentum encoder.  [default: query; DINO: key]",
     ),
 )
 feature_option = click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8.")

@@ -441,7 +441,7 @@ def _solo_v3() -> File:
     state |= under("predictor.", predictor.state_dict())
     taken = VIT.replace("_patch", "_12h_patch")
     head = with_norms(48)
-    origin, other = "solo-learn MoCo v3 ViT", "momentum_backbone."
+    origin, other = "solo-learn MoCo v3 or MAE ViT", "momentum_backbone."
     return File(origin, _state(state), STATE, "backbone.", head=head, other=other, built=VIT, arch=taken)
 
 

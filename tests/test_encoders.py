@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import (
     ARCH,
     FILES,
@@ -62,7 +64,7 @@ def test_a_memory_bank_has_slots_and_no_key_encoder(tmp_path):
         "--encoder key: a memory bank has no key encoder, its keys are the bank's slots; take --encoder query"
     )
     official = written(tmp_path, moco_v1(bank=torch.zeros(3, 4)))
-    assert "tensor bank belongs to no part of a facebookresearch/moco v1" in error(official)
+    assert "tensor bank belongs to no part of a checkpoint of facebookresearch/moco v1" in error(official)
 
 
 def test_every_value_that_pretraining_writes_is_explained(tmp_path):
@@ -178,7 +180,7 @@ def test_prefixes_that_speak_of_a_momentum_encoder(prefix):
 
 def test_only_a_head_is_said(tmp_path):
     message = error(written(tmp_path, under("projector.", mlp(8).state_dict())))
-    assert "only a projection head or classifier is in it, and no backbone; save the whole network" in message
+    assert "only a projection head or classifier is in it, and no backbone; save the whole network;" in message
 
 
 def exclude_bias_and_norm(parameter):
@@ -241,6 +243,9 @@ def test_a_cifar_stem_without_a_recipe_leaves_the_pixels_to_the_data(tmp_path):
 def test_solo_learns_cifar_stem_pads_by_two(tmp_path):
     """Its 3x3 convolution has padding 2, which no shape tells."""
     state = under("backbone.", body(0, "resnet18_cifar")) | under("classifier.", linear(512).state_dict())
+    (said,) = load(written(tmp_path, {"state_dict": state})).warnings  # anybody's, so far
+    assert said.endswith("1 was taken. solo-learn's is 2: --arch resnet18_cifar_pad2")
+    state |= under("projector.", mlp(512).state_dict())
     encoder = load(written(tmp_path, {"state_dict": state}))
     assert encoder.arch == "resnet18_cifar_pad2" and encoder.backbone.conv1.padding == (2, 2)
     assert encoder.preprocessing.std == (0.2470, 0.2435, 0.2616)
@@ -276,7 +281,7 @@ def test_a_file_of_settings_beside_the_weights(name, contents, expected, tmp_pat
     (tmp_path / name).write_text(json.dumps(contents))
     encoder = load(written(tmp_path, body(0)))
     assert encoder.preprocessing == expected
-    assert encoder.origin.endswith(f"preprocessing as {name} says") == (expected != Preprocessing())
+    assert encoder.origin.endswith(f"settings of {name}") == (expected != Preprocessing())
     assert load(written(tmp_path, moco_v1())).preprocessing == Preprocessing()  # its own code base says
 
 
@@ -318,6 +323,152 @@ def test_heads_of_a_vit_are_said_to_be_open_until_arch_settles_them(tmp_path):
 def test_hugging_faces_epsilon_travels(tmp_path):
     encoder = load(written(tmp_path, FILES["Hugging Face ViT"]().values))
     assert encoder.norm_eps == 1e-12 and encoder.backbone.norm.eps == encoder.backbone.blocks[1].norm2.eps == 1e-12
+
+
+# Settings beside the checkpoint
+
+
+def settled(folder: Path, layout: str, settings: dict, name: str = "config.json") -> str:
+    """A layout's file with a file of settings beside it."""
+    (folder / name).write_text(json.dumps(settings) if name.endswith("json") else yaml.safe_dump(settings))
+    return written(folder, FILES[layout]().values)
+
+
+def test_hugging_faces_settings_tell_heads_and_epsilon(tmp_path):
+    path = settled(
+        tmp_path, "Hugging Face ViT", {"model_type": "vit", "num_attention_heads": 12, "layer_norm_eps": 1e-6}
+    )
+    encoder = load(path)
+    assert (encoder.arch, encoder.norm_eps, encoder.warnings) == ("vit_narrow_12h_patch16_32", 1e-6, [])
+    assert encoder.settings == "config.json" and encoder.identity()["norm_eps"] == 1e-6
+    three = settled(tmp_path, "Hugging Face ViT", {"model_type": "vit", "num_attention_heads": 3})
+    assert load(three).arch == VIT and not load(three).warnings
+    six = settled(tmp_path, "Hugging Face ViT", {"model_type": "vit", "num_attention_heads": 6})
+    assert "config.json says 6 heads, which no vit_narrow_patch16_32 built here has" in error(six)
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        ("Hugging Face ResNet", {"model_type": "resnet", "downsample_in_first_stage": True}),
+        ("Hugging Face ResNet", {"model_type": "resnet", "hidden_act": "gelu"}),
+        ("Hugging Face ViT", {"model_type": "vit", "hidden_act": "relu"}),
+        ("Hugging Face ViT", {"model_type": "vit", "qkv_bias": False}),
+    ],
+)
+def test_hugging_faces_settings_of_other_networks_are_refused(layout, settings, tmp_path):
+    key = next(name for name in settings if name != "model_type")
+    assert f"config.json: says {key}: {settings[key]!r}, which no network built here has" in error(
+        settled(tmp_path, layout, settings)
+    )
+
+
+def test_hugging_faces_stride_in_the_first_convolution(tmp_path):
+    from checkpoints import hf_resnet
+
+    (tmp_path / "config.json").write_text('{"model_type": "resnet", "downsample_in_bottleneck": true}')
+    encoder = load(written(tmp_path, under("", body(0, "resnet50"), hf_resnet)))
+    assert encoder.arch == "resnet50_msra" and encoder.preprocessing == Preprocessing()
+
+
+def detector(arch: str = "resnet50") -> dict:
+    from checkpoints import detectron2
+
+    return {"model": under("backbone.bottom_up.", body(0, arch), detectron2), "iteration": 3}
+
+
+def test_detectors_do_not_say_their_strides_unless_their_settings_do(tmp_path):
+    (said,) = load(written(tmp_path, detector())).warnings
+    assert "RGB and the stride in the 3x3 were taken" in said and "--arch resnet50_msra" in said
+    assert not load(written(tmp_path, detector()), arch="resnet50").warnings
+    assert load(written(tmp_path, detector()), arch="resnet50_msra").preprocessing.channels == "BGR"
+    settings = {
+        "MODEL": {"PIXEL_MEAN": [1.5, 2, 3], "PIXEL_STD": [1, 1, 1], "RESNETS": {"STRIDE_IN_1X1": True}},
+        "INPUT": {"FORMAT": "BGR"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    encoder = load(written(tmp_path, detector()))
+    assert (encoder.arch, encoder.warnings) == ("resnet50_msra", [])
+    assert encoder.preprocessing == Preprocessing(224, 256, (1.5, 2, 3), (1, 1, 1), "BGR", 255)
+    (tmp_path / "config.yaml").write_text("MODEL: [")
+    assert "config.yaml: is not readable YAML" in error(written(tmp_path, detector()))
+
+
+def test_settings_of_another_image_size_than_a_vits(tmp_path):
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
+    path = settled(tmp_path, "Hugging Face ViT", settings, "preprocessor_config.json")
+    assert "says images of 224 pixels, but the network takes 32" in error(path)
+
+
+def test_an_architecture_that_the_file_names_and_is_not(tmp_path):
+    state = {"arch": "resnetblur18", "state_dict": body(0)}
+    (said,) = load(written(tmp_path, state)).warnings
+    assert said == "the file says that it is a resnetblur18; its tensors look like resnet18_quarter"
+    assert not load(written(tmp_path, state | {"arch": "resnet18"})).warnings
+
+
+@pytest.mark.parametrize("eps", ["abc", 1e3, -1.0, True])
+def test_an_epsilon_is_taken_from_our_own_copies_alone(eps, tmp_path):
+    encoder = load(written(tmp_path, {"state_dict": body(0, VIT), "norm_eps": eps}))
+    assert encoder.norm_eps is None and encoder.backbone.norm.eps == 1e-6
+    ours = {f"{name}": tensor for name, tensor in body(0, VIT).items()}
+    values = ours | {"format": "moco-eval/1 safetensors", "arch": VIT, "norm_eps": eps}
+    assert "epsilon" in error(written(tmp_path, values))
+
+
+# Names made to mislead or to stall
+
+
+@pytest.mark.parametrize("shared", ["teacher.", "model_ema.", "momentum_encoder.", "target_net.net."])
+def test_a_momentum_network_alone_is_no_query_encoder(shared, tmp_path):
+    path = written(tmp_path, under(shared, body(1)))
+    assert "only the key encoder is in this file: --encoder key" in error(path)
+    key = load(path, encoder="key")
+    assert key.which == "key" and torch.equal(key.backbone.conv1.weight, body(1)["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["a\nb.weight", "a" * 400, "\x1b[2Jx", "." * 100_000])
+def test_names_that_no_tensor_has(name, tmp_path):
+    message = error(written(tmp_path, {"conv1.weight": torch.zeros(1), name: torch.zeros(1)}))
+    assert "has a tensor by the name of" in message and len(message) < 400 and message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"a{i}.conv1.weight" for i in range(20_000)],
+        [".".join(["a"] * 50) + f".{i}" for i in range(10_000)],
+        [f"layer{i}.0.conv1.weight" for i in range(20_000)],
+    ],
+)
+def test_many_names_take_no_time(names, tmp_path):
+    one = torch.zeros(1)
+    path = written(tmp_path, dict.fromkeys(names, one))
+    began = time.process_time()
+    assert len(error(path)) < 1000
+    assert time.process_time() - began < 20  # it was minutes when each name was held against each other
+
+
+def test_shapes_without_a_meaning_are_refused_and_not_divided_by(tmp_path):
+    state = body(0, "resnet50_quarter") | {"layer1.0.conv2.weight": torch.zeros(4, 64, 3, 3)}
+    assert "another shape" in error(written(tmp_path, state))
+    with pytest.raises(InputError, match="neither linear nor a sequence"):
+        build_head("x", {"²": torch.zeros(2)}, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state | {"layer1.0.se.fc1.weight": torch.zeros(1)}, "with attention to channels"),
+        (
+            lambda state: {name: t for name, t in state.items() if "running" not in name and "batches" not in name},
+            "norm layers without running statistics",
+        ),
+        (lambda state: {n.replace("downsample", "shortcut"): t for n, t in state.items()}, "shortcuts by another name"),
+    ],
+)
+def test_relatives_of_a_resnet_are_named(change, words, tmp_path):
+    assert words in error(written(tmp_path, change(body(0))))
 
 
 # Architectures

@@ -321,3 +321,61 @@ def test_networks_that_detectron2_cannot_build_are_written_without_settings(arch
     encoder = Encoder("x", "x", arch, nn.Identity(), 0, None, "x", "0", 1)
     settings, why = settings_of(encoder, tmp_path / "x.pkl")
     assert settings is None and f"makes no {arch}" in why
+
+
+@pytest.mark.parametrize(
+    ("layout", "to"),
+    [
+        ("swav", "torchvision"),
+        ("moco-v3 ViT", "timm"),
+        ("dino ResNet", "safetensors"),
+        ("dino ResNet", "torchvision"),
+        ("Hugging Face ViT", "timm"),
+        ("moco CIFAR-10 notebook", "torchvision"),
+    ],
+)
+@pytest.mark.parametrize("encoder", [None, "query"])
+def test_what_no_tensor_tells_comes_back_from_beside_the_copy(layout, to, encoder, tmp_path):
+    source = written(tmp_path, FILES[layout]().values)
+    output = tmp_path / f"copy{ENDINGS[to]}"
+    convert(source, output, to, encoder=encoder)
+    original, copy = load(source, encoder=encoder), load(str(output))
+    for name in ("arch", "preprocessing", "norm_eps", "which", "usual"):
+        assert getattr(copy, name) == getattr(original, name), name
+    assert copy.deviations() == original.deviations() and not copy.warnings
+    assert torch.equal(probe_features(copy), probe_features(original))
+
+
+def test_settings_of_another_file_are_not_taken(tmp_path):
+    """OUT.json names the sha256 of its copy."""
+    source = written(tmp_path, FILES["swav"]().values)
+    convert(source, tmp_path / "copy.pth", "torchvision")
+    torch.save(body(1), tmp_path / "copy.pth")
+    assert load(str(tmp_path / "copy.pth")).preprocessing == Preprocessing()
+
+
+@pytest.mark.parametrize("arch", ["resnet50_msra", "resnet18_cifar_pad2"])
+def test_convert_says_what_the_copy_cannot(arch, tmp_path):
+    said = convert(f"random:{arch}", tmp_path / "copy.pth", "torchvision")
+    assert f"no tensor tells that it is {arch}: keep copy.pth.json with it" in said
+    assert load(str(tmp_path / "copy.pth")).arch == arch
+
+
+def test_nothing_beside_a_copy_tells_of_an_earlier_one(tmp_path, monkeypatch):
+    convert("random:resnet18", tmp_path / "x.pkl", "detectron2")
+    assert (tmp_path / "x.yaml").exists()
+    convert(f"random:{ARCH}", tmp_path / "x.pkl", "detectron2", force=True)
+    assert not (tmp_path / "x.yaml").exists()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.files, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert("random:resnet18", tmp_path / "x.pkl", "detectron2", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.pkl"]
+
+
+def test_a_name_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="is no name for a file"):
+        convert(f"random:{ARCH}", tmp_path / ("x" * 300 + ".pth"), "torchvision")

@@ -13,6 +13,9 @@ from moco_eval.encoders.load import load
 layouts = pytest.mark.parametrize("layout", FILES)
 
 
+# Code bases that leave a small ViT's number of heads open
+OPEN_HEADS = ("timm ViT", "torchvision ViT", "Hugging Face ViT", "OpenMMLab ViT backbone")
+
 # The battery: layouts x states. The query encoder is asked for, so that DINO's student stands for it too.
 
 
@@ -43,7 +46,8 @@ def test_every_layout_loads_to_the_last_bit(layout, tmp_path):
     encoder = loaded(file, tmp_path)
     assert torch.equal(before, torch.random.get_rng_state())
     assert encoder.origin == file.origin
-    assert len(encoder.warnings) == {"detectron2 MSRA": 2, "timm ViT": 1}.get(layout, 0), encoder.warnings
+    said = 2 * (layout == "detectron2 MSRA") + (file.built == VIT and file.origin in OPEN_HEADS)
+    assert len(encoder.warnings) == said, encoder.warnings
     expected = body(0, file.built)
     assert encoder.feature_dim == DIM[file.built]
     assert encoder.arch == (file.arch or (file.built if layout != "detectron2 MSRA" else encoder.arch))
@@ -98,11 +102,9 @@ def test_one_tensor_too_many(layout, tmp_path):
 def test_a_tensor_that_belongs_to_no_part(layout, tmp_path):
     file = FILES[layout]()
     file.tensors()["surprise.weight"] = torch.zeros(3)
-    if layout in ("unknown prefix", "LightningModule"):
-        assert (
-            "stand outside"
-            in dict(loaded(file, tmp_path).dropped)[(file.other and "other tensors (2 tensors)") or "other tensors"]
-        )
+    if layout in ("unknown prefix", "LightningModule", "vicreg"):
+        left = {what.partition(" (")[0]: why for what, why in loaded(file, tmp_path).dropped}
+        assert left["other tensors"] == "they stand outside the backbone's prefix"
     else:
         message = refused(file, tmp_path)
         assert "surprise.weight" in message or "no layout we know" in message
@@ -132,7 +134,7 @@ def test_the_key_encoder(layout, tmp_path):
     key = load(path, encoder="key")
     expected = body(1, file.built)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in key.backbone.state_dict().items())
-    assert key.run_name == "encoder-key" and key.which == "key"
+    assert key.run_name == ("encoder-key" if file.usual == "query" else "encoder") and key.which == "key"
     assert any(what.startswith("query encoder (") for what, _ in key.dropped)
     assert bool(key.deviations()) == (file.usual == "query")
 

@@ -41,15 +41,21 @@ class Preprocessing:
         """Raises InputError for a value that is missing, of another kind or out of its range."""
         try:
             found = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-            numbers = [float(value) for value in (*found.mean, *found.std)]
-            sizes = [int(found.size), int(found.resize)]
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError) as error:
             raise InputError(f"its preprocessing is damaged: {error}") from None
-        sound = len(numbers) == 6 and all(map(math.isfinite, numbers)) and min(numbers[3:]) > 0
-        if not sound or not 0 < min(sizes) <= max(sizes) <= 4096 or found.channels not in ("RGB", "BGR"):
+        numbers, sizes = (*found.mean, *found.std), (found.size, found.resize)
+        sound = (
+            len(numbers) == 6
+            and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+            and min(numbers[3:]) > 0
+            and all(type(side) is int and 0 < side <= 4096 for side in sizes)
+            and found.size <= found.resize
+            and found.channels in ("RGB", "BGR")
+        )
+        if not sound:
             raise InputError(f"its preprocessing makes no sense: {found}")
-        if found.range not in (1, 255):
-            raise InputError(f"its preprocessing has pixels of 0..{found.range}; 1 and 255 are known")
+        if type(found.range) is not int or found.range not in (1, 255):
+            raise InputError(f"its preprocessing has pixels of 0..{found.range!r}; 1 and 255 are known")
         return found
 
 
@@ -81,6 +87,7 @@ class Encoder:
         preprocessing: what the weights expect; None where the checkpoint does not say (`random:`).
         pretraining: protocol, dataset, epochs, config, deviations of the run that made it, where it says.
         norm_eps: of a ViT's layer norms, where it is not timm's.
+        settings: the file beside the checkpoint that told of it, if one did.
     """
 
     source: str
@@ -101,6 +108,7 @@ class Encoder:
     preprocessing: Preprocessing | None = None
     pretraining: dict[str, Any] | None = None
     norm_eps: float | None = None
+    settings: str | None = None
 
     def record(self) -> dict[str, Any]:
         """The `encoder` part of a result record."""
@@ -113,12 +121,14 @@ class Encoder:
             "tensors_loaded": self.tensors_loaded,
             "warnings": self.warnings,
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
+            "norm_eps": self.norm_eps,
             "pretraining": self.pretraining,
         }
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What tells its runs from those of another."""
-        return {"sha256": self.sha256, "arch": self.arch, "which": self.which}
+        told = {name: self.record()[name] for name in ("preprocessing", "norm_eps")} if self.settings else {}
+        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **told}
 
     def deviations(self) -> list[str]:
         """What an evaluation inherits from it, in words."""

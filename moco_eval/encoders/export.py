@@ -1,6 +1,7 @@
 """Encoders in other frameworks' formats; each copy is read back and proven equal; in its own library too."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,35 +42,63 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"--to {to!r} is not built yet.{did_you_mean(to, WRITERS)}")
-    beside = [output.with_name(f"{output.name}.json")] + ([output.with_suffix(".yaml")] if to == "detectron2" else [])
     if to == "detectron2" and output.suffix != ".pkl":
         raise InputError(f"{output} must end in .pkl: by that detectron2 knows how to read it")
+    about, settings_file = output.with_name(f"{output.name}.json"), output.with_suffix(".yaml")
+    beside = [about, settings_file] if to == "detectron2" else [about]
     _require_free(source, [output, *beside], force)
     loaded = load(source, arch, encoder)
     if not loaded.tensors_loaded:
         raise InputError(f"{source} has no weights to convert")
     peers.require_place(loaded, to)
     settings, why_none = detectron2.settings_of(loaded, output) if to == "detectron2" else (None, "")
-    try:
-        with files.atomic(output) as path:
-            copied = WRITERS[to](loaded, path)
-            shown = peers.prove_in(to, loaded, path, settings)
-    except OSError as error:
-        raise RunFailed(f"cannot write {output}: {error.strerror}") from None
-    files.write_json(beside[0], _about(loaded) | {"format": to, "sha256": files.sha256_of(output)})
+    copied, shown = _write(loaded, output, to, settings, beside)
+    files.write_json(about, _about(loaded) | {"format": to, "sha256": files.sha256_of(output)})
     if settings:
-        files.write_text(beside[1], detectron2.yaml_of(settings))
+        files.write_text(settings_file, detectron2.yaml_of(settings))
     lines = [
         f"{output}: {copied} tensors of {loaded.origin} ({loaded.arch}) for {to}, read back: same activations",
         f"  {shown}",
-        f"  beside it: {', '.join(path.name for path in beside[: 2 if settings else 1])}",
+        f"  beside it: {', '.join(path.name for path in beside if settings or path == about)}",
+        *([f"  no {settings_file.name}: {why_none}"] if why_none else []),
+        *(f"  {words}" for words in _only_beside(loaded, to, about)),
     ]
-    return "\n".join(lines + ([f"  no {beside[1].name}: {why_none}"] if why_none else []))
+    return "\n".join(lines)
+
+
+def _write(
+    encoder: Encoder, output: Path, to: str, settings: dict[str, Any] | None, beside: list[Path]
+) -> tuple[int, str]:
+    """The copy, proven before it takes its name; how many tensors, and what was shown.
+
+    What lies beside an earlier copy goes with it: whatever happens then, nothing tells of another file.
+    """
+    try:
+        with files.atomic(output) as path:
+            copied = WRITERS[to](encoder, path)
+            shown = peers.prove_in(to, encoder, path, settings)
+            for old in beside:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFailed(f"cannot write {output}: {error.strerror}") from None
+    return copied, shown
+
+
+def _only_beside(encoder: Encoder, to: str, about: Path) -> list[str]:
+    """What the copy itself cannot say, in words."""
+    unsaid = re.search(r"_msra$|_pad2$|_12h_", encoder.arch)
+    if to == "safetensors" or not unsaid:
+        return []
+    return [f"no tensor tells that it is {encoder.arch}: keep {about.name} with it, or give --arch where it is read"]
 
 
 def _require_free(source: str, outputs: list[Path], force: bool) -> None:
     for output in outputs:
-        if output.is_dir():
+        try:
+            folder = output.is_dir()
+        except OSError as error:  # a name that the file system does not take
+            raise InputError(f"{output} is no name for a file: {error.strerror}") from None
+        if folder:
             raise InputError(f"{output} is a folder; give the name of a file")
         if output.exists() and Path(source).exists() and output.samefile(source):
             raise InputError(f"{output} is the checkpoint itself; give another name")
@@ -83,6 +112,7 @@ def _about(encoder: Encoder) -> dict[str, Any]:
         "origin": encoder.origin,
         "arch": encoder.arch,
         "which": encoder.which,
+        "usual": encoder.usual,
         "source_sha256": encoder.sha256,
         "preprocessing": encoder.preprocessing.to_dict() if encoder.preprocessing else None,
         "pretraining": encoder.pretraining,
@@ -96,7 +126,7 @@ def _write_state(encoder: Encoder, path: Path) -> int:
     """A plain state dict in fp32 without a classifier, under torchvision's names or timm's."""
     state = {name: tensor.contiguous() for name, tensor in encoder.backbone.state_dict().items()}
     if path.suffix == ".safetensors":
-        save_file(state, path, metadata={"about": json.dumps(_about(encoder))})
+        save_file(state, path, metadata=_metadata(encoder))
     else:
         with path.open("wb") as file:  # through a file object the bytes do not depend on the file's name
             torch.save(state, file)
@@ -106,16 +136,16 @@ def _write_state(encoder: Encoder, path: Path) -> int:
     return len(state)
 
 
+def _metadata(encoder: Encoder) -> dict[str, str]:
+    """All that travels with the weights, in one entry: several are written in a random order."""
+    return {"moco-eval": json.dumps(_about(encoder) | {"format": SAFETENSORS})}
+
+
 def _write_safetensors(encoder: Encoder, path: Path) -> int:
     """Backbone and head in fp32, and in the metadata all that travels with them."""
     head = encoder.head.state_dict() if encoder.head is not None else {}
     state = encoder.backbone.state_dict() | {f"head.{name}": tensor for name, tensor in head.items()}
-    about = _about(encoder) | {"format": SAFETENSORS}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()},
-        path,
-        metadata={"moco-eval": json.dumps(about)},  # one entry: several are written in a random order
-    )
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_metadata(encoder))
     _require_equal(encoder, load(str(path), encoder.arch), path)
     return len(state)
 
@@ -126,7 +156,7 @@ def _write_detectron2(encoder: Encoder, path: Path) -> int:
     try:
         arrays = {detectron2.to_detectron2(name): tensor.numpy() for name, tensor in state.items()}
     except TypeError:
-        kinds = ", ".join(sorted({str(tensor.dtype) for tensor in state.values()}))
+        kinds = ", ".join(sorted({str(tensor.dtype) for tensor in state.values() if not _known_to_numpy(tensor)}))
         raise InputError(f"{encoder.source}: numpy, and so detectron2's file, has no type for one of {kinds}") from None
     pickles.write(path, {"model": arrays, "__author__": "MOCO", "matching_heuristics": True})
     written = pickles.read(path)["model"]
@@ -144,6 +174,14 @@ def _as_stored(encoder: Encoder) -> dict[str, torch.Tensor]:
     if encoder.path is None:
         return encoder.backbone.state_dict()
     return split(recognise(encoder.path), encoder.taken).raw
+
+
+def _known_to_numpy(tensor: torch.Tensor) -> bool:
+    try:
+        tensor[:0].numpy() if tensor.ndim else tensor.numpy()
+    except TypeError:
+        return False
+    return True
 
 
 def _same_bytes(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -1,5 +1,7 @@
 """The projection head of pretraining, built from its tensors."""
 
+import re
+
 from torch import Tensor, nn
 
 from moco_eval.encoders.prove import require_finite, size_words
@@ -34,8 +36,8 @@ def _layers(source: str, tensors: dict[str, Tensor]) -> list[nn.Module]:
     places: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         place, _, what = name.partition(".")
-        if not place.isdigit() or int(place) > 20 or "." in what:
-            held = ", ".join(tensors)
+        if not re.fullmatch(r"1?[0-9]", place) or "." in what:
+            held = ", ".join(list(tensors)[:6])
             raise InputError(f"{source}: the projection head is neither linear nor a sequence of layers: {held}")
         places.setdefault(int(place), {})[what] = tensor
     return [_layer(source, places[i]) if i in places else nn.ReLU() for i in range(max(places) + 1)]

@@ -70,8 +70,9 @@ def _resnet(tensors: Mapping[str, Tensor]) -> str | None:
     if stem is None or first is None or second is None:
         return None
     bottleneck = any(name.endswith("conv3.weight") for name in tensors)
-    width = stem[0] / 64
-    groups = second[0] // second[1]
+    width, groups = stem[0] / 64, second[0] // second[1]
+    if not groups:
+        return None
     found = Architecture(
         Bottleneck if bottleneck else BasicBlock,
         tuple(len(blocks) for blocks in _blocks(tensors).values()),  # type: ignore[arg-type]
@@ -140,20 +141,32 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     if is_transformer(tensors):
         return _transformer_words(tensors)
     blocks, stem = _blocks(tensors), _kernel(tensors, "conv1.weight")
-    if not blocks or stem is None:
+    if not blocks or stem is None or len(blocks) > 8:
         first = ", ".join(list(tensors)[:3])
         return f"no ResNet under torchvision's names and no ViT under timm's (its tensors: {first}, ...)"
     kind = "bottleneck" if any(name.endswith("conv3.weight") for name in tensors) else "basic"
     depth = "-".join(str(len(names)) for names in blocks.values())
     kernels = (_kernel(tensors, f"layer{stage}.0.conv1.weight") for stage in blocks)
     widths = "-".join(str(kernel[0]) for kernel in kernels if kernel)
-    groups = _groups(tensors)
-    shortcuts = "" if any(".downsample." in name for name in tensors) else ", shortcuts without parameters"
+    groups, sides = _groups(tensors), "x".join(map(str, stem[2:]))
+    extras = [words for mark, words in _RESNET_EXTRAS.items() if any(re.search(mark, name) for name in tensors)]
+    if not any(".downsample." in name or ".shortcut." in name for name in tensors):
+        extras.append("shortcuts without parameters")
+    if not any(name.endswith("running_mean") for name in tensors):
+        extras.append("norm layers without running statistics")
+    words = [f"stem of {stem[0]} channels and {sides} pixels", *extras]
     return (
         f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {widths} channels wide"
-        f"{f' in {groups} groups' if groups > 1 else ''}, "
-        f"stem of {stem[0]} channels and {'x'.join(map(str, stem[2:]))} pixels{shortcuts}"
+        f"{f' in {groups} groups' if groups > 1 else ''}, {', '.join(words)}"
     )
+
+
+_RESNET_EXTRAS = {
+    r"\.(se|attn)\.": "with attention to channels",
+    r"\.shortcut\.": "with shortcuts by another name",
+    r"^(conv1|layer\d\.\d+\.conv\d)\.\d": "with convolutions in sequences",
+    r"\.(aa|blurpool)\.": "with blurred pooling",
+}
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> int:
@@ -163,6 +176,8 @@ def _groups(tensors: Mapping[str, Tensor]) -> int:
 
 
 _EXTRAS = {
+    "dist_token": "a distillation token",
+    "distillation_token": "a distillation token",
     "ls1.": "LayerScale",
     "reg_token": "register tokens",
     "register_tokens": "register tokens",

@@ -17,8 +17,6 @@ def describe(source: str, arch: str | None = None, encoder: str | None = None) -
         "feature_dim": activations.shape[1],
         "head": head_shape(loaded.head),
         "dropped": loaded.dropped,
-        "warnings": loaded.warnings,
-        "preprocessing": loaded.preprocessing.to_dict() if loaded.preprocessing else None,
         "activations": {"sha256": activations_sha256(activations), "first": activations[0, :4].tolist()},
     }
 

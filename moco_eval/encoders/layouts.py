@@ -29,6 +29,7 @@ class Layout:
         origin: the name users see.
         source: repository and files the layout was read from.
         marks: regular expressions, each of which must be found in some tensor name.
+        unless: regular expressions, none of which may be found in any.
         format: value of the file's own `format` entry, where it has one.
         query, key: what precedes the backbone of the query and of the momentum encoder; None where there is none.
         usual: which of them the method's own evaluation takes.
@@ -39,10 +40,9 @@ class Layout:
         variants: what the shapes do not tell of the architecture, as rules on its name.
         preprocessing: what the weights expect; None where the file itself says.
         cifar: the same for a network with the CIFAR stem; None where nothing says.
-        beside: a file of settings beside the checkpoint may say what the weights expect.
         norm_eps: of the layer norms, where it is not timm's 1e-6.
         folded: batch norm's statistics are folded into its scale and shift, and 0 and 1 stand for them.
-        doubt: said of every ViT-T and ViT-S, whose number of heads no shape tells.
+        settled: the code base leaves none of that open.
         refused: why such a file cannot be evaluated, where it cannot.
     """
 
@@ -60,10 +60,10 @@ class Layout:
     variants: Rules = ()
     preprocessing: Preprocessing | None = IMAGENET
     cifar: Preprocessing | None = None
-    beside: bool = False
     norm_eps: float | None = None
     folded: bool = False
-    doubt: str | None = None
+    settled: bool = False
+    unless: tuple[str, ...] = ()
     refused: str | None = None
 
     def prefixes(self, encoder: str) -> tuple[str | None, str | None]:
@@ -72,21 +72,17 @@ class Layout:
 
 
 _QUEUE = (
-    (r"queue$", "queue", "the negative keys of pretraining"),
-    (r"queue_ptr$", "queue_ptr", "the queue's position"),
+    (r"queue2?$", "queue", "the negative keys of pretraining"),
+    (r"queue2?_ptr$", "queue_ptr", "the queue's position"),
 )
 _BANK = (r"bank$", "bank", "the memory bank's slots")
+_MEMORY_BANK = (r"memory_bank\.", "memory_bank", "the memory bank's slots")
 _PREDICTOR = (r"(online_)?predict(or|ion_head)\.", "predictor", "the query side's predictor, for pretraining alone")
 _CENTRE = (r"(dino_loss_func|criterion)\.center$", "centre", "the centre of DINO's targets")
 _OTHER_HEAD = "a projection head of a kind that is not read"
 _CLASSIFIER = "a classifier on the pooled feature, no part of the encoder"
-_FC = (r"fc\.", "fc", _CLASSIFIER)
+_FC = (r"fc\.", "fc", "a classifier or head on the pooled feature, no part of the backbone")
 _PROTOTYPES = (r"prototypes\.", "prototypes", "the clusters of pretraining")
-
-_HEADS = (
-    "the shapes of a ViT do not tell its attention heads; {heads} were taken, as DeiT, DINO and timm have. MoCo v3's "
-    "have 12: --arch {other}"
-)
 
 # nn.Sequential of torchvision's children, with and without the max-pooling
 _CHILDREN: Rules = (
@@ -186,6 +182,7 @@ _DINO = Layout(
     query=r"student\.backbone\.",
     key=r"teacher\.backbone\.",
     usual="key",
+    settled=True,
 )
 _OPENMMLAB_AVERAGE = r"(encoder_k|target_net|momentum_encoder)"
 _OPENMMLAB_MOMENTUM = rf"{_OPENMMLAB_AVERAGE}\.module"
@@ -199,6 +196,7 @@ _OPENMMLAB = Layout(
     names=_OPENMMLAB_VIT,
     dropped=(
         *_QUEUE,
+        _MEMORY_BANK,
         (rf"{_OPENMMLAB_AVERAGE}\.steps$", "steps", "the momentum encoder's count of updates"),
         (r"neck\.(?!(mlp|fc)\.)", "neck", _OTHER_HEAD),
         (rf"{_OPENMMLAB_MOMENTUM}\.1\.(?!(mlp|fc)\.)", "momentum neck", _OTHER_HEAD),
@@ -222,6 +220,7 @@ _SOLO = Layout(
         (r"(momentum_)?classifier\.", "classifier", "an online classifier, a byproduct of pretraining"),
         (r"(momentum_)?head\.", "head", _OTHER_HEAD),
         (r"local_memory_", "local_memory", "DeepCluster's memory of features"),
+        (r"whitening\.", "whitening", "the whitening of the loss"),
         (r"decoder\.", "decoder", "the decoder of masked pretraining"),
     ),
     variants=((r"_cifar$", "_cifar_pad2"),),
@@ -241,6 +240,7 @@ _LIGHTLY_DROPPED = (
     ),
     (r"(\w+_)?backbone(_momentum)?\.fc\.", "fc", _CLASSIFIER),
     (r"(\w+_)?backbone\.mask_token$", "mask_token", "for masked pretraining"),
+    (r"\w*(local|global)\w*\.", "heads of local features", _OTHER_HEAD),
 )
 _LIGHTLY = "lightly-ai/lightly@e8d317f: examples, benchmarks/imagenet, lightly/models/modules/heads.py"
 _TRAIN_BODY = r"\.wrapped_model\.(_features|_model)\."
@@ -266,7 +266,12 @@ LAYOUTS: tuple[Layout, ...] = (
         preprocessing=None,
     ),
     Layout(
-        "moco-eval safetensors", "moco_eval/encoders/export.py", format=SAFETENSORS, head=r"head\.", preprocessing=None
+        "moco-eval safetensors",
+        "moco_eval/encoders/export.py",
+        format=SAFETENSORS,
+        head=r"head\.",
+        preprocessing=None,
+        settled=True,
     ),
     Layout(
         "OpenSelfSup or mmselfsup 0.x",
@@ -278,8 +283,8 @@ LAYOUTS: tuple[Layout, ...] = (
         key_head=r"(encoder_k|target_net|momentum_encoder)\.1\.(mlp\.|fc\.)",
         names=_OPENMMLAB_VIT,
         dropped=(
-            (r"queue2?$", "queue", "the negative keys of pretraining"),
-            (r"queue2?_ptr$", "queue_ptr", "the queue's position"),
+            *_QUEUE,
+            _MEMORY_BANK,
             (r"(backbone|neck)\.", "backbone, neck", "the query encoder under a second name"),
             (r"head\.", "head", "predictor or prototypes of its training"),
             (r"\w+\.1\.(?!(mlp|fc)\.)", "neck", _OTHER_HEAD),
@@ -377,17 +382,24 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     replace(
         _SOLO,
-        origin="solo-learn MoCo v3 ViT",
-        marks=(r"^backbone\.blocks\.", r"^predictor\.4\.running_"),
+        origin="solo-learn MoCo v3 or MAE ViT",
+        marks=(r"^backbone\.blocks\.", r"^(predictor\.4\.running_|decoder\.)"),
         variants=_TWELVE_HEADS,
     ),
     replace(
-        _SOLO, origin="solo-learn", marks=(r"^(momentum_)?(backbone|encoder)\.", r"^(classifier|momentum_projector)\.")
+        _SOLO,
+        origin="solo-learn",
+        marks=(
+            r"^(momentum_)?(backbone|encoder)\.",
+            r"^(classifier|momentum_projector)\.",
+            r"^(momentum_|(projector|predictor|prototypes|head|decoder)\.|queue|local_memory_)",
+        ),
     ),
     Layout(
         "facebookresearch/vicreg",
         "facebookresearch/vicreg@4e12602: main_vicreg.py, resnet.py",
         marks=(r"^backbone\.(conv1|layer\d)\.", r"^projector\.\d\."),
+        unless=(r"^(?!backbone\.|projector\.)", r"^backbone\.fc\."),
         query=r"backbone\.",
         head=r"projector\.",
     ),
@@ -500,7 +512,6 @@ LAYOUTS: tuple[Layout, ...] = (
         query=r"(resnet\.)?",
         names=_HF_RESNET,
         dropped=((r"classifier\.", "classifier", _CLASSIFIER),),
-        beside=True,
     ),
     Layout(
         "Hugging Face ViT",
@@ -513,7 +524,6 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"decoder\.|(vit\.)?embeddings\.mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
         preprocessing=HALVES,
-        beside=True,
         norm_eps=1e-12,
     ),
     Layout(
@@ -537,15 +547,12 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"head(_dist)?\.", "head", _CLASSIFIER),
             (r"decoder_|mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
-        beside=True,
-        doubt=_HEADS,
     ),
     Layout(
         "torchvision or timm ResNet",
         "pytorch/vision 0.29: models/resnet.py; huggingface/pytorch-image-models 1.0.31: models/resnet.py",
         marks=(r"^(conv1|bn1|fc)\.", r"^layer\d\."),
         dropped=(_FC,),
-        beside=True,
     ),
 )
 
@@ -553,6 +560,4 @@ LAYOUTS: tuple[Layout, ...] = (
 PREFIXED = Layout(
     "a state dict under the prefix",
     "nothing but the names below the prefix",
-    beside=True,
-    doubt=_HEADS,
 )

@@ -12,27 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
+from torchvision.models.resnet import Bottleneck
 
 from moco_eval import files, zoo
 from moco_eval.config import did_you_mean
-from moco_eval.encoders import beside
+from moco_eval.encoders.beside import Settings, of_timm, settings_beside
 from moco_eval.encoders.build import (
     ARCHITECTURES,
     Architecture,
     VisionTransformer,
     architecture,
     build_backbone,
+    names,
 )
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layouts import SAFETENSORS
+from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
 from moco_eval.encoders.parts import Parts, rename, split
 from moco_eval.encoders.probe import probe_image
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.read import SUFFIXES
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.errors import InputError
+from moco_eval.opcodes import shown
 
 # what Caffe's ResNets take, and detectron2's configurations for them say
 MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="BGR", range=255)
@@ -174,7 +177,7 @@ def _of_timm(source: str, theirs: nn.Module) -> Encoder:
         loaded,
         run_name=_safe(f"timm-{source.partition(':')[2]}"),
         origin=f"timm {settings['architecture']}.{settings['tag']}",
-        preprocessing=Preprocessing.from_dict(beside.of_timm(settings)),
+        preprocessing=Preprocessing.from_dict(of_timm(settings)),
     )
 
 
@@ -196,36 +199,40 @@ def _published(source: str, tensors: dict[str, Tensor], arch: str) -> Encoder:
 
 
 def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
-    found = recognise(Path(source))
-    layout = found.layout
-    which = encoder or layout.usual
-    parts = split(found, which)
-    chosen = arch or _with_variants(infer(source, parts.backbone), found)
+    path = Path(source)
+    found = recognise(path)
+    layout, sha256 = found.layout, files.sha256_of(path)
+    said = settings_beside(path, sha256, layout.origin) or Settings("")
+    taken = encoder or layout.usual
+    parts = split(found, taken)
+    chosen = arch or _architecture(found, infer(source, parts.backbone), said)
     shape = architecture(chosen)
     backbone = prove(source, parts.backbone, chosen, parts.warnings)
-    norm_eps = found.values.get("norm_eps", layout.norm_eps)
+    norm_eps = _norm_eps(found, said)
     set_norm_eps(backbone, norm_eps)
-    pixels, said = _preprocessing(found, shape)
-    return Encoder(
+    loaded = Encoder(
         source=source,
-        run_name=run_name(Path(source)) + ("-key" if encoder == "key" else ""),
+        run_name=run_name(path),
         arch=chosen,
         backbone=backbone,
         feature_dim=shape.feature_dim,
         head=build_head(source, parts.head, shape.feature_dim),
-        origin=_origin(found) + said,
-        sha256=files.sha256_of(source),
+        origin=_origin(found) + (f", settings of {said.name}" if said.name else ""),
+        sha256=sha256,
         tensors_loaded=len(parts.backbone),
-        path=found.path,
-        taken=which,
-        which=_which(found, which),
-        usual=layout.usual,
+        path=path,
+        taken=taken,
+        which=said.which or _copied(found, "which", taken),
+        usual=said.usual or _copied(found, "usual", layout.usual),
         dropped=parts.dropped,
-        warnings=[*parts.warnings, *doubts(parts.backbone, layout.folded), *_open_questions(found, arch, chosen)],
-        preprocessing=pixels,
+        warnings=[*parts.warnings, *doubts(parts.backbone, layout.folded), *_open_questions(found, arch, chosen, said)],
+        preprocessing=_preprocessing(found, shape, said),
         pretraining=_pretraining(found),
         norm_eps=norm_eps,
+        settings=said.name or None,
     )
+    other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
+    return replace(loaded, run_name=loaded.run_name + other)
 
 
 def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
@@ -234,7 +241,8 @@ def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
     loaded = _from_file(str(zoo.path_of(name)), arch, encoder)
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
-    return replace(loaded, source=f"zoo:{name}", run_name=_safe(name) + ("-key" if encoder == "key" else ""))
+    other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
+    return replace(loaded, source=f"zoo:{name}", run_name=_safe(name) + other)
 
 
 def run_name(path: Path) -> str:
@@ -266,25 +274,66 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 # What the shapes do not tell
 
 
-def _with_variants(arch: str, found: Checkpoint) -> str:
-    """The architecture as the layout's code base has it; as the shapes say where there is no such form of it."""
-    said = found.values.get("arch")
-    if found.layout.format == SAFETENSORS and isinstance(said, str):
-        return said
-    variant = rename(arch, found.layout.variants)
-    try:
-        architecture(variant)
-    except InputError:
-        return arch
-    return variant
+def _architecture(found: Checkpoint, inferred: str, said: Settings) -> str:
+    """The architecture as the settings or the layout's code base have it; as the shapes say where neither tells.
+
+    Raises:
+        InputError: the settings tell of heads or strides that no network built here has.
+    """
+    if said.arch or (found.layout.format == SAFETENSORS and found.values.get("arch")):
+        return said.arch or str(found.values["arch"])
+    name = rename(inferred, found.layout.variants)
+    if name not in names() and not isinstance(architecture(inferred), VisionTransformer):
+        name = inferred
+    shape = architecture(name)
+    if isinstance(shape, VisionTransformer) and said.heads not in (None, shape.heads):
+        name = name.replace("_patch", "_12h_patch")
+        if "_12h_12h_" in name or architecture(name).heads != said.heads:  # type: ignore[union-attr]
+            raise InputError(f"{found.path}: {said.name} says {said.heads} heads, which no {inferred} built here has")
+    if isinstance(shape, Architecture) and said.stride_in_1x1 and shape.block is Bottleneck and not shape.stride_in_1x1:
+        name = f"{name}_msra"
+    architecture(name)
+    return name
 
 
-def _open_questions(found: Checkpoint, given: str | None, arch: str) -> list[str]:
+def _open_questions(found: Checkpoint, given: str | None, arch: str, said: Settings) -> list[str]:
     """What only the user can know, in words; silent where --arch settles it."""
-    shape = architecture(arch)
-    if given or not found.layout.doubt or not isinstance(shape, VisionTransformer) or shape.dim > 384:
+    shape, layout = architecture(arch), found.layout
+    if given or said.arch:
         return []
-    return [found.layout.doubt.format(heads=shape.heads, other=arch.replace("_patch", "_12h_patch"))]
+    words = []
+    if isinstance(shape, VisionTransformer):
+        usual = "_12h" not in arch and shape.dim <= 384
+        if usual and said.heads is None and not layout.settled:
+            words.append(_HEADS.format(heads=shape.heads, other=arch.replace("_patch", "_12h_patch")))
+    elif layout.origin == "detectron2" and said.stride_in_1x1 is None and "__author__" not in found.values:
+        words += [_STRIDE.format(other=f"{arch}_msra")] if shape.block is Bottleneck else []
+    elif arch.endswith("_cifar") and layout.origin.startswith(PREFIXED.origin):
+        words.append(_PADDING.format(other=f"{arch}_pad2"))
+    stated = found.values.get("arch")
+    if isinstance(stated, str) and layout.format is None and not arch.startswith(stated.lower()):
+        words.append(f"the file says that it is a {shown(stated)}; its tensors look like {arch}")
+    return words
+
+
+_HEADS = (
+    "the shapes of a ViT do not tell its attention heads; {heads} were taken, as DeiT, DINO and timm have. MoCo v3's "
+    "have 12: --arch {other}"
+)
+_STRIDE = (
+    "a detectron2 model does not say its pixels and strides; RGB and the stride in the 3x3 were taken. For one trained "
+    "with detectron2's defaults (BGR, stride in the 1x1): --arch {other}, or its config.yaml beside it"
+)
+_PADDING = "the shapes do not tell the padding of a CIFAR stem; 1 was taken. solo-learn's is 2: --arch {other}"
+
+
+def _norm_eps(found: Checkpoint, said: Settings) -> float | None:
+    """Of the layer norms, where it is not timm's."""
+    copied = found.values.get("norm_eps") if found.layout.format == SAFETENSORS else None
+    eps = said.norm_eps or copied or found.layout.norm_eps
+    if eps is not None and not (isinstance(eps, float) and 0 < eps < 1):
+        raise InputError(f"{found.path}: the layer norms' epsilon is {eps!r}; it must lie between 0 and 1")
+    return eps
 
 
 def set_norm_eps(net: nn.Module, eps: float | None) -> None:
@@ -297,18 +346,27 @@ def set_norm_eps(net: nn.Module, eps: float | None) -> None:
 # What travels with the backbone
 
 
-def _preprocessing(found: Checkpoint, arch: Architecture | VisionTransformer) -> tuple[Preprocessing | None, str]:
-    """What the weights expect, and where that was read if not in the file or its layout."""
+def _preprocessing(found: Checkpoint, arch: Architecture | VisionTransformer, said: Settings) -> Preprocessing | None:
+    """What the weights expect: as the file itself says, or settings beside it, or its layout.
+
+    Raises:
+        InputError: settings with another image size than a ViT has.
+    """
     layout = found.layout
     if layout.preprocessing is None:
-        return _said(found), ""
-    if layout.beside and (there := beside.preprocessing_beside(found.path)):
-        return there[0], f", preprocessing as {there[1]} says"
+        return _said(found)
+    if said.preprocessing:
+        if isinstance(arch, VisionTransformer) and said.preprocessing.size != arch.size:
+            there = f"{said.preprocessing.size} pixels, but the network takes {arch.size}"
+            raise InputError(f"{found.path}: {said.name} says images of {there}; correct it, or move it away")
+        return said.preprocessing
+    if said.arch:
+        return None  # our own settings say so
     if isinstance(arch, VisionTransformer):
-        return _sized(layout.preprocessing, arch), ""
-    if arch.stride_in_1x1:
-        return MSRA, ""
-    return (layout.cifar if arch.cifar_stem else layout.preprocessing), ""
+        return _sized(layout.preprocessing, arch)
+    if arch.stride_in_1x1 and layout.origin.startswith("detectron2"):
+        return MSRA
+    return layout.cifar if arch.cifar_stem else layout.preprocessing
 
 
 def _sized(pixels: Preprocessing, arch: VisionTransformer) -> Preprocessing:
@@ -332,9 +390,9 @@ def _origin(found: Checkpoint) -> str:
     return f"{found.layout.origin}, from {made_of}" if made_of else found.layout.origin
 
 
-def _which(found: Checkpoint, asked: str) -> str:
-    """The encoder asked for; for a copy that our `convert` wrote, the one it was made of."""
-    return str(found.values.get("which", asked)) if found.layout.format == SAFETENSORS else asked
+def _copied(found: Checkpoint, name: str, usual: str) -> str:
+    """For a copy that our `convert` wrote, what it was made of."""
+    return str(found.values.get(name, usual)) if found.layout.format == SAFETENSORS else usual
 
 
 def _pretraining(found: Checkpoint) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ def _groups(found: Checkpoint, encoder: str, prefix: str, head: str | None) -> d
     Raises:
         InputError: a name that belongs to none of them.
     """
-    others = [one for one in found.layout.prefixes("key" if encoder == "query" else "query") if one]
+    others = [one for one in found.layout.prefixes("key" if encoder == "query" else "query") if one is not None]
     groups: dict[str, list[str]] = {"backbone": [], "head": [], "other": [], "dropped": []}
     for name in found.tensors:
         if any(re.match(mark, name) for mark, _, _ in found.layout.dropped):
@@ -75,12 +75,12 @@ def _groups(found: Checkpoint, encoder: str, prefix: str, head: str | None) -> d
         elif any(re.match(one, name) for one in others):
             groups["other"].append(name)
         else:
-            raise InputError(f"{found.path}: tensor {name} belongs to no part of a {found.layout.origin} checkpoint")
+            raise InputError(f"{found.path}: tensor {name} belongs to no part of a checkpoint of {found.layout.origin}")
     return groups
 
 
 def _none_at_all(found: Checkpoint) -> str:
-    return f"a {found.layout.origin} checkpoint has one encoder only; leave it out"
+    return f"checkpoints of {found.layout.origin} have one encoder only; leave it out"
 
 
 def _absent(found: Checkpoint, encoder: str) -> str:

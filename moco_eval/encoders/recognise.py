@@ -11,6 +11,7 @@ import torch
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
 from moco_eval.encoders.read import read
 from moco_eval.errors import InputError
+from moco_eval.opcodes import shown
 from moco_eval.pickles import NETWORK, StandIn
 
 # Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
@@ -44,21 +45,17 @@ STATE = {
     "window": "measurements since the last log line, for resuming",
     "unreadable": "the images that could not be read so far, for resuming",
     "rng": "random generators, for resuming",
+    "state_dict_ema": "the averaged network; to judge it, save it by itself",
+    "model_ema": "the averaged network; to judge it, save it by itself",
+    "source_sha256": "of the file that this copy was made of",
+    "activations_sha256": "to compare by",
+    "moco_eval": "the version that wrote it",
+    "pytorch-lightning_version": "the version that wrote it",
     "best_acc": "the accuracy its own training saw",
     "best_acc1": "the accuracy its own training saw",
 }
-READ = (
-    "state_dict",
-    "arch",
-    "epoch",
-    "format",
-    "preprocessing",
-    "pretraining",
-    "config",
-    "origin",
-    "which",
-    "norm_eps",
-)
+READ = ("arch", "epoch", "format", "preprocessing", "pretraining", "config", "origin", "which", "usual", "norm_eps")
+LONGEST, DEEPEST = 300, 8  # characters of a tensor's name, and parts that all names may share
 MOMENTUM = re.compile(r"momentum|teacher|target|(^|[._])(ema|key|k)[._]")
 
 
@@ -133,7 +130,7 @@ def _instead(values: Mapping[str, Any]) -> str:
     whole = next((key for key, value in values.items() if isinstance(value, StandIn) and NETWORK.match(value.of)), None)
     if whole is not None:
         return f", but a whole network as {whole!r}, whose code we do not run: have its state_dict() saved instead"
-    return f"; its entries: {', '.join(str(key) for key in list(values)[:6]) or 'none, it is empty'}"
+    return f"; its entries: {shown(', '.join(str(key) for key in list(values)[:6])) or 'none, it is empty'}"
 
 
 def _companions(values: Mapping[str, Any]) -> list[str]:
@@ -146,7 +143,14 @@ def _companions(values: Mapping[str, Any]) -> list[str]:
 
 
 def _joined(path: Path, named: dict[str, dict]) -> dict[str, Any]:
-    """All tensors under the names of their parts, the wrappers' additions taken off."""
+    """All tensors under the names of their parts, the wrappers' additions taken off.
+
+    Raises:
+        InputError: a name that is none, or the same name twice.
+    """
+    for name in (str(name) for inner in named.values() for name in inner):
+        if len(name) > LONGEST or not name.isprintable():
+            raise InputError(f"{path} has a tensor by the name of {shown(name)!r}, as no network has")
     plain = {part + _unwrapped(str(name)): value for part, inner in named.items() for name, value in inner.items()}
     if len(plain) != sum(len(inner) for inner in named.values()):
         raise InputError(f"{path} holds the same tensors twice, with and without a leading 'module.'")
@@ -174,15 +178,31 @@ def _layout(path: Path, tensors: dict[str, torch.Tensor], format_: Any) -> tuple
         raise InputError(f"{path} has the format {format_!r}, which this version does not know; update moco-eval")
     _refuse_altered(path, tensors)
     shared, bare = "", tensors
-    while True:
-        for row in LAYOUTS:
-            if row.format == format_ if row.format else all(_found(mark, bare) for mark in row.marks):
-                return (replace(row, origin=f"{row.origin}, under {shared!r}") if shared else row), bare
+    for _ in range(DEEPEST):
+        if row := next((row for row in LAYOUTS if _fits(row, bare, format_)), None):
+            return _below(row, shared), bare
         first = {name.partition(".")[0] for name in bare}
         if len(first) != 1 or any("." not in name for name in bare):
-            return _prefixed(path, tensors), tensors
+            break
         shared += f"{next(iter(first))}."
         bare = {name.partition(".")[2]: tensor for name, tensor in bare.items()}
+    return _prefixed(path, tensors), tensors
+
+
+def _fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
+    if row.format:
+        return row.format == format_
+    return all(_found(mark, names) for mark in row.marks) and not any(_found(mark, names) for mark in row.unless)
+
+
+def _below(row: Layout, shared: str) -> Layout:
+    """The row under a prefix that all names share; one that speaks of momentum makes it a key encoder."""
+    if not shared:
+        return row
+    row = replace(row, origin=f"{row.origin}, under {shared!r}")
+    if not MOMENTUM.search(shared) or row.key is not None:
+        return row
+    return replace(row, query=NOTHING, key=row.query, head=None, key_head=row.head)
 
 
 def _found(mark: str, names: Iterable[str]) -> bool:
@@ -203,14 +223,14 @@ def _prefixed(path: Path, names: Iterable[str]) -> Layout:
         raise InputError(f"{path} holds several networks, under {several}; save the one to be judged by itself")
     if not found:
         raise InputError(
-            f"{path} has no layout we know{_looks(list(names))}; docs/encoders.md lists those that are read"
+            f"{path} has no layout we know{_looks(list(names))}; save the whole network; docs/encoders.md lists layouts"
         )
     query, key = (re.escape(prefixes[0]) if prefixes else None for prefixes in (queries, keys))
     either = "|".join(filter(None, (query, key)))
     return replace(
         PREFIXED,
         origin=f"{PREFIXED.origin} {(queries or keys)[0]!r}",
-        query=r"(?!)" if query is None else query,
+        query=NOTHING if query is None else query,
         key=key,
         dropped=(
             (rf"({either})(fc|head|classifier)\.", "fc", "a classifier or head on the pooled feature"),
@@ -219,22 +239,24 @@ def _prefixed(path: Path, names: Iterable[str]) -> Layout:
     )
 
 
+NOTHING = r"(?!)"  # matches no name
+
+
 def _backbones(names: Iterable[str]) -> list[str]:
     """The prefixes below which a ResNet or ViT begins."""
-    starts: dict[str, None] = {}
-    for name in names:
-        for stem, body in (("conv1.weight", "layer1."), ("patch_embed.proj.weight", "blocks.0.")):
-            prefix = name.removesuffix(stem)
-            if prefix.endswith(".") and name != prefix and _found(f"^{re.escape(prefix + body)}", names):
-                starts[prefix] = None
-    return list(starts)
+    found: dict[str, None] = {}
+    for stem, body in ((r"conv1\.weight", r"layer1"), (r"patch_embed\.proj\.weight", r"blocks\.0")):
+        bodies = {match[1] for name in names if (match := re.match(rf"(.+?\.){body}\.", name))}
+        starts = [match[1] for name in names if (match := re.fullmatch(rf"(.+\.){stem}", name))]
+        found |= dict.fromkeys(prefix for prefix in starts if prefix in bodies)
+    return list(found)
 
 
 def _looks(names: list[str]) -> str:
     """What a file of no known layout seems to hold, in words."""
     heads = r"^(projector|projection_head|head|fc|neck|linear|classifier|predictor|prototypes)\."
     if all(re.match(heads, name) for name in names):
-        return ": only a projection head or classifier is in it, and no backbone; save the whole network"
+        return ": only a projection head or classifier is in it, and no backbone"
     return f" (its tensors: {', '.join(names[:3])}, ...)"
 
 
