@@ -1,5 +1,6 @@
 """Known public checkpoints, and their files: fetched, resumed, verified. The manifest is configs/zoo.yaml."""
 
+import difflib
 import http.client
 import math
 import os
@@ -176,7 +177,9 @@ def entry(name: str) -> Entry:
     """
     known = entries()
     if name not in known:
-        raise InputError(f"no checkpoint named {name!r} in the zoo.{config.did_you_mean(name, known)}")
+        near = difflib.get_close_matches(name, known, 1)
+        way_out = f"Did you mean {near[0]!r}?" if near else "`moco-eval fetch --list` names them."
+        raise InputError(f"no checkpoint named {name!r} in the zoo. {way_out}")
     return known[name]
 
 

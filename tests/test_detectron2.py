@@ -126,3 +126,38 @@ def test_msra_weights_are_read_as_detectron2_reads_them(tmp_path):
         ours, found = stages(encoder.backbone, image), theirs.eval()(image)
     for name in ours:
         assert torch.allclose(ours[name], found[name], rtol=0, atol=1e-5 * ours[name].abs().max().item()), name
+
+
+def test_a_detector_of_detectron2s_own_defaults_is_read_by_its_settings(tmp_path):
+    """BGR of 0..255 and the stride in the 1x1: only config.yaml says so."""
+    import yaml
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    config = get_cfg()
+    config.MODEL.DEVICE = "cpu"
+    config.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    config.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    config.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    config.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    config.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    config.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    config.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    config.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    config.MODEL.ROI_BOX_HEAD.NUM_FC, config.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 1, 7
+    detector = build_model(config).eval()
+    torch.save({"model": detector.state_dict()}, tmp_path / "model_final.pth")
+    assert any(
+        "the stride in the 3x3 were taken" in words for words in load(str(tmp_path / "model_final.pth")).warnings
+    )
+    (tmp_path / "config.yaml").write_text(config.dump())  # as its trainer leaves it
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["INPUT"]["FORMAT"] == "BGR"
+    encoder = load(str(tmp_path / "model_final.pth"))
+    assert encoder.arch == "resnet50_msra" and encoder.preprocessing.channels == "BGR"
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = stages(encoder.backbone, image), detector.backbone.bottom_up(image)
+    for name in ours:
+        difference = (ours[name] - theirs[name]).abs().max()
+        assert difference <= 1e-4 * ours[name].abs().max(), name  # frozen batch norm rounds in its own way
