@@ -379,3 +379,17 @@ def test_nothing_beside_a_copy_tells_of_an_earlier_one(tmp_path, monkeypatch):
 def test_a_name_that_is_none(tmp_path):
     with pytest.raises(InputError, match="is no name for a file"):
         convert(f"random:{ARCH}", tmp_path / ("x" * 300 + ".pth"), "torchvision")
+
+
+@pytest.mark.parametrize("to", ["detectron2", "torchvision", "safetensors"])
+def test_weights_kept_channels_last_are_copied_and_give_the_same_features(to, tmp_path):
+    """As our own pretraining and solo-learn keep them: another order in memory rounds convolutions differently."""
+    last = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in body(0).items()}
+    source = written(tmp_path, last)
+    stored = torch.load(source, weights_only=True)["layer1.0.conv1.weight"]
+    assert not stored.is_contiguous()
+    convert(source, tmp_path / f"copy{ENDINGS[to]}", to)
+    original, plain = load(source), load(written(tmp_path, body(0), "plain.pth"))
+    assert all(tensor.is_contiguous() for tensor in original.backbone.state_dict().values())
+    assert torch.equal(probe_features(original), probe_features(plain))
+    assert torch.equal(probe_features(load(str(tmp_path / f"copy{ENDINGS[to]}"))), probe_features(plain))

@@ -30,7 +30,9 @@ def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str
     require_finite(source, tensors)
     with torch.device("meta"):
         net = build_backbone(arch)
-    net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    # in one order in memory, whatever the file's: the same weights give the same features to the bit
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    net.load_state_dict(copies, assign=True)
     loaded = net.state_dict()
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in loaded)
