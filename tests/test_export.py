@@ -346,6 +346,14 @@ def test_what_no_tensor_tells_comes_back_from_beside_the_copy(layout, to, encode
     assert torch.equal(probe_features(copy), probe_features(original))
 
 
+@pytest.mark.parametrize("to", ["torchvision", "detectron2", "safetensors"])
+def test_a_copy_inherits_the_deviations_of_its_pretraining(to, tmp_path):
+    values = ours()
+    values["pretraining"]["deviations"] = ["a queue of 16 keys"]
+    convert(written(tmp_path, values), tmp_path / f"copy{ENDINGS[to]}", to)
+    assert load(str(tmp_path / f"copy{ENDINGS[to]}")).deviations() == ["encoder: a queue of 16 keys"]
+
+
 def test_settings_of_another_file_are_not_taken(tmp_path):
     """OUT.json names the sha256 of its copy."""
     source = written(tmp_path, FILES["swav"]().values)

@@ -24,6 +24,7 @@ class Settings:
         norm_eps: of its layer norms.
         stride_in_1x1: a bottleneck strides in its first convolution.
         which, usual: the encoder that a copy was made of, and the one that its method evaluates (ours).
+        pretraining: what the copy's source said of it (ours).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Settings:
     stride_in_1x1: bool | None = None
     which: str | None = None
     usual: str | None = None
+    pretraining: dict[str, Any] | None = None
 
 
 def settings_beside(checkpoint: Path, sha256: str, origin: str) -> Settings | None:
@@ -102,7 +104,9 @@ def _ours(values: dict[str, Any], sha256: str) -> dict[str, Any]:
     """What `convert` wrote beside a copy, if it is this copy's."""
     if values.get("sha256") != sha256:
         return {}
-    kept = {name: values.get(name) for name in ("arch", "norm_eps", "which", "usual")}
+    kept = {name: values.get(name) for name in ("arch", "norm_eps", "which", "usual", "pretraining")}
+    if not isinstance(kept["pretraining"], dict | None):
+        raise TypeError(f"its pretraining is {kept['pretraining']!r}")
     return kept | _pixels(values.get("preprocessing"))
 
 

@@ -227,7 +227,7 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         dropped=parts.dropped,
         warnings=[*parts.warnings, *doubts(parts.backbone, layout.folded), *_open_questions(found, arch, chosen, said)],
         preprocessing=_preprocessing(found, shape, said),
-        pretraining=_pretraining(found),
+        pretraining=said.pretraining or _pretraining(found),
         norm_eps=norm_eps,
         settings=said.name or None,
     )
