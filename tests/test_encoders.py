@@ -400,6 +400,13 @@ def test_settings_of_another_image_size_than_a_vits(tmp_path):
     assert "says images of 224 pixels, but the network takes 32" in error(path)
 
 
+def test_a_vit_of_no_known_width_under_an_arch_that_was_asked_for(tmp_path):
+    narrow = {name: tensor[..., :40].clone() for name, tensor in body(0, VIT).items()}
+    assert "have another shape" in error(written(tmp_path, narrow), arch=VIT)
+    wide = body(0, VIT) | {"patch_embed.proj.weight": torch.zeros(50, 3, 16, 16)}
+    assert "The file holds a vision transformer" in error(written(tmp_path, wide), arch="vit_tiny_patch16_32")
+
+
 def test_an_architecture_that_the_file_names_and_is_not(tmp_path):
     state = {"arch": "resnetblur18", "state_dict": body(0)}
     (said,) = load(written(tmp_path, state)).warnings

@@ -52,7 +52,9 @@ def nearest(tensors: Mapping[str, Tensor]) -> tuple[str, float]:
         theirs = _shapes(expected(arch))
         return len(ours & theirs) / len(ours | theirs)
 
-    candidates = _transformers(tensors) if is_transformer(tensors) else list(ARCHITECTURES)
+    block = Bottleneck if any(name.endswith("conv3.weight") for name in tensors) else BasicBlock
+    resnets = [name for name, arch in ARCHITECTURES.items() if arch.block is block]
+    candidates = (_transformers(tensors) if is_transformer(tensors) else resnets) or resnets
     best = max(candidates, key=share)
     return best, share(best)
 
