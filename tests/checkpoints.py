@@ -353,6 +353,12 @@ def _moco_released() -> File:
     return File("facebookresearch/moco v2", _state(state), STATE, "module.encoder_q.", head=mlp(128))
 
 
+def _moco_headless() -> File:
+    state = two("module.encoder_q.", "module.encoder_k.")
+    origin, other = "facebookresearch/moco without its head", "module.encoder_k."
+    return File(origin, _state(state), STATE, "module.encoder_q.", other=other)
+
+
 def _notebook() -> File:
     arch = "resnet18_quarter_cifar"
     prefix, other = "encoder_q.net.", "encoder_k.net."
@@ -586,6 +592,7 @@ FILES: dict[str, Callable[[], File]] = {
     "moco v1 without DDP": lambda: _moco("v1", linear, ""),
     "moco v2 compiled": lambda: _moco("v2", mlp, "_orig_mod.module."),
     "moco v2 released": _moco_released,
+    "moco without its head": _moco_headless,
     "moco CIFAR-10 notebook": _notebook,
     "moco-v3 ResNet": lambda: _moco_v3(ARCH, "fc"),
     "moco-v3 ViT": lambda: _moco_v3(VIT, "head"),

@@ -8,6 +8,7 @@ from checkpoints import DIM, FILES, VIT, File, as_arrays, body, error, written
 
 from moco_eval import pickles
 from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.layouts import LAYOUTS
 from moco_eval.encoders.load import load
 
 layouts = pytest.mark.parametrize("layout", FILES)
@@ -187,3 +188,9 @@ def test_the_container_does_not_matter(layout, tmp_path):
     assert (again.origin, again.arch) == (expected.origin, expected.arch)
     theirs = again.backbone.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in expected.backbone.state_dict().items())
+
+
+def test_no_layout_is_left_out():
+    """Our own safetensors are in test_export.py, the refused one in test_encoders.py."""
+    elsewhere = {"moco-eval safetensors", "lightly's own CIFAR ResNet"}
+    assert {make().origin for make in FILES.values()} >= {row.origin for row in LAYOUTS} - elsewhere
