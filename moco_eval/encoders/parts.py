@@ -166,12 +166,9 @@ def _unfold(parts: Parts) -> None:
 
 
 def _fp32(tensors: Mapping[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
-    """Quantised, half and double weights as fp32; says so."""
-    odd = [
-        name for name, t in tensors.items() if t.is_quantized or (t.is_floating_point() and t.dtype != torch.float32)
-    ]
+    """Half and double weights as fp32; says so."""
+    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32]
     if odd:
         kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in odd}))
         warnings.append(f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})")
-    cast = {name: tensors[name].dequantize() if tensors[name].is_quantized else tensors[name] for name in odd}
-    return {name: cast[name].float() if name in cast else tensor for name, tensor in tensors.items()}
+    return {**tensors, **{name: tensors[name].float() for name in odd}}

@@ -88,7 +88,6 @@ def recognise(path: Path) -> Checkpoint:
     dropped = [(name, STATE.get(name, "not used by an evaluation")) for name in beside if name not in READ]
     dropped += [(name, "not a tensor") for name, value in named.items() if not isinstance(value, torch.Tensor)]
     tensors = {name: value.detach() for name, value in named.items() if isinstance(value, torch.Tensor)}
-    _require_dense(path, tensors)
     layout, tensors = _layout(path, tensors, beside.get("format"))
     if layout.refused:
         raise InputError(f"{path} is {layout.origin}: {layout.refused}")
@@ -160,12 +159,6 @@ def _joined(path: Path, named: dict[str, dict]) -> dict[str, Any]:
 def _unwrapped(name: str) -> str:
     """Without what DataParallel and torch.compile put before and into names."""
     return re.sub(r"^((module|_orig_mod)\.)+", "", name.replace("._orig_mod.", "."))
-
-
-def _require_dense(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    sparse = [name for name, value in tensors.items() if value.layout != torch.strided]
-    if sparse:
-        raise InputError(f"{path}: {sparse[0]} is stored as {tensors[sparse[0]].layout}; only dense tensors are read")
 
 
 # Which layout?
