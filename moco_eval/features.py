@@ -89,7 +89,7 @@ def extract(
         for step, views in enumerate(clean(images, preprocessing, batches, device, workers, tolerant)):
             with autocast(device, precision):
                 mine = net(views).flatten(1).float()[: batches.mine(step)]
-            rows.append(_in_order(mine, batches.size(step)).cpu())
+            rows.append(in_order(mine, batches.size(step)).cpu())
             advance()
     features = torch.cat(rows)
     if not features.isfinite().all():
@@ -121,7 +121,7 @@ def _loaded(
         yield views.to(device, non_blocking=True)
 
 
-def _in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:
+def in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:
     """All rows of a batch from the ranks' contiguous shares of it; see `data.loader.share`."""
     ranks = world_size()
     if ranks == 1:

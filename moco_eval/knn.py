@@ -3,64 +3,46 @@
 Source: Wu et al. 2018 (InstDisc), arXiv:1805.01978, Sec. 3.4; facebookresearch/moco, CIFAR-10 demo notebook.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import KnnConfig
 from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
 from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.errors import InputError
 from moco_eval.features import extract, network
+from moco_eval.neighbours import Neighbours, nearest_by_ranks, require_enough
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
 from moco_eval.statistics import bootstrap_interval
 
-
-@dataclass
-class Neighbours:
-    """The k nearest of each query by cosine similarity, nearest first: both (queries, k)."""
-
-    similarity: torch.Tensor
-    index: torch.Tensor
+EPSILON = 1e-5  # solo-learn's
 
 
-def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, block: int | None = None) -> Neighbours:
-    """Find them, `block` queries at a time; by default as many as keep the similarities under half a gigabyte.
+def weights(neighbours: Neighbours, temperature: float | None) -> torch.Tensor:
+    """What each neighbour adds to its class, (queries, k): exp(similarity / temperature) of a cosine similarity, up to
+    a common factor against overflow; 1 / (distance + 1e-5) of a Euclidean distance, which has no temperature.
 
-    Args:
-        queries: (Q, D); bank: (B, D). Normalised here.
-    Raises:
-        InputError: the bank holds fewer than k.
+    Source: Wu et al. 2018, Sec. 3.4; vturrisi/solo-learn@9187ea3, solo/utils/knn.py, for the Euclidean one.
     """
-    require_enough(k, len(bank))
-    bank = normalize(bank, dim=1)
-    block = block or max(1, 2**27 // len(bank))
-    parts = [torch.topk(normalize(rows, dim=1) @ bank.T, k, dim=1) for rows in queries.split(block)]
-    return Neighbours(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+    if neighbours.distance == "euclidean":
+        return 1 / (EPSILON - neighbours.similarity)
+    assert temperature is not None
+    return ((neighbours.similarity - 1) / temperature).exp()
 
 
-def require_enough(k: int, images: int) -> None:
-    """Raises InputError where the bank holds fewer than k."""
-    if k > images:
-        raise InputError(f"k {k} is more than the {images} images of the bank; take --set k={images} or less")
-
-
-def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float) -> torch.Tensor:
-    """Class scores, (queries, classes): each neighbour adds exp(similarity / temperature) to its own class.
+def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float | None = None) -> torch.Tensor:
+    """Class scores, (queries, classes): each neighbour adds its weight to its own class.
 
     Args:
         labels: class of each image in the bank, (B,).
     """
-    weights = ((neighbours.similarity - 1) / temperature).exp()  # a common factor, against overflow
-    scores = weights.new_zeros((len(weights), classes))
-    return scores.scatter_add_(1, labels[neighbours.index], weights)
+    votes = weights(neighbours, temperature)
+    return votes.new_zeros((len(votes), classes)).scatter_add_(1, labels[neighbours.index], votes)
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
@@ -82,6 +64,7 @@ def monitor(
 ) -> float:
     """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back.
 
+    Collective: every rank has all features and searches for its share of the queries.
     An unreadable image is named and counts as a grey one: a monitor must not end a run, least of all on one rank.
     """
     assert train.labels is not None and test.labels is not None
@@ -93,7 +76,7 @@ def monitor(
     )
     net.train(training)
     scores = vote(
-        nearest(queries.to(device), bank.to(device), min(k, len(bank))),
+        nearest_by_ranks(queries, bank, min(k, len(bank)), device=device),
         torch.as_tensor(train.labels, device=device),
         len(train.classes),
         temperature,
@@ -167,7 +150,8 @@ def _classify(
         )
         for images in (train, test)
     )
-    neighbours = nearest(queries.to(device), bank.to(device), config.k)
+    memory = None if config.memory is None else 1e9 * config.memory
+    neighbours = nearest_by_ranks(queries, bank, config.k, memory=memory, device=device)
     labels = torch.as_tensor(train.labels, device=device)
     scores = vote(neighbours, labels, len(train.classes), config.temperature)
     return Neighbours(neighbours.similarity.cpu(), neighbours.index.cpu()), scores.cpu()
