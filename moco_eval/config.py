@@ -170,9 +170,9 @@ class Augmentation(Model):
 
 
 class LinearConfig(Model):
-    """Linear classification on frozen features."""
+    """Linear classification on frozen features, trained on crops."""
 
-    protocol: Literal["linear/moco-lincls@1"]
+    protocol: Literal["linear/moco-lincls@1", "linear/mocov3@1"]
     batch_size: int = Positive
     optimizer: Sgd
     schedule: Schedule
