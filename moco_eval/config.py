@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from moco_eval.errors import InputError
 
@@ -170,11 +180,31 @@ class Augmentation(Model):
 
 
 class LinearConfig(Model):
-    """Linear classification on frozen features."""
+    """Linear classification on frozen features, trained on crops."""
 
-    protocol: Literal["linear/moco-lincls@1"]
+    protocol: Literal["linear/moco-lincls@1", "linear/mocov3@1"]
     batch_size: int = Positive
     optimizer: Sgd
+    schedule: Schedule
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class SweepConfig(Model):
+    """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, on each of `features`,
+    with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
+    """
+
+    protocol: Literal["linear/sweep@1"]
+    batch_size: int = Positive
+    learning_rates: tuple[PositiveFloat, ...] = Field(min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(min_length=1)
+    batch_norm: tuple[bool, ...] = Field(min_length=1)
+    features: tuple[str, ...] = Field(("pooled",), min_length=1)
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    held_out: float = Field(0.1, gt=0, lt=1)
     schedule: Schedule
     augmentation: Augmentation = Augmentation()
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -318,11 +348,9 @@ def _is_as_shipped(override: str) -> bool:
     return override == "precision=fp32" or is_neutral(override.partition("=")[0])
 
 
-def load_knn(name: str, overrides: Sequence[str] = ()) -> KnnConfig | KnnGridConfig:
-    """A kNN config; its protocol says of which kind. Raises InputError as `load` does."""
-    if merged(name, "knn", overrides).get("protocol") == "knn/grid@1":
-        return load(name, "knn", KnnGridConfig, overrides)
-    return load(name, "knn", KnnConfig, overrides)
+def knn_model(name: str, overrides: Sequence[str] = ()) -> type[KnnConfig] | type[KnnGridConfig]:
+    """What a kNN config must satisfy: its protocol says. Raises InputError as `load` does."""
+    return KnnGridConfig if merged(name, "knn", overrides).get("protocol") == "knn/grid@1" else KnnConfig
 
 
 def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -4,17 +4,48 @@ One search per distance at the largest k answers every point of the grid.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from moco_eval import config as configs
+from moco_eval.classify import Outcome, Protocol, Task, judge
 from moco_eval.config import KnnGridConfig
-from moco_eval.knn import weights
+from moco_eval.knn import in_bytes, outcome, weights
 from moco_eval.neighbours import Distance, Neighbours, Rows, nearest_by_ranks, require_enough
+from moco_eval.runtime import log
 
 VOTING = 2**26  # class scores held at once
+
+
+def evaluate(task: Task, config: KnnGridConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
+    task = replace(task, feature=config.feature)
+    require_enough(min(config.k), len(task.training_images(config.seed)) - 1)
+    canonical = configs.load("grid", "knn", KnnGridConfig)
+    selection = "leave-one-out on train"
+    protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
+
+    def trial(seed: int, _state: Path) -> Outcome:
+        return run_trial(task, config, seed, output, device)
+
+    return judge(task, protocol, output, device, trial)
+
+
+def run_trial(task: Task, config: KnnGridConfig, seed: int, output: Path, device: torch.device) -> Outcome:
+    """Choose on the training images, then classify the test images once."""
+    images = task.training_images(seed)
+    bank, queries = (task.features(one, config, device) for one in (images, task.test))
+    chosen = choose(bank, torch.as_tensor(images.labels), len(images.classes), config, seed, device)
+    if chosen.left_out:
+        log(f"k {', '.join(map(str, chosen.left_out))} left out: an image has {len(images) - 1} others")
+    best = chosen.best
+    memory = in_bytes(config.memory)
+    found = nearest_by_ranks(queries, bank, best.k, distance=best.distance, memory=memory, device=device)
+    return outcome(found, images, task.test, best.temperature, output, grid=chosen.record())
 
 
 @dataclass(frozen=True)
@@ -50,8 +81,7 @@ def choose(
     labels: torch.Tensor,
     classes: int,
     config: KnnGridConfig,
-    *,
-    memory: float | None,
+    seed: int,
     device: torch.device,
 ) -> Choice:
     """Classify training images by all the others, at every point of the grid. Collective.
@@ -66,11 +96,12 @@ def choose(
     others = len(features) - 1
     require_enough(min(config.k), others)
     ks = sorted(k for k in config.k if k <= others)
-    own = left_out(len(features), config.queries, config.seed)
+    own = left_out(len(features), config.queries, seed)
     queries = features if len(own) == len(features) else features[own.numpy()]
     right = dict[Point, int]()
     for distance in config.distance:
-        found = nearest_by_ranks(queries, features, ks[-1], distance=distance, own=own, memory=memory, device=device)
+        options = {"distance": distance, "memory": in_bytes(config.memory), "device": device}
+        found = nearest_by_ranks(queries, features, ks[-1], own=own, **options)
         right |= _right(found, labels.to(device), labels[own].to(device), classes, ks, _temperatures(config, distance))
     best = min(right, key=lambda point: (-right[point], point.k, point.distance, -(point.temperature or 0)))
     top1 = {point: 100 * count / len(own) for point, count in right.items()}

@@ -16,9 +16,9 @@ MODELS = {"pretrain": PretrainConfig, "linear": LinearConfig, "knn": KnnConfig}
 def test_every_shipped_config_loads_and_is_named(kind):
     names = configs.shipped(kind)
     assert names
-    load = configs.load_knn if kind == "knn" else lambda name: configs.load(name, kind, MODELS[kind])
     for name in names:
-        assert load(name.split("/")[1]) == load(name)
+        model = configs.knn_model(name) if kind == "knn" else MODELS[kind]
+        assert configs.load(name.split("/")[1], kind, model) == configs.load(name, kind, model)
 
 
 @pytest.mark.parametrize(
