@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from moco_eval.data.loader import share
 from moco_eval.errors import InputError
@@ -24,6 +23,7 @@ Distance = Literal["cosine", "euclidean"]
 
 MEMORY = 1e9  # bytes of working blocks on a CPU
 AT_ONCE = {"cpu": 512, "cuda": 4096}  # queries in one product at most; more gains nothing
+LINE = 64  # floats
 CLOSE = 1e-2  # squared distances below this share of the squared norms are taken again, by difference
 
 
@@ -66,8 +66,17 @@ def blocks(memory: float, bank: int, queries: int, dim: int, k: int, at_once: in
     rows = int(max(1, min(bank, memory / 2 // (8 * dim), memory / 2 // (8 * at_once))))
     chunk = max(1, isqrt(rows // k))
     candidates = k + chunk * min(k, -(-rows // chunk))
-    per_query = 8 * dim + 4 * rows + 10 * (rows // chunk) + 48 * candidates
+    per_query = 8 * dim + 4 * (rows + 2 * LINE) + 10 * (rows // chunk) + 48 * candidates
     return Blocks(rows, int(max(1, min(queries, at_once, memory / 2 // per_query))), chunk)
+
+
+def aligned(cut: Blocks, device: torch.device) -> torch.Tensor:
+    """Room for one block of products, at least (queries, bank).
+
+    Every row begins a cache line, and rows lie an odd number of LINE apart, so that they do not compete for the same
+    places of the cache: products are up to half as fast again.
+    """
+    return torch.empty(cut.queries, LINE * (-(-cut.bank // LINE) | 1), device=device)
 
 
 def nearest(
@@ -144,22 +153,33 @@ class _Search:
         dim = bank[:1].shape[1]
         self.blocks = blocks(memory, len(bank), len(queries), dim, k, AT_ONCE[device.type])
         self.centre = None if distance == "cosine" else bank[: self.blocks.bank].mean(dim=0).to(device)
+        self.room = {
+            "bank": torch.empty(self.blocks.bank, dim, device=device),
+            "queries": torch.empty(self.blocks.queries, dim, device=device),
+            "products": aligned(self.blocks, device),
+        }
         self.best = torch.full((len(queries), k), -torch.inf, device=device)
         self.index = torch.full((len(queries), k), -1, device=device)
 
-    def prepared(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows as their products need them: unit length, or less the centre."""
-        rows = rows.to(self.device, torch.float32)
-        return normalize(rows, dim=1) if self.centre is None else rows - self.centre
+    def prepared(self, rows: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """Rows as their products need them: unit length, or less the centre; in memory that is used again."""
+        rows, room = rows.to(self.device, torch.float32), room[: len(rows)]
+        if self.centre is not None:
+            return torch.sub(rows, self.centre, out=room)
+        return torch.div(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12), out=room)
 
     def meet(self, start: int) -> None:
         """Every query meets the bank's block that begins at `start`."""
-        rows = self.prepared(self.bank[start : start + self.blocks.bank])
+        rows = self.prepared(self.bank[start : start + self.blocks.bank], self.room["bank"])
         half = None if self.centre is None else -rows.square().sum(dim=1) / 2
         for first in range(0, len(self.queries), self.blocks.queries):
             here = slice(first, first + self.blocks.queries)
-            queries = self.prepared(self.queries[here])
-            scores = queries @ rows.T if half is None else torch.addmm(half, queries, rows.T)
+            queries = self.prepared(self.queries[here], self.room["queries"])
+            scores = self.room["products"][: len(queries), : len(rows)]
+            if half is None:
+                torch.mm(queries, rows.T, out=scores)
+            else:
+                torch.addmm(half, queries, rows.T, out=scores)
             if self.own is not None:
                 _forbid(scores, self.own[here] - start)
             _merge(self.best[here], self.index[here], scores, start, self.blocks.chunk)
@@ -176,7 +196,7 @@ class _Search:
         distances = torch.empty_like(self.best)
         for first in range(0, len(self.best), self.blocks.queries):
             here = slice(first, first + self.blocks.queries)
-            norms = self.prepared(self.queries[here]).square().sum(dim=1, keepdim=True)
+            norms = self.prepared(self.queries[here], self.room["queries"]).square().sum(dim=1, keepdim=True)
             squares = norms - 2 * self.best[here]
             query, place = (squares < CLOSE * (2 * norms)).nonzero(as_tuple=True)
             squares[query, place] = self._by_difference(query + first, self.index[here][query, place], len(centre))
@@ -214,12 +234,15 @@ def _merge(best: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, start:
     rows = ((hopeful > 0) | (rest > kth).any(dim=1)).nonzero()[:, 0]
     if not len(rows):
         return
+    if 2 * len(rows) > len(best):
+        rows = torch.arange(len(best), device=best.device)  # all of them: a gather is quicker than an index
     chunks = maxima[rows].topk(min(k, int(hopeful.max())), dim=1, sorted=False).indices
     within = torch.arange(0, width * chunk, width, device=scores.device)
     columns = (chunks[:, None, :] + within[:, None]).flatten(1)  # (rows, candidates)
     tail = torch.arange(width * chunk, scores.shape[1], device=scores.device).expand(len(rows), -1)
     columns = torch.cat([columns, tail], dim=1)
-    candidates = torch.cat([best[rows], scores[rows[:, None], columns]], dim=1)
+    found = scores.gather(1, columns) if len(rows) == len(scores) else scores[rows[:, None], columns]
+    candidates = torch.cat([best[rows], found], dim=1)
     top = candidates.topk(k, dim=1, sorted=False)
     best[rows] = top.values
     index[rows] = torch.cat([index[rows], columns + start], dim=1).gather(1, top.indices)
