@@ -14,6 +14,10 @@ from moco_eval import __version__
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 
 FOLDER = click.Path(path_type=Path)
+DATASETS = (
+    "digits (built in), imagefolder, imagenet, cifar10, cifar100, stl10, flowers102, pets, food101, dtd, voc07, "
+    "voc-folder"
+)  # what can be evaluated on; `moco-eval datasets` says more
 
 
 def options(*wanted: click.Option | Callable) -> Callable:
@@ -49,6 +53,15 @@ encoder_options = options(
         help="key is the momentum encoder.  [default: query; DINO: key]",
     ),
 )
+labels_option = click.option(
+    "--labels",
+    metavar="WHICH",
+    help="Train on N-per-class, drawn anew in each trial; 1% or 10% (DATA/1percent.txt), or any list of image names.",
+)
+split_options = options(
+    click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
+    click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
+)
 feature_option = click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8.")
 
 
@@ -64,7 +77,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("config")
-@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10, stl10, flat or webdataset.")
+@click.option("--dataset", help=f"{DATASETS}, flat or webdataset.")
 @data_options
 @run_options
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died.")
@@ -160,9 +173,7 @@ def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option(
-    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
-)
+@click.option("--dataset", default="imagenet", show_default=True, help=f"{DATASETS}.")
 @click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
 @feature_option
 @data_options
@@ -204,12 +215,10 @@ def knn(
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option(
-    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
-)
+@click.option("--dataset", default="imagenet", show_default=True, help=f"{DATASETS}.")
 @click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, digits, or a file.")
 @feature_option
-@click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")
+@labels_option
 @click.option(
     "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
 )
@@ -231,22 +240,26 @@ def linear(
     from moco_eval import linear as protocols
     from moco_eval.config import LinearConfig
     from moco_eval.data.images import open_splits
+    from moco_eval.data.labels import parse_labels
     from moco_eval.encoders.load import load
     from moco_eval.results import default_output
     from moco_eval.runtime import processes
 
     config = _config(protocol, "linear", LinearConfig, given)
-    per_class = _labels(labels)
+    chosen = parse_labels(labels)
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
     train, test = open_splits(dataset, data)
-    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
+    if chosen and chosen.per_class is None:
+        train = chosen.of(train, config.seed)
+    regime = f"{dataset}-{chosen.name}" if chosen else dataset
     output = given["output"] or default_output("linear", encoder, regime, config.protocol)
     if given["dry_run"]:
         click.echo(_evaluation_plan(encoder, config, train, test, output))
         return 0
     if nproc > 1:
         return _launch(nproc)
+    per_class = chosen.per_class if chosen else None
     task = protocols.Task(encoder, train, test, config, feature or "pooled", per_class, trials)
     with processes(given["device"]) as device:
         _print_record(protocols.evaluate(task, output, device))
@@ -356,6 +369,25 @@ def configs(action: str, name: str | None) -> None:
 
 
 @cli.command()
+@click.argument("action", type=click.Choice(["list", "check"]), default="list")
+@click.argument("name", required=False)
+@data_options
+@split_options
+def datasets(action: str, name: str | None, data: Path | None, train_split: str | None, test_split: str | None) -> None:
+    """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
+    from moco_eval.data import images
+
+    if action == "list":
+        for line in images.known():
+            click.echo(line)
+        return
+    if name is None:
+        raise InputError("datasets check needs a NAME; moco-eval datasets names them")
+    for line in images.check(name, data, train_split, test_split):
+        click.echo(line)
+
+
+@cli.command()
 @click.option("--output", type=FOLDER, default=Path("runs/demo"), show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def demo(output: Path, device: str) -> None:
@@ -399,15 +431,6 @@ def _warn(encoder: Any) -> None:
 
     for words in encoder.warnings:
         warn(f"{encoder.source}: {words}")
-
-
-def _labels(text: str | None) -> int | None:
-    if text is None:
-        return None
-    number, _, rest = text.partition("-")
-    if rest != "per-class" or not number.isdigit() or int(number) == 0:
-        raise InputError(f"--labels {text!r} is not N-per-class; for example --labels 10-per-class")
-    return int(number)
 
 
 def _launch(nproc: int, max_restarts: int = 0) -> int:

@@ -17,12 +17,19 @@ from torch.nn.functional import cross_entropy
 from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import LinearConfig
-from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
+from moco_eval.data.images import (
+    ImageSet,
+    departures,
+    preprocessing_departures,
+    preprocessing_for,
+    require_single_label,
+)
+from moco_eval.data.labels import is_published
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import RunFailed
 from moco_eval.features import extract, network
-from moco_eval.knn import accuracy
+from moco_eval.metrics import accuracy
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import (
     Stop,
@@ -65,6 +72,7 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
         Interrupted: stopped by a signal; run again to go on.
     """
     network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    require_single_label(task.test)
     if open_run(output, _resolved(task)) and (record := finished(output)):
         log(f"already done: {output}")
         return record
@@ -75,7 +83,7 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
     if is_main():
         with files.atomic(output / "predictions.npz") as path:
             np.savez(path, prediction=[s.argmax(1) for s in scores], label=labels, scores=scores[0])
-    few = {"labels_per_class": task.labels_per_class} if task.labels_per_class else {}
+    few = {"labels_per_class": task.labels_per_class} if task.labels_per_class else task.train.regime()
     canonical = configs.load("moco-lincls", "linear", LinearConfig)
     result = Result(
         protocol=task.config.protocol,
@@ -91,6 +99,7 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, preprocessing)
         + ([f"{task.labels_per_class} labels per class"] if task.labels_per_class else [])
+        + ([f"labels of {task.train.subset}"] if is_published(task.train.subset) else [])
         + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
     )
     return result.write(output)
