@@ -165,10 +165,10 @@ def _file_set(
 def _size(path: Path, name: str) -> int:
     try:
         return path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing, which {name} lists; fetch the data set again") from None
     except OSError as error:
-        raise InputError(
-            f"{path}, an image of {name}, cannot be read ({error.strerror}); fetch the data set again"
-        ) from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); mend or replace it") from None
 
 
 # Pascal VOC

@@ -61,9 +61,7 @@ def cifar100(folder: Path, split: str) -> ImageSet:
 def _cifar(name: str, split: str, classes: tuple[str, ...], parts: list[tuple[np.ndarray, np.ndarray]]) -> ImageSet:
     pixels, labels = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise InputError(
-            f"{name}: a label of {split} is not among the {len(classes)} classes; fetch the data set again"
-        )
+        raise InputError(f"{name}: {split} has a label outside its {len(classes)} classes; fetch the data set again")
     return ImageSet(name, split, classes, labels, hashlib.sha256(pixels.tobytes()).hexdigest(), pixels=pixels)
 
 
