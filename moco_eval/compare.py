@@ -75,8 +75,8 @@ def read_run(folder: Path) -> Run:
             raise InputError(f"{path} is damaged: {key} is missing or no {kind.__name__}")
     if record["protocol"].startswith("detect/"):
         raise InputError(
-            f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one answer to "
-            "each test image: moco-eval report sets detections side by side"
+            f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one "
+            "answer to each test image: moco-eval report sets detections side by side"
         )
     return Run(folder, record, _read_answers(folder / "predictions.npz", len(record["trials"])))
 
@@ -122,8 +122,8 @@ def require_same_images(a: Run, b: Run) -> None:
     labels = a.answers.labels, b.answers.labels
     if labels[0].shape != labels[1].shape:
         raise InputError(
-            f"the runs were not tested on the same images: labels of shape {labels[0].shape} in {a.folder} and of shape "
-            f"{labels[1].shape} in {b.folder}"
+            f"the runs were not tested on the same images: labels of shape {labels[0].shape} in {a.folder} and "
+            f"of shape {labels[1].shape} in {b.folder}"
         )
     different = np.flatnonzero((labels[0] != labels[1]).reshape(len(labels[0]), -1).any(axis=1))
     if len(different):

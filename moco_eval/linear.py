@@ -82,7 +82,7 @@ def evaluate(task: Task, output: Path, device: torch.device) -> dict[str, Any]:
         dataset=task.test.record() | few,
         encoder=task.encoder,
         trials=[{"seed": trial["seed"], "metrics": trial["metrics"]} for trial in trials],
-        over="labels" if task.labels_per_class else "head",
+        over="head",
         selection="last-epoch",
         cost=cost,
         interval={"top1": bootstrap_interval(np.stack([(one.argmax(1) == labels).numpy() for one in scores]))},
