@@ -171,6 +171,23 @@ def test_a_difference_within_the_spread_is_no_win(mine, other, words):
     assert mine.against(other) == words
 
 
+@pytest.mark.parametrize(
+    ("over", "few", "words"),
+    [
+        ("head", None, "5 heads"),
+        ("labels", 10, "5 label draws"),
+        ("head", 10, "5 label draws"),  # as records said at first
+        ("finetune", 10, "5 fine-tunings"),
+        ("pretrain", None, "5 pretrainings"),
+    ],
+)
+def test_a_spread_is_named_by_what_it_is_over(over, few, words):
+    done = record(MOCO, 88.0, std=1.5, few=few, over=over)
+    score = report._score(done, "top1")
+    assert (score.words, score.trials, score.interval) == ("88.0 ± 1.5", words, (86, 90))
+    assert ("trials", f"{words}, seeds 0, 1, 2, 3, 4") in report._evaluation_facts(done)
+
+
 def test_nothing_is_fetched_and_nothing_runs(page):
     assert "http" not in page
     assert "<script" not in page and "@import" not in page
