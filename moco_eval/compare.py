@@ -177,14 +177,18 @@ def describe(done: Comparison) -> str:
 def not_alike(a: Run, b: Run) -> list[str]:
     """What makes the difference more than one of encoders, said first."""
     protocols = [run.record["protocol"] for run in (a, b)]
-    few = [run.record["dataset"].get("labels_per_class") for run in (a, b)]
+    labels = [_labels(run.record["dataset"]) for run in (a, b)]
     found = []
     if protocols[0] != protocols[1]:
         found.append(f"A is {protocols[0]} and B is {protocols[1]}")
-    if few[0] != few[1]:
-        said = [f"{number} labels per class" if number else "all labels" for number in few]
-        found.append(f"A was trained on {said[0]} and B on {said[1]}")
+    if labels[0] != labels[1]:
+        found.append(f"A was trained on {labels[0]} and B on {labels[1]}")
     return [f"NOT A DIFFERENCE OF ENCODERS ALONE: {'; '.join(found)}"] if found else []
+
+
+def _labels(dataset: dict[str, Any]) -> str:
+    few = dataset.get("labels_per_class")
+    return f"{few} labels per class" if few else dataset.get("subset") or "all labels"
 
 
 def _row(name: str, run: Run, metric: str) -> list[str]:

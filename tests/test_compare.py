@@ -104,6 +104,12 @@ def test_other_protocols_are_compared_under_a_loud_first_line(made, capfd, monke
     assert "only A: k 20 instead of 200\n" in out and "only B: 10 labels per class\n" in out
 
 
+def test_other_labels_of_one_protocol_are_said_as_loudly(runs, capfd, monkeypatch):
+    edit(runs / "random", dataset__subset="1%")
+    out, _ = in_process(capfd, monkeypatch, "compare", runs / "pixels", runs / "random")
+    assert out.splitlines()[0].endswith("ENCODERS ALONE: A was trained on all labels and B on 1%")
+
+
 def test_trials_count_by_their_mean_and_their_spread_stands_beside(made, capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "compare", made / "pixels", made / "few")
     record = json.loads((made / "few" / "result.json").read_text())
