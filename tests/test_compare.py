@@ -6,39 +6,40 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
+from click.testing import CliRunner
 from commands import error_line, in_process
 from scipy.stats import binomtest
 from test_statistics import naive_ap
 
-from moco_eval import config as configs
-from moco_eval import knn, linear
+from moco_eval.cli import cli
 from moco_eval.compare import compare
-from moco_eval.config import KnnConfig, LinearConfig
-from moco_eval.data.images import open_splits
-from moco_eval.encoders.load import load
 
-CPU = torch.device("cpu")
+KNN = ["--dataset", "digits", "--protocol", "digits"]
+FEW = ["--dataset", "digits", "--protocol", "digits_few", "--labels", "10-per-class", "--trials", "3"]
+FEW += ["--set", "schedule.epochs=4", "--set", "schedule.milestones=[3]"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """kNN of raw pixels and of an untrained network on the digits, and a linear classifier on few labels in 3 draws."""
-    root = tmp_path_factory.mktemp("runs")
-    train, test = open_splits("digits", None)
-    config = configs.load("digits", "knn", KnnConfig)
-    for name, encoder in (("pixels", "pixels"), ("random", "random:resnet18_quarter")):
-        knn.evaluate(load(encoder), train, test, config, root / name, CPU)
-    short = configs.load("digits_few", "linear", LinearConfig, ["schedule.epochs=4", "schedule.milestones=[3]"])
-    task = linear.Task(load("pixels"), train, test, short, labels_per_class=10, trials=3)
-    linear.evaluate(task, root / "few", CPU)
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for command in (
+            ["knn", "pixels", *KNN, "--output", "pixels"],
+            ["knn", "random:resnet18_quarter", *KNN, "--output", "random"],
+            ["linear", "pixels", *FEW, "--output", "few"],
+        ):
+            CliRunner().invoke(cli, command, catch_exceptions=False)
     return root
 
 
 @pytest.fixture
 def runs(made, tmp_path):
     """A copy to spoil."""
-    return shutil.copytree(made, tmp_path / "runs")
+    for name in ("pixels", "random", "few"):
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
 
 
 def edit(folder, **changes):
@@ -125,9 +126,7 @@ def test_trials_count_by_their_mean_and_their_spread_stands_beside(made, capfd, 
 
 
 def test_the_record_as_printed_names_both_spreads(made, in_tmp, capfd, monkeypatch):
-    command = ["linear", "pixels", "--dataset", "digits", "--protocol", "digits_few", "--labels", "10-per-class"]
-    command += ["--trials", "3", "--set", "schedule.epochs=4", "--set", "schedule.milestones=[3]"]
-    out, _ = in_process(capfd, monkeypatch, *command, "--output", made / "few")
+    out, _ = in_process(capfd, monkeypatch, "linear", "pixels", *FEW, "--output", made / "few")
     record = json.loads((made / "few" / "result.json").read_text())
     (low, high), mean, std = record["interval"]["top1"], record["metrics"]["top1"], record["std"]["top1"]
     said = f"top1 {mean:.2f} ± {std:.2f} (3 label draws)  [{low:.2f}, {high:.2f}] over test images"
