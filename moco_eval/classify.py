@@ -23,10 +23,10 @@ from moco_eval.data.images import (
 from moco_eval.data.labels import is_published
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
-from moco_eval.metrics import accuracy
+from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
-from moco_eval.statistics import bootstrap_interval
+from moco_eval.statistics import intervals
 
 
 @dataclass(frozen=True)
@@ -186,15 +186,18 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
 
 def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test: ImageSet) -> None:
     assert test.labels is not None
-    scores = [outcome.scores for _, outcome in outcomes]
+    scores = [outcome.scores.numpy() for _, outcome in outcomes]
+    kept = scores if test.multi_label else scores[:1]  # elsewhere the classes that were predicted say it all
     with files.atomic(path) as temporary:
-        np.savez(temporary, prediction=[one.argmax(1) for one in scores], label=test.labels, scores=scores[0])
+        predictions = [one.argmax(1) for one in scores]
+        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept))
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
-    labels, few = torch.as_tensor(task.test.labels), task.labels_per_class
-    right = np.stack([(outcome.scores.argmax(1) == labels).numpy() for _, outcome in outcomes])
-    trials = [
+    few = task.labels_per_class
+    assert task.test.labels is not None
+    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
+    trials: list[dict[str, Any]] = [
         {"seed": seed, "metrics": metrics(outcome.scores, task.test)} | outcome.notes for seed, outcome in outcomes
     ]
     return Result(
@@ -205,7 +208,7 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         over="labels" if few else protocol.over,
         selection=protocol.selection,
         cost=cost,
-        interval={"top1": bootstrap_interval(right)},
+        interval=intervals(list(trials[0]["metrics"]), task.test.labels, scores=scores),
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
         + departures(task.train, task.test)
@@ -217,7 +220,10 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:
-    """The metrics of a data set, in percent: top-1, and top-5 where there are more classes."""
+    """The metrics of a data set, in percent, the one that its papers report first."""
     labels = torch.as_tensor(test.labels)
+    if test.multi_label:
+        return {"mAP": mean_average_precision(scores, labels)[1]}
     tops = {"top1": 1} | ({"top5": 5} if len(test.classes) > 5 else {})
-    return {name: accuracy(scores, labels, top) for name, top in tops.items()}
+    found = {name: accuracy(scores, labels, top) for name, top in tops.items()}
+    return {"mean_per_class": mean_per_class(scores, labels)} | found if test.metric == "mean_per_class" else found
