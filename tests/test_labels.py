@@ -172,7 +172,7 @@ def test_linear_trains_on_a_list_and_says_so(folder, capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, *arguments, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"the 3 images of an unpublished list, sha256 {digest}" in out
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (folder / "runs").glob("linear-*")
     assert "imagefolder-mine" in run.name
     record = json.loads((run / "result.json").read_text())
     assert record["dataset"]["subset"].endswith(digest) and "labels_per_class" not in record["dataset"]
