@@ -30,9 +30,9 @@ class ImageSet:
         labels_per_class: of a subset drawn by `few_labels`.
         damaged: what could not be listed, by name: shards that end early.
         metric: what its papers report: top1, mean_per_class or mAP.
-        rows: of a subset, which images of the whole set it holds, (N,) int64; None for the whole set.
-        whole: of a subset, the whole set.
-        subset: what the subset is, in words.
+        rows: which images of the whole split a subset holds, (N,) int64; None for the whole.
+        subset: what the subset is, in words; None for the whole.
+        whole: of a subset, the whole split.
     """
 
     name: str
@@ -46,8 +46,8 @@ class ImageSet:
     damaged: tuple[str, ...] = ()
     metric: str = "top1"
     rows: np.ndarray | None = None
-    whole: "ImageSet | None" = None
     subset: str | None = None
+    whole: "ImageSet | None" = None
 
     def __len__(self) -> int:
         held = self.files if self.pixels is None else self.pixels
@@ -121,8 +121,8 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[rows],
             labels_per_class=labels_per_class or self.labels_per_class,
             rows=rows if self.rows is None else self.rows[rows],
-            whole=self if self.whole is None else self.whole,
             subset=words,
+            whole=self.whole or self,
         )
 
     def few_labels(self, per_class: int, seed: int) -> "ImageSet":
