@@ -25,7 +25,7 @@ from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import is_main, log
+from moco_eval.runtime import barrier, is_main, log
 from moco_eval.statistics import intervals
 
 
@@ -146,6 +146,7 @@ def judge(
     result = _result(task, protocol, outcomes, cost)
     result.extra |= extra or {}
     record = result.write(output)
+    barrier()  # everybody has read the trials
     if is_main():
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
             path.unlink()

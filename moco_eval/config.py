@@ -192,6 +192,20 @@ class LinearConfig(Model):
     seed: int = Field(0, ge=0)
 
 
+class QuickConfig(Model):
+    """A linear classifier on features of `crops` epochs of random crops and of the clean crop, extracted once."""
+
+    protocol: Literal["linear/quick@1"]
+    crops: int = Field(2, ge=0)
+    batch_size: int = Positive
+    optimizer: Sgd
+    schedule: Schedule
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
 class SweepConfig(Model):
     """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, each of `features`,
     with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
