@@ -1,0 +1,157 @@
+"""Logistic regression on frozen features: both solvers, their objective, the path over C, and the whole protocol."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import cross_entropy
+
+from moco_eval import logistic
+from moco_eval.data.images import SMALL, open_images
+from moco_eval.data.labels import held_out
+from moco_eval.encoders.load import load
+from moco_eval.features import extract, network
+from moco_eval.metrics import accuracy
+
+CPU = torch.device("cpu")
+TIGHT = logistic.Settings(tolerance=1e-7, max_iterations=5000)
+
+
+@pytest.fixture(scope="module")
+def digits() -> SimpleNamespace:
+    """Pixels of the digits at 8 x 8, as they were written: 64 real features."""
+    train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    X, Xt = (images.pixels[:, ::4, ::4, 0].reshape(len(images), -1) / 255 for images in (train, test))
+    return SimpleNamespace(X=X, y=train.labels, Xt=Xt, yt=test.labels)
+
+
+@pytest.fixture(scope="module")
+def encoded() -> SimpleNamespace:
+    """Features of a small random network on 600 + 500 digits: correlated, as features are."""
+    encoder = load("random:resnet18_quarter")
+    train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    train = train.few_labels(60, 0)
+    net, like = network(encoder, "pooled").eval(), dict(batch_size=200)
+    X, Xt = (
+        extract(net, images, SMALL["digits"], CPU, **like).double().numpy() for images in (train, test)
+    )
+    return SimpleNamespace(X=X, y=train.labels, Xt=Xt, yt=test.labels)
+
+
+def top1(fit, data):
+    return accuracy(logistic.scores(data.Xt, fit), torch.as_tensor(data.yt))
+
+
+@pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("which", ["digits", "encoded"])
+def test_both_solvers_reach_the_same_optimum(which, C, request):
+    data = request.getfixturevalue(which)
+    theirs = logistic.fit_sklearn(data.X, data.y, C, settings=TIGHT)
+    ours = logistic.fit_torch(data.X, data.y, C, CPU, settings=TIGHT)
+    assert theirs.converged and ours.converged
+    assert logistic.loss(data.X, data.y, ours) == pytest.approx(logistic.loss(data.X, data.y, theirs), rel=1e-4)
+    assert top1(ours, data) == pytest.approx(top1(theirs, data), abs=0.1)
+
+
+def test_the_optimum_is_scikit_learns_called_by_hand(digits):
+    theirs = LogisticRegression(C=0.1, tol=1e-7, max_iter=5000).fit(digits.X, digits.y)
+    ours = logistic.fit_torch(digits.X, digits.y, 0.1, CPU, settings=TIGHT)
+    p = theirs.predict_proba(digits.X)[np.arange(len(digits.y)), digits.y]
+    loss = -np.log(p).mean() + (theirs.coef_**2).sum() / (2 * 0.1 * len(p))
+    assert logistic.loss(digits.X, digits.y, ours) == pytest.approx(loss, rel=1e-6)
+    assert top1(ours, digits) == pytest.approx(100 * theirs.score(digits.Xt, digits.yt), abs=0.1)
+
+
+def test_two_classes_have_the_same_objective_in_both(digits):
+    few = digits.y < 2
+    X, y = digits.X[few], digits.y[few]
+    theirs, ours = logistic.fit_sklearn(X, y, 0.1, settings=TIGHT), logistic.fit_torch(X, y, 0.1, CPU, settings=TIGHT)
+    assert theirs.weight.shape == ours.weight.shape == (2, 64)
+    assert logistic.loss(X, y, ours) == pytest.approx(logistic.loss(X, y, theirs), rel=1e-6)
+    again = logistic.fit_sklearn(X, y, 0.1, theirs, TIGHT)
+    assert again.iterations <= 1  # a start from the solution stays there
+
+
+def test_gradient_is_autograds_and_blocks_change_nothing(digits):
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.as_tensor(digits.X), torch.as_tensor(digits.y)
+    weight = torch.randn(10, 64, generator=generator, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(10, generator=generator, dtype=torch.float64).requires_grad_()
+    loss = cross_entropy(X @ weight.T + bias, y) + weight.square().sum() / (2 * 0.3 * len(X))
+    loss.backward()
+    place = weight.detach(), bias.detach()
+    for block in (len(X), 100):
+        found = logistic.loss_and_gradient(X, y, *place, 0.3, block)
+        for one, wanted in zip(found, (loss.detach(), weight.grad, bias.grad)):
+            assert torch.allclose(one, wanted, rtol=1e-10, atol=1e-12)
+    mean = X.mean(dim=0)
+    centred = logistic.loss_and_gradient(X, y, place[0], place[1] + place[0] @ mean, 0.3, 100, mean)
+    assert torch.allclose(centred[0], loss.detach())
+
+
+def test_a_fit_in_blocks_is_the_fit_of_the_whole(encoded):
+    whole = logistic.fit_torch(encoded.X, encoded.y, 1.0, CPU)
+    parts = logistic.fit_torch(encoded.X, encoded.y, 1.0, CPU, block=64)
+    assert np.allclose(whole.weight, parts.weight, atol=1e-4 * abs(whole.weight).max())
+
+
+def test_a_start_elsewhere_ends_at_the_same_optimum(encoded):
+    far = logistic.fit_torch(encoded.X, encoded.y, 1e-3, CPU)
+    for fit in (
+        logistic.fit_torch(encoded.X, encoded.y, 0.1, CPU, far, TIGHT),
+        logistic.fit_sklearn(encoded.X, encoded.y, 0.1, far, TIGHT),
+    ):
+        cold = logistic.fit_torch(encoded.X, encoded.y, 0.1, CPU, settings=TIGHT)
+        assert logistic.loss(encoded.X, encoded.y, fit) == pytest.approx(
+            logistic.loss(encoded.X, encoded.y, cold), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("solver", ["sklearn", "torch"])
+def test_a_fit_that_is_cut_short_says_so(digits, solver):
+    hurried = logistic.Settings(max_iterations=3)
+    fit = {
+        "sklearn": lambda: logistic.fit_sklearn(digits.X, digits.y, 1.0, settings=hurried),
+        "torch": lambda: logistic.fit_torch(digits.X, digits.y, 1.0, CPU, settings=hurried),
+    }[solver]()
+    assert not fit.converged and fit.iterations == 3
+
+
+@pytest.mark.parametrize("solver", ["sklearn", "torch"])
+def test_the_path_is_a_naive_loop_and_the_same_with_two_processes(digits, solver):
+    kept, held = held_out(digits.y, 0.2, 0)
+    train, rest = (digits.X[kept], digits.y[kept]), (digits.X[held], digits.y[held])
+    path = logistic.costs(1e-5, 1.0, 12)  # two parts
+    points = logistic.follow(train, rest, path, solver)
+    assert points == logistic.follow(train, rest, path, solver, processes=2)
+    fit = {"sklearn": logistic.fit_sklearn, "torch": lambda X, y, C: logistic.fit_torch(X, y, C, CPU)}[solver]
+    naive = []
+    for C in path:
+        scores = logistic.scores(rest[0], fit(*train, C))
+        naive.append(accuracy(scores, torch.as_tensor(rest[1])))
+    assert [point.accuracy for point in points] == pytest.approx(naive, abs=0.5)  # cold and warm starts: a tie or two
+    assert logistic.choose(points).accuracy == pytest.approx(max(naive), abs=0.5)
+
+
+def test_of_equally_accurate_points_the_most_regularised_is_chosen():
+    points = [logistic.Point(C, accurate, 1, True) for C, accurate in ((0.1, 50.0), (1.0, 70.0), (10.0, 70.0))]
+    assert logistic.choose(points).C == 1.0
+
+
+def test_costs_are_the_inverse_of_forty_five_weight_decays():
+    ours = logistic.costs(1e-5, 1e6, 45)
+    assert np.allclose(ours[::-1], 1 / np.logspace(-6, 5, 45))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("C", [0.001, 0.01, 0.1])
+def test_both_solvers_agree_on_pixels_of_cifar10(shared_data, C):
+    train, test = (open_images("cifar10", shared_data, split) for split in ("train", "test"))
+    X, Xt = (images.pixels[:n, ::4, ::4].reshape(n, -1) / 255 for images, n in ((train, 5000), (test, 2000)))
+    data = SimpleNamespace(X=X, y=train.labels[:5000], Xt=Xt, yt=test.labels[:2000])
+    theirs = logistic.fit_sklearn(data.X, data.y, C, settings=logistic.Settings(1e-6, 3000))
+    ours = logistic.fit_torch(data.X, data.y, C, CPU)
+    assert logistic.loss(X, data.y, ours) == pytest.approx(logistic.loss(X, data.y, theirs), rel=1e-4)
+    assert top1(ours, data) == pytest.approx(top1(theirs, data), abs=0.1)

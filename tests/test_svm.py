@@ -1,0 +1,129 @@
+"""Linear SVMs per class against scikit-learn called by hand, low-shot draws, and the whole protocol."""
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import LinearSVC
+
+from moco_eval import svm
+from moco_eval.errors import InputError
+
+FEW = (0.01, 1.0, 100.0)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """200 training and 150 test images of the first four digits, one label each."""
+    bunch = load_digits(n_class=4)
+    labels = svm.one_hot(bunch.target, 4)
+    return bunch.data[:200], labels[:200], bunch.data[200:350], labels[200:350]
+
+
+def by_hand(train, labels, test, costs, seed=0):
+    """The protocol written out with scikit-learn: scores of one class and the cost it took."""
+    norm = lambda X: X / (np.linalg.norm(X, axis=1) + 1e-5)[:, None]  # noqa: E731
+    target = np.where(labels == 1, 1, -1)
+    best = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for cost in costs:
+            model = LinearSVC(
+                C=cost, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, tol=1e-4, random_state=seed
+            )
+            value = cross_val_score(model, norm(train), target, cv=3, scoring="average_precision").mean()
+            if best is None or value > best[0]:
+                best = value, cost, model.fit(norm(train), target).decision_function(norm(test))
+    return best
+
+
+def test_each_class_is_scikit_learns_called_by_hand(digits):
+    train, labels, test, _ = digits
+    for column, ours in enumerate(svm.fit_classes(train, labels, test, FEW)):
+        value, cost, scores = by_hand(train, labels[:, column], test, FEW)
+        assert ours.cost == cost and ours.validation.max() == pytest.approx(value)
+        assert np.array_equal(ours.scores, scores)
+
+
+def test_two_processes_give_the_same_to_the_bit(digits):
+    train, labels, test, _ = digits
+    one, two = (svm.fit_classes(train, labels[:, :2], test, FEW, processes=n) for n in (1, 2))
+    for a, b in zip(one, two):
+        assert a.cost == b.cost and np.array_equal(a.scores, b.scores) and np.array_equal(a.validation, b.validation)
+
+
+def test_fits_that_did_not_converge_are_counted(digits):
+    train, labels, test, _ = digits
+    (hurried,) = svm.fit_classes(train, labels[:, :1], test, (100.0,), max_iterations=2)
+    assert hurried.unconverged == svm.FOLDS + 1
+    with pytest.warns(ConvergenceWarning):
+        svm.classifier(100.0, 0, 2).fit(train, np.where(labels[:, 0] == 1, 1, -1))
+
+
+def test_ignored_images_train_as_absent_and_are_not_tested(digits):
+    train, labels, test, _ = digits
+    difficult, absent = labels[:, :1].copy(), labels[:, :1].copy()
+    changed = np.flatnonzero(labels[:, 0] == 1)[:5]
+    difficult[changed], absent[changed] = -1, 0
+    a, b = (svm.fit_classes(train, one, test, (1.0,))[0] for one in (difficult, absent))
+    assert np.array_equal(a.scores, b.scores)
+
+
+def test_costs_are_those_of_the_paper():
+    """Goyal et al. 2019: C in 2^[-19, -4] and 10^[-7, 2]."""
+    assert set(svm.COSTS) == {0.5**n for n in range(4, 20)} | {10.0**n for n in range(-7, 3)}
+
+
+def test_a_class_without_images_is_refused(digits):
+    train, labels, test, _ = digits
+    with pytest.raises(InputError, match="class 1 is in 0 of 200 training images"):
+        svm.fit_classes(train, labels * np.array([1, 0, 1, 1], dtype=np.int8), test, (1.0,))
+
+
+def test_folds_without_the_class_are_counted():
+    train = np.random.default_rng(0).normal(size=(30, 4))
+    labels = np.zeros((30, 1), dtype=np.int8)
+    labels[[3, 20]] = 1
+    (found,) = svm.fit_classes(train, labels, train, (1.0,))
+    assert found.folds_without == 1
+
+
+def test_low_shot_draws_hold_n_positives_and_are_reproducible():
+    labels = np.random.default_rng(0).choice(np.array([0, 0, 0, 0, 0, 1, -1], dtype=np.int8), size=(400, 5))
+    for shots in (1, 4, 16):
+        drawn = svm.draw(labels, shots, seed=3)
+        assert ((drawn == 1).sum(axis=0) == shots).all() and ((drawn == 0).sum(axis=0) == 4 * shots).all()
+        assert (drawn[drawn >= 0] == labels[drawn >= 0]).all()
+        assert np.array_equal(drawn, svm.draw(labels, shots, seed=3))
+        assert not np.array_equal(drawn, svm.draw(labels, shots, seed=4))
+
+
+def test_too_few_images_for_a_draw_are_refused():
+    labels = np.eye(3, dtype=np.int8)[[0, 1, 2] * 4]
+    with pytest.raises(InputError, match=r"8 low-shot images per class: class 0 has 4 images and needs 8"):
+        svm.draw(labels, 8, 0)
+    with pytest.raises(InputError, match=r"class 0 has 8 images without it and needs 10"):
+        svm.draw(np.concatenate([labels, np.full((1, 3), 1, np.int8)]), 5, 0)
+
+
+def test_low_shot_is_scikit_learns_on_the_images_drawn(digits):
+    from sklearn.metrics import average_precision_score
+
+    train, labels, test, test_labels = digits
+    found = svm.fit_low_shot(train, labels, test, test_labels, 4, FEW, seed=2)
+    drawn, X = svm.draw(labels, 4, 2), svm.normalise(train)
+    assert found.test.shape == found.rest.shape == (len(FEW), 4)
+    for column in range(4):
+        used = drawn[:, column] >= 0
+        assert used.sum() == 4 + 12
+        model = svm.classifier(1.0, 2, 2000).fit(X[used], np.where(drawn[used, column] == 1, 1, -1))
+        scores = model.decision_function(svm.normalise(test))
+        assert found.test[1, column] == svm.average_precision(scores, test_labels[:, column])
+        # the area under monotonous precision is never below scikit-learn's, and near it
+        theirs = 100 * average_precision_score(test_labels[:, column], scores)
+        assert theirs - 1e-9 <= found.test[1, column] < theirs + 3
+        rest = svm.average_precision(model.decision_function(X[~used]), labels[~used, column])
+        assert found.rest[1, column] == pytest.approx(rest)
