@@ -13,7 +13,14 @@ import torch
 from moco_eval import files
 from moco_eval.cache import Features, Source, features_of
 from moco_eval.config import Model
-from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
+from moco_eval.data.images import (
+    ImageSet,
+    departures,
+    preprocessing_departures,
+    preprocessing_for,
+    require_single_label,
+)
+from moco_eval.data.labels import is_published
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy
@@ -90,6 +97,7 @@ class Protocol:
         over: what trials vary where all labels are used: head or finetune.
         selection: last-epoch, or which split chose what.
         free: config keys that move no number here.
+        multi_label: whether it takes images of several classes.
     """
 
     command: str
@@ -98,6 +106,7 @@ class Protocol:
     over: str
     selection: str
     free: tuple[str, ...] = ()
+    multi_label: bool = False
 
 
 Trial = Callable[[int, Path], Outcome | None]  # (seed, where its state may be kept); None where only rank 0 works
@@ -124,6 +133,8 @@ def judge(
         Interrupted: stopped by a signal; run again to go on.
     """
     network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    if not protocol.multi_label:
+        require_single_label(task.test)
     if open_run(output, _resolved(task, protocol)) and (record := finished(output)):
         log(f"already done: {output}")
         return record
@@ -188,7 +199,7 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
     ]
     return Result(
         protocol=protocol.config.protocol,
-        dataset=task.test.record() | ({"labels_per_class": few} if few else {}),
+        dataset=task.test.record() | ({"labels_per_class": few} if few else task.train.regime()),
         encoder=task.encoder,
         trials=trials,
         over="labels" if few else protocol.over,
@@ -200,6 +211,7 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
         + ([f"{few} labels per class"] if few else [])
+        + ([f"labels of {task.train.subset}"] if is_published(task.train.subset) else [])
         + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
     )
 

@@ -302,7 +302,7 @@ def _belongs(record: Record, column: Column, row: Row) -> bool:
         column.protocol is not None
         and record["protocol"] == column.protocol
         and record["dataset"]["name"] == column.dataset
-        and "labels_per_class" not in record["dataset"]
+        and not {"labels_per_class", "subset"} & record["dataset"].keys()
         and record["metrics"].get(column.metric) is not None
         and _is_encoder(record["encoder"], row)
     )

@@ -251,12 +251,13 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
         where,
         list(METRICS).index(metric),
         own,
+        dataset.get("subset", ""),
     )
 
 
 def _column(record: dict[str, Any], metric: str) -> Column:
     task, few = record["protocol"].split("/")[0], record["dataset"].get("labels_per_class")
-    regime = f"{few} labels per class" if few else "all labels"
+    regime = f"{few} labels per class" if few else record["dataset"].get("subset", "all labels")
     return Column(TASKS.get(task, task), regime, record["dataset"]["name"], METRICS[metric], record["protocol"])
 
 
@@ -518,5 +519,7 @@ def _data_words(dataset: dict[str, Any]) -> str:
     few = dataset.get("labels_per_class")
     counts = [f"{dataset[key]} {key}" for key in ("images", "classes") if dataset.get(key)]
     return " ".join(filter(None, (dataset["name"], dataset.get("split")))) + "".join(
-        f", {words}" for words in (*counts, *([f"{few} labels per class"] if few else []))
+        f", {words}"
+        for words in (*counts, *([f"{few} labels per class"] if few else []), dataset.get("subset"))
+        if words
     )
