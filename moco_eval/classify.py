@@ -23,7 +23,7 @@ from moco_eval.data.images import (
 from moco_eval.data.labels import is_published
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
-from moco_eval.metrics import accuracy
+from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
 from moco_eval.statistics import bootstrap_interval
@@ -77,14 +77,17 @@ class Outcome:
     Attributes:
         scores: of each test image for each class, (images, classes), on the CPU.
         images: how many images it is about, epochs counted, for the cost.
-        notes: what the trial chose or saw besides, plain values; kept beside its metrics.
+        notes: what the trial chose or saw besides, plain values; kept beside its metrics. What stands there under
+            `deviations`, a list of words, is also said of the whole record.
         seconds: of earlier sessions.
+        metrics: in percent, where they are not what `metrics` makes of the scores.
     """
 
     scores: torch.Tensor
     images: int
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,14 @@ def judge(
     device: torch.device,
     trial: Trial,
     extra: dict[str, Any] | None = None,
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run all trials into a run directory; finished trials are not repeated.
 
     Args:
         trial: makes the outcome of one seed; called by every process.
         extra: more for the record.
+        summary: makes more for the record from all trials of it.
     Returns:
         The result record.
     Raises:
@@ -144,7 +149,7 @@ def judge(
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
-    result.extra |= extra or {}
+    result.extra |= (extra or {}) | (summary(result.trials) if summary else {})
     record = result.write(output)
     if is_main():
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
@@ -172,13 +177,14 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
         if outcome is not None and is_main():
             seconds = outcome.seconds + time.perf_counter() - began
             with files.atomic(kept) as path:
-                notes = json.dumps(outcome.notes, allow_nan=False)
+                notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
                 np.savez(path, scores=outcome.scores.numpy(), images=outcome.images, notes=notes, seconds=seconds)
             place.with_suffix(".pth").unlink(missing_ok=True)
         while not kept.is_file():  # another process works on it; no collective waits as long as it may take
             time.sleep(0.2)
     with np.load(kept, allow_pickle=False) as held:
-        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), json.loads(str(held["notes"])))
+        notes, own_metrics = json.loads(str(held["notes"]))
+        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), notes, metrics=own_metrics)
         cost.seconds += float(held["seconds"])
         cost.images += found.images
     return seed, found
@@ -193,10 +199,15 @@ def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
     labels, few = torch.as_tensor(task.test.labels), task.labels_per_class
-    right = np.stack([(outcome.scores.argmax(1) == labels).numpy() for _, outcome in outcomes])
-    trials = [
-        {"seed": seed, "metrics": metrics(outcome.scores, task.test)} | outcome.notes for seed, outcome in outcomes
+    trials: list[dict[str, Any]] = [
+        {"seed": seed, "metrics": outcome.metrics or metrics(outcome.scores, task.test)} | outcome.notes
+        for seed, outcome in outcomes
     ]
+    interval = {}
+    if "top1" in trials[0]["metrics"]:
+        right = np.stack([(outcome.scores.argmax(1) == labels).numpy() for _, outcome in outcomes])
+        interval["top1"] = bootstrap_interval(right)
+    told = dict.fromkeys(words for trial in trials for words in trial.get("deviations", []))
     return Result(
         protocol=protocol.config.protocol,
         dataset=task.test.record() | ({"labels_per_class": few} if few else task.train.regime()),
@@ -205,9 +216,10 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         over="labels" if few else protocol.over,
         selection=protocol.selection,
         cost=cost,
-        interval={"top1": bootstrap_interval(right)},
+        interval=interval,
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
+        + list(told)
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
         + ([f"{few} labels per class"] if few else [])
@@ -217,7 +229,12 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:
-    """The metrics of a data set, in percent: top-1, and top-5 where there are more classes."""
+    """The metrics of a data set, in percent: mAP where images show several classes; else top-1, top-5 where there are
+    more classes, and the mean per class where that is its papers' metric."""
+    if test.multi_label:
+        assert test.labels is not None
+        return {"mAP": mean_average_precision(scores, test.labels)[1]}
     labels = torch.as_tensor(test.labels)
     tops = {"top1": 1} | ({"top5": 5} if len(test.classes) > 5 else {})
-    return {name: accuracy(scores, labels, top) for name, top in tops.items()}
+    found = {name: accuracy(scores, labels, top) for name, top in tops.items()}
+    return found | ({"mean_per_class": mean_per_class(scores, labels)} if test.metric == "mean_per_class" else {})

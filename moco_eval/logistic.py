@@ -10,21 +10,131 @@ Source: Kornblith et al. 2019, arXiv:1805.08974, appendix; linusericsson/ssl-tra
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from typing import Protocol as Interface
 
 import numpy as np
 import torch
 
+from moco_eval import config as configs
+from moco_eval.classify import Outcome, Protocol, Task, judge
+from moco_eval.config import LogisticConfig
+from moco_eval.data.labels import held_out
 from moco_eval.errors import InputError
-from moco_eval.knn import accuracy
+from moco_eval.metrics import accuracy, mean_per_class
+from moco_eval.runtime import is_main, warn
 
+Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to percent
 CPU = torch.device("cpu")
 BLOCK = 65536  # images whose logits are held at a time
+SMALL = 2**20  # numbers in the features up to which scikit-learn is the faster on a CPU
+RESIDENT = 4 * 2**30  # bytes of features that are kept in a CPU's memory in float64; more are read block by block
 SUBPATH = 9  # values of C that start from one another; fixed, so that the number of processes moves no number
 
 
-class Rows(Protocol):
+# The protocol
+
+
+def evaluate(task: Task, config: LogisticConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
+    canonical = configs.load("lbfgs", "logistic", LogisticConfig)
+    selection = "held-out training images; then all of them"
+    protocol = Protocol("logistic", config, canonical, "head", selection, free=("solver", "batch_size"))
+
+    def trial(seed: int, _state: Path) -> Outcome | None:
+        images = task.training_images(seed)
+        train, test = (task.features(one, config, device) for one in (images, task.test))
+        if not is_main():
+            return None
+        assert images.labels is not None
+        measure = mean_per_class if images.metric == "mean_per_class" else accuracy
+        return on_features(train, images.labels, test, config, seed, device, measure)
+
+    return judge(task, protocol, output, device, trial)
+
+
+def on_features(
+    train: "Rows",
+    labels: np.ndarray,
+    test: "Rows",
+    config: LogisticConfig,
+    seed: int,
+    device: torch.device,
+    measure: Measure = accuracy,
+) -> Outcome:
+    """The protocol on features that are there: choose C on held-out images, refit on all, score the test images.
+
+    Args:
+        train, test: (N, D); labels: (N,), each class at least once.
+        measure: of the held-out images, by which C is chosen.
+    Raises:
+        InputError: no class has an image to spare for the choice of C.
+    """
+    settings = Settings(config.tolerance, config.max_iterations)
+    path = costs(config.path.low, config.path.high, config.path.count)
+    solver = config.solver if config.solver != "auto" else solver_for(train, device)
+    points = _points(train, labels, path, solver, config.held_out, seed, device, settings, measure)
+    best = choose(points)
+    everything = resident(train, device)
+    fit = fit_by(solver, everything, labels, best.C, device, settings)
+    notes: dict[str, Any] = {"chosen": {"C": best.C}, "solver": solver, "path": [asdict(point) for point in points]}
+    notes["loss"] = loss(everything, labels, fit, device)
+    if troubles := _troubles(points, best, fit, settings):
+        notes["deviations"] = troubles
+    return Outcome(scores(test, fit, device), len(labels) + test.shape[0], notes)
+
+
+def solver_for(features: "Rows", device: torch.device) -> Literal["sklearn", "torch"]:
+    """scikit-learn for small problems on a CPU, where it is the faster; torch's L-BFGS else."""
+    return "sklearn" if device.type == "cpu" and features.shape[0] * features.shape[1] <= SMALL else "torch"
+
+
+def _points(
+    train: "Rows",
+    labels: np.ndarray,
+    path: np.ndarray,
+    solver: Literal["sklearn", "torch"],
+    share: float,
+    seed: int,
+    device: torch.device,
+    settings: "Settings",
+    measure: Measure,
+) -> list["Point"]:
+    """The path over C on a part of the training images; a single C needs none."""
+    from joblib import cpu_count
+
+    if len(path) == 1:
+        return [Point(float(path[0]), 0.0, 0, True)]
+    kept, held = held_out(labels, share, seed)
+    if not len(held):
+        raise InputError(
+            "every class has one training image, none to spare for the choice of C; take more labels, or one C alone: "
+            "--set path.count=1 --set path.low=1.0"
+        )
+    fit, choice = ((resident(Taken(train, rows), device), labels[rows]) for rows in (kept, held))
+    return follow(fit, choice, path, solver, device, settings, cpu_count(), measure)
+
+
+def _troubles(points: Sequence["Point"], best: "Point", fit: "Fit", settings: "Settings") -> list[str]:
+    """In words, and as warnings: fits that were stopped early; a C at the end of its path only warns."""
+    late = sum(not point.converged for point in points)
+    ends = f"stopped after {settings.max_iterations} iterations, before the tolerance {settings.tolerance:g}"
+    troubles = [f"{late} of {len(points)} fits of the path over C {ends}"] if late else []
+    troubles += [] if fit.converged else [f"the fit at the chosen C {fit.C:.3g} {ends}"]
+    for words in troubles:
+        warn(f"{words}; --set max_iterations={10 * settings.max_iterations} lets it go on")
+    if best.C in (points[0].C, points[-1].C) and len(points) > 1:
+        warn(f"the chosen C {best.C:.3g} is at the end of its path; widen --set path.low=... or path.high=...")
+    return troubles
+
+
+# Features
+
+
+class Rows(Interface):
     """(N, D) features by slice: an array, a tensor, or a memory-mapped cache."""
 
     @property
@@ -42,10 +152,28 @@ class Taken:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, D)."""
         return len(self.index), self.features.shape[1]
 
     def __getitem__(self, rows: slice) -> Any:
         return self.features[self.index[rows]]
+
+
+def resident(features: Rows, device: torch.device) -> Rows:
+    """The features in the memory and arithmetic of a device where they fit; else as they are."""
+    numbers = features.shape[0] * features.shape[1]
+    if device.type == "cpu":
+        return np.asarray(features[:], dtype=np.float64) if 8 * numbers <= RESIDENT else features
+    free, _ = torch.cuda.mem_get_info(device)
+    if 4 * numbers > free / 2:
+        return features
+    held = torch.empty(*features.shape, device=device)
+    for part, rows in _blocks(features, device, BLOCK):
+        held[part] = rows
+    return held
+
+
+# One fit
 
 
 @dataclass(frozen=True)
@@ -64,10 +192,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Point:
-    """A place on the path over C: accuracy on the held-out images in percent, and how its fit ended."""
+    """A place on the path over C: the metric of its held-out images in percent, and how its fit ended."""
 
     C: float
-    accuracy: float
+    held_out: float
     iterations: int
     converged: bool
 
@@ -86,31 +214,6 @@ class Settings:
 def costs(low: float, high: float, count: int) -> np.ndarray:
     """`count` values of C, evenly spaced in their logarithm, from strong to weak regularisation."""
     return np.geomspace(low, high, count)
-
-
-def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split images at random, class by class, into those that fit and those that choose C.
-
-    Args:
-        labels: class of each image, (N,).
-        share: of each class that is held out, rounded, and at least one image.
-    Returns:
-        Sorted indices of both parts.
-    Raises:
-        InputError: a class has one image only.
-    """
-    generator = np.random.default_rng(seed)
-    held = []
-    for label, images in zip(*np.unique(labels, return_counts=True)):
-        if images < 2:
-            raise InputError(
-                f"class {label} has one training image, none to spare for the choice of C; take more labels, or one "
-                "C alone: --set path.count=1 --set path.low=1.0 --set path.high=1.0"
-            )
-        chosen = generator.permutation(np.flatnonzero(labels == label))
-        held.append(chosen[: min(max(1, round(share * images)), images - 1)])
-    out = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), out), out
 
 
 def scores(features: Rows, fit: Fit, device: torch.device = CPU) -> torch.Tensor:
@@ -281,14 +384,34 @@ def _minimise(places: list[torch.Tensor], closure: Callable[[], torch.Tensor], s
     return int(state["n_iter"]), not stopped or steepest <= settings.tolerance
 
 
+def fit_by(
+    solver: Literal["sklearn", "torch"],
+    features: Rows,
+    labels: np.ndarray,
+    C: float,
+    device: torch.device,
+    settings: Settings = Settings(),
+    start: Fit | None = None,
+    axes: Uncorrelated | None = None,
+) -> Fit:
+    """The optimum by either solver."""
+    if solver == "torch":
+        return fit_torch(features, labels, C, device, start, settings, axes)
+    return fit_sklearn(np.asarray(features[:], dtype=np.float64), labels, C, start, settings)
+
+
+# The path over C
+
+
 def follow(
     train: tuple[Rows, np.ndarray],
     held: tuple[Rows, np.ndarray],
-    path: Sequence[float],
+    path: np.ndarray,
     solver: Literal["sklearn", "torch"],
     device: torch.device = CPU,
     settings: Settings = Settings(),
     processes: int = 1,
+    measure: Measure = accuracy,
 ) -> list[Point]:
     """Fit at each C and measure on the held-out images.
 
@@ -301,32 +424,34 @@ def follow(
     from joblib import Parallel, delayed
 
     axes = uncorrelated(train[0], device) if solver == "torch" else None
+    run = partial(_subpath, train, held, solver=solver, device=device, settings=settings, axes=axes, measure=measure)
     parts = [path[i : i + SUBPATH] for i in range(0, len(path), SUBPATH)]
-    work = (delayed(_subpath)(train, held, part, axes, device, settings) for part in parts)
     jobs = min(processes, len(parts)) if device.type == "cpu" else 1
-    return [point for part in Parallel(n_jobs=jobs)(work) for point in part]
+    return [point for points in Parallel(n_jobs=jobs)(delayed(run)(part) for part in parts) for point in points]
 
 
 def _subpath(
     train: tuple[Rows, np.ndarray],
     held: tuple[Rows, np.ndarray],
-    path: Sequence[float],
-    axes: Uncorrelated | None,
+    path: np.ndarray,
+    *,
+    solver: Literal["sklearn", "torch"],
     device: torch.device,
     settings: Settings,
+    axes: Uncorrelated | None,
+    measure: Measure,
 ) -> list[Point]:
-    """By torch's solver where there are axes, by scikit-learn's where not."""
+    """Each fit starts from the one before."""
     points, fit = [], None
-    for C in path:
-        if axes is None:
-            fit = fit_sklearn(np.asarray(train[0]), train[1], C, fit, settings)
-        else:
-            fit = fit_torch(*train, C, device, fit, settings, axes)
-        accurate = accuracy(scores(held[0], fit, device), torch.as_tensor(held[1]))
-        points.append(Point(C, accurate, fit.iterations, fit.converged))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a memory-map, which we only read
+        for C in path:
+            fit = fit_by(solver, *train, float(C), device, settings, fit, axes)
+            value = measure(scores(held[0], fit, device), torch.as_tensor(held[1]))
+            points.append(Point(fit.C, value, fit.iterations, fit.converged))
     return points
 
 
 def choose(points: Sequence[Point]) -> Point:
-    """The most accurate on held-out images; of equals the most regularised."""
-    return max(points, key=lambda point: (point.accuracy, -point.C))
+    """The best on held-out images; of equals the most regularised."""
+    return max(points, key=lambda point: (point.held_out, -point.C))

@@ -6,17 +6,154 @@ extra_scripts/create_voc_low_shot_samples.py.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from moco_eval import config as configs
+from moco_eval.cache import Features
+from moco_eval.classify import Outcome, Protocol, Task, judge
+from moco_eval.config import SvmConfig
 from moco_eval.errors import InputError
+from moco_eval.metrics import accuracy, mean_average_precision
+from moco_eval.runtime import is_main, warn
 
-# in the order in which the original tries them: of equals, its first is taken
-COSTS = (*(10.0**power for power in range(-7, 3)), *(0.5**power for power in range(4, 20)))
-SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 FOLDS = 3
+
+
+# The protocol
+
+
+def evaluate(task: Task, config: SvmConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
+    name = config.protocol.split("/")[1].split("@")[0]
+    canonical = configs.load(name, "svm", SvmConfig)
+    chosen = "rest of the training images" if config.low_shot else "three-fold cross-validation on the training images"
+    protocol = Protocol(
+        "svm", config, canonical, "labels" if config.low_shot else "head", chosen, ("batch_size",), multi_label=True
+    )
+
+    def trial(seed: int, _state: Path) -> Outcome | None:
+        images = task.training_images(seed)
+        train, test = (task.features(one, config, device) for one in (images, task.test))
+        if not is_main():
+            return None
+        assert images.labels is not None and task.test.labels is not None
+        classes = len(task.train.classes)
+        labels, test_labels = (one_hot(one, classes) for one in (images.labels, task.test.labels))
+        answer = low_shot_on_features if config.low_shot else on_features
+        return answer(train, labels, test, test_labels, config, seed)
+
+    summary = partial(best_on_test, config.costs, config.shots) if config.low_shot else None
+    return judge(_repeated(task, config), protocol, output, device, trial, summary=summary)
+
+
+def _repeated(task: Task, config: SvmConfig) -> Task:
+    """Low-shot: a trial is a sample.
+
+    Raises:
+        InputError: --trials or --labels with low-shot.
+    """
+    if not config.low_shot:
+        return task
+    if task.trials != 1 or task.labels_per_class:
+        raise InputError(
+            "low-shot draws its own labels: --set shots=[...] says how many, --set samples=N how often; leave --labels "
+            "and --trials away"
+        )
+    return replace(task, trials=config.samples)
+
+
+def on_features(
+    train: Features, labels: np.ndarray, test: Features, test_labels: np.ndarray, config: SvmConfig, seed: int
+) -> Outcome:
+    """svm/voc07@1 on features that are there.
+
+    Args:
+        labels, test_labels: (N, classes) in 1, 0 and -1; see `one_hot`.
+    """
+    from joblib import cpu_count
+
+    given = (train.tensor().numpy(), labels, test.tensor().numpy(), config.costs)
+    fitted = fit_classes(*given, seed=seed, max_iterations=config.max_iterations, processes=cpu_count())
+    scores = np.stack([one.scores for one in fitted], axis=1)
+    each, mean = mean_average_precision(scores, test_labels)
+    notes: dict[str, Any] = {"C": [one.cost for one in fitted], "AP": [_number(value) for value in each]}
+    notes |= {"unconverged": sum(one.unconverged for one in fitted)}
+    fits = len(fitted) * (len(config.costs) * FOLDS + 1)
+    notes |= _told(notes["unconverged"], fits, config)
+    if missing := sum(one.folds_without for one in fitted):
+        notes["folds_without_the_class"] = missing
+        warn(f"{missing} of {len(fitted) * FOLDS} folds have no image of their class: its C is chosen on the others")
+    return Outcome(
+        torch.from_numpy(scores), len(labels) + len(test_labels), notes, metrics=_metrics(scores, test_labels, mean)
+    )
+
+
+def _metrics(scores: np.ndarray, labels: np.ndarray, mean: float) -> dict[str, float]:
+    """mAP, and top-1 where each image shows one class."""
+    if (labels < 0).any() or (labels.sum(axis=1) != 1).any():
+        return {"mAP": mean}
+    return {"top1": accuracy(torch.from_numpy(scores), torch.from_numpy(labels.argmax(axis=1))), "mAP": mean}
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if np.isnan(value) else float(value)
+
+
+def _told(unconverged: int, fits: int, config: SvmConfig) -> dict[str, Any]:
+    """Fits that ended at their limit, in words; the original has them too, so it is no deviation."""
+    if unconverged:
+        warn(
+            f"{unconverged} of {fits} SVMs ended at {config.max_iterations} iterations, before scikit-learn's tolerance"
+        )
+    return {"unconverged": unconverged, "fits": fits}
+
+
+def low_shot_on_features(
+    train: Features, labels: np.ndarray, test: Features, test_labels: np.ndarray, config: SvmConfig, seed: int
+) -> Outcome:
+    """One sample of svm/voc07-low-shot@1: for each number of shots one C for all classes, the best on the training
+    images that were not drawn. Args: as `on_features`."""
+    from joblib import cpu_count
+
+    given = (train.tensor().numpy(), labels, test.tensor().numpy(), test_labels)
+    settings: dict[str, Any] = {"seed": seed, "max_iterations": config.max_iterations, "processes": cpu_count()}
+    found = [fit_low_shot(*given, shots, config.costs, **settings) for shots in config.shots]
+    chosen = [int(np.nanmean(one.rest, axis=1).argmax()) for one in found]
+    on_test = [np.nanmean(one.test, axis=1) for one in found]
+    metrics = {f"mAP_{shots}": float(one[best]) for shots, one, best in zip(config.shots, on_test, chosen)}
+    notes: dict[str, Any] = {
+        "C": [config.costs[best] for best in chosen],
+        "mAP_by_C": [one.tolist() for one in on_test],
+    }
+    fits = len(config.shots) * len(config.costs) * labels.shape[1]
+    notes |= _told(sum(one.unconverged for one in found), fits, config)
+    scores = torch.from_numpy(found[-1].scores[chosen[-1]])
+    return Outcome(scores, len(labels) + len(test_labels), notes, metrics=metrics)
+
+
+def best_on_test(costs: Sequence[float], shots: Sequence[int], trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the original reports: for each number of shots the C whose mean over samples is highest on the test images.
+
+    Returns:
+        `best_on_test`: the mean and (population) standard deviation over samples, in percent, and that C.
+    """
+    table = np.array([trial["mAP_by_C"] for trial in trials])  # (samples, shots, costs)
+    best = table.mean(axis=0).argmax(axis=1)
+    each = {}
+    for row, (number, column) in enumerate(zip(shots, best)):
+        values = table[:, row, column]
+        each[f"mAP_{number}"] = {"mean": float(values.mean()), "std": float(values.std()), "C": costs[column]}
+    return {"best_on_test": each}
+
+
+# One SVM per class
 
 
 @dataclass(frozen=True)
@@ -35,18 +172,6 @@ class ClassSvm:
     scores: np.ndarray
     unconverged: int
     folds_without: int
-
-
-@dataclass(frozen=True)
-class LowShot:
-    """Average precision in percent, (costs, classes), of SVMs on one draw of few images; NaN where no image counts.
-
-    `test`: on the test images. `rest`: on the training images that were not drawn, which may choose the cost.
-    """
-
-    test: np.ndarray
-    rest: np.ndarray
-    unconverged: int
 
 
 def normalise(features: np.ndarray) -> np.ndarray:
@@ -72,23 +197,6 @@ def classifier(cost: float, seed: int, max_iterations: int) -> Any:
     )
 
 
-def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area in percent under precision made non-increasing in recall; NaN without a positive.
-
-    Args:
-        scores: (N,). Of equal ones, the image that comes last is ranked first, as the original's reversed sorting does.
-        labels: 1 present, 0 absent, -1 not counted, (N,).
-    """
-    counted = labels >= 0
-    order = np.argsort(scores[counted], kind="stable")[::-1]
-    found = (labels[counted] == 1)[order]
-    if not found.any():
-        return float("nan")
-    precision = np.cumsum(found) / np.arange(1, len(found) + 1)
-    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(100 * best_from_here[found].mean())
-
-
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     """(N, classes) int8 in 1 and 0 from one class per image; labels of several classes come back as they are."""
     return labels if labels.ndim == 2 else (labels[:, None] == np.arange(classes)).astype(np.int8)
@@ -98,7 +206,7 @@ def fit_classes(
     train: np.ndarray,
     labels: np.ndarray,
     test: np.ndarray,
-    costs: Sequence[float] = COSTS,
+    costs: Sequence[float],
     *,
     seed: int = 0,
     max_iterations: int = 2000,
@@ -177,6 +285,23 @@ def _folds_without(target: np.ndarray) -> int:
         return sum(not (target[held] == 1).any() for _, held in StratifiedKFold(FOLDS).split(target, target))
 
 
+# Low-shot
+
+
+@dataclass(frozen=True)
+class LowShot:
+    """Average precision in percent, (costs, classes), of SVMs on one draw of few images; NaN where no image counts.
+
+    `test`: on the test images. `rest`: on the training images that were not drawn, which may choose the cost.
+    `scores`: of the test images, (costs, images, classes).
+    """
+
+    test: np.ndarray
+    rest: np.ndarray
+    scores: np.ndarray
+    unconverged: int
+
+
 def draw(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """A low-shot sample: for each class `shots` images of it and (classes - 1) times as many without it.
 
@@ -210,7 +335,7 @@ def fit_low_shot(
     test: np.ndarray,
     test_labels: np.ndarray,
     shots: int,
-    costs: Sequence[float] = COSTS,
+    costs: Sequence[float],
     *,
     seed: int = 0,
     max_iterations: int = 2000,
@@ -229,8 +354,9 @@ def fit_low_shot(
         delayed(_low_shot_class)(train, drawn[:, c], rest[:, c], test, test_labels[:, c], costs, seed, max_iterations)
         for c in range(labels.shape[1])
     )
-    on_test, on_rest, late = zip(*columns)
-    return LowShot(np.stack(on_test, axis=1), np.stack(on_rest, axis=1), sum(late))
+    on_test, on_rest, scores, late = zip(*columns)
+    test_table, rest_table, all_scores = (np.stack(one, axis=-1) for one in (on_test, on_rest, scores))
+    return LowShot(test_table, rest_table, all_scores, sum(late))
 
 
 def _low_shot_class(
@@ -242,13 +368,22 @@ def _low_shot_class(
     costs: Sequence[float],
     seed: int,
     limit: int,
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Average precision on the test images and on the rest, (costs,); test scores, (costs, images); fits cut short."""
     used = drawn >= 0
     features, target = train[used], np.where(drawn[used] == 1, 1, -1)
-    on_test, on_rest, late = [], [], 0
+    on_test, on_rest, scores, late = [], [], [], 0
     for cost in costs:
         model, missed = _fit(features, target, cost, seed, limit)
-        on_test.append(average_precision(model.decision_function(test), test_labels))
-        on_rest.append(average_precision(model.decision_function(train), rest))
+        scores.append(model.decision_function(test))
+        on_test.append(_average_precision(scores[-1], test_labels))
+        on_rest.append(_average_precision(model.decision_function(train), rest))
         late += missed
-    return np.array(on_test), np.array(on_rest), late
+    return np.array(on_test), np.array(on_rest), np.array(scores), late
+
+
+def _average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """In percent, of one class; NaN where no image counts as showing it."""
+    if not (labels == 1).any():
+        return float("nan")
+    return mean_average_precision(scores[:, None], labels[:, None])[1]

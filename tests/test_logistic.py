@@ -33,10 +33,8 @@ def encoded() -> SimpleNamespace:
     encoder = load("random:resnet18_quarter")
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
     train = train.few_labels(60, 0)
-    net, like = network(encoder, "pooled").eval(), dict(batch_size=200)
-    X, Xt = (
-        extract(net, images, SMALL["digits"], CPU, **like).double().numpy() for images in (train, test)
-    )
+    net, like = network(encoder, "pooled").eval(), {"batch_size": 200}
+    X, Xt = (extract(net, images, SMALL["digits"], CPU, **like).double().numpy() for images in (train, test))
     return SimpleNamespace(X=X, y=train.labels, Xt=Xt, yt=test.labels)
 
 
@@ -131,8 +129,8 @@ def test_the_path_is_a_naive_loop_and_the_same_with_two_processes(digits, solver
     for C in path:
         scores = logistic.scores(rest[0], fit(*train, C))
         naive.append(accuracy(scores, torch.as_tensor(rest[1])))
-    assert [point.accuracy for point in points] == pytest.approx(naive, abs=0.5)  # cold and warm starts: a tie or two
-    assert logistic.choose(points).accuracy == pytest.approx(max(naive), abs=0.5)
+    assert [point.held_out for point in points] == pytest.approx(naive, abs=0.5)  # cold and warm starts: a tie or two
+    assert logistic.choose(points).held_out == pytest.approx(max(naive), abs=0.5)
 
 
 def test_of_equally_accurate_points_the_most_regularised_is_chosen():

@@ -9,8 +9,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
+from moco_eval import config as configs
 from moco_eval import svm
+from moco_eval.config import SvmConfig
 from moco_eval.errors import InputError
+from moco_eval.metrics import mean_average_precision
 
 FEW = (0.01, 1.0, 100.0)
 
@@ -31,9 +34,7 @@ def by_hand(train, labels, test, costs, seed=0):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for cost in costs:
-            model = LinearSVC(
-                C=cost, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, tol=1e-4, random_state=seed
-            )
+            model = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, tol=1e-4, random_state=seed)
             value = cross_val_score(model, norm(train), target, cv=3, scoring="average_precision").mean()
             if best is None or value > best[0]:
                 best = value, cost, model.fit(norm(train), target).decision_function(norm(test))
@@ -72,9 +73,13 @@ def test_ignored_images_train_as_absent_and_are_not_tested(digits):
     assert np.array_equal(a.scores, b.scores)
 
 
-def test_costs_are_those_of_the_paper():
-    """Goyal et al. 2019: C in 2^[-19, -4] and 10^[-7, 2]."""
-    assert set(svm.COSTS) == {0.5**n for n in range(4, 20)} | {10.0**n for n in range(-7, 3)}
+@pytest.mark.parametrize("name", ["voc07", "voc07-low-shot"])
+def test_protocols_are_as_specified(name):
+    """Goyal et al. 2019: C in 2^[-19, -4] and 10^[-7, 2], in the order of the official script's list."""
+    config = configs.load(name, "svm", SvmConfig)
+    assert config.protocol == f"svm/{name}@1" and config.max_iterations == 2000
+    assert config.costs == (*(float(f"1e{n}") for n in range(-7, 3)), *(0.5**n for n in range(4, 20)))
+    assert (config.shots, config.samples) == (((1, 2, 4, 8, 16, 32, 64, 96), 5) if config.low_shot else ((), 1))
 
 
 def test_a_class_without_images_is_refused(digits):
@@ -121,9 +126,10 @@ def test_low_shot_is_scikit_learns_on_the_images_drawn(digits):
         assert used.sum() == 4 + 12
         model = svm.classifier(1.0, 2, 2000).fit(X[used], np.where(drawn[used, column] == 1, 1, -1))
         scores = model.decision_function(svm.normalise(test))
-        assert found.test[1, column] == svm.average_precision(scores, test_labels[:, column])
+        assert found.test[1, column] == mean_average_precision(scores[:, None], test_labels[:, [column]])[1]
+        assert np.array_equal(found.scores[1, :, column], scores)
         # the area under monotonous precision is never below scikit-learn's, and near it
         theirs = 100 * average_precision_score(test_labels[:, column], scores)
         assert theirs - 1e-9 <= found.test[1, column] < theirs + 3
-        rest = svm.average_precision(model.decision_function(X[~used]), labels[~used, column])
+        rest = mean_average_precision(model.decision_function(X[~used])[:, None], labels[~used][:, [column]])[1]
         assert found.rest[1, column] == pytest.approx(rest)
