@@ -306,6 +306,19 @@ def detect(
 
 
 @cli.command()
+@click.argument("run_a", type=FOLDER)
+@click.argument("run_b", type=FOLDER)
+def compare(run_a: Path, run_b: Path) -> None:
+    """Is RUN_B better than RUN_A? Paired over the same test images, with what such a test could have seen.
+
+    Both are finished classification runs (folders with result.json and predictions.npz).
+    """
+    from moco_eval import compare as comparison
+
+    click.echo(comparison.describe(comparison.compare(run_a, run_b)))
+
+
+@cli.command()
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--list", "list_tables", is_flag=True, help="Name every table.")
 @click.option("--commands", is_flag=True, help="The command that pretrains each row's encoder.")
@@ -488,15 +501,15 @@ def _evaluation_plan(encoder: Any, config: Any, train: Any, test: Any, output: P
 
 def _print_record(record: dict[str, Any]) -> None:
     """The numbers of a result record to stdout, from the first process."""
+    from moco_eval.results import repeats
     from moco_eval.runtime import is_main
 
     if not is_main():
         return
     for name, value in record["metrics"].items():
-        std, trials = record["std"].get(name), len(record["trials"])
-        spread = f" ± {std:.2f} ({trials} trials)" if std is not None else ""
-        low_high = record["interval"].get(name)
-        interval = f"  [{low_high[0]:.2f}, {low_high[1]:.2f}] over test images" if low_high and std is None else ""
+        std, low_high = record["std"].get(name), record["interval"].get(name)
+        spread = f" ± {std:.2f} ({repeats(record)})" if std is not None else ""
+        interval = f"  [{low_high[0]:.2f}, {low_high[1]:.2f}] over test images" if low_high else ""
         click.echo(f"{record['protocol']} {record['dataset']['name']} {name} {value:.2f}{spread}{interval}")
     for words in record["deviations"]:
         click.echo(f"  not comparable with published numbers: {words}")

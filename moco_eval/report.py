@@ -42,12 +42,11 @@ class Run:
 
 @dataclass
 class Score:
-    """A number of the table; `spread` is a standard deviation over `n` trials, `interval` is over images."""
+    """A number of the table; `spread` is a standard deviation over `trials` ('5 heads'), `interval` over images."""
 
     value: float
     spread: float | None
-    n: int
-    unit: str
+    trials: str
     interval: tuple[float, float] | None
 
     @property
@@ -273,11 +272,9 @@ def _tell_apart(columns: list[Column]) -> list[Column]:
 
 
 def _score(record: dict[str, Any], metric: str) -> Score:
-    n = len(record["trials"])
-    unit = "draws" if record["dataset"].get("labels_per_class") else {"head": "heads"}.get(record["over"], "trials")
     interval = record["interval"].get(metric)
-    spread = record["std"].get(metric)
-    return Score(record["metrics"][metric], spread, n, unit, tuple(interval) if interval else None)
+    spread, trials = record["std"].get(metric), results.repeats(record)
+    return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None)
 
 
 def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str]) -> list[str]:
@@ -478,15 +475,13 @@ def _provenance(run: Run, names: dict[str, str]) -> dict[str, Any]:
 
 def _evaluation_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     dataset, encoder, cost = record["dataset"], record["encoder"], record["cost"]
-    trials = f"{len(record['trials'])} over {record['over']}, seeds " + ", ".join(
-        str(t["seed"]) for t in record["trials"]
-    )
+    seeds = ", ".join(str(trial["seed"]) for trial in record["trials"])
     return [
         ("data", _data_words(dataset)),
         ("fingerprint", dataset.get("fingerprint", "")),
         ("weights", f"{encoder['path']} ({encoder['arch']}, {encoder['origin']})"),
         ("sha256", encoder["sha256"]),
-        ("trials", trials),
+        ("trials", f"{results.repeats(record)}, seeds {seeds}" if record["trials"][1:] else f"one, seed {seeds}"),
         ("selection", record["selection"]),
         ("equivalences", "; ".join(record["equivalences"])),
         ("deviations", "; ".join(record["deviations"]) or "none"),
