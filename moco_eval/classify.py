@@ -26,7 +26,7 @@ from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
-from moco_eval.statistics import bootstrap_interval
+from moco_eval.statistics import intervals
 
 
 @dataclass(frozen=True)
@@ -198,15 +198,11 @@ def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
-    labels, few = torch.as_tensor(task.test.labels), task.labels_per_class
+    few = task.labels_per_class
     trials: list[dict[str, Any]] = [
         {"seed": seed, "metrics": outcome.metrics or metrics(outcome.scores, task.test)} | outcome.notes
         for seed, outcome in outcomes
     ]
-    interval = {}
-    if "top1" in trials[0]["metrics"]:
-        right = np.stack([(outcome.scores.argmax(1) == labels).numpy() for _, outcome in outcomes])
-        interval["top1"] = bootstrap_interval(right)
     told = dict.fromkeys(words for trial in trials for words in trial.get("deviations", []))
     return Result(
         protocol=protocol.config.protocol,
@@ -216,7 +212,7 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         over="labels" if few else protocol.over,
         selection=protocol.selection,
         cost=cost,
-        interval=interval,
+        interval=_intervals(list(trials[0]["metrics"]), outcomes, task.test),
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
         + list(told)
@@ -226,6 +222,16 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         + ([f"labels of {task.train.subset}"] if is_published(task.train.subset) else [])
         + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
     )
+
+
+def _intervals(
+    names: list[str], outcomes: Sequence[tuple[int, Outcome]], test: ImageSet
+) -> dict[str, tuple[float, float]]:
+    """Of those metrics that are made of one score for each image and class."""
+    assert test.labels is not None
+    resampled = ("mAP",) if test.multi_label else ("top1", "top5", "mean_per_class")
+    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
+    return intervals([name for name in names if name in resampled], test.labels, scores=scores)
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:

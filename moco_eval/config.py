@@ -243,14 +243,14 @@ class CostPath(Model):
 class LogisticConfig(Model):
     """Logistic regression on frozen features; C is chosen on `held_out`, a share of the training images.
 
-    solver: sklearn or torch, which reach the same optimum; auto is the faster of them.
+    solver: torch's L-BFGS or scikit-learn's; they reach the same optimum, see docs/protocols/logistic.md.
     tolerance: of the gradient's largest entry; a fit that is stopped at max_iterations before says so.
     """
 
     protocol: Literal["logistic/lbfgs@1"]
     path: CostPath
     held_out: float = Field(0.2, gt=0, lt=1)
-    solver: Literal["auto", "sklearn", "torch"] = "auto"
+    solver: Literal["torch", "sklearn"] = "torch"
     tolerance: float = Field(1e-5, gt=0)
     max_iterations: int = Field(1000, gt=0)
     batch_size: int = Field(256, gt=0)

@@ -30,7 +30,6 @@ from moco_eval.runtime import is_main, warn
 Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to percent
 CPU = torch.device("cpu")
 BLOCK = 65536  # images whose logits are held at a time
-SMALL = 2**20  # numbers in the features up to which scikit-learn is the faster on a CPU
 RESIDENT = 4 * 2**30  # bytes of features that are kept in a CPU's memory in float64; more are read block by block
 SUBPATH = 9  # values of C that start from one another; fixed, so that the number of processes moves no number
 
@@ -75,21 +74,19 @@ def on_features(
     """
     settings = Settings(config.tolerance, config.max_iterations)
     path = costs(config.path.low, config.path.high, config.path.count)
-    solver = config.solver if config.solver != "auto" else solver_for(train, device)
-    points = _points(train, labels, path, solver, config.held_out, seed, device, settings, measure)
+    points = _points(train, labels, path, config.solver, config.held_out, seed, device, settings, measure)
     best = choose(points)
     everything = resident(train, device)
-    fit = fit_by(solver, everything, labels, best.C, device, settings)
-    notes: dict[str, Any] = {"chosen": {"C": best.C}, "solver": solver, "path": [asdict(point) for point in points]}
+    fit = fit_by(config.solver, everything, labels, best.C, device, settings)
+    notes: dict[str, Any] = {
+        "chosen": {"C": best.C},
+        "solver": config.solver,
+        "path": [asdict(point) for point in points],
+    }
     notes["loss"] = loss(everything, labels, fit, device)
     if troubles := _troubles(points, best, fit, settings):
         notes["deviations"] = troubles
     return Outcome(scores(test, fit, device), len(labels) + test.shape[0], notes)
-
-
-def solver_for(features: "Rows", device: torch.device) -> Literal["sklearn", "torch"]:
-    """scikit-learn for small problems on a CPU, where it is the faster; torch's L-BFGS else."""
-    return "sklearn" if device.type == "cpu" and features.shape[0] * features.shape[1] <= SMALL else "torch"
 
 
 def _points(

@@ -8,10 +8,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy
 
+from moco_eval import config as configs
 from moco_eval import logistic
+from moco_eval.cache import Features
+from moco_eval.classify import Task
+from moco_eval.config import LogisticConfig
 from moco_eval.data.images import SMALL, open_images
 from moco_eval.data.labels import held_out
 from moco_eval.encoders.load import load
+from moco_eval.errors import InputError
 from moco_eval.features import extract, network
 from moco_eval.metrics import accuracy
 
@@ -42,7 +47,7 @@ def top1(fit, data):
     return accuracy(logistic.scores(data.Xt, fit), torch.as_tensor(data.yt))
 
 
-@pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("C", [1e-3, 0.1, 1.0])
 @pytest.mark.parametrize("which", ["digits", "encoded"])
 def test_both_solvers_reach_the_same_optimum(which, C, request):
     data = request.getfixturevalue(which)
@@ -153,3 +158,66 @@ def test_both_solvers_agree_on_pixels_of_cifar10(shared_data, C):
     ours = logistic.fit_torch(data.X, data.y, C, CPU)
     assert logistic.loss(X, data.y, ours) == pytest.approx(logistic.loss(X, data.y, theirs), rel=1e-4)
     assert top1(ours, data) == pytest.approx(top1(theirs, data), abs=0.1)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """No other processes: they are slow to start."""
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+
+
+def evaluate(folder, *settings, per_class=None):
+    train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    config = configs.load("digits", "logistic", LogisticConfig, settings)
+    task = Task(load("random:resnet18_quarter"), train, test.few_labels(20, 0), labels_per_class=per_class)
+    return logistic.evaluate(task, config, folder, CPU)
+
+
+def test_the_protocol_on_digits_leaves_a_record(tmp_path, one_process):
+    record = evaluate(tmp_path)
+    (trial,) = record["trials"]
+    path = trial["path"]
+    assert trial["chosen"]["C"] in [point["C"] for point in path] and len(path) == 13
+    assert max(point["held_out"] for point in path) == next(
+        point["held_out"] for point in path if point["C"] == trial["chosen"]["C"]
+    )
+    assert record["deviations"] == [
+        "path.low 0.01 instead of 1e-05",
+        "path.high 10000.0 instead of 1000000.0",
+        "path.count 13 instead of 45",
+    ]
+    low, high = record["interval"]["top1"]
+    assert low < record["metrics"]["top1"] < high and record["metrics"]["top1"] > 80
+    assert record["selection"].startswith("held-out")
+
+
+def test_a_record_says_what_did_not_converge(tmp_path, one_process, capsys):
+    record = evaluate(tmp_path, "max_iterations=4", "path.count=3", "path.low=1", per_class=5)
+    ends = "stopped after 4 iterations, before the tolerance 1e-05"
+    assert f"3 of 3 fits of the path over C {ends}" in record["deviations"]
+    assert f"the fit at the chosen C {record['trials'][0]['chosen']['C']:.3g} {ends}" in record["deviations"]
+    assert "--set max_iterations=40 lets it go on" in capsys.readouterr().err
+
+
+def test_one_label_per_class_leaves_none_to_choose_by(tmp_path, one_process):
+    with pytest.raises(InputError, match=r"none to spare for the choice of C.*--set path.count=1"):
+        evaluate(tmp_path / "a", per_class=1)
+    record = evaluate(tmp_path / "b", "path.count=1", "path.low=1.0", per_class=1)
+    assert record["trials"][0]["chosen"] == {"C": 1.0} and record["over"] == "labels"
+
+
+def test_a_path_that_goes_down_is_refused():
+    with pytest.raises(InputError, match=r"low 10 must be below high 1"):
+        configs.load("lbfgs", "logistic", LogisticConfig, ["path.low=10", "path.high=1"])
+
+
+def test_rows_that_stay_in_their_files_give_the_same_fit(encoded, monkeypatch):
+    """Features that are too many for the memory are read block by block."""
+    everything = Features([encoded.X[:250].astype(np.float32), encoded.X[250:].astype(np.float32)])
+    kept = logistic.Taken(everything, np.arange(0, 600, 2))
+    whole = logistic.resident(kept, CPU)
+    assert isinstance(whole, np.ndarray)
+    monkeypatch.setattr(logistic, "RESIDENT", 0)
+    assert logistic.resident(kept, CPU) is kept
+    one, two = (logistic.fit_torch(rows, encoded.y[::2], 0.1, CPU, block=100) for rows in (whole, kept))
+    assert np.array_equal(one.weight, two.weight)

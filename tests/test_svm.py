@@ -1,20 +1,27 @@
 """Linear SVMs per class against scikit-learn called by hand, low-shot draws, and the whole protocol."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
 from moco_eval import config as configs
 from moco_eval import svm
+from moco_eval.classify import Task
 from moco_eval.config import SvmConfig
+from moco_eval.data.images import open_images, open_splits
+from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.metrics import mean_average_precision
 
+CPU = torch.device("cpu")
 FEW = (0.01, 1.0, 100.0)
 
 
@@ -49,6 +56,7 @@ def test_each_class_is_scikit_learns_called_by_hand(digits):
         assert np.array_equal(ours.scores, scores)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_to_the_bit(digits):
     train, labels, test, _ = digits
     one, two = (svm.fit_classes(train, labels[:, :2], test, FEW, processes=n) for n in (1, 2))
@@ -133,3 +141,62 @@ def test_low_shot_is_scikit_learns_on_the_images_drawn(digits):
         assert theirs - 1e-9 <= found.test[1, column] < theirs + 3
         rest = mean_average_precision(model.decision_function(X[~used])[:, None], labels[~used][:, [column]])[1]
         assert found.rest[1, column] == pytest.approx(rest)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """No other processes: they are slow to start."""
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+
+
+def area(scores, labels):
+    """Average precision by scikit-learn's curve: precision raised to the highest at the same or a higher recall."""
+    counted = labels >= 0
+    precision, recall, _ = precision_recall_curve(labels[counted], scores[counted])
+    return -100 * np.sum(np.diff(recall) * np.maximum.accumulate(precision)[:-1])
+
+
+def test_the_protocol_on_digits_has_both_metrics(tmp_path, one_process):
+    train, test = (open_images("digits", None, split).few_labels(20, 0) for split in ("train", "test"))
+    task = Task(load("random:resnet18_quarter"), train, test)
+    config = configs.load("digits", "svm", SvmConfig)
+    record = svm.evaluate(task, config, tmp_path, CPU)
+    assert set(record["metrics"]) == {"top1", "mAP"} and record["metrics"]["top1"] > 60
+    assert len(record["trials"][0]["AP"]) == 10
+    assert record["metrics"]["mAP"] == pytest.approx(np.mean(record["trials"][0]["AP"]))
+
+
+def test_low_shot_reports_both_choices_of_the_cost(tmp_path, one_process):
+    train, test = (open_images("digits", None, split).few_labels(40, 0) for split in ("train", "test"))
+    task = Task(load("random:resnet18_quarter"), train, test)
+    config = configs.load("digits-low-shot", "svm", SvmConfig, ["shots=[1,2]"])
+    record = svm.evaluate(task, config, tmp_path, CPU)
+    assert len(record["trials"]) == 3 and record["over"] == "labels" and set(record["std"]) == {"mAP_1", "mAP_2"}
+    table = np.array([trial["mAP_by_C"] for trial in record["trials"]])
+    for row, name in enumerate(("mAP_1", "mAP_2")):
+        best = record["best_on_test"][name]
+        assert best["mean"] == pytest.approx(table[:, row].mean(axis=0).max())
+        assert best["mean"] >= record["metrics"][name] - 1e-9 or record["trials"][0]["C"] != record["trials"][1]["C"]
+    with pytest.raises(InputError, match="low-shot draws its own labels"):
+        svm.evaluate(replace(task, trials=2), config, tmp_path / "two", CPU)
+
+
+@pytest.mark.data
+def test_average_precision_on_voc_is_scikit_learns_called_by_hand(tmp_path, shared_data, one_process):
+    """Real VOC images, 20 classes, difficult objects among them."""
+    train, test = open_splits("voc-folder", shared_data / "VOCdevkit" / "VOC2012")
+    assert (test.labels == -1).any()
+    task = Task(load("random:resnet18_quarter"), train, test)
+    config = configs.load("voc07", "svm", SvmConfig, ["costs=[0.1,1.0,10.0]", "workers=0"])
+    record = svm.evaluate(task, config, tmp_path, CPU)
+    X, Xt = (task.features(images, config, CPU).tensor().double().numpy() for images in (train, test))
+    theirs = []
+    for column, ours in enumerate(record["trials"][0]["AP"]):
+        if not (test.labels[:, column] == 1).any():
+            assert ours is None
+            continue
+        _, cost, scores = by_hand(X, train.labels[:, column], Xt, config.costs)
+        assert cost == record["trials"][0]["C"][column]
+        theirs.append(area(scores, test.labels[:, column]))
+        assert ours == pytest.approx(theirs[-1])
+    assert record["metrics"]["mAP"] == pytest.approx(np.mean(theirs))
