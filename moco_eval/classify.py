@@ -192,9 +192,11 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
 
 def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test: ImageSet) -> None:
     assert test.labels is not None
-    scores = [outcome.scores for _, outcome in outcomes]
+    scores = [outcome.scores.numpy() for _, outcome in outcomes]
+    kept = scores if test.multi_label else scores[:1]  # elsewhere the classes that were predicted say it all
     with files.atomic(path) as temporary:
-        np.savez(temporary, prediction=[one.argmax(1) for one in scores], label=test.labels, scores=scores[0])
+        predictions = [one.argmax(1) for one in scores]
+        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept))
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
@@ -235,12 +237,10 @@ def _intervals(
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:
-    """The metrics of a data set, in percent: mAP where images show several classes; else top-1, top-5 where there are
-    more classes, and the mean per class where that is its papers' metric."""
-    if test.multi_label:
-        assert test.labels is not None
-        return {"mAP": mean_average_precision(scores, test.labels)[1]}
+    """The metrics of a data set, in percent, the one that its papers report first."""
     labels = torch.as_tensor(test.labels)
+    if test.multi_label:
+        return {"mAP": mean_average_precision(scores, labels)[1]}
     tops = {"top1": 1} | ({"top5": 5} if len(test.classes) > 5 else {})
     found = {name: accuracy(scores, labels, top) for name, top in tops.items()}
-    return found | ({"mean_per_class": mean_per_class(scores, labels)} if test.metric == "mean_per_class" else {})
+    return {"mean_per_class": mean_per_class(scores, labels)} | found if test.metric == "mean_per_class" else found

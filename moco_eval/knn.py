@@ -27,7 +27,7 @@ from moco_eval.features import extract, network
 from moco_eval.metrics import accuracy
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
-from moco_eval.statistics import bootstrap_interval
+from moco_eval.statistics import intervals
 
 
 @dataclass
@@ -142,7 +142,7 @@ def evaluate(
         over="head",
         selection="none: nothing is trained or chosen",
         cost=cost,
-        interval={"top1": bootstrap_interval((predictions == labels).numpy()[None])},
+        interval=intervals(list(metrics), test.labels, scores=scores.numpy()[None]),
         extra={"preprocessing": preprocessing.to_dict()},
         deviations=deviations(config, canonical, ("batch_size",))
         + departures(train, test)

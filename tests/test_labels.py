@@ -44,7 +44,7 @@ def test_rows_of_a_subset_of_a_subset_are_those_of_the_whole():
     assert whole.rows is None and first.rows.tolist() == [5, 9, 100, 3] and second.rows.tolist() == [100, 5]
     assert np.array_equal(second.pixels, whole.pixels[[100, 5]])
     assert second.labels.tolist() == whole.labels[[100, 5]].tolist()
-    assert second.fingerprint == whole.fingerprint
+    assert second.fingerprint == whole.fingerprint and second.whole is whole and whole.whole is None
     assert second.regime() == {"subset": "two of four"} and whole.regime() == {}
     assert departures(whole) == []
 
@@ -172,7 +172,7 @@ def test_linear_trains_on_a_list_and_says_so(folder, capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, *arguments, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"the 3 images of an unpublished list, sha256 {digest}" in out
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (folder / "runs").glob("linear-*")
     assert "imagefolder-mine" in run.name
     record = json.loads((run / "result.json").read_text())
     assert record["dataset"]["subset"].endswith(digest) and "labels_per_class" not in record["dataset"]

@@ -134,12 +134,13 @@ def open_splits(
 def departures(*images: ImageSet) -> list[str]:
     """In words, where a split of a known data set has not the number of images it was published with.
 
-    Also where a list file chose the training images and is none that was published.
+    Also where a list file chose the training images and is none that was published. Of a subset, its whole is counted.
     """
+    whole = [one.whole or one for one in images]
     counts = [
         f"{one.name} {one.split} of {len(one)} images instead of {OFFICIAL[one.name, one.split]}"
-        for one in images
-        if len(one) != OFFICIAL.get((one.name, one.split), len(one)) and one.rows is None
+        for one in whole
+        if len(one) != OFFICIAL.get((one.name, one.split), len(one))
     ]
     listed = [one for one in images if one.subset and one.labels_per_class is None]
     return counts + [f"{one.name} {one.split}: {one.subset}" for one in listed if not is_published(one.subset)]
