@@ -167,9 +167,9 @@ def test_the_protocol_on_digits_has_both_metrics(tmp_path, one_process):
 
 
 def test_low_shot_reports_both_choices_of_the_cost(tmp_path, one_process):
-    train, test = (open_images("digits", None, split).few_labels(40, 0) for split in ("train", "test"))
+    train, test = (open_images("digits", None, split).few_labels(20, 0) for split in ("train", "test"))
     task = Task(load("random:resnet18_quarter"), train, test)
-    config = configs.load("digits-low-shot", "svm", SvmConfig, ["shots=[1,2]"])
+    config = configs.load("digits-low-shot", "svm", SvmConfig, ["shots=[1,2]", "costs=[0.1,1.0]"])
     record = svm.evaluate(task, config, tmp_path, CPU)
     assert len(record["trials"]) == 3 and record["over"] == "labels" and set(record["std"]) == {"mAP_1", "mAP_2"}
     table = np.array([trial["mAP_by_C"] for trial in record["trials"]])
