@@ -233,6 +233,41 @@ def linear(checkpoint: str, protocol: str, **given: Any) -> int:
 
 @cli.command()
 @click.argument("checkpoint")
+@click.option("--protocol", default="lbfgs", show_default=True, help="lbfgs, digits, or a file.")
+@classification_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def logistic(checkpoint: str, protocol: str, **given: Any) -> int:
+    """Logistic regression on frozen features; its C chosen on held-out training images."""
+    from moco_eval import logistic as protocols
+    from moco_eval.config import LogisticConfig
+
+    config = _config(protocol, "logistic", LogisticConfig, given)
+    return _classify("logistic", protocols.evaluate, config, checkpoint, given)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--protocol", default="voc07", show_default=True, help="voc07, digits, or a file.")
+@click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples.")
+@classification_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
+    """A linear SVM per class on frozen features, as VOC07 classification is judged."""
+    from moco_eval import svm as protocols
+    from moco_eval.config import SvmConfig
+
+    config = _config(f"{protocol}-low-shot" if low_shot else protocol, "svm", SvmConfig, given)
+    return _classify("svm", protocols.evaluate, config, checkpoint, given)
+
+
+@cli.command()
+@click.argument("checkpoint")
 @click.option("--dataset", help="voc, coco, voc-folder, coco-folder or digits (built in).")
 @click.option("--recipe", help="A shipped recipe or a file; the data set's own where not given.")
 @click.option("--train-split", help="Of voc-folder and coco-folder.")

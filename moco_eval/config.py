@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -237,6 +238,67 @@ class KnnConfig(Model):
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
+
+
+class CostPath(Model):
+    """`count` values of C, the inverse of the regularisation of the summed loss, evenly spaced in their logarithm."""
+
+    low: float = Positive
+    high: float = Positive
+    count: int = Positive
+
+    @model_validator(mode="after")
+    def _it_goes_up(self):
+        if self.count > 1 and self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        return self
+
+
+class LogisticConfig(Model):
+    """Logistic regression on frozen features; C is chosen on `held_out`, a share of the training images.
+
+    solver: torch's L-BFGS or scikit-learn's; they reach the same optimum, see docs/protocols/logistic.md.
+    tolerance: of the gradient's largest entry; a fit that is stopped at max_iterations before says so.
+    """
+
+    protocol: Literal["logistic/lbfgs@1"]
+    path: CostPath
+    held_out: float = Field(0.2, gt=0, lt=1)
+    solver: Literal["torch", "sklearn"] = "torch"
+    tolerance: float = Field(1e-5, gt=0)
+    max_iterations: int = Field(1000, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class SvmConfig(Model):
+    """One linear SVM per class on frozen features, the C of each from `costs` by three-fold cross-validation.
+
+    svm/voc07-low-shot@1 trains on each of `shots` images per class, `samples` times, and chooses one C for all classes.
+    """
+
+    protocol: Literal["svm/voc07@1", "svm/voc07-low-shot@1"]
+    costs: tuple[PositiveFloat, ...] = Field(min_length=1)
+    max_iterations: int = Field(2000, gt=0)
+    shots: tuple[PositiveInt, ...] = ()
+    samples: int = Field(1, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @property
+    def low_shot(self) -> bool:
+        """Whether it trains on few images."""
+        return self.protocol == "svm/voc07-low-shot@1"
+
+    @model_validator(mode="after")
+    def _shots_belong_to_low_shot(self):
+        if self.low_shot != bool(self.shots):
+            raise ValueError(f"shots are for svm/voc07-low-shot@1, which needs them; the protocol is {self.protocol}")
+        return self
 
 
 # Keys that do not move a number beyond the spread of the seed; all others count as deviations.
