@@ -183,24 +183,29 @@ def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
+@click.option(
+    "--protocol", default="instdisc", show_default=True, help="instdisc, grid, cifar10-demo, digits, or a file."
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="Of the search's working blocks, in each process.  [default: 1; on a GPU a quarter of what is free]",
+)
 @classification_options
 @data_options
 @encoder_options
 @run_options
 def knn(checkpoint: str, protocol: str, **given: Any) -> int:
     """Weighted k-nearest-neighbour classification on frozen features."""
-    from moco_eval import knn as protocols
-    from moco_eval.config import KnnConfig
+    from moco_eval import knn as fixed
+    from moco_eval import knn_grid
+    from moco_eval.config import KnnConfig, knn_model
 
-    if given["feature"] is not None:
-        given["settings"] = (*given["settings"], f"feature={given['feature']}")
-    config = _config(protocol, "knn", KnnConfig, given)
-
-    def evaluate(task: Any, config: Any, output: Path, device: Any) -> dict[str, Any]:
-        return protocols.evaluate(task.encoder, task.train, task.test, config, output, device)
-
-    return _classify("knn", evaluate, config, checkpoint, given)
+    given["settings"] += tuple(f"{key}={given[key]}" for key in ("feature", "memory") if given[key] is not None)
+    model = knn_model(protocol, given["settings"])
+    config = _config(protocol, "knn", model, given)
+    return _classify("knn", fixed.evaluate if model is KnnConfig else knn_grid.evaluate, config, checkpoint, given)
 
 
 @cli.command()

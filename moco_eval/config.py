@@ -31,7 +31,7 @@ class Model(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None):
             raise ValueError("a number is wanted, not true or false")
         return value
 
@@ -228,16 +228,49 @@ class SweepConfig(Model):
 
 
 class KnnConfig(Model):
-    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest."""
+    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest.
+
+    memory: GB of working blocks of the search, per process; None is 1 on a CPU, a quarter of what is free on a GPU.
+    """
 
     protocol: Literal["knn/instdisc@1", "knn/cifar10-demo@1"]
     k: int = Positive
     temperature: float = Positive
     feature: str = "pooled"  # or head, or a stage of the network
+    memory: float | None = Field(None, gt=0)
     batch_size: int = Field(256, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
+
+
+class KnnGridConfig(Model):
+    """Weighted kNN with k, temperature and distance chosen by leave-one-out on the training images.
+
+    A temperature belongs to cosine alone. queries: training images left out in turn, at most; drawn from the seed.
+    memory: as in KnnConfig.
+    """
+
+    protocol: Literal["knn/grid@1"]
+    k: tuple[int, ...] = Field(min_length=1)
+    temperature: tuple[float, ...] = Field(min_length=1)
+    distance: tuple[Literal["cosine", "euclidean"], ...] = Field(min_length=1)
+    queries: int = Field(50_000, gt=0)
+    feature: str = "pooled"
+    memory: float | None = Field(None, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("k", "temperature", "distance")
+    @classmethod
+    def _a_grid(cls, values: tuple, info: ValidationInfo) -> tuple:
+        if len(set(values)) != len(values):
+            raise ValueError(f"{info.field_name} holds a value twice")
+        if info.field_name != "distance" and min(values) <= 0:
+            raise ValueError(f"every {info.field_name} must be greater than 0")
+        return values
 
 
 class CostPath(Model):
@@ -314,6 +347,7 @@ NEUTRAL_KEYS = (
     "deterministic",
     "knn",
     "views.backend",
+    "memory",
 )
 
 ModelT = TypeVar("ModelT", bound=Model)
@@ -388,6 +422,11 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
 def _is_as_shipped(override: str) -> bool:
     """Whether a recipe's published number still belongs to it; fp32 is what was published."""
     return override == "precision=fp32" or is_neutral(override.partition("=")[0])
+
+
+def knn_model(name: str, overrides: Sequence[str] = ()) -> type[KnnConfig] | type[KnnGridConfig]:
+    """What a kNN config must satisfy: its protocol says. Raises InputError as `load` does."""
+    return KnnGridConfig if merged(name, "knn", overrides).get("protocol") == "knn/grid@1" else KnnConfig
 
 
 def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:
