@@ -255,6 +255,61 @@ def linear(
 
 @cli.command()
 @click.argument("checkpoint")
+@click.option(
+    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
+)
+@click.option(
+    "--protocol",
+    default="lightly",
+    show_default=True,
+    help="lightly, openselfsup-1percent, openselfsup-10percent, digits, or a file.",
+)
+@click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")
+@click.option(
+    "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
+)
+@data_options
+@encoder_options
+@run_options
+def finetune(
+    checkpoint: str,
+    dataset: str,
+    protocol: str,
+    labels: str | None,
+    trials: int,
+    data: Path | None,
+    nproc: int,
+    **given: Any,
+) -> int:
+    """Classification by the whole network, fine-tuned end to end from the encoder's weights."""
+    from moco_eval import finetune as protocols
+    from moco_eval.classify import Task
+    from moco_eval.config import FinetuneConfig
+    from moco_eval.data.images import open_splits
+    from moco_eval.encoders.load import load
+    from moco_eval.results import default_output
+    from moco_eval.runtime import processes
+
+    config = _config(protocol, "finetune", FinetuneConfig, given)
+    per_class = _labels(labels)
+    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    _warn(encoder)
+    train, test = open_splits(dataset, data)
+    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
+    output = given["output"] or default_output("finetune", encoder, regime, config.protocol)
+    if given["dry_run"]:
+        click.echo(_evaluation_plan(encoder, config, train, test, output))
+        return 0
+    if nproc > 1:
+        return _launch(nproc)
+    task = Task(encoder, train, test, labels_per_class=per_class, trials=trials)
+    with processes(given["device"]) as device:
+        _print_record(protocols.evaluate(task, config, output, device))
+    return 0
+
+
+@cli.command()
+@click.argument("checkpoint")
 @click.option("--dataset", help="voc, coco, voc-folder, coco-folder or digits (built in).")
 @click.option("--recipe", help="A shipped recipe or a file; the data set's own where not given.")
 @click.option("--train-split", help="Of voc-folder and coco-folder.")
