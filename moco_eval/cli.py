@@ -49,7 +49,20 @@ encoder_options = options(
         help="key is the momentum encoder.  [default: query; DINO: key]",
     ),
 )
-feature_option = click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8.")
+dataset_option = click.option(
+    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
+)
+classification_options = options(
+    dataset_option,
+    click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
+    click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),
+)
+trial_options = options(
+    click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial."),
+    click.option(
+        "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
+    ),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -160,152 +173,63 @@ def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option(
-    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
-)
 @click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
-@feature_option
+@classification_options
 @data_options
 @encoder_options
 @run_options
-def knn(
-    checkpoint: str,
-    dataset: str,
-    protocol: str,
-    feature: str | None,
-    data: Path | None,
-    nproc: int,
-    **given: Any,
-) -> int:
+def knn(checkpoint: str, protocol: str, **given: Any) -> int:
     """Weighted k-nearest-neighbour classification on frozen features."""
     from moco_eval import knn as protocols
     from moco_eval.config import KnnConfig
-    from moco_eval.data.images import open_splits
-    from moco_eval.encoders.load import load
-    from moco_eval.results import default_output
-    from moco_eval.runtime import processes
 
-    if feature is not None:
-        given["settings"] = (*given["settings"], f"feature={feature}")
+    if given["feature"] is not None:
+        given["settings"] = (*given["settings"], f"feature={given['feature']}")
     config = _config(protocol, "knn", KnnConfig, given)
-    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
-    _warn(encoder)
-    train, test = open_splits(dataset, data)
-    output = given["output"] or default_output("knn", encoder, dataset, config.protocol)
-    if given["dry_run"]:
-        click.echo(_evaluation_plan(encoder, config, train, test, output))
-        return 0
-    if nproc > 1:
-        return _launch(nproc)
-    with processes(given["device"]) as device:
-        _print_record(protocols.evaluate(encoder, train, test, config, output, device))
-    return 0
+
+    def evaluate(task: Any, config: Any, output: Path, device: Any) -> dict[str, Any]:
+        return protocols.evaluate(task.encoder, task.train, task.test, config, output, device)
+
+    return _classify("knn", evaluate, config, checkpoint, given)
 
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option(
-    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
-)
-@click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, digits, or a file.")
-@feature_option
-@click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")
-@click.option(
-    "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
-)
+@click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, mocov3, digits, or a file.")
+@classification_options
+@trial_options
 @data_options
 @encoder_options
 @run_options
-def linear(
-    checkpoint: str,
-    dataset: str,
-    protocol: str,
-    feature: str | None,
-    labels: str | None,
-    trials: int,
-    data: Path | None,
-    nproc: int,
-    **given: Any,
-) -> int:
+def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     """Linear classification on frozen features; the backbone is checked bit for bit."""
     from moco_eval import linear as protocols
     from moco_eval.config import LinearConfig
-    from moco_eval.data.images import open_splits
-    from moco_eval.encoders.load import load
-    from moco_eval.results import default_output
-    from moco_eval.runtime import processes
 
     config = _config(protocol, "linear", LinearConfig, given)
-    per_class = _labels(labels)
-    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
-    _warn(encoder)
-    train, test = open_splits(dataset, data)
-    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
-    output = given["output"] or default_output("linear", encoder, regime, config.protocol)
-    if given["dry_run"]:
-        click.echo(_evaluation_plan(encoder, config, train, test, output))
-        return 0
-    if nproc > 1:
-        return _launch(nproc)
-    task = protocols.Task(encoder, train, test, config, feature or "pooled", per_class, trials)
-    with processes(given["device"]) as device:
-        _print_record(protocols.evaluate(task, output, device))
-    return 0
+    return _classify("linear", protocols.evaluate, config, checkpoint, given)
 
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option(
-    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
-)
 @click.option(
     "--protocol",
     default="lightly",
     show_default=True,
     help="lightly, openselfsup-1percent, openselfsup-10percent, digits, or a file.",
 )
-@click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial.")
-@click.option(
-    "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
-)
+@dataset_option
+@trial_options
 @data_options
 @encoder_options
 @run_options
-def finetune(
-    checkpoint: str,
-    dataset: str,
-    protocol: str,
-    labels: str | None,
-    trials: int,
-    data: Path | None,
-    nproc: int,
-    **given: Any,
-) -> int:
+def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
     """Classification by the whole network, fine-tuned end to end from the encoder's weights."""
     from moco_eval import finetune as protocols
-    from moco_eval.classify import Task
     from moco_eval.config import FinetuneConfig
-    from moco_eval.data.images import open_splits
-    from moco_eval.encoders.load import load
-    from moco_eval.results import default_output
-    from moco_eval.runtime import processes
 
     config = _config(protocol, "finetune", FinetuneConfig, given)
-    per_class = _labels(labels)
-    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
-    _warn(encoder)
-    train, test = open_splits(dataset, data)
-    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
-    output = given["output"] or default_output("finetune", encoder, regime, config.protocol)
-    if given["dry_run"]:
-        click.echo(_evaluation_plan(encoder, config, train, test, output))
-        return 0
-    if nproc > 1:
-        return _launch(nproc)
-    task = Task(encoder, train, test, labels_per_class=per_class, trials=trials)
-    with processes(given["device"]) as device:
-        _print_record(protocols.evaluate(task, config, output, device))
-    return 0
+    return _classify("finetune", protocols.evaluate, config, checkpoint, given)
 
 
 @cli.command()
@@ -454,6 +378,39 @@ def _warn(encoder: Any) -> None:
 
     for words in encoder.warnings:
         warn(f"{encoder.source}: {words}")
+
+
+def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, given: dict[str, Any]) -> int:
+    """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
+    from moco_eval.classify import Task
+    from moco_eval.data.images import open_splits
+    from moco_eval.encoders.load import load
+    from moco_eval.results import default_output
+    from moco_eval.runtime import processes
+
+    per_class, dataset = _labels(given.get("labels")), given["dataset"]
+    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    _warn(encoder)
+    train, test = open_splits(dataset, given["data"])
+    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
+    output = given["output"] or default_output(command, encoder, regime, config.protocol)
+    if given["dry_run"]:
+        click.echo(_evaluation_plan(encoder, config, train, test, output))
+        return 0
+    if given["nproc"] > 1:
+        return _launch(given["nproc"])
+    task = Task(
+        encoder=encoder,
+        train=train,
+        test=test,
+        feature=given.get("feature") or "pooled",
+        labels_per_class=per_class,
+        trials=given.get("trials", 1),
+        cache=given.get("cache") or Path("runs/features"),
+    )
+    with processes(given["device"]) as device:
+        _print_record(evaluate(task, config, output, device))
+    return 0
 
 
 def _labels(text: str | None) -> int | None:

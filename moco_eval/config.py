@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from moco_eval.errors import InputError
 
@@ -170,9 +180,9 @@ class Augmentation(Model):
 
 
 class LinearConfig(Model):
-    """Linear classification on frozen features."""
+    """Linear classification on frozen features, trained on crops."""
 
-    protocol: Literal["linear/moco-lincls@1"]
+    protocol: Literal["linear/moco-lincls@1", "linear/mocov3@1"]
     batch_size: int = Positive
     optimizer: Sgd
     schedule: Schedule
@@ -239,9 +249,30 @@ class FinetuneConfig(Model):
     def _groups_are_equal(self):
         if self.bn_groups > 1 and (self.batch_size % self.bn_groups or not self.drop_last):
             raise ValueError(
-                f"bn_groups {self.bn_groups} needs a batch_size that it divides, not {self.batch_size}, and drop_last true"
+                f"bn_groups {self.bn_groups} needs a batch_size that it divides, not {self.batch_size}, and drop_last "
+                "true"
             )
         return self
+
+
+class SweepConfig(Model):
+    """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, on each of `features`,
+    with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
+    """
+
+    protocol: Literal["linear/sweep@1"]
+    batch_size: int = Positive
+    learning_rates: tuple[PositiveFloat, ...] = Field(min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(min_length=1)
+    batch_norm: tuple[bool, ...] = Field(min_length=1)
+    features: tuple[str, ...] = Field(("pooled",), min_length=1)
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    held_out: float = Field(0.1, gt=0, lt=1)
+    schedule: Schedule
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
 
 
 class KnnConfig(Model):

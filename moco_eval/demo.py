@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from moco_eval import config, knn, linear
+from moco_eval.classify import Task
 from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
 from moco_eval.data.images import open_splits
 from moco_eval.detection.detect import detect
@@ -51,9 +52,9 @@ def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:
     log(f"3/5 linear, {FEW} labels per class, {DRAWS} draws")
     few = config.load("digits_few", "linear", LinearConfig)
     for name, encoder in encoders.items():
-        task = linear.Task(encoder, training, test, few, labels_per_class=FEW, trials=DRAWS)
-        linear.evaluate(task, output / f"linear-{FEW}-{name}", device)
+        task = Task(encoder, training, test, labels_per_class=FEW, trials=DRAWS)
+        linear.evaluate(task, few, output / f"linear-{FEW}-{name}", device)
     log("4/5 linear, all labels")
     everything = config.load("digits", "linear", LinearConfig)
     for name, encoder in encoders.items():
-        linear.evaluate(linear.Task(encoder, training, test, everything), output / f"linear-{name}", device)
+        linear.evaluate(Task(encoder, training, test), everything, output / f"linear-{name}", device)

@@ -18,7 +18,6 @@ from moco_eval import config as configs
 from moco_eval.batch_norm import split_batch_norm, sync_batch_norm
 from moco_eval.classify import Outcome, Protocol, Task, judge
 from moco_eval.config import FinetuneConfig
-from moco_eval.data.images import ImageSet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.features import extract
@@ -50,7 +49,7 @@ def run_trial(task: Task, config: FinetuneConfig, seed: int, state: Path, device
     """Fine-tune one copy of the encoder, check that it moved, and score the test images."""
     images = task.training_images(seed)
     learner = EndToEnd(task, config, steps_per_epoch(len(images), config), seed, device)
-    loop = Loop(learner, images, config, task.preprocessing, seed, state, device)
+    loop = Loop(learner, images, config, task.preprocessing, seed, state, device, config.drop_last)
     earlier = loop.run("finetune")
     check_moved(task.encoder.backbone, learner.net.backbone)
     scores = learner.scores()
@@ -226,6 +225,8 @@ def check_moved(before: nn.Module, after: nn.Module) -> None:
     statistics = {name for name, _ in before.named_buffers() if name.endswith("running_mean")}
     for what, names in (("weights", weights), ("running statistics", statistics)):
         if names and not names & moved:
-            raise RunFailed(f"none of the backbone's {len(names)} {what} moved in training; is optimizer.lr far too small?")
+            raise RunFailed(
+                f"none of the backbone's {len(names)} {what} moved in training; is optimizer.lr far too small?"
+            )
     if still := sorted(weights - moved):
         warn(f"{len(still)} of the backbone's {len(weights)} weights did not move, first {still[0]!r}")

@@ -18,6 +18,7 @@ from moco_eval.data.images import ImageSet, departures, preprocessing_departures
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
 from moco_eval.features import extract, network
+from moco_eval.metrics import accuracy
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
 from moco_eval.statistics import bootstrap_interval
@@ -61,12 +62,6 @@ def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature
     weights = ((neighbours.similarity - 1) / temperature).exp()  # a common factor, against overflow
     scores = weights.new_zeros((len(weights), classes))
     return scores.scatter_add_(1, labels[neighbours.index], weights)
-
-
-def accuracy(scores: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
-    """Top-k accuracy in percent; 100 where there are no more classes than k."""
-    best = scores.topk(min(top, scores.shape[1]), dim=1).indices
-    return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def monitor(

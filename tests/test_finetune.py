@@ -167,12 +167,18 @@ def test_the_heads_rate_is_a_hundred_times_the_backbones():
     for _ in range(11):
         learner.train_step(torch.randn(4, 3, 32, 32), torch.arange(4), 0, 4)
         rates.append([group["lr"] for group in learner.optimizer.param_groups])
-    assert [rates[step] for step in (0, 5, 10)] == [
-        pytest.approx([0.01 * fall, 1.0 * fall]) for fall in (1, 0.2, 0.04)
-    ]
+    assert [rates[step] for step in (0, 5, 10)] == [pytest.approx([0.01 * fall, 1.0 * fall]) for fall in (1, 0.2, 0.04)]
     sizes = [len(group["params"]) for group in learner.optimizer.param_groups]
     assert sizes == [len(list(work.encoder.backbone.parameters())), 2]
     assert all(group["weight_decay"] == 5e-4 for group in learner.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [20, 20, 20, 20, 10]), (True, [20, 20, 20, 20])])
+def test_the_last_images_of_an_epoch(drop_last, sizes, tmp_path, monkeypatch):
+    seen, step = [], finetune.EndToEnd.train_step
+    monkeypatch.setattr(finetune.EndToEnd, "train_step", lambda *given: seen.append(given[4]) or step(*given))
+    finetune.evaluate(task(), recipe(f"drop_last={str(drop_last).lower()}"), tmp_path, CPU)
+    assert seen == 3 * sizes
 
 
 def test_two_groups_of_one_process_are_two_gpus_batch_norm():
@@ -213,7 +219,9 @@ def test_the_encoder_stays_and_each_trial_starts_from_it(tmp_path, monkeypatch):
 
 
 def test_all_labels_vary_over_finetune(tmp_path):
-    record = finetune.evaluate(task(labels_per_class=None), recipe("schedule.epochs=2", "schedule.milestones=[1]"), tmp_path, CPU)
+    record = finetune.evaluate(
+        task(labels_per_class=None), recipe("schedule.epochs=2", "schedule.milestones=[1]"), tmp_path, CPU
+    )
     assert record["over"] == "finetune"
     assert record["metrics"]["top1"] > 20  # chance is 10
     assert record["trials"][0]["best_on_test"]["of"] == 2
@@ -291,6 +299,18 @@ def test_interrupted_it_goes_on_and_ends_the_same(steps, tmp_path, monkeypatch):
     assert np.array_equal(*scores)
 
 
+def test_a_damaged_state_leaves_nothing_behind(tmp_path, capfd):
+    """Its network can be read and its optimizer cannot: the trial starts again, from the encoder's weights."""
+    work, config, state = task(), recipe(), tmp_path / "state.pth"
+    whole = finetune.run_trial(work, config, 0, state, CPU)
+    kept = torch.load(state, weights_only=True)
+    kept["learner"]["optimizer"]["param_groups"].pop()
+    torch.save(kept | {"step": 5}, state)
+    again = finetune.run_trial(work, config, 0, state, CPU)
+    assert "this trial starts again" in capfd.readouterr().err
+    assert torch.equal(whole.scores, again.scores) and whole.notes == again.notes
+
+
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
     with pytest.raises(RunFailed, match=r"the loss is .* at epoch 0"):
         finetune.evaluate(task(), recipe("optimizer.lr=1e30"), tmp_path, CPU)
@@ -341,17 +361,20 @@ def test_two_processes_are_one(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_on_digits(capfd, monkeypatch, tmp_path):
-    arguments = ("finetune", "random:resnet18_quarter", "--dataset", "digits", "--protocol", "digits")
-    arguments += ("--labels", "10-per-class", "--trials", "2", "--set", "schedule.epochs=13", "--device", "cpu")
+    arguments = ("finetune", "random:resnet18_quarter", "--dataset", "digits", "--protocol", "digits_few")
+    arguments += ("--labels", "10-per-class", "--trials", "2", "--device", "cpu")
     out, _ = in_process(capfd, monkeypatch, *arguments, "--output", tmp_path)
     assert "finetune/openselfsup-1percent@1 digits top1" in out and "(2 trials)" in out
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["dataset"]["labels_per_class"] == 10 and record["over"] == "labels"
     assert "head_lr 10.0 instead of 100.0" in record["deviations"]
-    assert record["metrics"]["top1"] > 40
+    assert record["metrics"]["top1"] > 40  # chance is 10
 
 
 def test_a_protocol_that_is_not_there_is_named(capfd, monkeypatch):
-    line = error_line(capfd, monkeypatch, "finetune", "random:resnet18", "--dataset", "digits", "--protocol", "lightlyy")
+    line = error_line(
+        capfd, monkeypatch, "finetune", "random:resnet18", "--dataset", "digits", "--protocol", "lightlyy"
+    )
     assert "Did you mean 'lightly'" in line

@@ -12,6 +12,7 @@ from torch import nn
 
 from moco_eval import config as configs
 from moco_eval import linear
+from moco_eval.classify import Task
 from moco_eval.config import LinearConfig
 from moco_eval.data.images import open_images
 from moco_eval.data.loader import Batches, Examples, crop_transform
@@ -19,6 +20,7 @@ from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.encoders.load import load
 from moco_eval.errors import Interrupted, RunFailed
 from moco_eval.schedule import learning_rate
+from moco_eval.training import Loop
 
 CPU = torch.device("cpu")
 SETTINGS = [
@@ -47,10 +49,13 @@ def tiny_encoder() -> Encoder:
     return Encoder("tiny", "tiny", "tiny", TinyNet(), 6, None, "test", "0" * 64, 9, preprocessing=size)
 
 
-def task(*settings: str, **rest) -> linear.Task:
-    config = configs.load("moco-lincls", "linear", LinearConfig, [*SETTINGS, "optimizer.lr=1.0", *settings])
+def task(**rest) -> Task:
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
-    return linear.Task(rest.pop("encoder", None) or tiny_encoder(), train, test, config, **rest)
+    return Task(rest.pop("encoder", None) or tiny_encoder(), train, test, **rest)
+
+
+def recipe(*settings: str) -> LinearConfig:
+    return configs.load("moco-lincls", "linear", LinearConfig, [*SETTINGS, "optimizer.lr=1.0", *settings])
 
 
 def test_the_protocol_is_as_published():
@@ -61,15 +66,25 @@ def test_the_protocol_is_as_published():
     assert rates == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
 
 
+def learner(work: Task, config: LinearConfig) -> linear.OnCrops:
+    test = work.features(work.test, config, CPU)
+    classifier = linear.Classifier(6, 10, config.optimizer, config.schedule, 0, CPU)
+    backbone = linear.freeze(work.encoder.backbone)
+    return linear.OnCrops(classifier, backbone, test, torch.as_tensor(work.test.labels), "fp32", CPU)
+
+
 def test_step_by_step_against_the_official_loop_restated(tmp_path):
-    """The same weights, batches and start: the same classifier, with torch's own SGD and cross-entropy."""
-    work = task()
-    training = linear.Training(work, work.train, 0, tmp_path / "state.pth", CPU)
+    """The same weights, batches and start, 63 steps: the same losses and classifier, the backbone untouched."""
+    work, config = task(), recipe()
+    probe, losses = learner(work, config), []
+    step = probe.train_step
+    probe.train_step = lambda *given: losses.append(step(*given)) or losses[-1]
     reference = nn.Linear(6, 10)
-    reference.load_state_dict(training.classifier.state_dict())
+    reference.load_state_dict(probe.classifier.layer.state_dict())
     backbone = tiny_encoder().backbone.eval()
     sgd = torch.optim.SGD(reference.parameters(), 1.0, momentum=0.9, weight_decay=0)
     crops = Examples(work.train, crop_transform(work.encoder.preprocessing, (0.6, 1.0), True), 0)
+    theirs = []
     for row in Batches(len(work.train), 64, 0, range(3), shuffle=True, drop_last=False):
         sgd.param_groups[0]["lr"] = 1.0 if row[0][0] < 2 else 0.1
         images, labels, _ = zip(*(crops[item] for item in row))
@@ -79,15 +94,20 @@ def test_step_by_step_against_the_official_loop_restated(tmp_path):
         sgd.zero_grad()
         loss.backward()
         sgd.step()
-    training.run()
-    assert torch.allclose(training.classifier.weight, reference.weight, atol=1e-6)
-    assert torch.allclose(training.classifier.bias, reference.bias, atol=1e-6)
+        theirs.append(loss.detach())
+    Loop(probe, work.train, config, work.preprocessing, 0, tmp_path / "state.pth", CPU).run("linear")
+    assert len(losses) == 63 and torch.allclose(torch.stack(losses), torch.stack(theirs), rtol=0, atol=1e-6)
+    layer = probe.classifier.layer
+    assert torch.allclose(layer.weight, reference.weight, atol=1e-6)
+    assert torch.allclose(layer.bias, reference.bias, atol=1e-6)
+    before, after = backbone.state_dict(), probe.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_backbone_is_bit_identical_and_the_head_moved(tmp_path):
     work = task(encoder=load("random:resnet18_quarter"))
     before = linear.snapshot(work.encoder.backbone)
-    record = linear.evaluate(work, tmp_path, CPU)
+    record = linear.evaluate(work, recipe(), tmp_path, CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in work.encoder.backbone.state_dict().items())
     assert record["metrics"]["top1"] > 20  # chance is 10
     assert record["selection"] == "last-epoch" and record["over"] == "head"
@@ -98,16 +118,14 @@ def test_the_backbone_is_bit_identical_and_the_head_moved(tmp_path):
 def test_a_backbone_left_in_train_mode_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "freeze", lambda net: net.requires_grad_(False).train())
     with pytest.raises(RunFailed, match=r"the frozen backbone changed: 3 of 7 tensors, first \['bn.running_mean'\]"):
-        linear.evaluate(task(), tmp_path, CPU)
+        linear.evaluate(task(), recipe(), tmp_path, CPU)
     assert not (tmp_path / "result.json").exists()
 
 
-def test_a_head_that_does_not_move_is_caught(tmp_path):
-    work = task()
-    training = linear.Training(work, work.train, 0, tmp_path / "state.pth", CPU)
-    training.optimizer.step = lambda: None
+def test_a_head_that_does_not_move_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     with pytest.raises(RunFailed, match="did not move"):
-        training.run()
+        linear.evaluate(task(), recipe(), tmp_path, CPU)
 
 
 def test_the_classifier_starts_as_published():
@@ -115,15 +133,29 @@ def test_the_classifier_starts_as_published():
     assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02) and not layer.bias.any()
 
 
-def test_only_two_tensors_are_trained(tmp_path):
-    work = task()
-    training = linear.Training(work, work.train, 0, tmp_path / "state.pth", CPU)
-    assert sum(len(group["params"]) for group in training.optimizer.param_groups) == 2
-    assert not any(parameter.requires_grad for parameter in training.backbone.parameters())
+def test_only_two_tensors_are_trained():
+    probe = learner(task(), recipe())
+    assert sum(len(group["params"]) for group in probe.classifier.optimizer.param_groups) == 2
+    assert not any(parameter.requires_grad for parameter in probe.backbone.parameters())
+
+
+def test_the_best_on_test_stands_beside_the_last_epoch(tmp_path):
+    record = linear.evaluate(task(), recipe(), tmp_path, CPU)
+    [trial] = record["trials"]
+    assert trial["best_on_test"]["top1"] >= trial["metrics"]["top1"] == record["metrics"]["top1"]
+    assert 1 <= trial["best_on_test"]["epoch"] <= 3
+
+
+def test_moco_v3_has_its_own_rate_for_a_vit():
+    net, vit = (configs.load(name, "linear", LinearConfig) for name in ("mocov3", "mocov3_vit"))
+    assert (net.optimizer.lr, vit.optimizer.lr, net.batch_size) == (0.4, 12, 1024)
+    assert [learning_rate(net.schedule, 0.4, epoch) for epoch in (0, 45)] == pytest.approx([0.4, 0.2])
+    assert linear.recipe_for("mocov3", load("random:vit_tiny_patch16_224")) == "mocov3_vit"
+    assert linear.recipe_for("mocov3", tiny_encoder()) == "mocov3"
 
 
 def test_few_labels_are_drawn_anew_in_each_trial(tmp_path):
-    record = linear.evaluate(task(labels_per_class=10, trials=3), tmp_path, CPU)
+    record = linear.evaluate(task(labels_per_class=10, trials=3), recipe(), tmp_path, CPU)
     assert [trial["seed"] for trial in record["trials"]] == [0, 1, 2]
     values = [trial["metrics"]["top1"] for trial in record["trials"]]
     assert record["metrics"]["top1"] == pytest.approx(np.mean(values))
@@ -133,19 +165,19 @@ def test_few_labels_are_drawn_anew_in_each_trial(tmp_path):
 
 
 def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    whole = linear.evaluate(task(), tmp_path / "whole", CPU)
-    step, count = linear.Training.train_step, []
+    whole = linear.evaluate(task(), recipe(), tmp_path / "whole", CPU)
+    step, count = linear.OnCrops.train_step, []
 
     def stops(self, *arguments):
-        step(self, *arguments)
         count.append(1)
         if len(count) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
 
-    monkeypatch.setattr(linear.Training, "train_step", stops)
+    monkeypatch.setattr(linear.OnCrops, "train_step", stops)
     with pytest.raises(Interrupted, match="step 5 of 63 is saved"):
-        linear.evaluate(task(), tmp_path / "parts", CPU)
-    parts = linear.evaluate(task(), tmp_path / "parts", CPU)
+        linear.evaluate(task(), recipe(), tmp_path / "parts", CPU)
+    parts = linear.evaluate(task(), recipe(), tmp_path / "parts", CPU)
     assert len(count) == 3 * 21
     assert parts["trials"] == whole["trials"]
     scores = [np.load(tmp_path / name / "predictions.npz")["scores"] for name in ("whole", "parts")]
@@ -154,15 +186,15 @@ def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
     with pytest.raises(RunFailed, match=r"the loss is .* at epoch 0"):
-        linear.evaluate(task("optimizer.lr=1e38"), tmp_path, CPU)
+        linear.evaluate(task(), recipe("optimizer.lr=1e38"), tmp_path, CPU)
 
 
 def on_ranks(folder) -> dict:
-    return {"top1": linear.evaluate(task(), folder / "run", CPU)["metrics"]["top1"]}
+    return {"top1": linear.evaluate(task(), recipe(), folder / "run", CPU)["metrics"]["top1"]}
 
 
 @pytest.mark.slow
 def test_two_processes_are_as_good_as_one(tmp_path):
-    alone = linear.evaluate(task(), tmp_path / "alone", CPU)
+    alone = linear.evaluate(task(), recipe(), tmp_path / "alone", CPU)
     for rank in run_ranks(on_ranks, tmp_path, tmp_path):
         assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=0.21)  # one image in 500

@@ -50,6 +50,8 @@ class ImageSet:
         pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
         files: the image files, or the tar files that hold them.
         damaged: what could not be listed, by name: shards that end early.
+        rows: of a subset, which images of the whole set it holds, (N,) int64; None for the whole set.
+        whole: of a subset, the whole set.
     """
 
     name: str
@@ -61,6 +63,8 @@ class ImageSet:
     files: ImageFiles | Shards | None = None
     labels_per_class: int | None = None
     damaged: tuple[str, ...] = ()
+    rows: np.ndarray | None = None
+    whole: "ImageSet | None" = None
 
     def __len__(self) -> int:
         held = self.files if self.pixels is None else self.pixels
@@ -125,14 +129,17 @@ class ImageSet:
             generator.permutation(np.flatnonzero(self.labels == label))[:per_class]
             for label in range(len(self.classes))
         ]
-        return self._take(np.sort(np.concatenate(chosen)), per_class)
+        return replace(self.take(np.sort(np.concatenate(chosen))), labels_per_class=per_class)
 
-    def _take(self, indices: np.ndarray, per_class: int) -> "ImageSet":
+    def take(self, rows: np.ndarray) -> "ImageSet":
+        """The subset of those images, in that order."""
         assert self.labels is not None
+        whole = self if self.whole is None else self.whole
+        here = {"labels": self.labels[rows], "whole": whole, "rows": rows if self.rows is None else self.rows[rows]}
         if self.pixels is not None:
-            return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], labels_per_class=per_class)
+            return replace(self, pixels=self.pixels[rows], **here)
         assert isinstance(self.files, ImageFiles)
-        return replace(self, files=self.files.take(indices), labels=self.labels[indices], labels_per_class=per_class)
+        return replace(self, files=self.files.take(rows), **here)
 
 
 def decode_bytes(data: bytes, name: str) -> Image.Image:

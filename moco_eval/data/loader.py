@@ -202,8 +202,10 @@ def share(batch: Sequence | np.ndarray) -> Sequence | np.ndarray:
     return batch[len(batch) * mine // ranks : len(batch) * (mine + 1) // ranks]
 
 
-def loader(examples: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
-    """A DataLoader over those batches, whose workers live as long as the iteration.
+def loader(
+    examples: Dataset, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+) -> DataLoader:
+    """A DataLoader over those batches of (epoch, index) pairs, whose workers live as long as the iteration.
 
     Workers are a process group of their own: a signal to ours, which torchrun and Ctrl-C send, ends no batch that is
     still wanted, and the workers go when their process goes.

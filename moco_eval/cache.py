@@ -1,0 +1,311 @@
+"""Features, extracted once: a content-addressed folder of memory-mapped shards.
+
+What a feature depends on (weights, network, feature, pixels, data, arithmetic) is its address, so a cache can be
+neither stale nor mixed. A shard's name carries the sha256 of its bytes: it is there whole or not at all, and a changed
+byte is found when it is opened.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache as once
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moco_eval import files
+from moco_eval.data.images import ImageSet
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.features import Crops, Several, extract, network, pixels, require_finite_features
+from moco_eval.runtime import Stop, autocast, barrier, is_main, progress, rank, warn, world_size
+
+VERSION = 1
+SHARD = 1024  # images; what an interruption loses at most, on each process
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that the features of a set of images depend on.
+
+    Attributes:
+        crops: training crops of one epoch; None for the clean crop.
+        precision: of the arithmetic; bf16 features are kept in 16 bits.
+        batch_size: images per step over all processes, workers: loader processes; neither is part of the address.
+    """
+
+    encoder: Encoder
+    images: ImageSet
+    preprocessing: Preprocessing
+    feature: str = "pooled"
+    crops: Crops | None = None
+    precision: str = "fp32"
+    batch_size: int = 256
+    workers: int = 0
+
+    def key(self) -> dict[str, Any]:
+        """What the features depend on, in plain values."""
+        crops = self.crops
+        return {
+            "version": VERSION,
+            "encoder": self.encoder.identity(),
+            "feature": self.feature,
+            "preprocessing": self.preprocessing.to_dict(),
+            "crops": crops and {**crops.augmentation.model_dump(mode="json"), "seed": crops.seed, "epoch": crops.epoch},
+            "data": {"fingerprint": self.images.fingerprint, "split": self.images.split, "images": len(self.images)},
+            "rows": None if self.images.rows is None else _sha256(np.ascontiguousarray(self.images.rows).tobytes()),
+            "precision": self.precision,
+        }
+
+    def folder(self, cache: Path) -> Path:
+        """Where they are kept."""
+        return cache / _sha256(json.dumps(self.key(), sort_keys=True).encode())[:24]
+
+    def title(self) -> str:
+        """For a progress bar."""
+        what = "clean crop" if self.crops is None else f"crops of epoch {self.crops.epoch}"
+        return f"{self.images.split} features, {what}"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass
+class Features:
+    """(N, D) features in parts that follow each other, memory-mapped or in memory; 16-bit parts hold bf16."""
+
+    parts: list[np.ndarray]
+    ends: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.parts[0].shape[1]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> torch.Tensor:
+        """Some rows in the order asked for, float32, on the CPU: a slice without step, or row numbers."""
+        return self.stored(rows).float()
+
+    def tensor(self) -> torch.Tensor:
+        """All of them, float32, on the CPU."""
+        return self[:]
+
+    def stored(self, rows: slice | np.ndarray = slice(None)) -> torch.Tensor:
+        """The same as it is kept: float32 or bfloat16."""
+        taken = self._between(rows) if isinstance(rows, slice) else self._at(np.asarray(rows))
+        return _decoded(taken)
+
+    def _between(self, rows: slice) -> np.ndarray:
+        start, stop, step = rows.indices(len(self))
+        assert step == 1
+        starts = self.ends - [len(part) for part in self.parts]
+        pieces = [
+            part[max(0, start - first) : stop - first]
+            for part, first, end in zip(self.parts, starts, self.ends)
+            if first < stop and end > start
+        ]
+        return np.concatenate(pieces) if len(pieces) != 1 else np.array(pieces[0])
+
+    def _at(self, rows: np.ndarray) -> np.ndarray:
+        taken = np.empty((len(rows), self.shape[1]), self.parts[0].dtype)
+        owner = np.searchsorted(self.ends, rows, side="right")
+        for number in np.unique(owner):
+            mine = owner == number
+            taken[mine] = self.parts[number][rows[mine] - (self.ends[number] - len(self.parts[number]))]
+        return taken
+
+
+def _decoded(array: np.ndarray) -> torch.Tensor:
+    if array.itemsize == 4:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def _encoded(features: torch.Tensor, precision: str) -> np.ndarray:
+    return features.bfloat16().view(torch.int16).numpy() if precision == "bf16" else features.numpy()
+
+
+def features_of(source: Source, cache: Path | None, device: torch.device) -> Features:
+    """Features of a set of images: from the cache, where what is missing is extracted, or in memory without one.
+
+    Every process calls it; each writes its share of the shards, and all see all of them afterwards.
+
+    Raises:
+        InputError: an image cannot be read, the encoder lacks the feature, the cache cannot be written.
+        RunFailed: a feature is not finite.
+        Interrupted: stopped by a signal; the shards written so far are kept.
+    """
+    return several_features_of([source], cache, device)[0]
+
+
+def several_features_of(sources: Sequence[Source], cache: Path | None, device: torch.device) -> list[Features]:
+    """The same for several features of the same images: one pass of the network gives all that are missing."""
+    first = sources[0]
+    assert all(s.encoder is first.encoder and s.images is first.images and s.crops == first.crops for s in sources)
+    if cache is None:
+        return [_in_memory(source, device) for source in sources]
+    found = [_whole(source, cache) for source in sources]
+    entries = [_Entry(source, source.folder(cache)) for source, whole in zip(sources, found) if whole is None]
+    if entries:
+        for entry in entries:
+            entry.prepare()
+        barrier()
+        _fill(entries, device)
+    opened = iter([entry.open() for entry in entries])
+    return [next(opened) if whole is None else whole for whole in found]
+
+
+def _in_memory(source: Source, device: torch.device) -> Features:
+    net = network(source.encoder, source.feature).to(device).eval()
+    settings: dict[str, Any] = {"batch_size": source.batch_size, "workers": source.workers}
+    settings |= {"precision": source.precision, "title": source.title(), "crops": source.crops}
+    found = extract(net, source.images, source.preprocessing, device, **settings)
+    return Features([_encoded(found, source.precision)])
+
+
+def _whole(source: Source, cache: Path) -> Features | None:
+    """The clean features of a subset out of those of the whole set, where these are there."""
+    rows = source.images.rows
+    if rows is None or source.crops is not None or source.images.whole is None:
+        return None
+    whole = replace(source, images=source.images.whole)
+    entry = _Entry(whole, whole.folder(cache))
+    if not entry.is_there():
+        return None
+    entry.prepare()
+    barrier()
+    if entry.missing():
+        return None
+    kept = entry.open()
+    return Features([np.concatenate([_encoded(kept.stored(part), source.precision) for part in _split(rows)])])
+
+
+def _split(rows: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(rows, max(1, len(rows) // SHARD))
+
+
+class _Entry:
+    """The folder of one source: key.json, and a shard file for each SHARD images."""
+
+    def __init__(self, source: Source, folder: Path):
+        self.source, self.folder = source, folder
+        self.bounds = [*range(0, len(source.images), SHARD), len(source.images)]
+
+    def is_there(self) -> bool:
+        return (self.folder / "key.json").is_file()
+
+    def prepare(self) -> None:
+        """The folder with its key, and no shard that is damaged; of several processes one writes."""
+        if not is_main():
+            return
+        path, key = self.folder / "key.json", self.source.key()
+        if self.is_there() and files.read_json(path) != json.loads(json.dumps(key)):
+            raise InputError(f"{path} does not say what this folder's name says; remove the folder")
+        if not self.is_there():
+            files.write_json(path, key)
+        for number, found in self._damaged():
+            warn(f"{found} is damaged: its bytes are not those that were written; shard {number} is extracted anew")
+            found.unlink()
+
+    def _damaged(self) -> list[tuple[int, Path]]:
+        shards = list(self.shards().items())
+        with ThreadPoolExecutor(8) as threads:
+            sound = threads.map(lambda item: _is_sound(item[1]), shards)
+            return [item for item, fine in zip(shards, sound) if not fine]
+
+    def shards(self) -> dict[int, Path]:
+        """The shard files that are there, by number."""
+        return {int(path.name[:6]): path for path in self.folder.glob("[0-9]*.npy")}
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there."""
+        there = self.shards()
+        return [number for number in range(len(self.bounds) - 1) if number not in there]
+
+    def write(self, number: int, features: torch.Tensor) -> None:
+        """Keep one shard, under a name that carries its sha256."""
+        require_finite_features(features, self.source.title())
+        unnamed = self.folder / f".{number:06}.npy"
+        with files.atomic(unnamed) as temporary:
+            np.save(temporary, _encoded(features, self.source.precision))
+        unnamed.rename(self.folder / f"{number:06}-{files.sha256_of(unnamed)}.npy")
+
+    def open(self) -> Features:
+        """All shards, memory-mapped."""
+        there = self.shards()
+        assert not self.missing()
+        parts = [np.load(there[number], mmap_mode="r") for number in range(len(self.bounds) - 1)]
+        if [len(part) for part in parts] != [end - start for start, end in pairwise(self.bounds)]:
+            raise RunFailed(f"{self.folder} holds shards of other lengths; remove it and run again")
+        return Features(parts)
+
+
+def _is_sound(path: Path) -> bool:
+    status = path.stat()
+    return _has_its_bytes(path, status.st_size, status.st_mtime_ns)
+
+
+@once
+def _has_its_bytes(path: Path, _size: int, _changed: int) -> bool:
+    """Read once by each process, as long as the file stays as it is."""
+    return path.stem.split("-")[1] == files.sha256_of(path)
+
+
+@torch.no_grad()
+def _fill(entries: list[_Entry], device: torch.device) -> None:
+    """Extract what is missing; each process takes its share of the shards."""
+    source = entries[0].source
+    missing = sorted(set().union(*(entry.missing() for entry in entries)))
+    barrier()  # nobody writes before everybody has looked
+    if not missing:
+        return
+    mine = missing[rank() :: world_size()]
+    net = Several(source.encoder, [entry.source.feature for entry in entries]).to(device).eval()
+    per_process = max(1, source.batch_size // world_size())
+    batches = list(_batches(entries[0].bounds, mine, per_process, source.crops))
+    with Stop() as stop, progress(source.title(), len(batches) if mine else 0, per_process) as advance:
+        shards = iter(mine)
+        rows: list[list[torch.Tensor]] = []
+        views = pixels(source.images, source.preprocessing, source.crops, batches, device, source.workers)
+        for batch, images in zip(batches, views) if batches else ():
+            with autocast(device, source.precision):
+                rows.append([one.flatten(1).float().cpu() for one in net(images)])
+            advance()
+            if batch[-1][1] + 1 in entries[0].bounds:
+                _keep(entries, next(shards), rows)
+                rows = []
+            if stop.signal is not None:
+                raise Interrupted(_saved(source, entries[0]))
+    barrier()
+
+
+def _saved(source: Source, entry: _Entry) -> str:
+    kept = f"{len(entry.shards())} of {len(entry.bounds) - 1} shards of {source.title()} are kept"
+    return f"{kept}: run the same command to go on"
+
+
+def _keep(entries: list[_Entry], number: int, rows: list[list[torch.Tensor]]) -> None:
+    for entry, feature in zip(entries, zip(*rows)):
+        if number not in entry.shards():
+            entry.write(number, torch.cat(feature))
+
+
+def _batches(
+    bounds: list[int], shards: Sequence[int], batch: int, crops: Crops | None
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, index) of the images of those shards in batches that end with their shard."""
+    epoch = 0 if crops is None else crops.epoch
+    for shard in shards:
+        for first in range(bounds[shard], bounds[shard + 1], batch):
+            yield [(epoch, index) for index in range(first, min(first + batch, bounds[shard + 1]))]

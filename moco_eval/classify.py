@@ -1,0 +1,211 @@
+"""What every classification protocol shares: the run directory, its trials, predictions, intervals and the record."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moco_eval import files
+from moco_eval.cache import Features, Source, features_of
+from moco_eval.config import Model
+from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.features import Crops, network
+from moco_eval.metrics import accuracy
+from moco_eval.results import Cost, Result, deviations, finished, open_run
+from moco_eval.runtime import is_main, log
+from moco_eval.statistics import bootstrap_interval
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one classification evaluation is about.
+
+    Attributes:
+        feature: pooled, head or a stage.
+        labels_per_class: train on so many, drawn anew in each trial; None for all.
+        cache: the folder of extracted features; None keeps them in memory.
+    """
+
+    encoder: Encoder
+    train: ImageSet
+    test: ImageSet
+    feature: str = "pooled"
+    labels_per_class: int | None = None
+    trials: int = 1
+    cache: Path | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return preprocessing_for(self.train.name, self.encoder.preprocessing)
+
+    def training_images(self, seed: int) -> ImageSet:
+        """The training images of a trial."""
+        return self.train.few_labels(self.labels_per_class, seed) if self.labels_per_class else self.train
+
+    def features(self, images: ImageSet, config: Any, device: torch.device, crops: Crops | None = None) -> Features:
+        """Features of a set of images, as `config` says (precision, batch_size, workers). Collective."""
+        source = Source(
+            self.encoder,
+            images,
+            self.preprocessing,
+            self.feature,
+            crops,
+            config.precision,
+            config.batch_size,
+            config.workers,
+        )
+        return features_of(source, self.cache, device)
+
+
+@dataclass
+class Outcome:
+    """What a trial came to.
+
+    Attributes:
+        scores: of each test image for each class, (images, classes), on the CPU.
+        images: how many images it is about, epochs counted, for the cost.
+        notes: what the trial chose or saw besides, plain values; kept beside its metrics.
+        seconds: of earlier sessions.
+    """
+
+    scores: torch.Tensor
+    images: int
+    notes: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an evaluation says of itself in its record.
+
+    Attributes:
+        command: the command, for config.yaml.
+        config: as it is run; `canonical`: as the protocol has it.
+        over: what trials vary where all labels are used: head or finetune.
+        selection: last-epoch, or which split chose what.
+        free: config keys that move no number here.
+    """
+
+    command: str
+    config: Any
+    canonical: Model
+    over: str
+    selection: str
+    free: tuple[str, ...] = ()
+
+
+Trial = Callable[[int, Path], Outcome | None]  # (seed, where its state may be kept); None where only rank 0 works
+
+
+def judge(
+    task: Task,
+    protocol: Protocol,
+    output: Path,
+    device: torch.device,
+    trial: Trial,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run all trials into a run directory; finished trials are not repeated.
+
+    Args:
+        trial: makes the outcome of one seed; called by every process.
+        extra: more for the record.
+    Returns:
+        The result record.
+    Raises:
+        InputError: the output holds another run, or an image cannot be read.
+        RunFailed: a number that is not finite.
+        Interrupted: stopped by a signal; run again to go on.
+    """
+    network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    if open_run(output, _resolved(task, protocol)) and (record := finished(output)):
+        log(f"already done: {output}")
+        return record
+    cost = Cost(str(device))
+    first = protocol.config.seed
+    outcomes = [_outcome(first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
+    if is_main():
+        _write_predictions(output / "predictions.npz", outcomes, task.test)
+    result = _result(task, protocol, outcomes, cost)
+    result.extra |= extra or {}
+    record = result.write(output)
+    if is_main():
+        for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
+            path.unlink()
+    return record
+
+
+def _resolved(task: Task, protocol: Protocol) -> dict[str, Any]:
+    return {
+        "command": protocol.command,
+        "dataset": {"train": task.train.record(), "test": task.test.record()},
+        "encoder": task.encoder.identity() | {"feature": task.feature},
+        "labels_per_class": task.labels_per_class,
+        "trials": task.trials,
+        "config": protocol.config.model_dump(mode="json"),
+    }
+
+
+def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Outcome]:
+    """The outcome of a trial, made or as it was kept."""
+    kept = place.with_suffix(".npz")
+    if not kept.is_file():
+        began = time.perf_counter()
+        outcome = trial(seed, place.with_suffix(".pth"))
+        if outcome is not None and is_main():
+            seconds = outcome.seconds + time.perf_counter() - began
+            with files.atomic(kept) as path:
+                notes = json.dumps(outcome.notes, allow_nan=False)
+                np.savez(path, scores=outcome.scores.numpy(), images=outcome.images, notes=notes, seconds=seconds)
+            place.with_suffix(".pth").unlink(missing_ok=True)
+        while not kept.is_file():  # another process works on it; no collective waits as long as it may take
+            time.sleep(0.2)
+    with np.load(kept, allow_pickle=False) as held:
+        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), json.loads(str(held["notes"])))
+        cost.seconds += float(held["seconds"])
+        cost.images += found.images
+    return seed, found
+
+
+def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test: ImageSet) -> None:
+    assert test.labels is not None
+    scores = [outcome.scores for _, outcome in outcomes]
+    with files.atomic(path) as temporary:
+        np.savez(temporary, prediction=[one.argmax(1) for one in scores], label=test.labels, scores=scores[0])
+
+
+def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
+    labels, few = torch.as_tensor(task.test.labels), task.labels_per_class
+    right = np.stack([(outcome.scores.argmax(1) == labels).numpy() for _, outcome in outcomes])
+    trials = [
+        {"seed": seed, "metrics": metrics(outcome.scores, task.test)} | outcome.notes for seed, outcome in outcomes
+    ]
+    return Result(
+        protocol=protocol.config.protocol,
+        dataset=task.test.record() | ({"labels_per_class": few} if few else {}),
+        encoder=task.encoder,
+        trials=trials,
+        over="labels" if few else protocol.over,
+        selection=protocol.selection,
+        cost=cost,
+        interval={"top1": bootstrap_interval(right)},
+        extra={"preprocessing": task.preprocessing.to_dict()},
+        deviations=deviations(protocol.config, protocol.canonical, protocol.free)
+        + departures(task.train, task.test)
+        + preprocessing_departures(task.train.name, task.preprocessing)
+        + ([f"{few} labels per class"] if few else [])
+        + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
+    )
+
+
+def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:
+    """The metrics of a data set, in percent: top-1, and top-5 where there are more classes."""
+    labels = torch.as_tensor(test.labels)
+    tops = {"top1": 1} | ({"top5": 5} if len(test.classes) > 5 else {})
+    return {name: accuracy(scores, labels, top) for name, top in tops.items()}
