@@ -152,7 +152,7 @@ class EndToEnd:
 
 
 def new_classifier(encoder: Encoder, classes: int, config: FinetuneConfig, seed: int) -> Classifier:
-    """A copy of the encoder's backbone with a new linear layer, in training mode; checked to start bit for bit alike."""
+    """A copy of the encoder's backbone, checked bit for bit, with a new linear layer; in training mode."""
     backbone = normalised(copy.deepcopy(encoder.backbone).requires_grad_(True), config.bn_groups)
     if different := differing(encoder.backbone, backbone):
         raise RunFailed(f"the copy is not the encoder: {len(different)} tensors differ, first {different[0]!r}")
@@ -225,8 +225,6 @@ def check_moved(before: nn.Module, after: nn.Module) -> None:
     statistics = {name for name, _ in before.named_buffers() if name.endswith("running_mean")}
     for what, names in (("weights", weights), ("running statistics", statistics)):
         if names and not names & moved:
-            raise RunFailed(
-                f"none of the backbone's {len(names)} {what} moved in training; is optimizer.lr far too small?"
-            )
+            raise RunFailed(f"none of the backbone's {len(names)} {what} moved; is optimizer.lr far too small?")
     if still := sorted(weights - moved):
         warn(f"{len(still)} of the backbone's {len(weights)} weights did not move, first {still[0]!r}")

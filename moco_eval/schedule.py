@@ -17,7 +17,8 @@ def learning_rate(schedule: Schedule, lr: float, epoch: int) -> float:
 def rate_of_step(schedule: FinetuneSchedule, lr: float, step: int, per_epoch: int) -> float:
     """The rate of a step of fine-tuning, counted from 0 over all epochs of `per_epoch` steps.
 
-    Source: step as in OpenSelfSup@1db69ec (mmcv's StepLrUpdaterHook); cosine lightly@e8d317f, lightly/utils/scheduler.py.
+    Source: step, OpenSelfSup@1db69ec by way of mmcv's StepLrUpdaterHook; cosine, lightly@e8d317f,
+        lightly/utils/scheduler.py.
     """
     if schedule.kind == "step":
         return _stepped(schedule, lr, step // per_epoch)

@@ -1,4 +1,4 @@
-"""Fine-tuning: the published recipes, the plain loop restated, resuming, several processes, what must and must not move."""
+"""Fine-tuning: the published recipes, the plain loop restated, resuming, several processes, what may move."""
 
 import copy
 import json
@@ -333,7 +333,7 @@ def test_what_cannot_be_trained_is_refused(settings, rest, words, tmp_path):
 
 @pytest.mark.parametrize("settings", [["bn_groups=3", "drop_last=true"], ["bn_groups=2"]])
 def test_groups_that_do_not_divide_are_refused(settings):
-    with pytest.raises(InputError, match="bn_groups . needs a batch_size that it divides, not 20, and drop_last true"):
+    with pytest.raises(InputError, match=r"bn_groups . needs a batch_size that it divides, not 20, and drop_last true"):
         recipe(*settings)
 
 
