@@ -25,6 +25,7 @@ setup(
         "pyyaml>=6",
         "numpy>=1.24",
         "scikit-learn>=1.3",
+        "scipy>=1.9",
         "pycocotools>=2.0.7",
         "safetensors>=0.4",
         "rich>=13",

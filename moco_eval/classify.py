@@ -13,13 +13,20 @@ import torch
 from moco_eval import files
 from moco_eval.cache import Features, Source, features_of
 from moco_eval.config import Model
-from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
+from moco_eval.data.images import (
+    ImageSet,
+    departures,
+    preprocessing_departures,
+    preprocessing_for,
+    require_single_label,
+)
+from moco_eval.data.labels import is_published
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
-from moco_eval.metrics import accuracy
+from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import is_main, log
-from moco_eval.statistics import bootstrap_interval
+from moco_eval.runtime import barrier, is_main, log
+from moco_eval.statistics import intervals
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Protocol:
         over: what trials vary where all labels are used: head or finetune.
         selection: last-epoch, or which split chose what.
         free: config keys that move no number here.
+        subset: of labels that the protocol is about, in the words of `data.labels.PUBLISHED`; None for all of them.
+        multi_label: whether it takes images of several classes.
     """
 
     command: str
@@ -98,6 +107,8 @@ class Protocol:
     over: str
     selection: str
     free: tuple[str, ...] = ()
+    subset: str | None = None
+    multi_label: bool = False
 
 
 Trial = Callable[[int, Path], Outcome | None]  # (seed, where its state may be kept); None where only rank 0 works
@@ -124,12 +135,15 @@ def judge(
         Interrupted: stopped by a signal; run again to go on.
     """
     network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    if not protocol.multi_label:
+        require_single_label(task.test)
     if open_run(output, _resolved(task, protocol)) and (record := finished(output)):
         log(f"already done: {output}")
         return record
     cost = Cost(str(device))
     first = protocol.config.seed
     outcomes = [_outcome(first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
+    barrier()  # every process has read every trial
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
@@ -175,37 +189,59 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
 
 def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test: ImageSet) -> None:
     assert test.labels is not None
-    scores = [outcome.scores for _, outcome in outcomes]
+    scores = [outcome.scores.numpy() for _, outcome in outcomes]
+    kept = scores if test.multi_label else scores[:1]  # elsewhere the classes that were predicted say it all
     with files.atomic(path) as temporary:
-        np.savez(temporary, prediction=[one.argmax(1) for one in scores], label=test.labels, scores=scores[0])
+        predictions = [one.argmax(1) for one in scores]
+        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept))
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
-    labels, few = torch.as_tensor(task.test.labels), task.labels_per_class
-    right = np.stack([(outcome.scores.argmax(1) == labels).numpy() for _, outcome in outcomes])
-    trials = [
+    few = task.labels_per_class
+    assert task.test.labels is not None
+    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
+    trials: list[dict[str, Any]] = [
         {"seed": seed, "metrics": metrics(outcome.scores, task.test)} | outcome.notes for seed, outcome in outcomes
     ]
     return Result(
         protocol=protocol.config.protocol,
-        dataset=task.test.record() | ({"labels_per_class": few} if few else {}),
+        dataset=task.test.record() | ({"labels_per_class": few} if few else task.train.regime()),
         encoder=task.encoder,
         trials=trials,
         over="labels" if few else protocol.over,
         selection=protocol.selection,
         cost=cost,
-        interval={"top1": bootstrap_interval(right)},
+        interval=intervals(list(trials[0]["metrics"]), task.test.labels, scores=scores),
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
-        + ([f"{few} labels per class"] if few else [])
+        + _other_labels(task, protocol.subset)
         + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
     )
 
 
+def _other_labels(task: Task, wanted: str | None) -> list[str]:
+    """In words, where a protocol's labels are not the ones used; `departures` names a list that nobody published."""
+    subset, few = task.train.subset, task.labels_per_class
+    if subset == wanted and not few:
+        return []
+    if few:
+        used = f"{few} labels per class"
+    elif is_published(subset):
+        used = f"labels of {subset}"
+    else:
+        used = "labels of an unpublished list" if subset else "all labels"
+    if wanted:
+        return [f"{used} instead of {wanted}"]
+    return [used] if few or is_published(subset) else []
+
+
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:
-    """The metrics of a data set, in percent: top-1, and top-5 where there are more classes."""
+    """The metrics of a data set, in percent, the one that its papers report first."""
     labels = torch.as_tensor(test.labels)
+    if test.multi_label:
+        return {"mAP": mean_average_precision(scores, labels)[1]}
     tops = {"top1": 1} | ({"top5": 5} if len(test.classes) > 5 else {})
-    return {name: accuracy(scores, labels, top) for name, top in tops.items()}
+    found = {name: accuracy(scores, labels, top) for name, top in tops.items()}
+    return {"mean_per_class": mean_per_class(scores, labels)} | found if test.metric == "mean_per_class" else found

@@ -14,6 +14,10 @@ from moco_eval import __version__
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 
 FOLDER = click.Path(path_type=Path)
+DATASETS = (
+    "digits (built in), imagefolder, imagenet, cifar10, cifar100, stl10, flowers102, pets, food101, dtd, voc07, "
+    "voc-folder"
+)  # what can be evaluated on; `moco-eval datasets` says more
 
 
 def options(*wanted: click.Option | Callable) -> Callable:
@@ -49,16 +53,25 @@ encoder_options = options(
         help="key is the momentum encoder.  [default: query; DINO: key]",
     ),
 )
-dataset_option = click.option(
-    "--dataset", default="imagenet", show_default=True, help="digits, imagefolder, imagenet, cifar10 or stl10."
+split_options = options(
+    click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
+    click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
+)
+dataset_options = options(
+    click.option("--dataset", default="imagenet", show_default=True, help=f"{DATASETS}."),
+    split_options,
 )
 classification_options = options(
-    dataset_option,
+    dataset_options,
     click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
     click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),
 )
 trial_options = options(
-    click.option("--labels", metavar="N-per-class", help="Train on N labels per class, drawn anew in each trial."),
+    click.option(
+        "--labels",
+        metavar="WHICH",
+        help="Train on N-per-class, drawn anew in each trial; 1% or 10% (DATA/1percent.txt), or any list of names.",
+    ),
     click.option(
         "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
     ),
@@ -77,7 +90,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("config")
-@click.option("--dataset", help="digits (built in), imagefolder, imagenet, cifar10, stl10, flat or webdataset.")
+@click.option("--dataset", help=f"{DATASETS}, flat or webdataset.")
 @data_options
 @run_options
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died.")
@@ -218,7 +231,7 @@ def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     show_default=True,
     help="lightly, openselfsup-1percent, openselfsup-10percent, digits, or a file.",
 )
-@dataset_option
+@dataset_options
 @trial_options
 @data_options
 @encoder_options
@@ -283,6 +296,19 @@ def detect(
 
 
 @cli.command()
+@click.argument("run_a", type=FOLDER)
+@click.argument("run_b", type=FOLDER)
+def compare(run_a: Path, run_b: Path) -> None:
+    """Is RUN_B better than RUN_A? Paired over the same test images, with what such a test could have seen.
+
+    Both are finished classification runs (folders with result.json and predictions.npz).
+    """
+    from moco_eval import compare as comparison
+
+    click.echo(comparison.describe(comparison.compare(run_a, run_b)))
+
+
+@cli.command()
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--list", "list_tables", is_flag=True, help="Name every table.")
 @click.option("--commands", is_flag=True, help="The command that pretrains each row's encoder.")
@@ -335,6 +361,25 @@ def configs(action: str, name: str | None) -> None:
 
 
 @cli.command()
+@click.argument("action", type=click.Choice(["list", "check"]), default="list")
+@click.argument("name", required=False)
+@data_options
+@split_options
+def datasets(action: str, name: str | None, data: Path | None, train_split: str | None, test_split: str | None) -> None:
+    """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
+    from moco_eval.data import images
+
+    if action == "list":
+        for line in images.known():
+            click.echo(line)
+        return
+    if name is None:
+        raise InputError("datasets check needs a NAME; moco-eval datasets names them")
+    for line in images.check(name, data, train_split, test_split):
+        click.echo(line)
+
+
+@cli.command()
 @click.option("--output", type=FOLDER, default=Path("runs/demo"), show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def demo(output: Path, device: str) -> None:
@@ -384,15 +429,18 @@ def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, gi
     """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
     from moco_eval.classify import Task
     from moco_eval.data.images import open_splits
+    from moco_eval.data.labels import parse_labels
     from moco_eval.encoders.load import load
     from moco_eval.results import default_output
     from moco_eval.runtime import processes
 
-    per_class, dataset = _labels(given.get("labels")), given["dataset"]
+    labels, dataset = parse_labels(given.get("labels")), given["dataset"]
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
-    train, test = open_splits(dataset, given["data"])
-    regime = dataset if per_class is None else f"{dataset}-{per_class}-per-class"
+    train, test = open_splits(dataset, given["data"], given["train_split"], given["test_split"])
+    if labels and labels.per_class is None:
+        train = labels.of(train, config.seed)
+    regime = f"{dataset}-{labels.name}" if labels else dataset
     output = given["output"] or default_output(command, encoder, regime, config.protocol)
     if given["dry_run"]:
         click.echo(_evaluation_plan(encoder, config, train, test, output))
@@ -404,22 +452,13 @@ def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, gi
         train=train,
         test=test,
         feature=given.get("feature") or "pooled",
-        labels_per_class=per_class,
+        labels_per_class=labels.per_class if labels else None,
         trials=given.get("trials", 1),
         cache=given.get("cache") or Path("runs/features"),
     )
     with processes(given["device"]) as device:
         _print_record(evaluate(task, config, output, device))
     return 0
-
-
-def _labels(text: str | None) -> int | None:
-    if text is None:
-        return None
-    number, _, rest = text.partition("-")
-    if rest != "per-class" or not number.isdigit() or int(number) == 0:
-        raise InputError(f"--labels {text!r} is not N-per-class; for example --labels 10-per-class")
-    return int(number)
 
 
 def _launch(nproc: int, max_restarts: int = 0) -> int:
@@ -452,15 +491,15 @@ def _evaluation_plan(encoder: Any, config: Any, train: Any, test: Any, output: P
 
 def _print_record(record: dict[str, Any]) -> None:
     """The numbers of a result record to stdout, from the first process."""
+    from moco_eval.results import repeats
     from moco_eval.runtime import is_main
 
     if not is_main():
         return
     for name, value in record["metrics"].items():
-        std, trials = record["std"].get(name), len(record["trials"])
-        spread = f" ± {std:.2f} ({trials} trials)" if std is not None else ""
-        low_high = record["interval"].get(name)
-        interval = f"  [{low_high[0]:.2f}, {low_high[1]:.2f}] over test images" if low_high and std is None else ""
+        std, low_high = record["std"].get(name), record["interval"].get(name)
+        spread = f" ± {std:.2f} ({repeats(record)})" if std is not None else ""
+        interval = f"  [{low_high[0]:.2f}, {low_high[1]:.2f}] over test images" if low_high else ""
         click.echo(f"{record['protocol']} {record['dataset']['name']} {name} {value:.2f}{spread}{interval}")
     for words in record["deviations"]:
         click.echo(f"  not comparable with published numbers: {words}")

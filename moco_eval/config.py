@@ -256,7 +256,7 @@ class FinetuneConfig(Model):
 
 
 class SweepConfig(Model):
-    """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, on each of `features`,
+    """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, each of `features`,
     with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
     """
 

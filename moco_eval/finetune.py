@@ -26,6 +26,13 @@ from moco_eval.runtime import autocast, broadcast_, parallel, warn, world_size
 from moco_eval.schedule import rate_of_step
 from moco_eval.training import Loop
 
+# The labels that a protocol is about, in the words of data.labels; OpenSelfSup takes SimCLR's lists, as its
+# tools/prepare_data/convert_subset.py says.
+LABELS = {
+    "openselfsup-1percent": "ImageNet 1 % (SimCLR's list)",
+    "openselfsup-10percent": "ImageNet 10 % (SimCLR's list)",
+}
+
 
 def evaluate(task: Task, config: FinetuneConfig, output: Path, device: torch.device) -> dict[str, Any]:
     """Run the protocol into a run directory; returns the result record.
@@ -36,8 +43,9 @@ def evaluate(task: Task, config: FinetuneConfig, output: Path, device: torch.dev
         Interrupted: stopped by a signal; run again to go on.
     """
     require_trainable(task.encoder)
-    canonical = configs.load(config.protocol.split("/")[1][:-2], "finetune", FinetuneConfig)
-    protocol = Protocol("finetune", config, canonical, over="finetune", selection="last-epoch")
+    name = config.protocol.split("/")[1][:-2]
+    canonical = configs.load(name, "finetune", FinetuneConfig)
+    protocol = Protocol("finetune", config, canonical, over="finetune", selection="last-epoch", subset=LABELS.get(name))
 
     def trial(seed: int, state: Path) -> Outcome:
         return run_trial(task, config, seed, state, device)

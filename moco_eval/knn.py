@@ -14,14 +14,20 @@ from torch.nn.functional import normalize
 from moco_eval import config as configs
 from moco_eval import files
 from moco_eval.config import KnnConfig
-from moco_eval.data.images import ImageSet, departures, preprocessing_departures, preprocessing_for
+from moco_eval.data.images import (
+    ImageSet,
+    departures,
+    preprocessing_departures,
+    preprocessing_for,
+    require_single_label,
+)
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
 from moco_eval.features import extract, network
 from moco_eval.metrics import accuracy
 from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import is_main, log
-from moco_eval.statistics import bootstrap_interval
+from moco_eval.statistics import intervals
 
 
 @dataclass
@@ -101,6 +107,7 @@ def evaluate(
 ) -> dict:
     """Run the protocol into a run directory; returns the result record."""
     network(encoder, config.feature)  # an encoder without that feature is refused before anything is written
+    require_single_label(test)
     require_enough(config.k, len(train))
     preprocessing = preprocessing_for(train.name, encoder.preprocessing)
     resolved = {
@@ -129,13 +136,13 @@ def evaluate(
     canonical = configs.load(config.protocol.split("/")[1].split("@")[0], "knn", KnnConfig)
     result = Result(
         protocol=config.protocol,
-        dataset=test.record() | _few(train),
+        dataset=test.record() | train.regime(),
         encoder=encoder,
         trials=[{"seed": config.seed, "metrics": metrics}],
         over="head",
         selection="none: nothing is trained or chosen",
         cost=cost,
-        interval={"top1": bootstrap_interval((predictions == labels).numpy()[None])},
+        interval=intervals(list(metrics), test.labels, scores=scores.numpy()[None]),
         extra={"preprocessing": preprocessing.to_dict()},
         deviations=deviations(config, canonical, ("batch_size",))
         + departures(train, test)
@@ -166,10 +173,6 @@ def _classify(
     labels = torch.as_tensor(train.labels, device=device)
     scores = vote(neighbours, labels, len(train.classes), config.temperature)
     return Neighbours(neighbours.similarity.cpu(), neighbours.index.cpu()), scores.cpu()
-
-
-def _few(train: ImageSet) -> dict:
-    return {"labels_per_class": train.labels_per_class} if train.labels_per_class else {}
 
 
 def _draw_neighbours(train: ImageSet, test: ImageSet, found: Neighbours, path: Path, rows: int = 8) -> None:

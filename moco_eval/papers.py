@@ -23,17 +23,16 @@ from rich.table import Table as RichTable
 from moco_eval import config
 from moco_eval.config import Expect, Model, PretrainConfig
 from moco_eval.errors import InputError
-from moco_eval.statistics import mean_and_std
+from moco_eval.statistics import REPEATS, mean_and_std
 
 Record = dict[str, Any]
-Over = Literal["head", "finetune", "pretrain"]
+Over = Literal["head", "labels", "finetune", "pretrain"]
 # Config values by which rows of one protocol are told apart; `_asked` adds those that not every recipe has.
 TOLD_APART = (
     *("mechanism", "queue_size", "symmetric", "batch_size", "bn_groups", "bn_permute", "schedule.kind"),
     *("head", "views.recipe"),
 )
 PROTECTED = ("shuffle", "split")  # kinds of BN that do not leak
-REPEATS = {"head": "heads", "finetune": "fine-tunings", "pretrain": "pretrainings"}
 
 
 class Column(Model):
@@ -302,7 +301,7 @@ def _belongs(record: Record, column: Column, row: Row) -> bool:
         column.protocol is not None
         and record["protocol"] == column.protocol
         and record["dataset"]["name"] == column.dataset
-        and "labels_per_class" not in record["dataset"]
+        and not {"labels_per_class", "subset"} & record["dataset"].keys()
         and record["metrics"].get(column.metric) is not None
         and _is_encoder(record["encoder"], row)
     )

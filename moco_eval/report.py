@@ -42,12 +42,11 @@ class Run:
 
 @dataclass
 class Score:
-    """A number of the table; `spread` is a standard deviation over `n` trials, `interval` is over images."""
+    """A number of the table; `spread` is a standard deviation over `trials` ('5 heads'), `interval` over images."""
 
     value: float
     spread: float | None
-    n: int
-    unit: str
+    trials: str
     interval: tuple[float, float] | None
 
     @property
@@ -251,12 +250,13 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
         where,
         list(METRICS).index(metric),
         own,
+        dataset.get("subset", ""),
     )
 
 
 def _column(record: dict[str, Any], metric: str) -> Column:
     task, few = record["protocol"].split("/")[0], record["dataset"].get("labels_per_class")
-    regime = f"{few} labels per class" if few else "all labels"
+    regime = f"{few} labels per class" if few else record["dataset"].get("subset", "all labels")
     return Column(TASKS.get(task, task), regime, record["dataset"]["name"], METRICS[metric], record["protocol"])
 
 
@@ -272,11 +272,9 @@ def _tell_apart(columns: list[Column]) -> list[Column]:
 
 
 def _score(record: dict[str, Any], metric: str) -> Score:
-    n = len(record["trials"])
-    unit = "draws" if record["dataset"].get("labels_per_class") else {"head": "heads"}.get(record["over"], "trials")
     interval = record["interval"].get(metric)
-    spread = record["std"].get(metric)
-    return Score(record["metrics"][metric], spread, n, unit, tuple(interval) if interval else None)
+    spread, trials = record["std"].get(metric), results.repeats(record)
+    return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None)
 
 
 def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str]) -> list[str]:
@@ -477,15 +475,13 @@ def _provenance(run: Run, names: dict[str, str]) -> dict[str, Any]:
 
 def _evaluation_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     dataset, encoder, cost = record["dataset"], record["encoder"], record["cost"]
-    trials = f"{len(record['trials'])} over {record['over']}, seeds " + ", ".join(
-        str(t["seed"]) for t in record["trials"]
-    )
+    seeds = ", ".join(str(trial["seed"]) for trial in record["trials"])
     return [
         ("data", _data_words(dataset)),
         ("fingerprint", dataset.get("fingerprint", "")),
         ("weights", f"{encoder['path']} ({encoder['arch']}, {encoder['origin']})"),
         ("sha256", encoder["sha256"]),
-        ("trials", trials),
+        ("trials", f"{results.repeats(record)}, seeds {seeds}" if record["trials"][1:] else f"one, seed {seeds}"),
         ("selection", record["selection"]),
         ("equivalences", "; ".join(record["equivalences"])),
         ("deviations", "; ".join(record["deviations"]) or "none"),
@@ -518,5 +514,7 @@ def _data_words(dataset: dict[str, Any]) -> str:
     few = dataset.get("labels_per_class")
     counts = [f"{dataset[key]} {key}" for key in ("images", "classes") if dataset.get(key)]
     return " ".join(filter(None, (dataset["name"], dataset.get("split")))) + "".join(
-        f", {words}" for words in (*counts, *([f"{few} labels per class"] if few else []))
+        f", {words}"
+        for words in (*counts, *([f"{few} labels per class"] if few else []), dataset.get("subset"))
+        if words
     )

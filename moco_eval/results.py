@@ -21,7 +21,7 @@ from moco_eval import __version__, config, files
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.runtime import from_main, is_main, log
-from moco_eval.statistics import summarise
+from moco_eval.statistics import REPEATS, summarise
 
 SCHEMA = "moco-eval/result@1"
 # config keys under which a run goes on although they differ: they do not change what it computes
@@ -175,7 +175,8 @@ def peak_memory_mb(device: str) -> float:
 class Result:
     """The result record; percent under `metrics`. Field meanings: docs/results.md.
 
-    `over` says what the trials vary: head, finetune or pretrain. `interval` is over test images, per metric.
+    `over` says what the trials vary: head, labels (which few are drawn), finetune or pretrain; `interval` is over test
+    images, per metric.
     `deviations` are the differences from the protocol that may move the number; empty means comparable.
     """
 
@@ -217,6 +218,14 @@ class Result:
             files.write_json(output / "result.json", record)
             log(f"result: {output / 'result.json'}")
         return record
+
+
+def repeats(record: dict[str, Any]) -> str:
+    """How many trials a record has, and of what: '5 label draws'."""
+    over = record["over"]
+    if over == "head" and record["dataset"].get("labels_per_class"):
+        over = "labels"  # as records said before label draws had a word of their own
+    return f"{len(record['trials'])} {REPEATS.get(over, over)}"
 
 
 def finished(output: Path) -> dict[str, Any] | None:

@@ -1,8 +1,15 @@
-"""Spread: over trials, and over the test images."""
+"""Spread over trials, and over the test images; the two are never mixed. See docs/statistics.md."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+# what the trials of a record vary (its `over`), said of several
+REPEATS = {"head": "heads", "labels": "label draws", "finetune": "fine-tunings", "pretrain": "pretrainings"}
+RESAMPLES = 2000
+POWER_FACTOR = 2.8016  # 97.5 % and 80 % quantiles of the standard normal distribution, added: 1.9600 + 0.8416
+BLOCK = 2**22  # drawn images held at once
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -21,18 +28,268 @@ def summarise(trials: Sequence[dict[str, float]]) -> tuple[dict[str, float], dic
     return means, stds
 
 
-def bootstrap_interval(correct: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval, over test images, of an accuracy in percent averaged over trials.
+# Intervals over test images
 
-    Images that were right in equally many trials are alike, so resampling images is drawing how many of each kind
-    there are: exact, and cheap at any size.
+
+@dataclass(frozen=True)
+class Answers:
+    """What one run's trials said of the test images.
 
     Args:
-        correct: whether each test image was classified rightly in each trial, (trials, images) booleans.
+        labels: class of each image, (N,); or for several labels an image (N, C): 1 there, 0 not there, -1 ignored.
+        predictions: (trials, N) classes; the highest score where not given.
+        scores: (trials, N, C).
     """
-    trials, images = correct.shape
-    kinds = np.bincount(correct.sum(axis=0), minlength=trials + 1) / images  # share of images right in 0..T trials
-    drawn = np.random.default_rng(seed).multinomial(images, kinds, size=resamples)
-    accuracy = 100 * drawn @ (np.arange(trials + 1) / trials) / images
-    low, high = np.percentile(accuracy, [2.5, 97.5])
+
+    labels: np.ndarray
+    predictions: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for given in (self.predictions, self.scores):
+            assert given is None or given.shape[1] == len(self.labels), (given.shape, self.labels.shape)
+        assert self.predictions is not None or self.scores is not None
+
+    def right(self, top: int = 1) -> np.ndarray:
+        """In what share of the trials each image was classified rightly, (N,)."""
+        assert self.labels.ndim == 1, "several labels an image: take mAP"
+        if top == 1:
+            chosen = self.predictions if self.predictions is not None else self._scores().argmax(axis=2)
+            return (chosen == self.labels).mean(axis=0)
+        return np.mean([_among_best(one, self.labels, top) for one in self._scores()], axis=0)
+
+    def _scores(self) -> np.ndarray:
+        assert self.scores is not None, "this metric needs scores"
+        return self.scores
+
+
+def _among_best(scores: np.ndarray, labels: np.ndarray, top: int) -> np.ndarray:
+    """Whether each image's class is among its `top` highest scores; ties fall as they do in the metric itself."""
+    import torch
+
+    best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1).indices.numpy()
+    return (best == labels[:, None]).any(axis=1)
+
+
+def intervals(
+    metrics: Sequence[str],
+    labels: np.ndarray,
+    *,
+    predictions: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile bootstrap interval over test images of each metric, averaged over trials, in percent.
+
+    Args:
+        metrics: of top1, top5, mean_per_class (from (N,) labels) and mAP (from (N, C) labels).
+        labels, predictions, scores: see `Answers`.
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    """
+    answers = Answers(labels, predictions, scores)
+    return {name: percentiles(resampled(name, answers, resamples=resamples, seed=seed)) for name in metrics}
+
+
+def bootstrap_interval(correct: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The same of an accuracy, from whether each test image was classified rightly, (trials, images) booleans."""
+    right = correct.mean(axis=0)
+    return percentiles(100 * resampled_means(right, np.zeros(len(right), dtype=int), resamples, seed))
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values; resamples that leave the metric undefined are left out."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def resampled(
+    metric: str, answers: Answers, less: Answers | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """A metric's mean over trials in percent on resampled test images, (resamples,).
+
+    Args:
+        less: another run's answers about the same images: the difference `answers` - `less` on the same resamples.
+    """
+    if metric == "mAP":
+        return _resampled_map(answers, less, resamples, seed)
+    assert metric in ("top1", "top5", "mean_per_class"), metric
+    top = 5 if metric == "top5" else 1
+    right = answers.right(top) - (less.right(top) if less else 0)
+    return 100 * resampled_means(right, groups(metric, answers.labels), resamples, seed)
+
+
+def groups(metric: str, labels: np.ndarray) -> np.ndarray:
+    """The group of each image whose means are averaged: its class for the mean per class, else one for all."""
+    return labels if metric == "mean_per_class" else np.zeros(len(labels), dtype=int)
+
+
+def mean_of_means(values: np.ndarray, group: np.ndarray) -> float:
+    """Mean over groups of each group's mean."""
+    _, group = np.unique(group, return_inverse=True)
+    return float((np.bincount(group, values) / np.bincount(group)).mean())
+
+
+def resampled_means(values: np.ndarray, group: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+    """Mean over groups of each group's mean, on images drawn with replacement, (resamples,).
+
+    Images of one group with equal values are alike, so resampling images is drawing how many there are of each such
+    kind, from a multinomial distribution: exact, and cheap at any size. A group of which nothing was drawn is left
+    out of that resample's mean.
+
+    Args:
+        values: one for each image, (N,). group: of each image, (N,).
+    """
+    kinds, count = np.unique(np.stack([group, values]).astype(np.float64), axis=1, return_counts=True)
+    starts = np.flatnonzero(np.diff(kinds[0], prepend=np.nan))  # the first kind of each group
+    generator, images, means = np.random.default_rng(seed), len(values), []
+    for size in _blocks(resamples, len(count)):
+        drawn = generator.multinomial(images, count / images, size=size)
+        total = np.add.reduceat(drawn * kinds[1], starts, axis=1)
+        means.append(_mean_where_any(total, np.add.reduceat(drawn, starts, axis=1), axis=1))
+    return np.concatenate(means)
+
+
+def _mean_where_any(total: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
+    """Mean along an axis of total / count where count is not 0; not a number where it is 0 everywhere."""
+    ratio = np.divide(total, count, out=np.zeros(total.shape), where=count > 0)
+    with np.errstate(invalid="ignore"):
+        return ratio.sum(axis=axis) / (count > 0).sum(axis=axis)
+
+
+def _blocks(resamples: int, width: int) -> Iterator[int]:
+    """How many resamples to do at once, so that memory is bounded."""
+    size = max(1, BLOCK // width)
+    for start in range(0, resamples, size):
+        yield min(size, resamples - start)
+
+
+# Average precision
+
+
+def draw_weights(images: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each image is drawn in each resample, (images, some resamples), block after block."""
+    generator = np.random.default_rng(seed)
+    for size in _blocks(resamples, images):
+        drawn = generator.integers(0, images, (size, images))
+        drawn += np.arange(size)[:, None] * images
+        counts = np.bincount(drawn.ravel(), minlength=size * images)
+        kind = np.uint16 if counts.max() < 2**16 else np.int32
+        yield np.ascontiguousarray(counts.astype(kind).reshape(size, images).T)
+
+
+class Ranking:
+    """One class's test images by falling score, for average precision under any weights of the images.
+
+    AP is the area under the precision-recall curve after each precision was raised to the highest at the same or a
+    higher recall (VOC 2010's rule). Images of equal score enter together, so the order of a file decides nothing.
+
+    Args:
+        scores: of the class, (N,). labels: 1 there, 0 not there, -1 ignored, (N,).
+    """
+
+    def __init__(self, scores: np.ndarray, labels: np.ndarray):
+        used = np.flatnonzero(labels >= 0)
+        order = used[np.argsort(-scores[used], kind="stable")]
+        positive = labels[order] == 1
+        level = np.cumsum(np.diff(scores[order], prepend=np.inf) != 0) - 1  # 0 for the highest score, 1 for the next
+        found = np.unique(level[positive])  # the precision peaks only where a positive enters
+        part = np.searchsorted(found, level)  # up to and with which of these each image enters
+        inside = part < len(found)
+        self.order, part, positive = order[inside], part[inside], positive[inside]
+        self.starts = np.searchsorted(part, np.arange(len(found)))
+        self.positive = self.order[positive]
+        self.positive_starts = np.searchsorted(part[positive], np.arange(len(found)))
+
+    def average_precision(self, weights: np.ndarray) -> np.ndarray:
+        """AP (0 to 1) under each column of weights, (N, resamples) -> (resamples,); not a number without positives."""
+        if not len(self.positive):
+            return np.full(weights.shape[1], np.nan)
+        entered = np.add.reduceat(weights[self.order], self.starts, axis=0, dtype=np.int64).cumsum(axis=0)
+        new = np.add.reduceat(weights[self.positive], self.positive_starts, axis=0, dtype=np.int64)
+        found = new.cumsum(axis=0)
+        precision = np.divide(found, entered, out=np.zeros(found.shape), where=entered > 0)
+        envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        with np.errstate(invalid="ignore"):
+            return (envelope * new).sum(axis=0) / found[-1]
+
+
+def rankings(scores: np.ndarray, labels: np.ndarray) -> list[Ranking]:
+    """One of each class, from (N, C) scores and labels."""
+    return [Ranking(scores[:, index], labels[:, index]) for index in range(labels.shape[1])]
+
+
+def mean_average_precision(ranked: Sequence[Ranking], weights: np.ndarray) -> np.ndarray:
+    """Mean AP in percent over the classes that have a positive, under each column of weights, (resamples,)."""
+    each = np.stack([ranking.average_precision(weights) for ranking in ranked])
+    there = ~np.isnan(each)
+    return 100 * _mean_where_any(np.where(there, each, 0), there, axis=0)
+
+
+def _resampled_map(answers: Answers, less: Answers | None, resamples: int, seed: int) -> np.ndarray:
+    ours, theirs = ([rankings(one, run.labels) for one in run._scores()] if run else [] for run in (answers, less))
+    parts = []
+    for weights in draw_weights(len(answers.labels), resamples, seed):
+        value = np.mean([mean_average_precision(ranked, weights) for ranked in ours], axis=0)
+        if theirs:
+            value = value - np.mean([mean_average_precision(ranked, weights) for ranked in theirs], axis=0)
+        parts.append(value)
+    return np.concatenate(parts)
+
+
+def value(metric: str, answers: Answers) -> float:
+    """The metric itself, mean over trials, in percent: the same definition as is resampled."""
+    if metric == "mAP":
+        every = np.ones((len(answers.labels), 1), dtype=np.int64)
+        return float(
+            np.mean([mean_average_precision(rankings(one, answers.labels), every)[0] for one in answers._scores()])
+        )
+    return 100 * mean_of_means(answers.right(5 if metric == "top5" else 1), groups(metric, answers.labels))
+
+
+# Two runs on the same test images
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference over test images: `standard_error` and 95 % `interval` in percent, two-sided `p`."""
+
+    interval: tuple[float, float]
+    p: float
+    standard_error: float
+
+    @property
+    def detectable(self) -> float:
+        """The difference that a test of this standard error finds at 5 % in 80 % of such samples.
+
+        Source: Card et al. 2020, arXiv:2010.06595, on why a test's power belongs beside its p.
+        """
+        return POWER_FACTOR * self.standard_error
+
+
+def paired(metric: str, a: Answers, b: Answers, resamples: int, seed: int = 0) -> Difference:
+    """Paired bootstrap of the difference b - a of a metric (each run's mean over its trials).
+
+    The p value inverts the percentile interval: twice the share of resamples at or beyond no difference on the side
+    where there are fewer, each end counted once more, so that it is never 0; for equal runs it is 1.
+    """
+    values = resampled(metric, b, a, resamples=resamples, seed=seed)
+    values = values[~np.isnan(values)]
+    beyond = min((values <= 1e-9).sum(), (values >= -1e-9).sum())  # thirds and fifths do not cancel to the bit
+    p = min(1.0, 2 * (1 + beyond) / (1 + len(values)))
+    return Difference(percentiles(values), float(p), float(values.std(ddof=1)))
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test of two classifiers on the same images.
+
+    Args:
+        a, b: whether each classified each image rightly, (N,) booleans.
+    Returns:
+        On how many images only a was right, on how many only b, and the two-sided p value.
+    Source: McNemar 1947, Psychometrika 12(2); exact by the binomial distribution.
+    """
+    from scipy.stats import binomtest
+
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return only_a, only_b, float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0

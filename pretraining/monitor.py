@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from moco_eval import knn
-from moco_eval.data.images import ImageSet, open_splits
+from moco_eval.data.images import ImageSet, open_splits, require_single_label
 from moco_eval.errors import InputError
 from moco_eval.runtime import broadcast_, log
 from pretraining.plan import Plan
@@ -25,6 +25,7 @@ class Monitor:
             return None
         try:
             train, test = open_splits(images.name, self.run.data)
+            require_single_label(test)
         except InputError as error:
             log(f"no kNN monitor: {error}")
             return None

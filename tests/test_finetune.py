@@ -16,9 +16,10 @@ from torch import nn
 
 from moco_eval import config as configs
 from moco_eval import finetune
-from moco_eval.classify import Task
+from moco_eval.classify import Outcome, Task
 from moco_eval.config import FinetuneConfig
 from moco_eval.data.images import open_images
+from moco_eval.data.labels import is_published
 from moco_eval.data.loader import Batches, Examples, crop_transform
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.encoders.load import load
@@ -59,7 +60,7 @@ def tiny_encoder() -> Encoder:
 
 def task(**rest) -> Task:
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
-    test = replace(test, pixels=test.pixels[:100], labels=test.labels[:100])
+    test = test.take(range(100))
     given = {"encoder": tiny_encoder(), "labels_per_class": PER_CLASS} | rest
     return Task(train=train, test=test, **given)
 
@@ -95,6 +96,7 @@ def test_openselfsup_is_as_published(name, decay, v1, v2):
     assert rates == pytest.approx([0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004])
     assert [(one.metrics["top1"], one.metrics["top5"]) for one in config.expect] == [v1, v2]
     assert configs.load(name, "finetune", FinetuneConfig, ["optimizer.lr=0.1"]).expect is None
+    assert is_published(finetune.LABELS[name])
 
 
 def test_lightly_is_as_published():
@@ -219,12 +221,36 @@ def test_the_encoder_stays_and_each_trial_starts_from_it(tmp_path, monkeypatch):
 
 
 def test_all_labels_vary_over_finetune(tmp_path):
-    record = finetune.evaluate(
-        task(labels_per_class=None), recipe("schedule.epochs=2", "schedule.milestones=[1]"), tmp_path, CPU
-    )
+    work = task(labels_per_class=None)
+    work = replace(work, train=work.train.take(range(400)))
+    record = finetune.evaluate(work, recipe("schedule.epochs=2", "schedule.milestones=[1]"), tmp_path, CPU)
     assert record["over"] == "finetune"
     assert record["metrics"]["top1"] > 20  # chance is 10
     assert record["trials"][0]["best_on_test"]["of"] == 2
+
+
+@pytest.mark.parametrize(
+    ("protocol", "subset", "few", "words"),
+    [
+        ("openselfsup-1percent", finetune.LABELS["openselfsup-1percent"], None, []),
+        ("openselfsup-1percent", finetune.LABELS["openselfsup-10percent"], None, ["labels of ImageNet 10 %"]),
+        ("openselfsup-10percent", None, None, ["all labels"]),
+        ("openselfsup-10percent", None, 10, ["10 labels per class"]),
+        ("lightly", None, None, []),
+        ("lightly", None, 10, ["10 labels per class"]),
+        ("lightly", finetune.LABELS["openselfsup-1percent"], None, ["labels of ImageNet 1 % (SimCLR's list)"]),
+    ],
+)
+def test_other_labels_than_the_protocols_are_a_deviation(protocol, subset, few, words, tmp_path, monkeypatch):
+    work = task(labels_per_class=few)
+    work = replace(work, train=replace(work.train, subset=subset))
+    scores = torch.zeros(len(work.test), 10)
+    monkeypatch.setattr(finetune, "run_trial", lambda *_: Outcome(scores, 1))
+    record = finetune.evaluate(work, configs.load(protocol, "finetune", FinetuneConfig), tmp_path, CPU)
+    told = [deviation for deviation in record["deviations"] if "label" in deviation]
+    assert len(told) == len(words)
+    for deviation, start in zip(told, words, strict=True):
+        assert deviation.startswith(start) and ("instead of ImageNet 1" in deviation) == (protocol != "lightly")
 
 
 def test_a_backbone_that_does_not_move_is_caught(tmp_path, monkeypatch):

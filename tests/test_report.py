@@ -127,7 +127,7 @@ def test_every_number_is_on_the_page_fewest_labels_first(page):
         "98.5",
         "40.0",
         "[86.0, 90.0]",
-        "5 draws",
+        "5 label draws",
     ):
         assert words in page
     head = page[page.index("<thead>") : page.index("</thead>")]
@@ -152,23 +152,40 @@ def test_the_summary_says_where_moco_wins_and_where_not(runs):
 @pytest.mark.parametrize(
     ("mine", "other", "words"),
     [
-        (report.Score(80, 2.0, 5, "draws", None), report.Score(81.5, 1.0, 5, "draws", None), "level with"),
-        (report.Score(80, 1.0, 5, "draws", None), report.Score(81.5, 1.0, 5, "draws", None), "behind"),
+        (report.Score(80, 2.0, "5 label draws", None), report.Score(81.5, 1.0, "5 label draws", None), "level with"),
+        (report.Score(80, 1.0, "5 label draws", None), report.Score(81.5, 1.0, "5 label draws", None), "behind"),
         (
-            report.Score(80, None, 1, "heads", (78, 82)),
-            report.Score(77, None, 1, "heads", (75, 79)),
+            report.Score(80, None, "1 heads", (78, 82)),
+            report.Score(77, None, "1 heads", (75, 79)),
             "level with",
         ),
         (
-            report.Score(80, None, 1, "heads", (79, 81)),
-            report.Score(77, None, 1, "heads", (75, 78)),
+            report.Score(80, None, "1 heads", (79, 81)),
+            report.Score(77, None, "1 heads", (75, 78)),
             "ahead of",
         ),
-        (report.Score(80, None, 1, "trials", None), report.Score(79, None, 1, "trials", None), "ahead of"),
+        (report.Score(80, None, "1 heads", None), report.Score(79, None, "1 heads", None), "ahead of"),
     ],
 )
 def test_a_difference_within_the_spread_is_no_win(mine, other, words):
     assert mine.against(other) == words
+
+
+@pytest.mark.parametrize(
+    ("over", "few", "words"),
+    [
+        ("head", None, "5 heads"),
+        ("labels", 10, "5 label draws"),
+        ("head", 10, "5 label draws"),  # as records said at first
+        ("finetune", 10, "5 fine-tunings"),
+        ("pretrain", None, "5 pretrainings"),
+    ],
+)
+def test_a_spread_is_named_by_what_it_is_over(over, few, words):
+    done = record(MOCO, 88.0, std=1.5, few=few, over=over)
+    score = report._score(done, "top1")
+    assert (score.words, score.trials, score.interval) == ("88.0 ± 1.5", words, (86, 90))
+    assert ("trials", f"{words}, seeds 0, 1, 2, 3, 4") in report._evaluation_facts(done)
 
 
 def test_nothing_is_fetched_and_nothing_runs(page):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,13 @@ class ImageFiles:
     def _name(self, index: int) -> bytes:
         start = self.ends[index - 1] if index else 0
         return self.names[start : self.ends[index]].tobytes()
+
+    def relative(self) -> Iterator[bytes]:
+        """All paths relative to the root, as the file system spells them."""
+        names, start = self.names.tobytes(), 0
+        for end in self.ends.tolist():
+            yield names[start:end]
+            start = end
 
     def read(self, index: int) -> bytes:
         """A file's bytes.

@@ -39,7 +39,7 @@ OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "t
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One image of a split with its XML file."""
 
     name: str
@@ -67,9 +67,9 @@ def read_voc_folder(
     Raises:
         InputError: what is missing, damaged or contradictory, with its file.
     """
-    train_split, test_split = _splits(root, train_split, test_split)
-    train, test = _entries(root, train_split), _entries(root, test_split)
-    classes = classes or _classes(train)
+    train_split, test_split = find_splits(root, train_split, test_split)
+    train, test = read_entries(root, train_split), read_entries(root, test_split)
+    classes = classes or class_names(train)
     return DetectionData(
         name=name,
         classes=classes,
@@ -96,7 +96,7 @@ def read_voc(root: Path) -> DetectionData:
         folder = root / f"VOC{year}"
         if not folder.is_dir():
             raise InputError(f"{root} has no VOC{year}; --dataset voc is VOC07+12, for other data take voc-folder")
-        entries = _entries(folder, split)
+        entries = read_entries(folder, split)
         if len(entries) != count:
             raise InputError(
                 f"{folder} {split} lists {len(entries)} images and the official split {count}; "
@@ -115,7 +115,8 @@ def read_voc(root: Path) -> DetectionData:
     )
 
 
-def _splits(root: Path, train: str | None, test: str | None) -> tuple[str, str]:
+def find_splits(root: Path, train: str | None, test: str | None) -> tuple[str, str]:
+    """The names of the splits, chosen where None. Raises InputError where a folder or a list is missing."""
     lists = root / "ImageSets" / "Main"
     for folder in (root, root / "JPEGImages", root / "Annotations", lists):
         if not folder.is_dir():
@@ -135,7 +136,8 @@ def _splits(root: Path, train: str | None, test: str | None) -> tuple[str, str]:
     return train, test
 
 
-def _entries(root: Path, split: str) -> list[_Entry]:
+def read_entries(root: Path, split: str) -> list[Entry]:
+    """The images that a split lists. Raises InputError where it is empty, names one twice, or a file is missing."""
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -147,7 +149,7 @@ def _entries(root: Path, split: str) -> list[_Entry]:
     # a list of one class has a second column, its presence; a name may itself hold a space
     names = [line if line in images else line.split()[0] for line in lines]
     refuse_twice(names, str(path))
-    return [_Entry(name, _image(images, name, root, path), _xml(root, name)) for name in names]
+    return [Entry(name, _image(images, name, root, path), _xml(root, name)) for name in names]
 
 
 def _image(images: dict[str, list[Path]], name: str, root: Path, split: Path) -> Path:
@@ -166,38 +168,43 @@ def _xml(root: Path, name: str) -> Path:
     return path
 
 
-def _classes(entries: list[_Entry]) -> tuple[str, ...]:
-    names = {_text(item, "name", entry.xml) for entry in entries for item in _parse(entry.xml).iter("object")}
+def class_names(entries: list[Entry]) -> tuple[str, ...]:
+    """The classes of all objects, sorted. Raises InputError where there is no object."""
+    names = {text_of(item, "name", entry.xml) for entry in entries for item in read_xml(entry.xml).iter("object")}
     if not names:
         raise InputError(f"none of the {len(entries)} training images has an object ({entries[0].xml} and the others)")
     return tuple(sorted(names))
 
 
-def _read(entries: list[_Entry], split: str, classes: tuple[str, ...], clip: bool) -> list[Sample]:
+def _read(entries: list[Entry], split: str, classes: tuple[str, ...], clip: bool) -> list[Sample]:
     objects = Objects(split, classes, clip)
     samples = [_sample(entry, objects) for entry in entries]
     objects.report()
     return samples
 
 
-def _sample(entry: _Entry, objects: Objects) -> Sample:
-    tree = _parse(entry.xml)
+def _sample(entry: Entry, objects: Objects) -> Sample:
+    tree = read_xml(entry.xml)
     size = image_size(entry.image)
     _check_size(tree, size, entry)
     rows = []
     for item in tree.iter("object"):
-        label = objects.label(_text(item, "name", entry.xml), str(entry.xml))
+        label = objects.label(text_of(item, "name", entry.xml), str(entry.xml))
         # VOC counts pixels from 1, labelling tools from 0 or 1: both lie within 0..width
         corners = objects.box(_corners(item, entry.xml), size, slack=0, where=str(entry.xml))
         if label is None or corners is None:
             continue
         x0, y0, x1, y1 = corners
-        difficult = (item.findtext("difficult") or "0").strip() not in ("0", "")
-        rows.append(((x0 - 1, y0 - 1, x1, y1), label, difficult, False))
+        rows.append(((x0 - 1, y0 - 1, x1, y1), label, is_difficult(item), False))
     return make_sample(entry.name, entry.image, size, rows)
 
 
-def _check_size(tree: ElementTree.Element, size: tuple[int, int], entry: _Entry) -> None:
+def is_difficult(item: ElementTree.Element) -> bool:
+    """Whether an object is marked so; it is not where nothing is said."""
+    return (item.findtext("difficult") or "0").strip() not in ("0", "")
+
+
+def _check_size(tree: ElementTree.Element, size: tuple[int, int], entry: Entry) -> None:
     """An XML may leave its image's size out, or zero; a wrong one means boxes on another scale."""
     try:
         told = tuple(round(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
@@ -210,14 +217,16 @@ def _check_size(tree: ElementTree.Element, size: tuple[int, int], entry: _Entry)
         )
 
 
-def _parse(path: Path) -> ElementTree.Element:
+def read_xml(path: Path) -> ElementTree.Element:
+    """An annotation file. Raises InputError where it is damaged."""
     try:
         return ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, ValueError) as error:
         raise InputError(f"{path} is not readable XML: {error}") from None
 
 
-def _text(item: ElementTree.Element, key: str, path: Path) -> str:
+def text_of(item: ElementTree.Element, key: str, path: Path) -> str:
+    """What an object says of itself. Raises InputError where it says nothing."""
     text = (item.findtext(key) or "").strip()
     if not text:
         raise InputError(f"{path}: an object has no <{key.replace('/', '><')}>")
@@ -225,7 +234,7 @@ def _text(item: ElementTree.Element, key: str, path: Path) -> str:
 
 
 def _corners(item: ElementTree.Element, path: Path) -> tuple[float, ...]:
-    values = [_text(item, f"bndbox/{key}", path) for key in ("xmin", "ymin", "xmax", "ymax")]
+    values = [text_of(item, f"bndbox/{key}", path) for key in ("xmin", "ymin", "xmax", "ymax")]
     try:
         return tuple(float(value) for value in values)
     except ValueError:

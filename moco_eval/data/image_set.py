@@ -1,0 +1,188 @@
+"""One split of an image data set, and its images decoded."""
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from moco_eval.data import labels as choices
+from moco_eval.data.index import ImageFiles
+from moco_eval.data.shards import Shards
+from moco_eval.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A split of a data set: RGB images by index, and their labels where it has them.
+
+    Attributes:
+        name, split: what it is.
+        classes: class names; empty for `flat` and `webdataset`.
+        labels: class of each image, (N,) int64; None for `flat` and `webdataset`. Where an image may show several
+            classes, (N, C) int8: 1 shown, 0 not, -1 shown by difficult objects only, which counts neither way.
+        fingerprint: of the whole split: sha256 over sorted relative paths and sizes (and the labels, where lists say
+            them and not the folders), or over the pixels of a set in memory.
+        pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
+        files: the image files, or the tar files that hold them.
+        labels_per_class: of a subset drawn by `few_labels`.
+        damaged: what could not be listed, by name: shards that end early.
+        metric: what its papers report: top1, mean_per_class or mAP.
+        rows: which images of the whole split a subset holds, (N,) int64; None for the whole.
+        subset: what the subset is, in words; None for the whole.
+        whole: of a subset, the whole split.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    labels: np.ndarray | None
+    fingerprint: str
+    pixels: np.ndarray | None = None
+    files: ImageFiles | Shards | None = None
+    labels_per_class: int | None = None
+    damaged: tuple[str, ...] = ()
+    metric: str = "top1"
+    rows: np.ndarray | None = None
+    subset: str | None = None
+    whole: "ImageSet | None" = None
+
+    def __len__(self) -> int:
+        held = self.files if self.pixels is None else self.pixels
+        return 0 if held is None else len(held)
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """Where each shard's images end, (S,) int64, for a set that comes in shards."""
+        return self.files.ends if isinstance(self.files, Shards) else None
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes."""
+        return self.labels is not None and self.labels.ndim == 2
+
+    def image(self, index: int) -> Image.Image:
+        """Raises InputError naming the file where it cannot be read."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index])
+        return decode_bytes(self.read(index), self.name_of(index))
+
+    def read(self, index: int) -> bytes:
+        """The encoded image, of a set in files. Raises InputError naming the file where it cannot be read."""
+        assert self.files is not None
+        return self.files.read(index)
+
+    def name_of(self, index: int) -> str:
+        """What to call an image in a message: its path, its shard and its name there, or its number."""
+        return f"image {index} of {self.name}" if self.files is None else self.files[index]
+
+    def trouble_with(self, index: int) -> str:
+        """Why an image cannot be read, with its name."""
+        try:
+            self.image(index)
+        except InputError as error:
+            return str(error)
+        return f"{self.name_of(index)} could not be read at first"
+
+    def record(self) -> dict[str, Any]:
+        """The `dataset` part of a result record."""
+        record = {
+            "name": self.name,
+            "split": self.split,
+            "fingerprint": self.fingerprint,
+            "images": len(self),
+            "classes": len(self.classes),
+        }
+        if isinstance(self.files, Shards):
+            record |= {"shards": len(self.files.shards), "other_members": self.files.others}
+        return record | self.regime()
+
+    def regime(self) -> dict[str, Any]:
+        """Of a record: which part of the split's labels this is; empty for all of them."""
+        few = {"labels_per_class": self.labels_per_class} if self.labels_per_class else {}
+        return few | ({"subset": self.subset} if self.subset else {})
+
+    def take(self, rows: np.ndarray, subset: str | None = None, labels_per_class: int | None = None) -> "ImageSet":
+        """The images of these rows alone, in that order; the fingerprint stays the whole split's.
+
+        Args:
+            rows: (M,) places in this set; of a subset of a subset, `rows` of the result are those in the whole.
+            subset: what it is, in words; by default what this set is.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        words = f"{subset} of {self.subset}" if subset and self.subset else subset or self.subset
+        assert self.pixels is not None or isinstance(self.files, ImageFiles)
+        return replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels[rows],
+            files=self.files.take(rows) if isinstance(self.files, ImageFiles) else None,
+            labels=None if self.labels is None else self.labels[rows],
+            labels_per_class=labels_per_class or self.labels_per_class,
+            rows=rows if self.rows is None else self.rows[rows],
+            subset=words,
+            whole=self.whole or self,
+        )
+
+    def few_labels(self, per_class: int, seed: int) -> "ImageSet":
+        """A random subset with `per_class` images of each class, drawn from `seed`.
+
+        Raises:
+            InputError: a class has fewer, or images show several classes.
+        """
+        require_single_label(self)
+        assert self.labels is not None
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        rarest = int(counts.argmin())
+        if counts[rarest] < per_class:
+            raise InputError(
+                f"--labels {per_class}-per-class: class {self.classes[rarest]!r} has {counts[rarest]} images"
+            )
+        words = f"{per_class} labels per class, seed {seed}"
+        return self.take(choices.draw(self.labels, per_class, seed), words, per_class)
+
+    def listed(self, path: Path) -> "ImageSet":
+        """The subset that a list file names: an image a line, by its name, or by CLASS/NAME.
+
+        Raises:
+            InputError: the set is not in files; the list cannot be read or is empty; a name is not in the split, fits
+                several images, or stands twice.
+        """
+        if not isinstance(self.files, ImageFiles):
+            raise InputError(f"--labels {path}: the images of {self.name} have no file names; take N-per-class instead")
+        names, title = choices.read_list(path)
+        return self.take(choices.find(names, self.files, path), title)
+
+
+def require_single_label(images: ImageSet) -> None:
+    """Raises InputError where an image may show several classes, for protocols that take one."""
+    if images.multi_label:
+        raise InputError(
+            f"{images.name} has images of several classes at once, and this protocol takes one class an image; "
+            "evaluate it by moco-eval svm"
+        )
+
+
+def decode_bytes(data: bytes, name: str) -> Image.Image:
+    """An encoded image as 8-bit RGB: grey, palette, CMYK as PIL converts them, 16 bits scaled to 8.
+
+    EXIF rotation is ignored, as torchvision does in classification.
+
+    Args:
+        data: what its file holds.
+        name: what to call it in a message.
+    Raises:
+        InputError: unreadable, truncated, or no image at all.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            if image.mode.startswith("I;16") or image.mode == "I":
+                sixteen = np.asarray(image).astype(np.int64)
+                return Image.fromarray((sixteen.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not an image that Pillow reads; remove or replace it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name} cannot be decoded ({error}); remove or replace it") from None
