@@ -105,6 +105,7 @@ class Protocol:
         selection: last-epoch, or which split chose what.
         free: config keys that move no number here.
         feature: the protocol's own.
+        subset: of labels that the protocol is about, in the words of `data.labels.PUBLISHED`; None for all of them.
         multi_label: whether it takes images of several classes.
     """
 
@@ -115,6 +116,7 @@ class Protocol:
     selection: str
     free: tuple[str, ...] = ()
     feature: str = "pooled"
+    subset: str | None = None
     multi_label: bool = False
 
 
@@ -152,6 +154,7 @@ def judge(
     cost = Cost(str(device))
     first = protocol.config.seed
     outcomes = [_outcome(first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
+    barrier()  # every process has read every trial
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
@@ -231,8 +234,7 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         + list(told)
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
-        + ([f"{few} labels per class"] if few else [])
-        + ([f"labels of {task.train.subset}"] if is_published(task.train.subset) else [])
+        + _other_labels(task, protocol.subset)
         + ([f"{task.feature} feature instead of {protocol.feature}"] if task.feature != protocol.feature else []),
     )
 
@@ -245,6 +247,22 @@ def _intervals(
     resampled = ("mAP",) if test.multi_label else ("top1", "top5", "mean_per_class")
     scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
     return intervals([name for name in names if name in resampled], test.labels, scores=scores)
+
+
+def _other_labels(task: Task, wanted: str | None) -> list[str]:
+    """In words, where a protocol's labels are not the ones used; `departures` names a list that nobody published."""
+    subset, few = task.train.subset, task.labels_per_class
+    if subset == wanted and not few:
+        return []
+    if few:
+        used = f"{few} labels per class"
+    elif is_published(subset):
+        used = f"labels of {subset}"
+    else:
+        used = "labels of an unpublished list" if subset else "all labels"
+    if wanted:
+        return [f"{used} instead of {wanted}"]
+    return [used] if few or is_published(subset) else []
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:

@@ -57,9 +57,12 @@ split_options = options(
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
     click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
 )
-classification_options = options(
+dataset_options = options(
     click.option("--dataset", default="imagenet", show_default=True, help=f"{DATASETS}."),
     split_options,
+)
+classification_options = options(
+    dataset_options,
     click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
     click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),
 )
@@ -269,6 +272,28 @@ def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
 
     config = _config(f"{protocol}-low-shot" if low_shot else protocol, "svm", SvmConfig, given)
     return _classify("svm", protocols.evaluate, config, checkpoint, given)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--protocol",
+    default="lightly",
+    show_default=True,
+    help="lightly, openselfsup-1percent, openselfsup-10percent, digits, or a file.",
+)
+@dataset_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
+    """Classification by the whole network, fine-tuned end to end from the encoder's weights."""
+    from moco_eval import finetune as protocols
+    from moco_eval.config import FinetuneConfig
+
+    config = _config(protocol, "finetune", FinetuneConfig, given)
+    return _classify("finetune", protocols.evaluate, config, checkpoint, given)
 
 
 @cli.command()
@@ -491,10 +516,10 @@ def _classify(
         encoder=encoder,
         train=train,
         test=test,
-        feature=given["feature"] or "pooled",
+        feature=given.get("feature") or "pooled",
         labels_per_class=labels.per_class if labels else None,
         trials=given.get("trials", 1),
-        cache=given["cache"] or Path("runs/features"),
+        cache=given.get("cache") or Path("runs/features"),
     )
     with processes(given["device"]) as device:
         _print_record(evaluate(task, config, output, device))

@@ -193,6 +193,69 @@ class LinearConfig(Model):
     seed: int = Field(0, ge=0)
 
 
+class FinetuneSchedule(Model):
+    """The learning rates while a backbone is fine-tuned.
+
+    step: they fall to `gamma` of themselves at each of `milestones`, in epochs;
+    cosine: they fall after every step, half a cosine from all to a thousandth of themselves.
+    """
+
+    kind: Literal["cosine", "step"]
+    epochs: int = Positive
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self):
+        if (self.kind == "step") != bool(self.milestones):
+            raise ValueError(f"schedule.kind {self.kind!r} {'needs' if self.kind == 'step' else 'takes no'} milestones")
+        return self
+
+
+class Published(Model):
+    """A published number of a protocol: whose weights, what came out, where it stands."""
+
+    encoder: str
+    metrics: dict[str, float]
+    source: str
+
+
+class FinetuneConfig(Model):
+    """A backbone and a new linear layer trained together.
+
+    head_lr: the layer's learning rate, in multiples of the backbone's.
+    head_init: normal is N(0, 0.01) and bias 0; uniform is torch's own for nn.Linear.
+    bn_groups: equal parts of a batch whose statistics batch norm takes apart, as so many GPUs do; 1 is the whole batch,
+        however many processes share it.
+    drop_last: leave out the images of an epoch that make no whole batch.
+    test_every: epochs between two looks at the test images; the last epoch is always looked at, and reported.
+    """
+
+    protocol: Literal["finetune/openselfsup-1percent@1", "finetune/openselfsup-10percent@1", "finetune/lightly@1"]
+    batch_size: int = Positive
+    optimizer: Sgd
+    head_lr: float = Positive
+    head_init: Literal["normal", "uniform"] = "normal"
+    schedule: FinetuneSchedule
+    augmentation: Augmentation = Augmentation()
+    bn_groups: int = Field(1, gt=0)
+    drop_last: bool = False
+    test_every: int = Field(1, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+    expect: tuple[Published, ...] | None = None
+
+    @model_validator(mode="after")
+    def _groups_are_equal(self):
+        if self.bn_groups > 1 and (self.batch_size % self.bn_groups or not self.drop_last):
+            raise ValueError(
+                f"bn_groups {self.bn_groups} needs a batch_size that it divides, not {self.batch_size}, and drop_last "
+                "true"
+            )
+        return self
+
+
 class QuickConfig(Model):
     """A linear classifier on features of `crops` epochs of random crops and of the clean crop, extracted once."""
 
@@ -348,6 +411,7 @@ NEUTRAL_KEYS = (
     "knn",
     "views.backend",
     "memory",
+    "test_every",
 )
 
 ModelT = TypeVar("ModelT", bound=Model)
