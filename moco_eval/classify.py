@@ -25,7 +25,7 @@ from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import is_main, log
+from moco_eval.runtime import barrier, is_main, log
 from moco_eval.statistics import intervals
 
 ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
@@ -79,8 +79,10 @@ class Outcome:
     Attributes:
         scores: of each test image for each class, (images, classes), on the CPU.
         images: how many images it is about, epochs counted, for the cost.
-        notes: what the trial chose or saw besides, plain values; kept beside its metrics.
+        notes: what the trial chose or saw besides, plain values; kept beside its metrics. What stands there under
+            `deviations`, a list of words, is also said of the whole record.
         seconds: of earlier sessions.
+        metrics: in percent, where they are not what `metrics` makes of the scores.
         arrays: more about each test image, kept in predictions.npz (of the first trial).
     """
 
@@ -88,6 +90,7 @@ class Outcome:
     images: int
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    metrics: dict[str, float] | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -102,6 +105,7 @@ class Protocol:
         selection: last-epoch, or which split chose what.
         free: config keys that move no number here.
         feature: the protocol's own.
+        subset: of labels that the protocol is about, in the words of `data.labels.PUBLISHED`; None for all of them.
         multi_label: whether it takes images of several classes.
     """
 
@@ -112,6 +116,7 @@ class Protocol:
     selection: str
     free: tuple[str, ...] = ()
     feature: str = "pooled"
+    subset: str | None = None
     multi_label: bool = False
 
 
@@ -125,12 +130,14 @@ def judge(
     device: torch.device,
     trial: Trial,
     extra: dict[str, Any] | None = None,
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run all trials into a run directory; finished trials are not repeated.
 
     Args:
         trial: makes the outcome of one seed; called by every process.
         extra: more for the record.
+        summary: makes more for the record from all trials of it.
     Returns:
         The result record.
     Raises:
@@ -147,11 +154,13 @@ def judge(
     cost = Cost(str(device))
     first = protocol.config.seed
     outcomes = [_outcome(first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
+    barrier()  # every process has read every trial
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
-    result.extra |= extra or {}
+    result.extra |= (extra or {}) | (summary(result.trials) if summary else {})
     record = result.write(output)
+    barrier()  # everybody has read the trials
     if is_main():
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
             path.unlink()
@@ -178,7 +187,7 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
         if outcome is not None and is_main():
             seconds = outcome.seconds + time.perf_counter() - began
             with files.atomic(kept) as path:
-                notes = json.dumps(outcome.notes, allow_nan=False)
+                notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
                 more: dict[str, Any] = {f"{ARRAY}{name}": array for name, array in outcome.arrays.items()}
                 scores = outcome.scores.numpy()
                 np.savez(path, scores=scores, images=outcome.images, notes=notes, seconds=seconds, **more)
@@ -186,7 +195,8 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
         while not kept.is_file():  # another process works on it; no collective waits as long as it may take
             time.sleep(0.2)
     with np.load(kept, allow_pickle=False) as held:
-        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), json.loads(str(held["notes"])))
+        notes, own_metrics = json.loads(str(held["notes"]))
+        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), notes, metrics=own_metrics)
         found.arrays = {name.removeprefix(ARRAY): held[name] for name in held.files if name.startswith(ARRAY)}
         cost.seconds += float(held["seconds"])
         cost.images += found.images
@@ -205,11 +215,11 @@ def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
     few = task.labels_per_class
-    assert task.test.labels is not None
-    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
     trials: list[dict[str, Any]] = [
-        {"seed": seed, "metrics": metrics(outcome.scores, task.test)} | outcome.notes for seed, outcome in outcomes
+        {"seed": seed, "metrics": outcome.metrics or metrics(outcome.scores, task.test)} | outcome.notes
+        for seed, outcome in outcomes
     ]
+    told = dict.fromkeys(words for trial in trials for words in trial.get("deviations", []))
     return Result(
         protocol=protocol.config.protocol,
         dataset=task.test.record() | ({"labels_per_class": few} if few else task.train.regime()),
@@ -218,15 +228,41 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         over="labels" if few else protocol.over,
         selection=protocol.selection,
         cost=cost,
-        interval=intervals(list(trials[0]["metrics"]), task.test.labels, scores=scores),
+        interval=_intervals(list(trials[0]["metrics"]), outcomes, task.test),
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
+        + list(told)
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
-        + ([f"{few} labels per class"] if few else [])
-        + ([f"labels of {task.train.subset}"] if is_published(task.train.subset) else [])
+        + _other_labels(task, protocol.subset)
         + ([f"{task.feature} feature instead of {protocol.feature}"] if task.feature != protocol.feature else []),
     )
+
+
+def _intervals(
+    names: list[str], outcomes: Sequence[tuple[int, Outcome]], test: ImageSet
+) -> dict[str, tuple[float, float]]:
+    """Of those metrics that are made of one score for each image and class."""
+    assert test.labels is not None
+    resampled = ("mAP",) if test.multi_label else ("top1", "top5", "mean_per_class")
+    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
+    return intervals([name for name in names if name in resampled], test.labels, scores=scores)
+
+
+def _other_labels(task: Task, wanted: str | None) -> list[str]:
+    """In words, where a protocol's labels are not the ones used; `departures` names a list that nobody published."""
+    subset, few = task.train.subset, task.labels_per_class
+    if subset == wanted and not few:
+        return []
+    if few:
+        used = f"{few} labels per class"
+    elif is_published(subset):
+        used = f"labels of {subset}"
+    else:
+        used = "labels of an unpublished list" if subset else "all labels"
+    if wanted:
+        return [f"{used} instead of {wanted}"]
+    return [used] if few or is_published(subset) else []
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:

@@ -57,9 +57,12 @@ split_options = options(
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
     click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
 )
-classification_options = options(
+dataset_options = options(
     click.option("--dataset", default="imagenet", show_default=True, help=f"{DATASETS}."),
     split_options,
+)
+classification_options = options(
+    dataset_options,
     click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
     click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),
 )
@@ -210,7 +213,9 @@ def knn(checkpoint: str, protocol: str, **given: Any) -> int:
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, mocov3, digits, or a file.")
+@click.option(
+    "--protocol", default="moco-lincls", show_default=True, help="moco-lincls, mocov3, sweep, quick, digits, or a file."
+)
 @classification_options
 @trial_options
 @data_options
@@ -218,11 +223,77 @@ def knn(checkpoint: str, protocol: str, **given: Any) -> int:
 @run_options
 def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     """Linear classification on frozen features; the backbone is checked bit for bit."""
-    from moco_eval import linear as protocols
-    from moco_eval.config import LinearConfig
+    from moco_eval import linear as on_crops
+    from moco_eval import quick, sweep
+    from moco_eval.config import LinearConfig, QuickConfig, SweepConfig, merged
 
-    config = _config(protocol, "linear", LinearConfig, given)
-    return _classify("linear", protocols.evaluate, config, checkpoint, given)
+    kinds = {"linear/sweep@1": (SweepConfig, sweep), "linear/quick@1": (QuickConfig, quick)}
+    kind: tuple[Any, Any] = (LinearConfig, on_crops)
+    model, module = kinds.get(merged(protocol, "linear", ()).get("protocol", ""), kind)
+    if model is SweepConfig and given["feature"] is not None:
+        given["settings"] = (*given["settings"], f"features=[{given['feature']}]")
+
+    def config(encoder: Any) -> Any:
+        return _config(on_crops.recipe_for(protocol, encoder), "linear", model, given)
+
+    return _classify("linear", module.evaluate, _config(protocol, "linear", model, given), checkpoint, given, config)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--protocol", default="lbfgs", show_default=True, help="lbfgs, digits, or a file.")
+@classification_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def logistic(checkpoint: str, protocol: str, **given: Any) -> int:
+    """Logistic regression on frozen features; its C chosen on held-out training images."""
+    from moco_eval import logistic as protocols
+    from moco_eval.config import LogisticConfig
+
+    config = _config(protocol, "logistic", LogisticConfig, given)
+    return _classify("logistic", protocols.evaluate, config, checkpoint, given)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--protocol", default="voc07", show_default=True, help="voc07, digits, or a file.")
+@click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples.")
+@classification_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
+    """A linear SVM per class on frozen features, as VOC07 classification is judged."""
+    from moco_eval import svm as protocols
+    from moco_eval.config import SvmConfig
+
+    config = _config(f"{protocol}-low-shot" if low_shot else protocol, "svm", SvmConfig, given)
+    return _classify("svm", protocols.evaluate, config, checkpoint, given)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--protocol",
+    default="lightly",
+    show_default=True,
+    help="lightly, openselfsup-1percent, openselfsup-10percent, digits, or a file.",
+)
+@dataset_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
+    """Classification by the whole network, fine-tuned end to end from the encoder's weights."""
+    from moco_eval import finetune as protocols
+    from moco_eval.config import FinetuneConfig
+
+    config = _config(protocol, "finetune", FinetuneConfig, given)
+    return _classify("finetune", protocols.evaluate, config, checkpoint, given)
 
 
 @cli.command()
@@ -389,6 +460,9 @@ def _rescaled(values: dict[str, Any], batch: int) -> list[str]:
     if isinstance(before, int) and before and isinstance(rate, int | float):
         overrides.append(f"optimizer.lr={rate * batch / before!r}")
         told.append(f"lr {rate * batch / before:g} instead of {rate:g}")
+    if isinstance(before, int) and before and isinstance(rates := values.get("learning_rates"), list):
+        overrides.append(f"learning_rates={[rate * batch / before for rate in rates]!r}")
+        told.append(f"learning rates times {batch / before:g}")
     if values.get("mechanism") == "end_to_end" and isinstance(parts := values.get("accumulate", 1), int) and parts:
         overrides.append(f"queue_size={batch // parts}")
         told.append(f"K {batch // parts} instead of {values.get('queue_size')}")
@@ -405,8 +479,18 @@ def _warn(encoder: Any) -> None:
         warn(f"{encoder.source}: {words}")
 
 
-def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, given: dict[str, Any]) -> int:
-    """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
+def _classify(
+    command: str,
+    evaluate: Callable,
+    config: Any,
+    checkpoint: str,
+    given: dict[str, Any],
+    config_for: Callable[[Any], Any] | None = None,
+) -> int:
+    """Load the encoder, open the data, and evaluate, in as many processes as asked for.
+
+    `config_for` gives the config where it depends on the encoder.
+    """
     from moco_eval.classify import Task
     from moco_eval.data.images import open_splits
     from moco_eval.data.labels import parse_labels
@@ -417,6 +501,7 @@ def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, gi
     labels, dataset = parse_labels(given.get("labels")), given["dataset"]
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
+    config = config_for(encoder) if config_for else config
     train, test = open_splits(dataset, given["data"], given["train_split"], given["test_split"])
     if labels and labels.per_class is None:
         train = labels.of(train, config.seed)
@@ -431,10 +516,10 @@ def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, gi
         encoder=encoder,
         train=train,
         test=test,
-        feature=given["feature"] or "pooled",
+        feature=given.get("feature") or "pooled",
         labels_per_class=labels.per_class if labels else None,
         trials=given.get("trials", 1),
-        cache=given["cache"] or Path("runs/features"),
+        cache=given.get("cache") or Path("runs/features"),
     )
     with processes(given["device"]) as device:
         _print_record(evaluate(task, config, output, device))
