@@ -221,6 +221,7 @@ def by_ranks(bank: torch.Tensor) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_one_processs_answer(tmp_path):
     bank = drawn(90, 8)
     alone = by_ranks(bank)
