@@ -237,7 +237,7 @@ def logistic(checkpoint: str, protocol: str, **given: Any) -> int:
     return _classify("logistic", protocols.evaluate, config, checkpoint, given)
 
 
-@cli.command()
+@cli.command(context_settings={"default_map": {"dataset": "voc07"}})
 @click.argument("checkpoint")
 @click.option("--protocol", default="voc07", show_default=True, help="voc07, digits, or a file.")
 @click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples.")

@@ -3,13 +3,19 @@
 import pytest
 
 from moco_eval import config as configs
-from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
+from moco_eval.config import KnnConfig, LinearConfig, LogisticConfig, PretrainConfig, SvmConfig
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError
 from moco_eval.schedule import learning_rate
 from pretraining.plan import plan
 
-MODELS = {"pretrain": PretrainConfig, "linear": LinearConfig, "knn": KnnConfig}
+MODELS = {
+    "pretrain": PretrainConfig,
+    "linear": LinearConfig,
+    "knn": KnnConfig,
+    "logistic": LogisticConfig,
+    "svm": SvmConfig,
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
