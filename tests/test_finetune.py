@@ -225,7 +225,7 @@ def test_all_labels_vary_over_finetune(tmp_path):
     work = replace(work, train=work.train.take(range(400)))
     record = finetune.evaluate(work, recipe("schedule.epochs=2", "schedule.milestones=[1]"), tmp_path, CPU)
     assert record["over"] == "finetune"
-    assert record["metrics"]["top1"] > 20  # chance is 10
+    assert record["metrics"]["top1"] > 15  # chance is 10
     assert record["trials"][0]["best_on_test"]["of"] == 2
 
 
