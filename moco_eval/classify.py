@@ -28,6 +28,8 @@ from moco_eval.results import Cost, Result, deviations, finished, open_run
 from moco_eval.runtime import barrier, is_main, log
 from moco_eval.statistics import intervals
 
+ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
+
 
 @dataclass(frozen=True)
 class Task:
@@ -77,14 +79,19 @@ class Outcome:
     Attributes:
         scores: of each test image for each class, (images, classes), on the CPU.
         images: how many images it is about, epochs counted, for the cost.
-        notes: what the trial chose or saw besides, plain values; kept beside its metrics.
+        notes: what the trial chose or saw besides, plain values; kept beside its metrics. What stands there under
+            `deviations`, a list of words, is also said of the whole record.
         seconds: of earlier sessions.
+        metrics: in percent, where they are not what `metrics` makes of the scores.
+        arrays: more about each test image, kept in predictions.npz (of the first trial).
     """
 
     scores: torch.Tensor
     images: int
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    metrics: dict[str, float] | None = None
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Protocol:
         over: what trials vary where all labels are used: head or finetune.
         selection: last-epoch, or which split chose what.
         free: config keys that move no number here.
+        feature: the protocol's own.
         subset: of labels that the protocol is about, in the words of `data.labels.PUBLISHED`; None for all of them.
         multi_label: whether it takes images of several classes.
     """
@@ -107,6 +115,7 @@ class Protocol:
     over: str
     selection: str
     free: tuple[str, ...] = ()
+    feature: str = "pooled"
     subset: str | None = None
     multi_label: bool = False
 
@@ -121,12 +130,14 @@ def judge(
     device: torch.device,
     trial: Trial,
     extra: dict[str, Any] | None = None,
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run all trials into a run directory; finished trials are not repeated.
 
     Args:
         trial: makes the outcome of one seed; called by every process.
         extra: more for the record.
+        summary: makes more for the record from all trials of it.
     Returns:
         The result record.
     Raises:
@@ -147,8 +158,9 @@ def judge(
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
-    result.extra |= extra or {}
+    result.extra |= (extra or {}) | (summary(result.trials) if summary else {})
     record = result.write(output)
+    barrier()  # everybody has read the trials
     if is_main():
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
             path.unlink()
@@ -175,13 +187,17 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
         if outcome is not None and is_main():
             seconds = outcome.seconds + time.perf_counter() - began
             with files.atomic(kept) as path:
-                notes = json.dumps(outcome.notes, allow_nan=False)
-                np.savez(path, scores=outcome.scores.numpy(), images=outcome.images, notes=notes, seconds=seconds)
+                notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
+                more: dict[str, Any] = {f"{ARRAY}{name}": array for name, array in outcome.arrays.items()}
+                scores = outcome.scores.numpy()
+                np.savez(path, scores=scores, images=outcome.images, notes=notes, seconds=seconds, **more)
             place.with_suffix(".pth").unlink(missing_ok=True)
         while not kept.is_file():  # another process works on it; no collective waits as long as it may take
             time.sleep(0.2)
     with np.load(kept, allow_pickle=False) as held:
-        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), json.loads(str(held["notes"])))
+        notes, own_metrics = json.loads(str(held["notes"]))
+        found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), notes, metrics=own_metrics)
+        found.arrays = {name.removeprefix(ARRAY): held[name] for name in held.files if name.startswith(ARRAY)}
         cost.seconds += float(held["seconds"])
         cost.images += found.images
     return seed, found
@@ -191,18 +207,19 @@ def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test
     assert test.labels is not None
     scores = [outcome.scores.numpy() for _, outcome in outcomes]
     kept = scores if test.multi_label else scores[:1]  # elsewhere the classes that were predicted say it all
+    more: dict[str, Any] = {**outcomes[0][1].arrays}
     with files.atomic(path) as temporary:
         predictions = [one.argmax(1) for one in scores]
-        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept))
+        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept), **more)
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
     few = task.labels_per_class
-    assert task.test.labels is not None
-    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
     trials: list[dict[str, Any]] = [
-        {"seed": seed, "metrics": metrics(outcome.scores, task.test)} | outcome.notes for seed, outcome in outcomes
+        {"seed": seed, "metrics": outcome.metrics or metrics(outcome.scores, task.test)} | outcome.notes
+        for seed, outcome in outcomes
     ]
+    told = dict.fromkeys(words for trial in trials for words in trial.get("deviations", []))
     return Result(
         protocol=protocol.config.protocol,
         dataset=task.test.record() | ({"labels_per_class": few} if few else task.train.regime()),
@@ -211,14 +228,25 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         over="labels" if few else protocol.over,
         selection=protocol.selection,
         cost=cost,
-        interval=intervals(list(trials[0]["metrics"]), task.test.labels, scores=scores),
+        interval=_intervals(list(trials[0]["metrics"]), outcomes, task.test),
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
+        + list(told)
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
         + _other_labels(task, protocol.subset)
-        + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
+        + ([f"{task.feature} feature instead of {protocol.feature}"] if task.feature != protocol.feature else []),
     )
+
+
+def _intervals(
+    names: list[str], outcomes: Sequence[tuple[int, Outcome]], test: ImageSet
+) -> dict[str, tuple[float, float]]:
+    """Of those metrics that are made of one score for each image and class."""
+    assert test.labels is not None
+    resampled = ("mAP",) if test.multi_label else ("top1", "top5", "mean_per_class")
+    scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
+    return intervals([name for name in names if name in resampled], test.labels, scores=scores)
 
 
 def _other_labels(task: Task, wanted: str | None) -> list[str]:

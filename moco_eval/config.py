@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -30,7 +31,7 @@ class Model(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None):
             raise ValueError("a number is wanted, not true or false")
         return value
 
@@ -255,6 +256,20 @@ class FinetuneConfig(Model):
         return self
 
 
+class QuickConfig(Model):
+    """A linear classifier on features of `crops` epochs of random crops and of the clean crop, extracted once."""
+
+    protocol: Literal["linear/quick@1"]
+    crops: int = Field(2, ge=0)
+    batch_size: int = Positive
+    optimizer: Sgd
+    schedule: Schedule
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
 class SweepConfig(Model):
     """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, each of `features`,
     with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
@@ -276,16 +291,110 @@ class SweepConfig(Model):
 
 
 class KnnConfig(Model):
-    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest."""
+    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest.
+
+    memory: GB of working blocks of the search, per process; None is 1 on a CPU, a quarter of what is free on a GPU.
+    """
 
     protocol: Literal["knn/instdisc@1", "knn/cifar10-demo@1"]
     k: int = Positive
     temperature: float = Positive
     feature: str = "pooled"  # or head, or a stage of the network
+    memory: float | None = Field(None, gt=0)
     batch_size: int = Field(256, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
+
+
+class KnnGridConfig(Model):
+    """Weighted kNN with k, temperature and distance chosen by leave-one-out on the training images.
+
+    A temperature belongs to cosine alone. queries: training images left out in turn, at most; drawn from the seed.
+    memory: as in KnnConfig.
+    """
+
+    protocol: Literal["knn/grid@1"]
+    k: tuple[int, ...] = Field(min_length=1)
+    temperature: tuple[float, ...] = Field(min_length=1)
+    distance: tuple[Literal["cosine", "euclidean"], ...] = Field(min_length=1)
+    queries: int = Field(50_000, gt=0)
+    feature: str = "pooled"
+    memory: float | None = Field(None, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("k", "temperature", "distance")
+    @classmethod
+    def _a_grid(cls, values: tuple, info: ValidationInfo) -> tuple:
+        if len(set(values)) != len(values):
+            raise ValueError(f"{info.field_name} holds a value twice")
+        if info.field_name != "distance" and min(values) <= 0:
+            raise ValueError(f"every {info.field_name} must be greater than 0")
+        return values
+
+
+class CostPath(Model):
+    """`count` values of C, the inverse of the regularisation of the summed loss, evenly spaced in their logarithm."""
+
+    low: float = Positive
+    high: float = Positive
+    count: int = Positive
+
+    @model_validator(mode="after")
+    def _it_goes_up(self):
+        if self.count > 1 and self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        return self
+
+
+class LogisticConfig(Model):
+    """Logistic regression on frozen features; C is chosen on `held_out`, a share of the training images.
+
+    solver: torch's L-BFGS or scikit-learn's; they reach the same optimum, see docs/protocols/logistic.md.
+    tolerance: of the gradient's largest entry; a fit that is stopped at max_iterations before says so.
+    """
+
+    protocol: Literal["logistic/lbfgs@1"]
+    path: CostPath
+    held_out: float = Field(0.2, gt=0, lt=1)
+    solver: Literal["torch", "sklearn"] = "torch"
+    tolerance: float = Field(1e-5, gt=0)
+    max_iterations: int = Field(1000, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class SvmConfig(Model):
+    """One linear SVM per class on frozen features, the C of each from `costs` by three-fold cross-validation.
+
+    svm/voc07-low-shot@1 trains on each of `shots` images per class, `samples` times, and chooses one C for all classes.
+    """
+
+    protocol: Literal["svm/voc07@1", "svm/voc07-low-shot@1"]
+    costs: tuple[PositiveFloat, ...] = Field(min_length=1)
+    max_iterations: int = Field(2000, gt=0)
+    shots: tuple[PositiveInt, ...] = ()
+    samples: int = Field(1, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @property
+    def low_shot(self) -> bool:
+        """Whether it trains on few images."""
+        return self.protocol == "svm/voc07-low-shot@1"
+
+    @model_validator(mode="after")
+    def _shots_belong_to_low_shot(self):
+        if self.low_shot != bool(self.shots):
+            raise ValueError(f"shots are for svm/voc07-low-shot@1, which needs them; the protocol is {self.protocol}")
+        return self
 
 
 # Keys that do not move a number beyond the spread of the seed; all others count as deviations.
@@ -301,6 +410,7 @@ NEUTRAL_KEYS = (
     "deterministic",
     "knn",
     "views.backend",
+    "memory",
     "test_every",
 )
 
@@ -376,6 +486,11 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
 def _is_as_shipped(override: str) -> bool:
     """Whether a recipe's published number still belongs to it; fp32 is what was published."""
     return override == "precision=fp32" or is_neutral(override.partition("=")[0])
+
+
+def knn_model(name: str, overrides: Sequence[str] = ()) -> type[KnnConfig] | type[KnnGridConfig]:
+    """What a kNN config must satisfy: its protocol says. Raises InputError as `load` does."""
+    return KnnGridConfig if merged(name, "knn", overrides).get("protocol") == "knn/grid@1" else KnnConfig
 
 
 def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:

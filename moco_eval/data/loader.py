@@ -92,6 +92,7 @@ def drawing(seed: int) -> Iterator[None]:
 class Examples(Dataset):
     """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs.
 
+    The label is -1 where there is none, or where there may be several.
     `tolerant`: an unreadable image is named and a grey one takes its place (the kNN monitor); otherwise InputError.
     """
 
@@ -105,7 +106,8 @@ class Examples(Dataset):
         image = self._image(index)
         with drawing(draw_seed(self.seed, epoch, index)):
             tensor = self.transform(image)
-        label = -1 if self.images.labels is None else int(self.images.labels[index])
+        labels = self.images.labels
+        label = -1 if labels is None or labels.ndim == 2 else int(labels[index])
         return tensor, label, index
 
     def _image(self, index: int) -> Image.Image:
