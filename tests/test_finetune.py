@@ -392,7 +392,7 @@ def test_the_command_on_digits(capfd, monkeypatch, tmp_path):
     arguments = ("finetune", "random:resnet18_quarter", "--dataset", "digits", "--protocol", "digits_few")
     arguments += ("--labels", "10-per-class", "--trials", "2", "--device", "cpu")
     out, _ = in_process(capfd, monkeypatch, *arguments, "--output", tmp_path)
-    assert "finetune/openselfsup-1percent@1 digits top1" in out and "(2 trials)" in out
+    assert "finetune/openselfsup-1percent@1 digits top1" in out and "(2 label draws)" in out
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["dataset"]["labels_per_class"] == 10 and record["over"] == "labels"
     assert "head_lr 10.0 instead of 100.0" in record["deviations"]
