@@ -80,36 +80,36 @@ def _require_groups(N: int, groups: int) -> None:
         raise ValueError(f"a batch of {N} does not divide into {groups} batch-norm groups")
 
 
-class _AllMean(torch.autograd.Function):
-    """The mean over ranks, whose gradient is the mean over ranks of theirs."""
+class _AllSum(torch.autograd.Function):
+    """The sum over ranks; what their losses ask of it is summed too."""
 
     @staticmethod
     def forward(ctx, values: torch.Tensor) -> torch.Tensor:
-        return all_sum(values.clone()) / world_size()
+        return all_sum(values.clone())
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return all_sum(gradient.clone()) / world_size()
+        return all_sum(gradient.clone())
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of all ranks' batches, for gloo; torch's own needs a GPU.
 
-    Plain: the mean, then the mean square distance from it, each averaged over ranks, whose shares are equal.
+    Plain: the mean, then the mean square distance from it, over all ranks' pixels; their shares may differ in size.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) to the same shape."""
+        """(N, C, H, W) to the same shape; N may be 0 on some ranks."""
         if not self.training or world_size() == 1:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        mean = _AllMean.apply(x.mean((0, 2, 3)))
+        count = int(all_sum(torch.tensor(x.numel() // x.shape[1], device=x.device)))
+        mean = _AllSum.apply(x.sum((0, 2, 3))) / count
         centred = x - mean.view(1, -1, 1, 1)
-        var = _AllMean.apply(centred.square().mean((0, 2, 3)))
+        var = _AllSum.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
-            count = x.numel() // len(mean) * world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1

@@ -25,8 +25,10 @@ from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import is_main, log
+from moco_eval.runtime import barrier, is_main, log
 from moco_eval.statistics import intervals
+
+ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Outcome:
             `deviations`, a list of words, is also said of the whole record.
         seconds: of earlier sessions.
         metrics: in percent, where they are not what `metrics` makes of the scores.
+        arrays: more about each test image, kept in predictions.npz (of the first trial).
     """
 
     scores: torch.Tensor
@@ -88,6 +91,7 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     metrics: dict[str, float] | None = None
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class Protocol:
         over: what trials vary where all labels are used: head or finetune.
         selection: last-epoch, or which split chose what.
         free: config keys that move no number here.
+        feature: the protocol's own.
+        subset: of labels that the protocol is about, in the words of `data.labels.PUBLISHED`; None for all of them.
         multi_label: whether it takes images of several classes.
     """
 
@@ -109,6 +115,8 @@ class Protocol:
     over: str
     selection: str
     free: tuple[str, ...] = ()
+    feature: str = "pooled"
+    subset: str | None = None
     multi_label: bool = False
 
 
@@ -146,6 +154,7 @@ def judge(
     cost = Cost(str(device))
     first = protocol.config.seed
     outcomes = [_outcome(first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
+    barrier()  # every process has read every trial
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
@@ -178,13 +187,16 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
             seconds = outcome.seconds + time.perf_counter() - began
             with files.atomic(kept) as path:
                 notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
-                np.savez(path, scores=outcome.scores.numpy(), images=outcome.images, notes=notes, seconds=seconds)
+                more: dict[str, Any] = {f"{ARRAY}{name}": array for name, array in outcome.arrays.items()}
+                scores = outcome.scores.numpy()
+                np.savez(path, scores=scores, images=outcome.images, notes=notes, seconds=seconds, **more)
             place.with_suffix(".pth").unlink(missing_ok=True)
         while not kept.is_file():  # another process works on it; no collective waits as long as it may take
             time.sleep(0.2)
     with np.load(kept, allow_pickle=False) as held:
         notes, own_metrics = json.loads(str(held["notes"]))
         found = Outcome(torch.from_numpy(held["scores"]), int(held["images"]), notes, metrics=own_metrics)
+        found.arrays = {name.removeprefix(ARRAY): held[name] for name in held.files if name.startswith(ARRAY)}
         cost.seconds += float(held["seconds"])
         cost.images += found.images
     return seed, found
@@ -194,9 +206,10 @@ def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test
     assert test.labels is not None
     scores = [outcome.scores.numpy() for _, outcome in outcomes]
     kept = scores if test.multi_label else scores[:1]  # elsewhere the classes that were predicted say it all
+    more: dict[str, Any] = {**outcomes[0][1].arrays}
     with files.atomic(path) as temporary:
         predictions = [one.argmax(1) for one in scores]
-        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept))
+        np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept), **more)
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:
@@ -220,9 +233,8 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         + list(told)
         + departures(task.train, task.test)
         + preprocessing_departures(task.train.name, task.preprocessing)
-        + ([f"{few} labels per class"] if few else [])
-        + ([f"labels of {task.train.subset}"] if is_published(task.train.subset) else [])
-        + ([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
+        + _other_labels(task, protocol.subset)
+        + ([f"{task.feature} feature instead of {protocol.feature}"] if task.feature != protocol.feature else []),
     )
 
 
@@ -234,6 +246,22 @@ def _intervals(
     resampled = ("mAP",) if test.multi_label else ("top1", "top5", "mean_per_class")
     scores = np.stack([outcome.scores.numpy() for _, outcome in outcomes])
     return intervals([name for name in names if name in resampled], test.labels, scores=scores)
+
+
+def _other_labels(task: Task, wanted: str | None) -> list[str]:
+    """In words, where a protocol's labels are not the ones used; `departures` names a list that nobody published."""
+    subset, few = task.train.subset, task.labels_per_class
+    if subset == wanted and not few:
+        return []
+    if few:
+        used = f"{few} labels per class"
+    elif is_published(subset):
+        used = f"labels of {subset}"
+    else:
+        used = "labels of an unpublished list" if subset else "all labels"
+    if wanted:
+        return [f"{used} instead of {wanted}"]
+    return [used] if few or is_published(subset) else []
 
 
 def metrics(scores: torch.Tensor, test: ImageSet) -> dict[str, float]:

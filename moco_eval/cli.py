@@ -57,9 +57,12 @@ split_options = options(
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
     click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
 )
-classification_options = options(
+dataset_options = options(
     click.option("--dataset", default="imagenet", show_default=True, help=f"{DATASETS}."),
     split_options,
+)
+classification_options = options(
+    dataset_options,
     click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
     click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),
 )
@@ -183,29 +186,36 @@ def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--protocol", default="instdisc", show_default=True, help="instdisc, cifar10-demo, digits, or a file.")
+@click.option(
+    "--protocol", default="instdisc", show_default=True, help="instdisc, grid, cifar10-demo, digits, or a file."
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="Of the search's working blocks, in each process.  [default: 1; on a GPU a quarter of what is free]",
+)
 @classification_options
 @data_options
 @encoder_options
 @run_options
 def knn(checkpoint: str, protocol: str, **given: Any) -> int:
     """Weighted k-nearest-neighbour classification on frozen features."""
-    from moco_eval import knn as protocols
-    from moco_eval.config import KnnConfig
+    from moco_eval import knn as fixed
+    from moco_eval import knn_grid
+    from moco_eval.config import KnnConfig, judge_model
 
-    if given["feature"] is not None:
-        given["settings"] = (*given["settings"], f"feature={given['feature']}")
-    config = _config(protocol, "knn", KnnConfig, given)
-
-    def evaluate(task: Any, config: Any, output: Path, device: Any) -> dict[str, Any]:
-        return protocols.evaluate(task.encoder, task.train, task.test, config, output, device)
-
-    return _classify("knn", evaluate, config, checkpoint, given)
+    given["settings"] += tuple(f"{key}={given[key]}" for key in ("feature", "memory") if given[key] is not None)
+    model = judge_model(protocol, "knn", given["settings"])
+    config = _config(protocol, "knn", model, given)
+    return _classify("knn", fixed.evaluate if model is KnnConfig else knn_grid.evaluate, config, checkpoint, given)
 
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--protocol", default="moco-lincls", show_default=True, help="moco-lincls, mocov3, digits, or a file.")
+@click.option(
+    "--protocol", default="moco-lincls", show_default=True, help="moco-lincls, mocov3, sweep, quick, digits, or a file."
+)
 @classification_options
 @trial_options
 @data_options
@@ -213,11 +223,19 @@ def knn(checkpoint: str, protocol: str, **given: Any) -> int:
 @run_options
 def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     """Linear classification on frozen features; the backbone is checked bit for bit."""
-    from moco_eval import linear as protocols
-    from moco_eval.config import LinearConfig
+    from moco_eval import linear as on_crops
+    from moco_eval import quick, sweep
+    from moco_eval.config import QuickConfig, SweepConfig, judge_model
 
-    config = _config(protocol, "linear", LinearConfig, given)
-    return _classify("linear", protocols.evaluate, config, checkpoint, given)
+    model = judge_model(protocol, "linear", given["settings"])
+    module: Any = {SweepConfig: sweep, QuickConfig: quick}.get(model, on_crops)
+    if model is SweepConfig and given["feature"] is not None:
+        given["settings"] = (*given["settings"], f"features=[{given['feature']}]")
+
+    def config(encoder: Any) -> Any:
+        return _config(on_crops.recipe_for(protocol, encoder), "linear", model, given)
+
+    return _classify("linear", module.evaluate, _config(protocol, "linear", model, given), checkpoint, given, config)
 
 
 @cli.command()
@@ -253,6 +271,28 @@ def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
 
     config = _config(f"{protocol}-low-shot" if low_shot else protocol, "svm", SvmConfig, given)
     return _classify("svm", protocols.evaluate, config, checkpoint, given)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--protocol",
+    default="lightly",
+    show_default=True,
+    help="lightly, openselfsup-1percent, openselfsup-10percent, digits, or a file.",
+)
+@dataset_options
+@trial_options
+@data_options
+@encoder_options
+@run_options
+def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
+    """Classification by the whole network, fine-tuned end to end from the encoder's weights."""
+    from moco_eval import finetune as protocols
+    from moco_eval.config import FinetuneConfig
+
+    config = _config(protocol, "finetune", FinetuneConfig, given)
+    return _classify("finetune", protocols.evaluate, config, checkpoint, given)
 
 
 @cli.command()
@@ -419,6 +459,9 @@ def _rescaled(values: dict[str, Any], batch: int) -> list[str]:
     if isinstance(before, int) and before and isinstance(rate, int | float):
         overrides.append(f"optimizer.lr={rate * batch / before!r}")
         told.append(f"lr {rate * batch / before:g} instead of {rate:g}")
+    if isinstance(before, int) and before and isinstance(rates := values.get("learning_rates"), list):
+        overrides.append(f"learning_rates={[rate * batch / before for rate in rates]!r}")
+        told.append(f"learning rates times {batch / before:g}")
     if values.get("mechanism") == "end_to_end" and isinstance(parts := values.get("accumulate", 1), int) and parts:
         overrides.append(f"queue_size={batch // parts}")
         told.append(f"K {batch // parts} instead of {values.get('queue_size')}")
@@ -435,8 +478,18 @@ def _warn(encoder: Any) -> None:
         warn(f"{encoder.source}: {words}")
 
 
-def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, given: dict[str, Any]) -> int:
-    """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
+def _classify(
+    command: str,
+    evaluate: Callable,
+    config: Any,
+    checkpoint: str,
+    given: dict[str, Any],
+    config_for: Callable[[Any], Any] | None = None,
+) -> int:
+    """Load the encoder, open the data, and evaluate, in as many processes as asked for.
+
+    `config_for` gives the config where it depends on the encoder.
+    """
     from moco_eval.classify import Task
     from moco_eval.data.images import open_splits
     from moco_eval.data.labels import parse_labels
@@ -447,6 +500,7 @@ def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, gi
     labels, dataset = parse_labels(given.get("labels")), given["dataset"]
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
+    config = config_for(encoder) if config_for else config
     train, test = open_splits(dataset, given["data"], given["train_split"], given["test_split"])
     if labels and labels.per_class is None:
         train = labels.of(train, config.seed)
@@ -461,10 +515,10 @@ def _classify(command: str, evaluate: Callable, config: Any, checkpoint: str, gi
         encoder=encoder,
         train=train,
         test=test,
-        feature=given["feature"] or "pooled",
+        feature=given.get("feature") or "pooled",
         labels_per_class=labels.per_class if labels else None,
         trials=given.get("trials", 1),
-        cache=given["cache"] or Path("runs/features"),
+        cache=given.get("cache") or Path("runs/features"),
     )
     with processes(given["device"]) as device:
         _print_record(evaluate(task, config, output, device))

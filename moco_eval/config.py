@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -31,7 +31,7 @@ class Model(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None):
             raise ValueError("a number is wanted, not true or false")
         return value
 
@@ -193,6 +193,83 @@ class LinearConfig(Model):
     seed: int = Field(0, ge=0)
 
 
+class FinetuneSchedule(Model):
+    """The learning rates while a backbone is fine-tuned.
+
+    step: they fall to `gamma` of themselves at each of `milestones`, in epochs;
+    cosine: they fall after every step, half a cosine from all to a thousandth of themselves.
+    """
+
+    kind: Literal["cosine", "step"]
+    epochs: int = Positive
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self):
+        if (self.kind == "step") != bool(self.milestones):
+            raise ValueError(f"schedule.kind {self.kind!r} {'needs' if self.kind == 'step' else 'takes no'} milestones")
+        return self
+
+
+class Published(Model):
+    """A published number of a protocol: whose weights, what came out, where it stands."""
+
+    encoder: str
+    metrics: dict[str, float]
+    source: str
+
+
+class FinetuneConfig(Model):
+    """A backbone and a new linear layer trained together.
+
+    head_lr: the layer's learning rate, in multiples of the backbone's.
+    head_init: normal is N(0, 0.01) and bias 0; uniform is torch's own for nn.Linear.
+    bn_groups: equal parts of a batch whose statistics batch norm takes apart, as so many GPUs do; 1 is the whole batch,
+        however many processes share it.
+    drop_last: leave out the images of an epoch that make no whole batch.
+    test_every: epochs between two looks at the test images; the last epoch is always looked at, and reported.
+    """
+
+    protocol: Literal["finetune/openselfsup-1percent@1", "finetune/openselfsup-10percent@1", "finetune/lightly@1"]
+    batch_size: int = Positive
+    optimizer: Sgd
+    head_lr: float = Positive
+    head_init: Literal["normal", "uniform"] = "normal"
+    schedule: FinetuneSchedule
+    augmentation: Augmentation = Augmentation()
+    bn_groups: int = Field(1, gt=0)
+    drop_last: bool = False
+    test_every: int = Field(1, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+    expect: tuple[Published, ...] | None = None
+
+    @model_validator(mode="after")
+    def _groups_are_equal(self):
+        if self.bn_groups > 1 and (self.batch_size % self.bn_groups or not self.drop_last):
+            raise ValueError(
+                f"bn_groups {self.bn_groups} needs a batch_size that it divides, not {self.batch_size}, and drop_last "
+                "true"
+            )
+        return self
+
+
+class QuickConfig(Model):
+    """A linear classifier on features of `crops` epochs of random crops and of the clean crop, extracted once."""
+
+    protocol: Literal["linear/quick@1"]
+    crops: int = Field(2, ge=0)
+    batch_size: int = Positive
+    optimizer: Sgd
+    schedule: Schedule
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
 class SweepConfig(Model):
     """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, each of `features`,
     with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
@@ -214,16 +291,49 @@ class SweepConfig(Model):
 
 
 class KnnConfig(Model):
-    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest."""
+    """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest.
+
+    memory: GB of working blocks of the search, per process; None is 1 on a CPU, a quarter of what is free on a GPU.
+    """
 
     protocol: Literal["knn/instdisc@1", "knn/cifar10-demo@1"]
     k: int = Positive
     temperature: float = Positive
     feature: str = "pooled"  # or head, or a stage of the network
+    memory: float | None = Field(None, gt=0)
     batch_size: int = Field(256, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
+
+
+class KnnGridConfig(Model):
+    """Weighted kNN with k, temperature and distance chosen by leave-one-out on the training images.
+
+    A temperature belongs to cosine alone. queries: training images left out in turn, at most; drawn from the seed.
+    memory: as in KnnConfig.
+    """
+
+    protocol: Literal["knn/grid@1"]
+    k: tuple[int, ...] = Field(min_length=1)
+    temperature: tuple[float, ...] = Field(min_length=1)
+    distance: tuple[Literal["cosine", "euclidean"], ...] = Field(min_length=1)
+    queries: int = Field(50_000, gt=0)
+    feature: str = "pooled"
+    memory: float | None = Field(None, gt=0)
+    batch_size: int = Field(256, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("k", "temperature", "distance")
+    @classmethod
+    def _a_grid(cls, values: tuple, info: ValidationInfo) -> tuple:
+        if len(set(values)) != len(values):
+            raise ValueError(f"{info.field_name} holds a value twice")
+        if info.field_name != "distance" and min(values) <= 0:
+            raise ValueError(f"every {info.field_name} must be greater than 0")
+        return values
 
 
 class CostPath(Model):
@@ -287,6 +397,17 @@ class SvmConfig(Model):
         return self
 
 
+# The models of each kind of classification config.
+JUDGES: dict[str, tuple[type[Model], ...]] = {
+    "knn": (KnnConfig, KnnGridConfig),
+    "linear": (LinearConfig, SweepConfig, QuickConfig),
+    "logistic": (LogisticConfig,),
+    "svm": (SvmConfig,),
+    "logistic": (LogisticConfig,),
+    "svm": (SvmConfig,),
+    "finetune": (FinetuneConfig,),
+}
+
 # Keys that do not move a number beyond the spread of the seed; all others count as deviations.
 NEUTRAL_KEYS = (
     "workers",
@@ -300,6 +421,8 @@ NEUTRAL_KEYS = (
     "deterministic",
     "knn",
     "views.backend",
+    "memory",
+    "test_every",
 )
 
 ModelT = TypeVar("ModelT", bound=Model)
@@ -374,6 +497,13 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
 def _is_as_shipped(override: str) -> bool:
     """Whether a recipe's published number still belongs to it; fp32 is what was published."""
     return override == "precision=fp32" or is_neutral(override.partition("=")[0])
+
+
+def judge_model(name: str, kind: str, overrides: Sequence[str] = ()) -> type[Model]:
+    """What a config of a classification protocol must satisfy: its protocol says. Raises InputError as `load` does."""
+    protocol = merged(name, kind, overrides).get("protocol")
+    known = {one: model for model in JUDGES[kind] for one in get_args(model.model_fields["protocol"].annotation)}
+    return known.get(protocol, JUDGES[kind][0])
 
 
 def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -47,8 +47,9 @@ def run(output: Path, device: str) -> None:
 def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:
     training, test = open_splits("digits", None)
     log(f"2/5 kNN of {', '.join(encoders)}")
+    nearest = config.load("digits", "knn", KnnConfig)
     for name, encoder in encoders.items():
-        knn.evaluate(encoder, training, test, config.load("digits", "knn", KnnConfig), output / f"knn-{name}", device)
+        knn.evaluate(Task(encoder, training, test), nearest, output / f"knn-{name}", device)
     log(f"3/5 linear, {FEW} labels per class, {DRAWS} draws")
     few = config.load("digits_few", "linear", LinearConfig)
     for name, encoder in encoders.items():

@@ -228,7 +228,7 @@ def extract(
         for step, views in enumerate(pixels(images, preprocessing, crops, batches, device, workers, tolerant)):
             with autocast(device, precision):
                 mine = net(views).flatten(1).float()[: batches.mine(step)]
-            rows.append(_in_order(mine, batches.size(step)).cpu())
+            rows.append(in_order(mine, batches.size(step)).cpu())
             advance()
     return require_finite_features(torch.cat(rows), title)
 
@@ -240,7 +240,7 @@ def require_finite_features(features: torch.Tensor, title: str) -> torch.Tensor:
     return features
 
 
-def _in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:
+def in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:
     """All rows of a batch from the ranks' contiguous shares of it; see `data.loader.share`."""
     ranks = world_size()
     if ranks == 1:

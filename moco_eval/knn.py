@@ -3,71 +3,48 @@
 Source: Wu et al. 2018 (InstDisc), arXiv:1805.01978, Sec. 3.4; facebookresearch/moco, CIFAR-10 demo notebook.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from moco_eval import config as configs
 from moco_eval import files
+from moco_eval.classify import Outcome, Protocol, Task, judge
 from moco_eval.config import KnnConfig
-from moco_eval.data.images import (
-    ImageSet,
-    departures,
-    preprocessing_departures,
-    preprocessing_for,
-    require_single_label,
-)
-from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.errors import InputError
-from moco_eval.features import extract, network
+from moco_eval.data.images import ImageSet
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.features import extract
 from moco_eval.metrics import accuracy
-from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import is_main, log
-from moco_eval.statistics import intervals
+from moco_eval.neighbours import Neighbours, nearest_by_ranks, require_enough
+from moco_eval.runtime import is_main
+
+EPSILON = 1e-5  # solo-learn's
 
 
-@dataclass
-class Neighbours:
-    """The k nearest of each query by cosine similarity, nearest first: both (queries, k)."""
+def weights(neighbours: Neighbours, temperature: float | None) -> torch.Tensor:
+    """What each neighbour adds to its class, (queries, k): exp(similarity / temperature) of a cosine similarity, up to
+    a common factor against overflow; 1 / (distance + 1e-5) of a Euclidean distance, which has no temperature.
 
-    similarity: torch.Tensor
-    index: torch.Tensor
-
-
-def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, block: int | None = None) -> Neighbours:
-    """Find them, `block` queries at a time; by default as many as keep the similarities under half a gigabyte.
-
-    Args:
-        queries: (Q, D); bank: (B, D). Normalised here.
-    Raises:
-        InputError: the bank holds fewer than k.
+    Source: Wu et al. 2018, Sec. 3.4; vturrisi/solo-learn@9187ea3, solo/utils/knn.py, for the Euclidean one.
     """
-    require_enough(k, len(bank))
-    bank = normalize(bank, dim=1)
-    block = block or max(1, 2**27 // len(bank))
-    parts = [torch.topk(normalize(rows, dim=1) @ bank.T, k, dim=1) for rows in queries.split(block)]
-    return Neighbours(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+    if neighbours.distance == "euclidean":
+        return 1 / (EPSILON - neighbours.similarity)
+    assert temperature is not None
+    return ((neighbours.similarity - 1) / temperature).exp()
 
 
-def require_enough(k: int, images: int) -> None:
-    """Raises InputError where the bank holds fewer than k."""
-    if k > images:
-        raise InputError(f"k {k} is more than the {images} images of the bank; take --set k={images} or less")
-
-
-def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float) -> torch.Tensor:
-    """Class scores, (queries, classes): each neighbour adds exp(similarity / temperature) to its own class.
+def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float | None = None) -> torch.Tensor:
+    """Class scores, (queries, classes): each neighbour adds its weight to its own class.
 
     Args:
         labels: class of each image in the bank, (B,).
     """
-    weights = ((neighbours.similarity - 1) / temperature).exp()  # a common factor, against overflow
-    scores = weights.new_zeros((len(weights), classes))
-    return scores.scatter_add_(1, labels[neighbours.index], weights)
+    votes = weights(neighbours, temperature)
+    return votes.new_zeros((len(votes), classes)).scatter_add_(1, labels[neighbours.index], votes)
 
 
 def monitor(
@@ -83,6 +60,7 @@ def monitor(
 ) -> float:
     """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back.
 
+    Collective: every rank has all features and searches for its share of the queries.
     An unreadable image is named and counts as a grey one: a monitor must not end a run, least of all on one rank.
     """
     assert train.labels is not None and test.labels is not None
@@ -94,7 +72,7 @@ def monitor(
     )
     net.train(training)
     scores = vote(
-        nearest(queries.to(device), bank.to(device), min(k, len(bank))),
+        nearest_by_ranks(queries, bank, min(k, len(bank)), device=device),
         torch.as_tensor(train.labels, device=device),
         len(train.classes),
         temperature,
@@ -102,90 +80,60 @@ def monitor(
     return accuracy(scores.cpu(), torch.as_tensor(test.labels))
 
 
-def evaluate(
-    encoder: Encoder, train: ImageSet, test: ImageSet, config: KnnConfig, output: Path, device: torch.device
-) -> dict:
-    """Run the protocol into a run directory; returns the result record."""
-    network(encoder, config.feature)  # an encoder without that feature is refused before anything is written
-    require_single_label(test)
-    require_enough(config.k, len(train))
-    preprocessing = preprocessing_for(train.name, encoder.preprocessing)
-    resolved = {
-        "command": "knn",
-        "dataset": {"train": train.record(), "test": test.record()},
-        "encoder": encoder.identity(),
-        "config": config.model_dump(mode="json"),
-    }
-    if open_run(output, resolved) and (record := finished(output)):
-        log(f"already done: {output}")
-        return record
-    assert train.labels is not None and test.labels is not None
-    cost = Cost(str(device), images=len(train) + len(test))
-    with cost.clock():
-        neighbours, scores = _classify(encoder, train, test, config, device)
-    labels = torch.as_tensor(test.labels)
-    metrics = {"top1": accuracy(scores, labels)} | (
-        {"top5": accuracy(scores, labels, 5)} if len(train.classes) > 5 else {}
-    )
-    predictions = scores.argmax(dim=1)
-    if is_main():
-        kept = {"prediction": predictions, "label": labels, "scores": scores, "neighbour": neighbours.index[:, :10]}
-        with files.atomic(output / "predictions.npz") as path:
-            np.savez(path, **kept)
-        _draw_neighbours(train, test, neighbours, output / "neighbours.png")
+def evaluate(task: Task, config: KnnConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does.
+
+    The feature is the config's: the CIFAR-10 demo's protocol has the head's.
+    """
+    task = replace(task, feature=config.feature)
+    require_enough(config.k, len(task.training_images(config.seed)))
     canonical = configs.load(config.protocol.split("/")[1].split("@")[0], "knn", KnnConfig)
-    result = Result(
-        protocol=config.protocol,
-        dataset=test.record() | train.regime(),
-        encoder=encoder,
-        trials=[{"seed": config.seed, "metrics": metrics}],
-        over="head",
-        selection="none: nothing is trained or chosen",
-        cost=cost,
-        interval=intervals(list(metrics), test.labels, scores=scores.numpy()[None]),
-        extra={"preprocessing": preprocessing.to_dict()},
-        deviations=deviations(config, canonical, ("batch_size",))
-        + departures(train, test)
-        + preprocessing_departures(train.name, preprocessing),
-    )
-    return result.write(output)
+    selection = "none: nothing is trained or chosen"
+    protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
+
+    def trial(seed: int, _state: Path) -> Outcome:
+        images = task.training_images(seed)
+        bank, queries = (task.features(one, config, device) for one in (images, task.test))
+        found = nearest_by_ranks(queries, bank, config.k, memory=in_bytes(config.memory), device=device)
+        return outcome(found, images, task.test, config.temperature, output)
+
+    return judge(task, protocol, output, device, trial)
 
 
-def _classify(
-    encoder: Encoder, train: ImageSet, test: ImageSet, config: KnnConfig, device: torch.device
-) -> tuple[Neighbours, torch.Tensor]:
-    net = network(encoder, config.feature).to(device).eval()
-    preprocessing = preprocessing_for(train.name, encoder.preprocessing)
-    bank, queries = (
-        extract(
-            net,
-            images,
-            preprocessing,
-            device,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            precision=config.precision,
-            title=f"{images.split} features",
-        )
-        for images in (train, test)
-    )
-    neighbours = nearest(queries.to(device), bank.to(device), config.k)
-    labels = torch.as_tensor(train.labels, device=device)
-    scores = vote(neighbours, labels, len(train.classes), config.temperature)
-    return Neighbours(neighbours.similarity.cpu(), neighbours.index.cpu()), scores.cpu()
+def in_bytes(gigabytes: float | None) -> float | None:
+    return None if gigabytes is None else 1e9 * gigabytes
 
 
-def _draw_neighbours(train: ImageSet, test: ImageSet, found: Neighbours, path: Path, rows: int = 8) -> None:
-    """A picture: each row a test image and its five nearest training images, at 64 pixels."""
+def outcome(
+    found: Neighbours, train: ImageSet, test: ImageSet, temperature: float | None, output: Path, **notes: Any
+) -> Outcome:
+    """What the neighbours of the test images say of their classes, and a picture of some of them in the run directory.
+
+    Collective in so far as every process has the same neighbours; the first one draws.
+    """
+    labels = torch.as_tensor(train.labels, device=found.index.device)
+    scores = vote(found, labels, len(train.classes), temperature).cpu()
+    if is_main():
+        draw_neighbours(train, test, found.index.cpu(), output / "neighbours.png")
+    first = {"neighbour": found.index[:, :10].cpu().numpy()}
+    return Outcome(scores, len(train) + len(test), notes, arrays=first)
+
+
+def draw_neighbours(train: ImageSet, test: ImageSet, neighbours: torch.Tensor, path: Path, rows: int = 8) -> None:
+    """A picture: each row a test image and its five nearest training images, at 64 pixels.
+
+    Args:
+        neighbours: training images of each test image, nearest first, (test images, k).
+    """
     from PIL import Image
 
     shown = np.linspace(0, len(test) - 1, min(rows, len(test))).astype(int)
-    width = min(5, found.index.shape[1])
+    width = min(5, neighbours.shape[1])
     sheet = Image.new("RGB", (64 * (width + 1) + 16, 64 * len(shown)), "white")
     for y, query in enumerate(shown):
         sheet.paste(test.image(int(query)).resize((64, 64)), (0, 64 * y))
         for x in range(width):
-            neighbour = train.image(int(found.index[query, x]))
+            neighbour = train.image(int(neighbours[query, x]))
             sheet.paste(neighbour.resize((64, 64)), (64 * (x + 1) + 16, 64 * y))
     with files.atomic(path) as temporary:
         sheet.save(temporary)

@@ -58,13 +58,21 @@ def run_trial(task: Task, config: LinearConfig, seed: int, state: Path, device: 
 
 
 class Classifier:
-    """A linear layer and its SGD, the loss averaged over all processes."""
+    """A linear layer and its SGD, the loss averaged over all processes, or of one that works `alone`."""
 
     def __init__(
-        self, feature_dim: int, classes: int, optimizer: Sgd, schedule: Schedule, seed: int, device: torch.device
+        self,
+        feature_dim: int,
+        classes: int,
+        optimizer: Sgd,
+        schedule: Schedule,
+        seed: int,
+        device: torch.device,
+        alone: bool = False,
     ):
         self.layer = new_classifier(feature_dim, classes, seed).to(device)
-        self.ddp, self.lr, self.schedule, self.device = parallel(self.layer), optimizer.lr, schedule, device
+        self.ddp, self.ranks = (self.layer, 1) if alone else (parallel(self.layer), world_size())
+        self.lr, self.schedule, self.device = optimizer.lr, schedule, device
         self.optimizer = torch.optim.SGD(
             self.layer.parameters(),
             optimizer.lr,
@@ -77,7 +85,7 @@ class Classifier:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.schedule, self.lr, epoch)
         # the mean over the whole batch, also where the ranks' shares differ: DDP divides by their number
-        loss = cross_entropy(self.ddp(features.float()), labels, reduction="sum") * world_size() / batch
+        loss = cross_entropy(self.ddp(features.float()), labels, reduction="sum") * self.ranks / batch
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -25,7 +25,7 @@ from moco_eval.statistics import REPEATS, summarise
 
 SCHEMA = "moco-eval/result@1"
 # config keys under which a run goes on although they differ: they do not change what it computes
-RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect")
+RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
 

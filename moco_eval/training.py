@@ -1,5 +1,6 @@
 """The supervised training loop of the evaluations: crops of labelled images, an epoch at a time, resumable anywhere."""
 
+import copy
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +9,28 @@ from typing import Any, Protocol
 import torch
 
 from moco_eval import files
-from moco_eval.config import Augmentation, Schedule
+from moco_eval.config import Augmentation
 from moco_eval.data.images import ImageSet
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.runtime import Stop, all_sum, is_main, progress, require_finite, warn, world_size
 
 
+class Epochs(Protocol):
+    """What the loop reads of a schedule; the rates are the learner's."""
+
+    epochs: int
+
+
 class Settings(Protocol):
     """What the loop reads of a config."""
 
     batch_size: int
-    schedule: Schedule
     augmentation: Augmentation
     workers: int
+
+    @property
+    def schedule(self) -> Epochs: ...
 
 
 class Learner(Protocol):
@@ -43,6 +52,7 @@ class Loop:
 
     Attributes:
         state: where its state is kept after each epoch, and where it is stopped.
+        drop_last: leave out the images of an epoch that make no whole batch.
         losses: of the epoch under way, (steps,), this process's shares.
     """
 
@@ -55,9 +65,10 @@ class Loop:
         seed: int,
         state: Path,
         device: torch.device,
+        drop_last: bool = False,
     ):
         self.learner, self.images, self.config, self.seed = learner, images, config, seed
-        self.preprocessing, self.state, self.device = preprocessing, state, device
+        self.preprocessing, self.state, self.device, self.drop_last = preprocessing, state, device, drop_last
         self.losses: list[torch.Tensor] = []
         self.began, self.earlier = time.perf_counter(), 0.0
 
@@ -70,7 +81,7 @@ class Loop:
         """
         epochs, done = self.config.schedule.epochs, self._restore()
         batches = Batches(
-            len(self.images), self.config.batch_size, self.seed, range(epochs), shuffle=True, drop_last=False
+            len(self.images), self.config.batch_size, self.seed, range(epochs), shuffle=True, drop_last=self.drop_last
         )
         first_epoch, first_step = divmod(done, batches.steps_per_epoch)
         batches = replace(batches, epochs=range(first_epoch, epochs), first_step=first_step)
@@ -92,7 +103,7 @@ class Loop:
     def _after_step(self, done: int, total: int, per_epoch: int, stop: Stop) -> None:
         """At the end of each epoch check the loss and keep the state; stop where asked to."""
         epoch_ends = done % per_epoch == 0
-        asked = (world_size() == 1 or done % 50 == 0 or epoch_ends) and done < total and stop.requested()
+        asked = (world_size() == 1 or done % 50 == 0 or epoch_ends) and stop.requested()
         if not epoch_ends and not asked:
             return
         loss = all_sum(torch.stack(self.losses).mean()).item() / world_size()
@@ -113,11 +124,13 @@ class Loop:
     def _restore(self) -> int:
         if not self.state.is_file():
             return 0
+        fresh = copy.deepcopy(self.learner.state_dict())
         try:
             state = torch.load(self.state, map_location=self.device, weights_only=True)
             self.learner.load_state_dict(state["learner"])
         except Exception as error:  # whatever a damaged file makes torch raise
             warn(f"{self.state} cannot be resumed from ({str(error).splitlines()[0]}); this trial starts again")
+            self.learner.load_state_dict(fresh)  # it may have taken a part
             return 0
         self.earlier = float(state["seconds"])
         return int(state["step"])

@@ -73,7 +73,7 @@ def test_features_that_an_encoder_does_not_have(source, feature, words):
 def test_evaluations_take_the_feature_asked_for_and_say_so(moco_file, capfd, monkeypatch, tmp_path):
     given = ["--dataset", "digits", "--protocol", "digits", "--feature", "layer1"]
     out, _ = in_process(capfd, monkeypatch, "knn", moco_file, *given, "--output", tmp_path / "knn")
-    assert "knn/instdisc@1 digits top1" in out and "feature layer1 instead of pooled" in out
+    assert "knn/instdisc@1 digits top1" in out and "layer1 feature instead of pooled" in out
     few = ["--protocol", "digits_few", "--labels", "2-per-class", "--set", "schedule.epochs=1", "--feature", "head"]
     out, _ = in_process(capfd, monkeypatch, "linear", moco_file, *given, *few, "--output", tmp_path / "linear")
     assert "head feature instead of pooled" in out

@@ -1,0 +1,79 @@
+"""Linear classification on features extracted once: the recipe of `linear/moco-lincls@1` on a few epochs of crops.
+
+The classifier and its schedule are those of main_lincls.py; the crops are not drawn anew in each of its hundred epochs:
+it meets `crops` epochs of them and the clean crop in turn. docs/protocols/linear.md has the measured gap.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_eval import config as configs
+from moco_eval.cache import Features
+from moco_eval.classify import Outcome, Protocol, Task, judge
+from moco_eval.config import QuickConfig
+from moco_eval.data.loader import Batches
+from moco_eval.features import Crops
+from moco_eval.linear import Classifier, check_moved, snapshot
+from moco_eval.runtime import is_main, progress, require_finite, to_device
+
+
+def evaluate(task: Task, config: QuickConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
+    canonical = configs.load("quick", "linear", QuickConfig)
+    protocol = Protocol("linear", config, canonical, over="head", selection="last-epoch")
+
+    def trial(seed: int, _state: Path) -> Outcome | None:
+        return run_trial(task, config, seed, device)
+
+    return judge(task, protocol, output, device, trial)
+
+
+def run_trial(task: Task, config: QuickConfig, seed: int, device: torch.device) -> Outcome | None:
+    """Extract what is missing, train one classifier on it, score the test images; None on ranks but the first.
+
+    The crops belong to the config's seed, so that trials share them; the classifier's start and order to the trial's.
+    """
+    images = task.training_images(seed)
+    crops = [Crops(config.augmentation, config.seed, epoch) for epoch in range(config.crops)]
+    test = task.features(task.test, config, device)
+    parts = [task.features(images, config, device, one) for one in (None, *crops)]
+    if not is_main():
+        return None
+    classifier = Classifier(
+        test.shape[1], len(task.train.classes), config.optimizer, config.schedule, seed, device, alone=True
+    )
+    start = snapshot(classifier.layer)
+    train(classifier, parts, torch.as_tensor(images.labels), config, seed, device)
+    check_moved(start, classifier.layer)
+    return Outcome(classifier.scores(test), len(images) * len(parts) + len(test))
+
+
+def train(
+    classifier: Classifier,
+    parts: list[Features],
+    labels: torch.Tensor,
+    config: QuickConfig,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Train on features: epoch after epoch the next of `parts`, in an order drawn from the seed.
+
+    Args:
+        parts: features of the same images, once for each kind of crop.
+        labels: (N,), of those images.
+    Raises:
+        RunFailed: the loss is not finite.
+    """
+    epochs, labels = config.schedule.epochs, to_device(labels, device)
+    batches = Batches(len(labels), config.batch_size, seed, range(1), shuffle=True, drop_last=False)
+    held = [to_device(part.stored(), device) for part in parts]
+    with progress("classifier", epochs, len(labels)) as advance:
+        for epoch in range(epochs):
+            features, order = held[epoch % len(held)], to_device(torch.from_numpy(batches.order(epoch)), device)
+            losses = []
+            for rows in order.split(config.batch_size):
+                losses.append(classifier.step(features[rows], labels[rows], epoch, len(rows)))
+            require_finite(torch.stack(losses).mean().item(), f"epoch {epoch}", "a smaller --set optimizer.lr may help")
+            advance()
