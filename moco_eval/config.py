@@ -403,8 +403,6 @@ JUDGES: dict[str, tuple[type[Model], ...]] = {
     "linear": (LinearConfig, SweepConfig, QuickConfig),
     "logistic": (LogisticConfig,),
     "svm": (SvmConfig,),
-    "logistic": (LogisticConfig,),
-    "svm": (SvmConfig,),
     "finetune": (FinetuneConfig,),
 }
 
