@@ -160,7 +160,6 @@ def judge(
     result = _result(task, protocol, outcomes, cost)
     result.extra |= (extra or {}) | (summary(result.trials) if summary else {})
     record = result.write(output)
-    barrier()  # everybody has read the trials
     if is_main():
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
             path.unlink()

@@ -203,10 +203,10 @@ def knn(checkpoint: str, protocol: str, **given: Any) -> int:
     """Weighted k-nearest-neighbour classification on frozen features."""
     from moco_eval import knn as fixed
     from moco_eval import knn_grid
-    from moco_eval.config import KnnConfig, knn_model
+    from moco_eval.config import KnnConfig, judge_model
 
     given["settings"] += tuple(f"{key}={given[key]}" for key in ("feature", "memory") if given[key] is not None)
-    model = knn_model(protocol, given["settings"])
+    model = judge_model(protocol, "knn", given["settings"])
     config = _config(protocol, "knn", model, given)
     return _classify("knn", fixed.evaluate if model is KnnConfig else knn_grid.evaluate, config, checkpoint, given)
 
@@ -225,11 +225,10 @@ def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     """Linear classification on frozen features; the backbone is checked bit for bit."""
     from moco_eval import linear as on_crops
     from moco_eval import quick, sweep
-    from moco_eval.config import LinearConfig, QuickConfig, SweepConfig, merged
+    from moco_eval.config import QuickConfig, SweepConfig, judge_model
 
-    kinds = {"linear/sweep@1": (SweepConfig, sweep), "linear/quick@1": (QuickConfig, quick)}
-    kind: tuple[Any, Any] = (LinearConfig, on_crops)
-    model, module = kinds.get(merged(protocol, "linear", ()).get("protocol", ""), kind)
+    model = judge_model(protocol, "linear", given["settings"])
+    module: Any = {SweepConfig: sweep, QuickConfig: quick}.get(model, on_crops)
     if model is SweepConfig and given["feature"] is not None:
         given["settings"] = (*given["settings"], f"features=[{given['feature']}]")
 
@@ -256,7 +255,7 @@ def logistic(checkpoint: str, protocol: str, **given: Any) -> int:
     return _classify("logistic", protocols.evaluate, config, checkpoint, given)
 
 
-@cli.command()
+@cli.command(context_settings={"default_map": {"dataset": "voc07"}})
 @click.argument("checkpoint")
 @click.option("--protocol", default="voc07", show_default=True, help="voc07, digits, or a file.")
 @click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples.")

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -397,6 +397,15 @@ class SvmConfig(Model):
         return self
 
 
+# The models of each kind of classification config.
+JUDGES: dict[str, tuple[type[Model], ...]] = {
+    "knn": (KnnConfig, KnnGridConfig),
+    "linear": (LinearConfig, SweepConfig, QuickConfig),
+    "logistic": (LogisticConfig,),
+    "svm": (SvmConfig,),
+    "finetune": (FinetuneConfig,),
+}
+
 # Keys that do not move a number beyond the spread of the seed; all others count as deviations.
 NEUTRAL_KEYS = (
     "workers",
@@ -488,9 +497,11 @@ def _is_as_shipped(override: str) -> bool:
     return override == "precision=fp32" or is_neutral(override.partition("=")[0])
 
 
-def knn_model(name: str, overrides: Sequence[str] = ()) -> type[KnnConfig] | type[KnnGridConfig]:
-    """What a kNN config must satisfy: its protocol says. Raises InputError as `load` does."""
-    return KnnGridConfig if merged(name, "knn", overrides).get("protocol") == "knn/grid@1" else KnnConfig
+def judge_model(name: str, kind: str, overrides: Sequence[str] = ()) -> type[Model]:
+    """What a config of a classification protocol must satisfy: its protocol says. Raises InputError as `load` does."""
+    protocol = merged(name, kind, overrides).get("protocol")
+    known = {one: model for model in JUDGES[kind] for one in get_args(model.model_fields["protocol"].annotation)}
+    return known.get(protocol, JUDGES[kind][0])
 
 
 def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_knn_as_a_user_runs_it(in_tmp, capfd, monkeypatch):
     arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits"]
     out, _ = in_process(capfd, monkeypatch, *arguments)
     assert out.startswith("knn/instdisc@1 digits top1 ")
-    runs = list((in_tmp / "runs").iterdir())
+    runs = list((in_tmp / "runs").glob("knn-*"))
     assert [run.name for run in runs] == ["knn-pixels-" + runs[0].name.split("-")[2] + "-digits-instdisc"]
     again, err = in_process(capfd, monkeypatch, *arguments)
     assert again == out and "already done" in err

@@ -57,8 +57,10 @@ def edit(folder, **changes):
 
 
 def predictions(folder):
+    """What a run of one trial predicted: (N,), and the scores behind it, (N, C)."""
     with np.load(folder / "predictions.npz") as kept:
-        return dict(kept)
+        one = len(kept["prediction"]) == 1
+        return {name: array[0] if one and name in ("prediction", "scores") else array for name, array in kept.items()}
 
 
 def rewrite(folder, **changes):

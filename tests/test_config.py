@@ -3,21 +3,21 @@
 import pytest
 
 from moco_eval import config as configs
-from moco_eval.config import FinetuneConfig, KnnConfig, LinearConfig, PretrainConfig
+from moco_eval.config import PretrainConfig
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError
 from moco_eval.schedule import learning_rate
 from pretraining.plan import plan
 
-MODELS = {"pretrain": PretrainConfig, "linear": LinearConfig, "knn": KnnConfig, "finetune": FinetuneConfig}
+MODELS = {"pretrain": PretrainConfig}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, *configs.JUDGES])
 def test_every_shipped_config_loads_and_is_named(kind):
     names = configs.shipped(kind)
     assert names
     for name in names:
-        model = configs.knn_model(name) if kind == "knn" else MODELS[kind]
+        model = configs.judge_model(name, kind) if kind in configs.JUDGES else MODELS[kind]
         assert configs.load(name.split("/")[1], kind, model) == configs.load(name, kind, model)
 
 
