@@ -260,7 +260,7 @@ class QuickConfig(Model):
     """A linear classifier on features of `crops` epochs of random crops and of the clean crop, extracted once."""
 
     protocol: Literal["linear/quick@1"]
-    crops: int = Field(2, ge=0)
+    crops: int = Field(5, ge=0)
     batch_size: int = Positive
     optimizer: Sgd
     schedule: Schedule
