@@ -182,8 +182,11 @@ def test_two_processes_are_one(tmp_path):
 # Quick
 
 
+QUICK = ("schedule.kind=step", "schedule.milestones=[2]", "optimizer.lr=1", "crops=2")
+
+
 def quick_recipe(*settings: str) -> QuickConfig:
-    return configs.load("quick", "linear", QuickConfig, [*FAST, "schedule.milestones=[2]", "optimizer.lr=1", *settings])
+    return configs.load("quick", "linear", QuickConfig, [*FAST, *QUICK, *settings])
 
 
 def test_quick_is_the_official_loop_on_features_in_turn(tmp_path):
