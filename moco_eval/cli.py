@@ -363,8 +363,9 @@ def detect(
 @click.option(
     "--tasks",
     metavar="NAMES",
-    help="Between commas: knn/instdisc@1 (knn), knn/grid@1 (grid), linear/quick@1 (quick), logistic/lbfgs@1 (logistic), "
-    "svm/voc07@1 (svm), svm/voc07-low-shot@1 (low-shot).  [default: knn,quick,logistic; of several labels an image svm]",
+    help="Between commas: knn/instdisc@1 (knn), knn/grid@1 (grid), linear/quick@1 (quick), logistic/lbfgs@1 "
+    "(logistic), svm/voc07@1 (svm), svm/voc07-low-shot@1 (low-shot).  [default: knn,quick,logistic; for several labels "
+    "an image svm]",
 )
 @classification_options
 @trial_options

@@ -27,10 +27,10 @@ from moco_eval.runtime import autocast
 from moco_eval.suite import Item, Need
 from moco_eval.text import as_text
 
-SECONDS, PART = 50.0, 10.0  # of all parts of the probe together, and of one at most
+SECONDS, PART, LEAST = 50.0, 10.0, 1.0  # of all parts of the probe together, of one at most, of one at least
 ROWS = 8192  # random features at most
 # of L-BFGS in uncorrelated coordinates, as seen on the digits: iterations for each C of a path and for the last fit,
-PATH_ITERATIONS, LAST_ITERATIONS = 25, 60
+PATH_ITERATIONS, LAST_ITERATIONS = 25, 150
 LONGEST_PART = 0.43  # and what the costliest of a path's five parts has of them
 
 
@@ -82,10 +82,16 @@ def forecast(suite: Sequence[Item], needs: list[Need], device: torch.device, pro
     began = time.perf_counter()
     todo = [item for item in suite if not item.done]
     missing = {need.source.crops is not None: need.source for need in needs if need.images}
-    share = min(PART, SECONDS / max(1, len(todo) + len(missing)))
+    parts = len(todo) + len(missing)
+
+    def share(done: int) -> float:
+        """Of the time that is left, for the next part."""
+        left = SECONDS - (time.perf_counter() - began)
+        return max(LEAST, min(PART, left / (parts - done)))
+
     dim = dimension(suite[0].sources[0], device)
-    rates = {cropped: rate(source, device, share) for cropped, source in missing.items()}
-    own = [own_work(item, dim, device, share) for item in todo]
+    rates = {cropped: rate(source, device, share(done)) for done, (cropped, source) in enumerate(missing.items())}
+    own = [own_work(item, dim, device, share(done)) for done, item in enumerate(todo, len(missing))]
     return Forecast(needs, dim, rates, own, time.perf_counter() - began, device, processes)
 
 
@@ -211,19 +217,11 @@ class Shape:
 
     def logistic(self, config: LogisticConfig) -> float:
         """Of the iterations of L-BFGS, the path in several processes on a CPU, and of starting these."""
-        from joblib import cpu_count
-
-        began, small = time.perf_counter(), torch.rand(4 * self.classes, self.dim)
-        targets = np.arange(len(small)) % self.classes
-        few = logistic.Settings(max_iterations=5)
-        jobs = cpu_count() if self.device.type == "cpu" else 1
-        path = np.full(min(config.path.count, logistic.SUBPATH * jobs), 1.0)
-        pairs = (small, targets)
-        logistic.follow(pairs, pairs, path, "torch", self.device, few, jobs)
-        started = time.perf_counter() - began
-        part = replace(self, seconds=(self.seconds - started) / 2)
-        alone = part.iterations(torch.get_num_threads())
-        each = part.iterations(min(torch.get_num_threads(), max(1, cpu_count() // jobs))) if jobs > 1 else alone
+        started, jobs = start_processes() if self.device.type == "cpu" else (0.0, 1.0)
+        part = replace(self, seconds=max(LEAST, self.seconds - started) / 2)
+        threads = torch.get_num_threads()
+        alone = part.iterations(threads)
+        each = part.iterations(max(1, int(threads / jobs))) if threads > 1 and jobs > 1 else alone
         on_path = config.path.count * PATH_ITERATIONS * (1 - config.held_out) * each / min(jobs, 1 / LONGEST_PART)
         return started + on_path + LAST_ITERATIONS * alone
 
@@ -257,7 +255,11 @@ class Shape:
             for cost in config.costs:
                 svm.validate(features[:rows], target[:rows], cost, 0, config.max_iterations)
 
-        one = self.scaled(piece, count, self.seconds - started, min(count, 8 * self.classes)) * self.train / count
+        one = (
+            self.scaled(piece, count, max(LEAST, self.seconds - started), min(count, 8 * self.classes))
+            * self.train
+            / count
+        )
         return started + one * self.classes / jobs
 
     def low_shot(self, config: SvmConfig) -> float:
@@ -273,7 +275,7 @@ class Shape:
             some = config.costs[:number]
             svm.low_shot_class(train, drawn, labels, test, test_labels, some, 0, config.max_iterations)
 
-        one = self.scaled(piece, len(config.costs), self.seconds - started)
+        one = self.scaled(piece, len(config.costs), max(LEAST, self.seconds - started))
         return started + one * self.train / count * self.classes * len(config.shots) / jobs
 
     def one_class(self, count: int) -> np.ndarray:
@@ -302,13 +304,21 @@ class Shape:
             size = min(whole, max(size + 1, int(size * min(8.0, seconds / 3 / max(took, 1e-6)))))
 
 
-def start_processes() -> tuple[float, int]:
-    """Seconds until joblib's processes are there, and how many these are."""
+def start_processes() -> tuple[float, float]:
+    """Seconds until joblib's processes are there, and how many of them this machine really serves at once."""
     from joblib import Parallel, cpu_count, delayed
 
-    began, jobs = time.perf_counter(), cpu_count()
-    Parallel(n_jobs=jobs)(delayed(svm.normalise)(np.ones((2, 2))) for _ in range(jobs))
-    return time.perf_counter() - began, jobs
+    jobs, run = cpu_count(), Parallel(n_jobs=cpu_count())
+    features, target = np.random.default_rng(0).random((1000, 64)), np.where(np.arange(1000) % 10 == 0, 1, -1)
+    work = delayed(svm.validate)(features, target, 1.0, 0, 200)
+
+    def seconds(copies: int) -> float:
+        began = time.perf_counter()
+        run([work] * copies)
+        return time.perf_counter() - began
+
+    started, alone, together = seconds(jobs), seconds(1), seconds(jobs)
+    return max(0.0, started - together), min(float(jobs), max(1.0, jobs * alone / together))
 
 
 # How it is shown
@@ -351,7 +361,7 @@ def _cells(need: Need, found: Forecast) -> tuple[str, ...]:
     part = source.images.subset
     return (
         f"{source.images.split}, {crop}" + (f" ({part})" if part else ""),
-        ", ".join(need.protocols),
+        "every task" if len(need.protocols) == len(found.own) > 1 else ", ".join(need.protocols),
         f"{images:,}",
         f"{images - need.images:,}",
         f"{size / 1e6:,.1f} MB",
