@@ -1,14 +1,18 @@
 """Several protocols on one extraction: what goes through the network, what is refused first, what the table says."""
 
 import json
+import os
+import signal
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import error_line, in_process
+from commands import error_line, in_process, moco_eval
 
+from moco_eval import cache as feature_cache
 from moco_eval import config, suite
 from moco_eval.cache import open_folder
 from moco_eval.classify import Task
@@ -16,28 +20,37 @@ from moco_eval.data import small
 from moco_eval.data.images import open_images, preprocessing_for
 from moco_eval.encoders import load as loading
 from moco_eval.errors import InputError
-from moco_eval.features import extract
+from moco_eval.features import Several, extract
 
 ENCODER = "random:resnet18_quarter"
 ON_DIGITS = (ENCODER, "--dataset", "digits", "--workers", "0", "--device", "cpu")
 TRAIN, TEST = 240, 60
+DIGITS = small.digits
 CPU = torch.device("cpu")
 
 
+SHORT = {
+    "logistic": "protocol: logistic/lbfgs@1\npath: {low: 0.1, high: 10.0, count: 3}\n",
+    "svm": "protocol: svm/voc07@1\ncosts: [0.1, 1.0]\n",
+}
+
+
+@cache
+def few_digits(split: str):
+    images, count = DIGITS(split), TRAIN if split == "train" else TEST
+    return replace(images, pixels=images.pixels[:count], labels=images.labels[:count], fingerprint=f"few {split}")
+
+
 @pytest.fixture(autouse=True)
-def _few_digits(monkeypatch):
+def _small(monkeypatch, tmp_path_factory):
     """A part of the digits and short paths over C, small enough for whole commands, in one process."""
-    real = small.digits
-
-    def few(split: str):
-        images = real(split)
-        count = TRAIN if split == "train" else TEST
-        return replace(images, pixels=images.pixels[:count], labels=images.labels[:count], fingerprint=f"few {split}")
-
-    monkeypatch.setattr("moco_eval.data.small.digits", few)
+    folder, find = tmp_path_factory.mktemp("configs"), config.find
+    for kind, text in SHORT.items():
+        (folder / f"{kind}.yaml").write_text(text)
+    short = {"lbfgs": folder / "logistic.yaml", "voc07": folder / "svm.yaml"}
+    monkeypatch.setattr(config, "find", lambda name, kind: short.get(name) or find(name, kind))
+    monkeypatch.setattr("moco_eval.data.small.digits", few_digits)
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
-    find, shorter = config.find, {("lbfgs", "logistic"), ("voc07", "svm")}
-    monkeypatch.setattr(config, "find", lambda *name: find("digits" if name in shorter else name[0], name[1]))
 
 
 @pytest.fixture
@@ -236,3 +249,37 @@ def test_a_folder_of_features_is_verified(capfd, monkeypatch, in_tmp):
         open_folder(in_tmp)
     refused = error_line(capfd, monkeypatch, "features", *ON_DIGITS, "--split", "test", "--crops", "1")
     assert "--crops are of training images" in refused
+
+
+def interrupt_after(calls: int, monkeypatch) -> None:
+    real, done = Several.forward, []
+
+    def forward(self, images):
+        done.append(1)
+        if len(done) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, images)
+
+    monkeypatch.setattr(Several, "forward", forward)
+
+
+def test_an_interrupted_extraction_goes_on(capfd, monkeypatch, in_tmp, passed):
+    monkeypatch.setattr(feature_cache, "SHARD", 100)
+    command = ("features", *ON_DIGITS, "--batch-size", "100")
+    with monkeypatch.context() as stopping:
+        interrupt_after(2, stopping)
+        line = error_line(capfd, monkeypatch, *command, code=3)
+    assert "2 of 3 shards of train features, clean crop are kept: run the same command to go on" in line
+    passed.clear()
+    out, _ = in_process(capfd, monkeypatch, *command)
+    assert sum(passed) == TRAIN - 200 + TEST and len(out.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_print_one_table(in_tmp):
+    out, _ = moco_eval("suite", *ON_DIGITS, "--tasks", "knn,quick", "--nproc", "2", "--output", "two")
+    assert out.count("knn/instdisc@1") == 1 and out.count("extraction: 4,391 images and crops") == 1
+    moco_eval("suite", *ON_DIGITS, "--tasks", "knn,quick", "--output", "one", "--cache", "other")
+    one, two = records(in_tmp / "one"), records(in_tmp / "two")
+    for name in one:  # features differ in their last bits
+        assert two[name]["metrics"]["top1"] == pytest.approx(one[name]["metrics"]["top1"], abs=0.61)
