@@ -166,6 +166,42 @@ def several_features_of(sources: Sequence[Source], cache: Path | None, device: t
     return [next(opened) if whole is None else whole for whole in found]
 
 
+def missing(source: Source, cache: Path) -> int:
+    """How many images are not in the cache yet, by the names of its shards: nothing is read, nothing is written."""
+    whole = _whole_source(source)
+    if whole is not None and not _Entry(whole, whole.folder(cache)).missing():
+        return 0
+    entry = _Entry(source, source.folder(cache))
+    return sum(entry.bounds[number + 1] - entry.bounds[number] for number in entry.missing())
+
+
+def line(source: Source, features: Features, cache: Path) -> str:
+    """Features in a line: split, crop, shape, dtype, folder, two spaces between them."""
+    crop = "clean" if source.crops is None else f"crops-{source.crops.epoch}"
+    dtype = "bfloat16" if source.precision == "bf16" else "float32"
+    shape = " x ".join(map(str, features.shape))
+    return "  ".join((source.images.split, crop, shape, dtype, str(source.folder(cache))))
+
+
+def open_folder(folder: Path) -> Features:
+    """The features in one folder of a cache, wherever it has been moved to; every shard is verified.
+
+    Raises:
+        InputError: it is no such folder, a shard is missing, or its bytes are not those that were written.
+    """
+    key = files.read_json(folder / "key.json")
+    if not isinstance(key, dict) or key.get("version") != VERSION:
+        raise InputError(f"{folder / 'key.json'} is not of a folder of features (version {VERSION})")
+    shards = [path for _, path in sorted(_shards(folder).items())]
+    for path in shards:
+        if not _is_sound(path):
+            raise InputError(f"{path} is damaged: its bytes are not those that were written; extract it anew")
+    parts, wanted = [np.load(path, mmap_mode="r") for path in shards], key["data"]["images"]
+    if (held := sum(map(len, parts))) != wanted:
+        raise InputError(f"{folder} holds features of {held} of {wanted} images; run the extraction to its end")
+    return Features(parts)
+
+
 def _in_memory(source: Source, device: torch.device) -> Features:
     net = network(source.encoder, source.feature).to(device).eval()
     settings: dict[str, Any] = {"batch_size": source.batch_size, "workers": source.workers}
@@ -176,10 +212,9 @@ def _in_memory(source: Source, device: torch.device) -> Features:
 
 def _whole(source: Source, cache: Path) -> Features | None:
     """The clean features of a subset out of those of the whole set, where these are there."""
-    rows = source.images.rows
-    if rows is None or source.crops is not None or source.images.whole is None:
+    rows, whole = source.images.rows, _whole_source(source)
+    if rows is None or whole is None:
         return None
-    whole = replace(source, images=source.images.whole)
     entry = _Entry(whole, whole.folder(cache))
     if not entry.is_there():
         return None
@@ -189,6 +224,13 @@ def _whole(source: Source, cache: Path) -> Features | None:
         return None
     kept = entry.open()
     return Features([np.concatenate([_encoded(kept.stored(part), source.precision) for part in _split(rows)])])
+
+
+def _whole_source(source: Source) -> Source | None:
+    """The clean features of the whole set, of a subset."""
+    if source.images.rows is None or source.crops is not None or source.images.whole is None:
+        return None
+    return replace(source, images=source.images.whole)
 
 
 def _split(rows: np.ndarray) -> list[np.ndarray]:
@@ -226,7 +268,7 @@ class _Entry:
 
     def shards(self) -> dict[int, Path]:
         """The shard files that are there, by number."""
-        return {int(path.name[:6]): path for path in self.folder.glob("[0-9]*.npy")}
+        return _shards(self.folder)
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there."""
@@ -249,6 +291,10 @@ class _Entry:
         if [len(part) for part in parts] != [end - start for start, end in pairwise(self.bounds)]:
             raise RunFailed(f"{self.folder} holds shards of other lengths; remove it and run again")
         return Features(parts)
+
+
+def _shards(folder: Path) -> dict[int, Path]:
+    return {int(path.name[:6]): path for path in folder.glob("[0-9]*.npy")}
 
 
 def _is_sound(path: Path) -> bool:

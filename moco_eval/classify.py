@@ -59,7 +59,11 @@ class Task:
 
     def features(self, images: ImageSet, config: Any, device: torch.device, crops: Crops | None = None) -> Features:
         """Features of a set of images, as `config` says (precision, batch_size, workers). Collective."""
-        source = Source(
+        return features_of(self.source(images, config, crops), self.cache, device)
+
+    def source(self, images: ImageSet, config: Any, crops: Crops | None = None) -> Source:
+        """What those features depend on."""
+        return Source(
             self.encoder,
             images,
             self.preprocessing,
@@ -69,7 +73,6 @@ class Task:
             config.batch_size,
             config.workers,
         )
-        return features_of(source, self.cache, device)
 
 
 @dataclass
@@ -148,7 +151,7 @@ def judge(
     network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
     if not protocol.multi_label:
         require_single_label(task.test)
-    if open_run(output, _resolved(task, protocol)) and (record := finished(output)):
+    if open_run(output, resolved(task, protocol.command, protocol.config)) and (record := finished(output)):
         log(f"already done: {output}")
         return record
     cost = Cost(str(device))
@@ -166,14 +169,15 @@ def judge(
     return record
 
 
-def _resolved(task: Task, protocol: Protocol) -> dict[str, Any]:
+def resolved(task: Task, command: str, config: Any) -> dict[str, Any]:
+    """Everything that defines a run, for its config.yaml."""
     return {
-        "command": protocol.command,
+        "command": command,
         "dataset": {"train": task.train.record(), "test": task.test.record()},
         "encoder": task.encoder.identity() | {"feature": task.feature},
         "labels_per_class": task.labels_per_class,
         "trials": task.trials,
-        "config": protocol.config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
     }
 
 

@@ -31,16 +31,29 @@ def options(*wanted: click.Option | Callable) -> Callable:
     return decorate
 
 
-run_options = options(
-    click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
+machine_options = options(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."),
     click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; the config's where not given."),
-    click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
     click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
     click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
+)
+run_options = options(
+    click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
+    machine_options,
+    click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any config key; may be repeated."),
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+)
+extraction_options = options(
+    machine_options,
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Of the extraction, over all processes; the protocols keep theirs.",
+    ),
 )
 data_options = options(
     click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none."),
@@ -346,6 +359,81 @@ def detect(
 
 
 @cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--tasks",
+    metavar="NAMES",
+    help="Between commas: knn/instdisc@1 (knn), knn/grid@1 (grid), linear/quick@1 (quick), logistic/lbfgs@1 "
+    "(logistic), svm/voc07@1 (svm), svm/voc07-low-shot@1 (low-shot).  [default: knn,quick,logistic; for several labels "
+    "an image svm]",
+)
+@classification_options
+@trial_options
+@data_options
+@encoder_options
+@click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes.")
+@extraction_options
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan and about how long it takes.")
+def suite(checkpoint: str, tasks: str | None, **given: Any) -> int:
+    """Several protocols on features extracted once, in one table: moco-eval suite CHECKPOINT --tasks knn,quick"""
+    from moco_eval import suite as suites
+    from moco_eval.forecast import describe, forecast
+    from moco_eval.results import default_output
+    from moco_eval.runtime import choose_device, is_main, processes
+
+    task, regime = _open(checkpoint, given, given["seed"] or 0)
+    output = given["output"] or default_output("suite", task.encoder, regime)
+    names = suites.protocols(tasks, task.test.multi_label)
+    chosen = suites.items(task, names, output, _shared(given))
+    suites.check(chosen)
+    if given["dry_run"]:
+        needs = suites.needs(chosen, task.cache, given["batch_size"])
+        found = forecast(chosen, needs, choose_device(given["device"]), given["nproc"])
+        click.echo(describe(chosen, found, output))
+        return 0
+    if given["nproc"] > 1:
+        return _launch(given["nproc"])
+    with processes(given["device"]) as device:
+        records, extraction = suites.run(chosen, task.cache, device, given["batch_size"])
+        if is_main():
+            click.echo(suites.table(records, extraction))
+    return 0
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--crops", type=click.IntRange(0), default=0, show_default=True, help="Epochs of training crops, too.")
+@click.option("--split", type=click.Choice(["train", "test", "both"]), default="both", show_default=True)
+@classification_options
+@data_options
+@encoder_options
+@extraction_options
+def features(checkpoint: str, crops: int, split: str, **given: Any) -> int:
+    """Extract features into the cache, and print their folders: split, crop, shape, dtype, folder."""
+    from moco_eval import cache, quick
+    from moco_eval.config import QuickConfig, load
+    from moco_eval.features import network
+    from moco_eval.runtime import is_main, processes
+
+    if crops and split == "test":
+        raise InputError("--crops are of training images; take --split train or both")
+    task, _ = _open(checkpoint, given, given["seed"] or 0)
+    network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    settings = (f"crops={crops}", f"batch_size={given['batch_size']}", *_shared(given))
+    config = load("quick", "linear", QuickConfig, settings)
+    wanted = [task.source(task.train, config, one) for one in (None, *quick.crops(config)) if split != "test"]
+    wanted += [task.source(task.test, config)] if split != "train" else []
+    if given["nproc"] > 1:
+        return _launch(given["nproc"])
+    with processes(given["device"]) as device:
+        for source in wanted:
+            found = cache.features_of(source, task.cache, device)
+            if is_main():
+                click.echo(cache.line(source, found, task.cache))
+    return 0
+
+
+@cli.command()
 @click.argument("run_a", type=FOLDER)
 @click.argument("run_b", type=FOLDER)
 def compare(run_a: Path, run_b: Path) -> None:
@@ -443,12 +531,16 @@ def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
     """The config with --set and the shared options applied; --batch-size carries the learning rate along."""
     from moco_eval import config
 
-    overrides = list(given["settings"])
-    overrides += [f"{key}={given[key]}" for key in ("precision", "workers", "seed") if given[key] is not None]
+    overrides = [*given["settings"], *_shared(given)]
     batch = given["batch_size"]
     if batch is not None:
         overrides += _rescaled(config.merged(name, kind, overrides), batch)
     return config.load(name, kind, model, overrides)
+
+
+def _shared(given: dict[str, Any]) -> list[str]:
+    """The options that are keys of every config, as overrides."""
+    return [f"{key}={given[key]}" for key in ("precision", "workers", "seed") if given[key] is not None]
 
 
 def _rescaled(values: dict[str, Any], batch: int) -> list[str]:
@@ -490,27 +582,35 @@ def _classify(
 
     `config_for` gives the config where it depends on the encoder.
     """
+    from moco_eval.results import default_output
+    from moco_eval.runtime import processes
+
+    task, regime = _open(checkpoint, given, config.seed)
+    config = config_for(task.encoder) if config_for else config
+    output = given["output"] or default_output(command, task.encoder, regime, config.protocol)
+    if given["dry_run"]:
+        click.echo(_evaluation_plan(task.encoder, config, task.train, task.test, output))
+        return 0
+    if given["nproc"] > 1:
+        return _launch(given["nproc"])
+    with processes(given["device"]) as device:
+        _print_record(evaluate(task, config, output, device))
+    return 0
+
+
+def _open(checkpoint: str, given: dict[str, Any], seed: int) -> tuple[Any, str]:
+    """The encoder on the data: a classify.Task; and the data's name with what --labels says, for a run directory."""
     from moco_eval.classify import Task
     from moco_eval.data.images import open_splits
     from moco_eval.data.labels import parse_labels
     from moco_eval.encoders.load import load
-    from moco_eval.results import default_output
-    from moco_eval.runtime import processes
 
     labels, dataset = parse_labels(given.get("labels")), given["dataset"]
-    encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
+    encoder = load(checkpoint, given["arch"], given["encoder"], seed)
     _warn(encoder)
-    config = config_for(encoder) if config_for else config
     train, test = open_splits(dataset, given["data"], given["train_split"], given["test_split"])
     if labels and labels.per_class is None:
-        train = labels.of(train, config.seed)
-    regime = f"{dataset}-{labels.name}" if labels else dataset
-    output = given["output"] or default_output(command, encoder, regime, config.protocol)
-    if given["dry_run"]:
-        click.echo(_evaluation_plan(encoder, config, train, test, output))
-        return 0
-    if given["nproc"] > 1:
-        return _launch(given["nproc"])
+        train = labels.of(train, seed)
     task = Task(
         encoder=encoder,
         train=train,
@@ -520,9 +620,7 @@ def _classify(
         trials=given.get("trials", 1),
         cache=given.get("cache") or Path("runs/features"),
     )
-    with processes(given["device"]) as device:
-        _print_record(evaluate(task, config, output, device))
-    return 0
+    return task, f"{dataset}-{labels.name}" if labels else dataset
 
 
 def _launch(nproc: int, max_restarts: int = 0) -> int:

@@ -86,7 +86,7 @@ def evaluate(task: Task, config: KnnConfig, output: Path, device: torch.device) 
     The feature is the config's: the CIFAR-10 demo's protocol has the head's.
     """
     task = replace(task, feature=config.feature)
-    require_enough(config.k, len(task.training_images(config.seed)))
+    check(task, config)
     canonical = configs.load(config.protocol.split("/")[1].split("@")[0], "knn", KnnConfig)
     selection = "none: nothing is trained or chosen"
     protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
@@ -98,6 +98,11 @@ def evaluate(task: Task, config: KnnConfig, output: Path, device: torch.device) 
         return outcome(found, images, task.test, config.temperature, output)
 
     return judge(task, protocol, output, device, trial)
+
+
+def check(task: Task, config: KnnConfig) -> None:
+    """Raises InputError where there are too few training images."""
+    require_enough(config.k, len(task.training_images(config.seed)))
 
 
 def in_bytes(gigabytes: float | None) -> float | None:

@@ -24,7 +24,7 @@ VOTING = 2**26  # class scores held at once
 def evaluate(task: Task, config: KnnGridConfig, output: Path, device: torch.device) -> dict[str, Any]:
     """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
     task = replace(task, feature=config.feature)
-    require_enough(min(config.k), len(task.training_images(config.seed)) - 1)
+    check(task, config)
     canonical = configs.load("grid", "knn", KnnGridConfig)
     selection = "leave-one-out on train"
     protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
@@ -33,6 +33,11 @@ def evaluate(task: Task, config: KnnGridConfig, output: Path, device: torch.devi
         return run_trial(task, config, seed, output, device)
 
     return judge(task, protocol, output, device, trial)
+
+
+def check(task: Task, config: KnnGridConfig) -> None:
+    """Raises InputError where there are too few training images for the smallest k."""
+    require_enough(min(config.k), len(task.training_images(config.seed)) - 1)
 
 
 def run_trial(task: Task, config: KnnGridConfig, seed: int, output: Path, device: torch.device) -> Outcome:

@@ -55,6 +55,14 @@ def evaluate(task: Task, config: LogisticConfig, output: Path, device: torch.dev
     return judge(task, protocol, output, device, trial)
 
 
+def check(task: Task, config: LogisticConfig) -> None:
+    """Raises InputError where no class has an image to spare for the choice of C."""
+    labels = task.training_images(config.seed).labels
+    assert labels is not None
+    if config.path.count > 1:
+        _require_some(held_out(labels, config.held_out, config.seed)[1])
+
+
 def on_features(
     train: "Rows",
     labels: np.ndarray,
@@ -106,13 +114,17 @@ def _points(
     if len(path) == 1:
         return [Point(float(path[0]), 0.0, 0, True)]
     kept, held = held_out(labels, share, seed)
+    _require_some(held)
+    fit, choice = ((resident(Taken(train, rows), device), labels[rows]) for rows in (kept, held))
+    return follow(fit, choice, path, solver, device, settings, cpu_count(), measure)
+
+
+def _require_some(held: np.ndarray) -> None:
     if not len(held):
         raise InputError(
             "every class has one training image, none to spare for the choice of C; take more labels, or one C alone: "
             "--set path.count=1 --set path.low=1.0"
         )
-    fit, choice = ((resident(Taken(train, rows), device), labels[rows]) for rows in (kept, held))
-    return follow(fit, choice, path, solver, device, settings, cpu_count(), measure)
 
 
 def _troubles(points: Sequence["Point"], best: "Point", fit: "Fit", settings: "Settings") -> list[str]:

@@ -5,8 +5,6 @@ import io
 import math
 import re
 import shlex
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,7 +14,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
@@ -24,6 +21,7 @@ from moco_eval import config
 from moco_eval.config import Expect, Model, PretrainConfig
 from moco_eval.errors import InputError
 from moco_eval.statistics import REPEATS, mean_and_std
+from moco_eval.text import as_text
 
 Record = dict[str, Any]
 Over = Literal["head", "labels", "finetune", "pretrain"]
@@ -458,7 +456,6 @@ def _below(comparison: Comparison) -> list[str]:
 
 
 def _text(comparison: Comparison) -> str:
-    """For a terminal its width; elsewhere as wide as the words are, so that the text is always the same."""
     table = comparison.table
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in HEADINGS:
@@ -468,16 +465,8 @@ def _text(comparison: Comparison) -> str:
         label, *others = (escape(cell) for cell in _cells(line))
         grid.add_row("" if label == before else label, *others)
         before = label
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else 10_000
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=False, highlight=False, color_system=None)
-    console.print(f"{table.id}: {table.paper}, {table.table}", table.caption, sep="\n", markup=False)
-    console.print(grid)
-    for words in _below(comparison):
-        console.print(words, markup=False)
-    console.print(f"published: {table.source}", markup=False)
-    return "\n".join(text.rstrip() for text in out.getvalue().splitlines())
+    above = (f"{table.id}: {table.paper}, {table.table}", table.caption)
+    return as_text(*above, grid, *_below(comparison), f"published: {table.source}")
 
 
 def _markdown(comparison: Comparison) -> str:

@@ -30,15 +30,19 @@ def evaluate(task: Task, config: QuickConfig, output: Path, device: torch.device
     return judge(task, protocol, output, device, trial)
 
 
+def crops(config: QuickConfig) -> list[Crops]:
+    """The epochs of training crops that a classifier meets beside the clean crop."""
+    return [Crops(config.augmentation, config.seed, epoch) for epoch in range(config.crops)]
+
+
 def run_trial(task: Task, config: QuickConfig, seed: int, device: torch.device) -> Outcome | None:
     """Extract what is missing, train one classifier on it, score the test images; None on ranks but the first.
 
     The crops belong to the config's seed, so that trials share them; the classifier's start and order to the trial's.
     """
     images = task.training_images(seed)
-    crops = [Crops(config.augmentation, config.seed, epoch) for epoch in range(config.crops)]
     test = task.features(task.test, config, device)
-    parts = [task.features(images, config, device, one) for one in (None, *crops)]
+    parts = [task.features(images, config, device, one) for one in (None, *crops(config))]
     if not is_main():
         return None
     classifier = Classifier(

@@ -29,10 +29,10 @@ RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", 
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
 
-def default_output(command: str, encoder: Encoder, dataset: str, protocol: str) -> Path:
-    """runs/<command>-<run name>-<sha8>-<dataset>-<protocol>: two encoders never collide."""
-    name = "-".join((command, encoder.run_name, encoder.sha256[:8], dataset, protocol.split("@")[0].split("/")[-1]))
-    return Path("runs") / name
+def default_output(command: str, encoder: Encoder, dataset: str, protocol: str | None = None) -> Path:
+    """runs/<command>-<run name>-<sha8>-<dataset>-<protocol>: two encoders never collide. A suite has no protocol."""
+    last = [protocol.split("@")[0].split("/")[-1]] if protocol else []
+    return Path("runs") / "-".join((command, encoder.run_name, encoder.sha256[:8], dataset, *last))
 
 
 def open_run(output: Path, resolved: dict[str, Any]) -> bool:
@@ -49,7 +49,7 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
     found, refusal = False, ""
     if is_main():
         try:
-            found = _found(output, resolved)
+            found = holds(output, resolved)
             files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
             files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
         except InputError as error:
@@ -62,7 +62,8 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
     return found
 
 
-def _found(output: Path, resolved: dict[str, Any]) -> bool:
+def holds(output: Path, resolved: dict[str, Any]) -> bool:
+    """Whether a directory holds this very run; raises InputError where it holds another, or something else."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a folder")
     if not output.is_dir() or _names(output) <= {"config.yaml", "environment.json"}:

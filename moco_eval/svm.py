@@ -49,10 +49,22 @@ def evaluate(task: Task, config: SvmConfig, output: Path, device: torch.device) 
         return answer(train, labels, test, test_labels, config, seed)
 
     summary = partial(best_on_test, config.costs, config.shots) if config.low_shot else None
-    return judge(_repeated(task, config), protocol, output, device, trial, summary=summary)
+    return judge(repeated(task, config), protocol, output, device, trial, summary=summary)
 
 
-def _repeated(task: Task, config: SvmConfig) -> Task:
+def check(task: Task, config: SvmConfig) -> None:
+    """Raises InputError where a class has too few images, or low-shot is to draw from few labels."""
+    repeated(task, config)
+    labels = task.training_images(config.seed).labels
+    assert labels is not None
+    targets = one_hot(labels, len(task.train.classes))
+    if not config.low_shot:
+        _require_both(np.where(targets == 1, 1, -1))
+    for shots in config.shots:
+        draw(targets, shots, config.seed)  # every sample takes as many
+
+
+def repeated(task: Task, config: SvmConfig) -> Task:
     """Low-shot: a trial is a sample.
 
     Raises:
@@ -229,7 +241,7 @@ def fit_classes(
     train, test = normalise(train), normalise(test)
     tasks = [(target, cost) for target in targets.T for cost in costs]
     run = Parallel(n_jobs=processes)
-    validated = run(delayed(_validate)(train, target, cost, seed, max_iterations) for target, cost in tasks)
+    validated = run(delayed(validate)(train, target, cost, seed, max_iterations) for target, cost in tasks)
     table = np.array([value for value, _ in validated]).reshape(len(targets.T), len(costs))
     missed = np.array([count for _, count in validated]).reshape(table.shape).sum(axis=1)
     chosen = [costs[best] for best in table.argmax(axis=1)]
@@ -250,7 +262,7 @@ def _require_both(targets: np.ndarray) -> None:
             )
 
 
-def _validate(train: np.ndarray, target: np.ndarray, cost: float, seed: int, limit: int) -> tuple[float, int]:
+def validate(train: np.ndarray, target: np.ndarray, cost: float, seed: int, limit: int) -> tuple[float, int]:
     """Mean average precision over the folds, as scikit-learn has it, and how many fits did not converge."""
     from sklearn.model_selection import cross_val_score
 
@@ -351,7 +363,7 @@ def fit_low_shot(
     rest = np.where(drawn == -1, labels, -1)
     train, test = normalise(train), normalise(test)
     columns = Parallel(n_jobs=processes)(
-        delayed(_low_shot_class)(train, drawn[:, c], rest[:, c], test, test_labels[:, c], costs, seed, max_iterations)
+        delayed(low_shot_class)(train, drawn[:, c], rest[:, c], test, test_labels[:, c], costs, seed, max_iterations)
         for c in range(labels.shape[1])
     )
     on_test, on_rest, scores, late = zip(*columns)
@@ -359,7 +371,7 @@ def fit_low_shot(
     return LowShot(test_table, rest_table, all_scores, sum(late))
 
 
-def _low_shot_class(
+def low_shot_class(
     train: np.ndarray,
     drawn: np.ndarray,
     rest: np.ndarray,

@@ -10,7 +10,7 @@ import pytest
 from commands import ROOT, environment, error_line, in_process, moco_eval
 
 COMMANDS = ["pretrain", "inspect", "convert", "knn", "linear", "detect"]
-COMMANDS += ["compare", "table", "report", "configs", "demo"]
+COMMANDS += ["suite", "features", "compare", "table", "report", "configs", "demo"]
 
 
 def test_help_names_every_command_at_once():
