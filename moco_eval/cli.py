@@ -282,7 +282,9 @@ def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
     from moco_eval import svm as protocols
     from moco_eval.config import SvmConfig
 
-    config = _config(f"{protocol}-low-shot" if low_shot else protocol, "svm", SvmConfig, given)
+    if low_shot and not protocol.endswith((".yaml", ".yml")):  # a file says its own protocol
+        protocol = f"{protocol}-low-shot"
+    config = _config(protocol, "svm", SvmConfig, given)
     return _classify("svm", protocols.evaluate, config, checkpoint, given)
 
 
@@ -684,16 +686,16 @@ def main() -> None:
         if not getattr(error, "told", False):
             click.echo(f"Error: {message_of(error)}", err=True)
         code = 2 if isinstance(error, InputError) else 1
-    except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
-            raise
-        code = 1  # another process of this run failed, and says why
-    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:  # before RuntimeError, of which Abort is one
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
             click.echo(
                 f"Interrupted: {error}" if str(error) else "Interrupted; run the same command to go on", err=True
             )
         code = 3
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
+            raise
+        code = 1  # another process of this run failed, and says why
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -26,15 +26,17 @@ EPSILON = 1e-5  # solo-learn's
 
 
 def weights(neighbours: Neighbours, temperature: float | None) -> torch.Tensor:
-    """What each neighbour adds to its class, (queries, k): exp(similarity / temperature) of a cosine similarity, up to
-    a common factor against overflow; 1 / (distance + 1e-5) of a Euclidean distance, which has no temperature.
+    """What each neighbour adds to its class, (queries, k), nearest first.
+
+    exp(similarity / temperature) of a cosine similarity, up to a factor that a query's neighbours share, so that the
+    nearest adds 1; 1 / (distance + 1e-5) of a Euclidean distance, which has no temperature.
 
     Source: Wu et al. 2018, Sec. 3.4; vturrisi/solo-learn@9187ea3, solo/utils/knn.py, for the Euclidean one.
     """
     if neighbours.distance == "euclidean":
         return 1 / (EPSILON - neighbours.similarity)
     assert temperature is not None
-    return ((neighbours.similarity - 1) / temperature).exp()
+    return ((neighbours.similarity - neighbours.similarity[:, :1]) / temperature).exp()
 
 
 def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float | None = None) -> torch.Tensor:

@@ -56,9 +56,14 @@ def evaluate(task: Task, config: LogisticConfig, output: Path, device: torch.dev
 
 
 def check(task: Task, config: LogisticConfig) -> None:
-    """Raises InputError where no class has an image to spare for the choice of C."""
+    """Raises InputError where a class has no image, or none has one to spare for the choice of C."""
     labels = task.training_images(config.seed).labels
     assert labels is not None
+    if absent := [name for label, name in enumerate(task.train.classes) if not (labels == label).any()]:
+        raise InputError(
+            f"class {absent[0]!r} has no training image ({len(absent)} such classes); logistic regression needs one of "
+            "each"
+        )
     if config.path.count > 1:
         _require_some(held_out(labels, config.held_out, config.seed)[1])
 
@@ -84,7 +89,7 @@ def on_features(
     path = costs(config.path.low, config.path.high, config.path.count)
     points = _points(train, labels, path, config.solver, config.held_out, seed, device, settings, measure)
     best = choose(points)
-    everything = resident(train, device)
+    everything = resident(train, device if config.solver == "torch" else CPU)
     fit = fit_by(config.solver, everything, labels, best.C, device, settings)
     notes: dict[str, Any] = {
         "chosen": {"C": best.C},
@@ -112,10 +117,11 @@ def _points(
     from joblib import cpu_count
 
     if len(path) == 1:
-        return [Point(float(path[0]), 0.0, 0, True)]
+        return [Point(float(path[0]), None, 0, True)]
     kept, held = held_out(labels, share, seed)
     _require_some(held)
-    fit, choice = ((resident(Taken(train, rows), device), labels[rows]) for rows in (kept, held))
+    place = device if solver == "torch" else CPU
+    fit, choice = ((resident(Taken(train, rows), place), labels[rows]) for rows in (kept, held))
     return follow(fit, choice, path, solver, device, settings, cpu_count(), measure)
 
 
@@ -201,10 +207,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Point:
-    """A place on the path over C: the metric of its held-out images in percent, and how its fit ended."""
+    """A place on the path over C: the metric of its held-out images in percent (None where there is no choice), and how
+    its fit ended."""
 
     C: float
-    held_out: float
+    held_out: float | None
     iterations: int
     converged: bool
 
@@ -300,12 +307,14 @@ def fit_sklearn(
     model = LogisticRegression(
         C=2 * C if two else C, tol=settings.tolerance, max_iter=settings.max_iterations, warm_start=start is not None
     )
+    centre = features.mean(axis=0)  # the same objective; away from the origin the intercept would hardly move
     if start is not None:
-        model.coef_, model.intercept_ = (one[1:] - one[:1] if two else one.copy() for one in (start.weight, start.bias))
+        places = (start.weight, start.bias + start.weight @ centre)
+        model.coef_, model.intercept_ = (one[1:] - one[:1] if two else one.copy() for one in places)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model.fit(features, labels)
-    weight, bias = model.coef_, model.intercept_
+        model.fit(features - centre, labels)
+    weight, bias = model.coef_, model.intercept_ - model.coef_ @ centre
     if two:
         weight, bias = (np.concatenate([-one / 2, one / 2]) for one in (weight, bias))
     stopped = any(issubclass(one.category, ConvergenceWarning) for one in caught)
@@ -463,4 +472,4 @@ def _subpath(
 
 def choose(points: Sequence[Point]) -> Point:
     """The best on held-out images; of equals the most regularised."""
-    return max(points, key=lambda point: (point.held_out, -point.C))
+    return max(points, key=lambda point: (point.held_out or 0.0, -point.C))

@@ -186,6 +186,7 @@ class _Search:
 
     def found(self) -> Neighbours:
         """The best of all blocks in order."""
+        assert (self.index >= 0).all()  # finite features always fill the k places
         similarity = self.best if self.centre is None else -self._distances(self.centre)
         index, order = self.index.sort(dim=1)
         similarity, by_similarity = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
@@ -237,7 +238,7 @@ def _merge(best: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, start:
     if 2 * len(rows) > len(best):
         rows = torch.arange(len(best), device=best.device)  # all of them: a gather is quicker than an index
     chunks = maxima[rows].topk(min(k, int(hopeful.max())), dim=1, sorted=False).indices
-    within = torch.arange(0, width * chunk, width, device=scores.device)
+    within = torch.arange(chunk, device=scores.device) * width
     columns = (chunks[:, None, :] + within[:, None]).flatten(1)  # (rows, candidates)
     tail = torch.arange(width * chunk, scores.shape[1], device=scores.device).expand(len(rows), -1)
     columns = torch.cat([columns, tail], dim=1)

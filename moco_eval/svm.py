@@ -232,7 +232,7 @@ def fit_classes(
             those train as absent.
         processes: on this machine; they share the features by memory-map, and their number moves no number.
     Raises:
-        InputError: a class has no image, or none without it, or fewer than three of both.
+        InputError: a class has fewer than two images, or fewer than two are without it, or fewer than three are both.
     """
     from joblib import Parallel, delayed
 
@@ -255,10 +255,11 @@ def fit_classes(
 def _require_both(targets: np.ndarray) -> None:
     positives = (targets == 1).sum(axis=0)
     for column, count in enumerate(positives):
-        if not 0 < count < len(targets) or max(count, len(targets) - count) < FOLDS:
+        without = len(targets) - count
+        if min(count, without) < 2 or max(count, without) < FOLDS:
             raise InputError(
-                f"class {column} is in {count} of {len(targets)} training images; an SVM needs images with and without "
-                "it. Has the split been cut too short?"
+                f"class {column} is in {count} of {len(targets)} training images; an SVM and its cross-validation need "
+                "two or more with and without it. Has the split been cut too short?"
             )
 
 
@@ -328,6 +329,8 @@ def draw(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng([seed, shots])
     drawn = np.full_like(labels, -1)
     classes = labels.shape[1]
+    if classes < 2:
+        raise InputError("there is one class alone, so nothing to tell it from")
     for column in range(classes):
         for value, wanted in ((1, shots), (0, (classes - 1) * shots)):
             images = np.flatnonzero(labels[:, column] == value)
@@ -361,6 +364,12 @@ def fit_low_shot(
 
     drawn = draw(labels, shots, seed)
     rest = np.where(drawn == -1, labels, -1)
+    if not (rest == 1).any():
+        raise InputError(
+            f"{shots} shots leave no training image of any class to choose C by; take fewer, --set shots=[1]"
+        )
+    if not (test_labels == 1).any():
+        raise InputError("no test image shows any of the classes, so there is no average precision")
     train, test = normalise(train), normalise(test)
     columns = Parallel(n_jobs=processes)(
         delayed(low_shot_class)(train, drawn[:, c], rest[:, c], test, test_labels[:, c], costs, seed, max_iterations)

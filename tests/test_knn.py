@@ -18,7 +18,7 @@ from moco_eval.encoders.build import build_resnet
 from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
-from moco_eval.neighbours import nearest
+from moco_eval.neighbours import Neighbours, nearest
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_scores_against_a_naive_loop(features):
         similarity = [(query @ row / (query.norm() * row.norm())).item() for row in bank]
         best = sorted(range(300), key=lambda j: -similarity[j])[:20]
         naive = [sum(math.exp(similarity[j] / 0.07) for j in best if labels[j] == c) for c in range(7)]
-        ours = scores[i].double() * math.exp(1 / 0.07)
+        ours = scores[i].double() * math.exp(similarity[best[0]] / 0.07)
         assert torch.allclose(ours, torch.tensor(naive, dtype=torch.float64), rtol=1e-3)
 
 
@@ -118,3 +118,10 @@ def test_images_in_memory_give_the_features_a_loader_gives(monkeypatch):
     direct = extraction.extract(net, images, as_it_is, CPU, batch_size=64)
     monkeypatch.setattr(extraction, "_fits_as_it_is", lambda *_: False)
     assert torch.equal(direct, extraction.extract(net, images, as_it_is, CPU, batch_size=64))
+
+
+def test_votes_do_not_vanish_at_a_low_temperature():
+    """All similarities far below 1: the nearest still decides, at any temperature."""
+    found = Neighbours(torch.tensor([[0.05, 0.0, -0.1]]), torch.tensor([[0, 1, 2]]))
+    scores = knn.vote(found, torch.tensor([2, 1, 1]), 3, temperature=0.005)
+    assert scores.argmax(1).tolist() == [2] and scores[0, 2] == 1

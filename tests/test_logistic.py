@@ -229,3 +229,35 @@ def test_rows_that_stay_in_their_files_give_the_same_fit(encoded, monkeypatch):
     assert logistic.resident(kept, CPU) is kept
     one, two = (logistic.fit_torch(rows, encoded.y[::2], 0.1, CPU, block=100) for rows in (whole, kept))
     assert np.array_equal(one.weight, two.weight)
+
+
+def test_the_choice_and_the_refit_by_hand(digits):
+    """C by the metric that is asked for, on the held-out images; then all training images, with that C."""
+    train, y, test = digits.X, digits.y, digits.Xt
+    config = configs.load("digits", "logistic", LogisticConfig, ["path={low: 0.0001, high: 10, count: 6}"])
+    asked = []
+
+    def worst_class(scores, labels):
+        asked.append(len(labels))
+        return min(accuracy(scores[labels == one], labels[labels == one]) for one in labels.unique())
+
+    found = logistic.on_features(train, y, test, config, 0, CPU, worst_class)
+    kept, held = held_out(y, config.held_out, 0)
+    settings = logistic.Settings(config.tolerance, config.max_iterations)
+    right = []
+    for C in logistic.costs(0.0001, 10, 6):
+        fit = logistic.fit_torch(train[kept], y[kept], C, CPU, settings=settings)
+        right.append(worst_class(logistic.scores(train[held], fit), torch.from_numpy(y[held])))
+    chosen = logistic.costs(0.0001, 10, 6)[int(np.argmax(right))]
+    assert found.notes["chosen"]["C"] == pytest.approx(chosen) and set(asked) == {len(held)}
+    refit = logistic.fit_torch(train, y, chosen, CPU, settings=settings)
+    assert torch.allclose(found.scores, logistic.scores(test, refit), atol=1e-2)
+
+
+def test_scikit_learn_reaches_the_optimum_far_from_the_origin():
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(120, 6)), generator.integers(0, 3, 120)
+    near, far = (
+        logistic.fit_sklearn(X + shift, y, 1.0, settings=logistic.Settings(1e-8, 10_000)) for shift in (0.0, 1000.0)
+    )
+    assert logistic.loss(X + 1000, y, far) == pytest.approx(logistic.loss(X, y, near), rel=1e-9)

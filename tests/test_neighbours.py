@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
+from torch.nn.functional import normalize
 
 from moco_eval.errors import InputError
 from moco_eval.knn import vote
@@ -229,3 +230,15 @@ def test_two_processes_give_one_processs_answer(tmp_path):
         for name, expected in alone.items():
             assert torch.allclose(rank[name], expected, atol=1e-6)
             assert rank[name].shape == expected.shape
+
+
+@pytest.mark.parametrize("rest", [1, 5, 40])
+def test_a_last_block_shorter_than_a_chunk(rest):
+    """Its rows are candidates themselves, also where they are the best of all."""
+    generator = torch.Generator().manual_seed(rest)
+    bank, queries = torch.randn(4990 + rest, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    bank[-rest:] = queries[: min(rest, 20)].repeat(2, 1)[:rest]
+    found = nearest(queries, bank, 2, memory=2 * 8 * 512 * 4990)
+    wanted = (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(2, dim=1)
+    assert torch.allclose(found.similarity, wanted.values, atol=1e-6)
+    assert (found.index[:1, 0] >= 4990).all()

@@ -200,3 +200,18 @@ def test_average_precision_on_voc_is_scikit_learns_called_by_hand(tmp_path, shar
         theirs.append(area(scores, test.labels[:, column]))
         assert ours == pytest.approx(theirs[-1])
     assert record["metrics"]["mAP"] == pytest.approx(np.mean(theirs))
+
+
+def test_a_class_of_one_image_is_refused_before_the_folds():
+    labels = np.zeros((40, 2), np.int8)
+    labels[:20, 0], labels[0, 1] = 1, 1
+    features = np.random.default_rng(0).normal(size=(40, 4))
+    with pytest.raises(InputError, match="class 1 is in 1 of 40 training images"):
+        svm.fit_classes(features, labels, features, [1.0])
+
+
+def test_low_shot_that_draws_everything_has_nothing_to_choose_by():
+    labels = np.eye(2, dtype=np.int8).repeat(4, axis=0)
+    features = np.random.default_rng(0).normal(size=(8, 4))
+    with pytest.raises(InputError, match="4 shots leave no training image of any class"):
+        svm.fit_low_shot(features, labels, features, labels, 4, [1.0])
