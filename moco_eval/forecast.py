@@ -348,7 +348,7 @@ def describe(suite: Sequence[Item], found: Forecast, output: Path) -> str:
         f"{len(first.train.classes)} classes",
         f"output: {output}",
         f"cache: {first.cache}",
-        extraction,
+        *([extraction] if found.needs else []),
         own,
         _in_all(found),
     )

@@ -16,6 +16,7 @@ from moco_eval import cache as feature_cache
 from moco_eval import config, suite
 from moco_eval.cache import open_folder
 from moco_eval.classify import Task
+from moco_eval.config import QuickConfig
 from moco_eval.data import small
 from moco_eval.data.images import open_images, preprocessing_for
 from moco_eval.encoders import load as loading
@@ -26,6 +27,7 @@ ENCODER = "random:resnet18_quarter"
 ON_DIGITS = (ENCODER, "--dataset", "digits", "--workers", "0", "--device", "cpu")
 TRAIN, TEST = 240, 60
 DIGITS = small.digits
+CROPS = config.load("quick", "linear", QuickConfig).crops  # epochs of them
 CPU = torch.device("cpu")
 
 
@@ -76,13 +78,13 @@ def test_each_image_passes_once_for_each_kind_of_crop(capfd, monkeypatch, in_tmp
     """All tasks together; again, nothing; another feature of the same run says so before anything is extracted."""
     names = "knn,grid,linear/quick@1,lbfgs,voc07"
     out, _ = in_process(capfd, monkeypatch, "suite", *ON_DIGITS, "--tasks", names, "--output", "all")
-    assert sum(passed) == TEST + TRAIN + 2 * TRAIN  # clean test, clean train, two epochs of crops
+    assert sum(passed) == TEST + TRAIN + CROPS * TRAIN  # clean test, clean train, epochs of crops
     found = records(in_tmp / "all")
     assert sorted(found) == ["knn-grid", "knn-instdisc", "linear-quick", "logistic-lbfgs", "svm-voc07"]
     for record in found.values():
         line = next(line for line in out.splitlines() if line.strip().startswith(record["protocol"]))
         assert f" {next(iter(record['metrics'].values())):.2f} " in line
-    assert f"extraction: {TEST + 3 * TRAIN} images and crops" in out
+    assert f"extraction: {TEST + (1 + CROPS) * TRAIN:,} images and crops" in out
 
     passed.clear()
     again, err = in_process(capfd, monkeypatch, "suite", *ON_DIGITS, "--tasks", names, "--output", "all")
@@ -188,7 +190,9 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(capfd, monkeypatch, in
     lines = [line.split() for line in out.splitlines()]
     assert lines[5:] and ["test,", "clean", "crop", "every", "task", "60", "0", "0.0", "MB"] in [x[:9] for x in lines]
     assert ["train,", "crops", "of", "epoch", "1", "linear/quick@1", "240", "0", "0.1", "MB"] in [x[:10] for x in lines]
-    assert sum(line[:1] == ["train,"] for line in lines) == 3 and "in all about" in out and "a prediction" in out
+    assert (
+        sum(line[:1] == ["train,"] for line in lines) == 1 + CROPS and "in all about" in out and "a prediction" in out
+    )
 
     in_process(capfd, monkeypatch, "features", *ON_DIGITS, "--split", "train")
     in_process(capfd, monkeypatch, "suite", *ON_DIGITS, "--tasks", "grid")
@@ -213,17 +217,16 @@ def test_a_dry_run_of_low_shot_and_of_bf16(capfd, monkeypatch, in_tmp):
 
 
 def test_features_are_listed_and_read_back(capfd, monkeypatch, in_tmp, passed):
-    out, _ = in_process(capfd, monkeypatch, "features", *ON_DIGITS, "--crops", "2", "--cache", "kept")
+    out, _ = in_process(capfd, monkeypatch, "features", *ON_DIGITS, "--crops", CROPS, "--cache", "kept")
     lines = [line.split("  ") for line in out.splitlines()]
     assert [line[:4] for line in lines] == [
         ["train", "clean", "240 x 128", "float32"],
-        ["train", "crops-0", "240 x 128", "float32"],
-        ["train", "crops-1", "240 x 128", "float32"],
+        *(["train", f"crops-{epoch}", "240 x 128", "float32"] for epoch in range(CROPS)),
         ["test", "clean", "60 x 128", "float32"],
     ]
-    assert sum(passed) == 3 * TRAIN + TEST
+    assert sum(passed) == (1 + CROPS) * TRAIN + TEST
     moved = in_tmp / "moved"
-    Path(lines[3][4]).rename(moved)
+    Path(lines[-1][4]).rename(moved)
     test = open_images("digits", None, "test")
     direct = extract(loading.load(ENCODER).backbone.eval(), test, preprocessing_for("digits", None), CPU)
     assert torch.allclose(open_folder(moved).tensor(), direct, atol=1e-5)
@@ -278,7 +281,10 @@ def test_an_interrupted_extraction_goes_on(capfd, monkeypatch, in_tmp, passed):
 @pytest.mark.slow
 def test_two_processes_print_one_table(in_tmp):
     out, _ = moco_eval("suite", *ON_DIGITS, "--tasks", "knn,quick", "--nproc", "2", "--output", "two")
-    assert out.count("knn/instdisc@1") == 1 and out.count("extraction: 4,391 images and crops") == 1
+    assert (
+        out.count("knn/instdisc@1") == 1
+        and out.count(f"extraction: {500 + 1297 * (1 + CROPS):,} images and crops") == 1
+    )
     moco_eval("suite", *ON_DIGITS, "--tasks", "knn,quick", "--output", "one", "--cache", "other")
     one, two = records(in_tmp / "one"), records(in_tmp / "two")
     for name in one:  # features differ in their last bits
