@@ -1,12 +1,14 @@
 """Features, extracted once: a content-addressed folder of memory-mapped shards.
 
-What a feature depends on (weights, network, feature, pixels, data, arithmetic) is its address, so a cache can be
+What a feature depends on (weights, network, feature, pixels, data, arithmetic) is its address, so that a cache is
 neither stale nor mixed. A shard's name carries the sha256 of its bytes: it is there whole or not at all, and a changed
-byte is found when it is opened.
+byte is found before it is used.
 """
 
 import hashlib
 import json
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,7 @@ from moco_eval.data.images import ImageSet
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features import Crops, Several, extract, network, pixels, require_finite_features
-from moco_eval.runtime import Stop, autocast, barrier, is_main, progress, rank, warn, world_size
+from moco_eval.runtime import Stop, autocast, barrier, from_main, is_main, progress, rank, warn, world_size
 
 VERSION = 1
 SHARD = 1024  # images; what an interruption loses at most, on each process
@@ -57,7 +59,12 @@ class Source:
             "feature": self.feature,
             "preprocessing": self.preprocessing.to_dict(),
             "crops": crops and {**crops.augmentation.model_dump(mode="json"), "seed": crops.seed, "epoch": crops.epoch},
-            "data": {"fingerprint": self.images.fingerprint, "split": self.images.split, "images": len(self.images)},
+            "data": {
+                "fingerprint": self.images.fingerprint,
+                "split": self.images.split,
+                "images": len(self.images),
+                "sample": self.images.sample,
+            },
             "rows": None if self.images.rows is None else _sha256(np.ascontiguousarray(self.images.rows).tobytes()),
             "precision": self.precision,
         }
@@ -78,9 +85,13 @@ def _sha256(data: bytes) -> str:
 
 @dataclass
 class Features:
-    """(N, D) features in parts that follow each other, memory-mapped or in memory; 16-bit parts hold bf16."""
+    """(N, D) features in parts that follow each other, memory-mapped or in memory; 16-bit parts hold bf16.
+
+    `passed`: how many of these images went through the network for it; the others were in the cache.
+    """
 
     parts: list[np.ndarray]
+    passed: int = 0
     ends: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +129,7 @@ class Features:
         return np.concatenate(pieces) if len(pieces) != 1 else np.array(pieces[0])
 
     def _at(self, rows: np.ndarray) -> np.ndarray:
+        assert not len(rows) or rows.min() >= 0
         taken = np.empty((len(rows), self.shape[1]), self.parts[0].dtype)
         owner = np.searchsorted(self.ends, rows, side="right")
         for number in np.unique(owner):
@@ -157,12 +169,8 @@ def several_features_of(sources: Sequence[Source], cache: Path | None, device: t
         return [_in_memory(source, device) for source in sources]
     found = [_whole(source, cache) for source in sources]
     entries = [_Entry(source, source.folder(cache)) for source, whole in zip(sources, found) if whole is None]
-    if entries:
-        for entry in entries:
-            entry.prepare()
-        barrier()
-        _fill(entries, device)
-    opened = iter([entry.open() for entry in entries])
+    passed = _fill(entries, _plan(entries), device) if entries else 0
+    opened = iter([replace(entry.open(), passed=passed) for entry in entries])
     return [next(opened) if whole is None else whole for whole in found]
 
 
@@ -207,7 +215,7 @@ def _in_memory(source: Source, device: torch.device) -> Features:
     settings: dict[str, Any] = {"batch_size": source.batch_size, "workers": source.workers}
     settings |= {"precision": source.precision, "title": source.title(), "crops": source.crops}
     found = extract(net, source.images, source.preprocessing, device, **settings)
-    return Features([_encoded(found, source.precision)])
+    return Features([_encoded(found, source.precision)], passed=len(found))
 
 
 def _whole(source: Source, cache: Path) -> Features | None:
@@ -216,11 +224,7 @@ def _whole(source: Source, cache: Path) -> Features | None:
     if rows is None or whole is None:
         return None
     entry = _Entry(whole, whole.folder(cache))
-    if not entry.is_there():
-        return None
-    entry.prepare()
-    barrier()
-    if entry.missing():
+    if not from_main([entry.is_there()])[0] or _plan([entry]):
         return None
     kept = entry.open()
     return Features([np.concatenate([_encoded(kept.stored(part), source.precision) for part in _split(rows)])])
@@ -237,6 +241,28 @@ def _split(rows: np.ndarray) -> list[np.ndarray]:
     return np.array_split(rows, max(1, len(rows) // SHARD))
 
 
+def _plan(entries: list["_Entry"]) -> list[int]:
+    """Numbers of the shards to extract, the same on every process: the first one looks, and removes damaged ones.
+
+    Raises:
+        InputError: a folder cannot be written, or is not what its name says.
+    """
+    refusal, wanted = "", []
+    if is_main():
+        try:
+            for entry in entries:
+                entry.prepare()
+            wanted = sorted(set().union(*(entry.missing() for entry in entries)))
+        except InputError as error:
+            refusal = str(error)
+    refusal, wanted = from_main([refusal, wanted])
+    if refusal:
+        refused = InputError(refusal)
+        refused.told = not is_main()
+        raise refused
+    return wanted
+
+
 class _Entry:
     """The folder of one source: key.json, and a shard file for each SHARD images."""
 
@@ -248,17 +274,29 @@ class _Entry:
         return (self.folder / "key.json").is_file()
 
     def prepare(self) -> None:
-        """The folder with its key, and no shard that is damaged; of several processes one writes."""
-        if not is_main():
-            return
-        path, key = self.folder / "key.json", self.source.key()
-        if self.is_there() and files.read_json(path) != json.loads(json.dumps(key)):
-            raise InputError(f"{path} does not say what this folder's name says; remove the folder")
+        """The folder with its key, and no shard that is damaged."""
+        path, key = self.folder / "key.json", json.loads(json.dumps(self.source.key()))
         if not self.is_there():
+            self._make()
             files.write_json(path, key)
+        try:
+            said = files.read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; remove that folder of features") from None
+        if said != key:
+            raise InputError(f"{path} does not say what this folder's name says; remove the folder")
         for number, found in self._damaged():
             warn(f"{found} is damaged: its bytes are not those that were written; shard {number} is extracted anew")
             found.unlink()
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise InputError(
+                f"cannot write features to {self.folder.parent}: {error.strerror}; give another folder by --cache"
+            ) from None
 
     def _damaged(self) -> list[tuple[int, Path]]:
         shards = list(self.shards().items())
@@ -276,9 +314,9 @@ class _Entry:
         return [number for number in range(len(self.bounds) - 1) if number not in there]
 
     def write(self, number: int, features: torch.Tensor) -> None:
-        """Keep one shard, under a name that carries its sha256."""
+        """Keep one shard, under a name that carries its sha256; another command may be writing the same one."""
         require_finite_features(features, self.source.title())
-        unnamed = self.folder / f".{number:06}.npy"
+        unnamed = self.folder / f".{number:06}.{uuid.uuid4().hex}.npy"
         with files.atomic(unnamed) as temporary:
             np.save(temporary, _encoded(features, self.source.precision))
         unnamed.rename(self.folder / f"{number:06}-{files.sha256_of(unnamed)}.npy")
@@ -286,7 +324,8 @@ class _Entry:
     def open(self) -> Features:
         """All shards, memory-mapped."""
         there = self.shards()
-        assert not self.missing()
+        if self.missing():
+            raise RunFailed(f"{self.folder} has lost shards while it was in use; run again")
         parts = [np.load(there[number], mmap_mode="r") for number in range(len(self.bounds) - 1)]
         if [len(part) for part in parts] != [end - start for start, end in pairwise(self.bounds)]:
             raise RunFailed(f"{self.folder} holds shards of other lengths; remove it and run again")
@@ -309,17 +348,15 @@ def _has_its_bytes(path: Path, _size: int, _changed: int) -> bool:
 
 
 @torch.no_grad()
-def _fill(entries: list[_Entry], device: torch.device) -> None:
-    """Extract what is missing; each process takes its share of the shards."""
-    source = entries[0].source
-    missing = sorted(set().union(*(entry.missing() for entry in entries)))
-    barrier()  # nobody writes before everybody has looked
-    if not missing:
-        return
-    mine = missing[rank() :: world_size()]
+def _fill(entries: list[_Entry], wanted: list[int], device: torch.device) -> int:
+    """Extract those shards; each process takes its share. Returns how many images they have."""
+    source, bounds = entries[0].source, entries[0].bounds
+    if not wanted:
+        return 0
+    mine = wanted[rank() :: world_size()]
     net = Several(source.encoder, [entry.source.feature for entry in entries]).to(device).eval()
     per_process = max(1, source.batch_size // world_size())
-    batches = list(_batches(entries[0].bounds, mine, per_process, source.crops))
+    batches = list(_batches(bounds, mine, per_process, source.crops))
     with Stop() as stop, progress(source.title(), len(batches) if mine else 0, per_process) as advance:
         shards = iter(mine)
         rows: list[list[torch.Tensor]] = []
@@ -328,12 +365,13 @@ def _fill(entries: list[_Entry], device: torch.device) -> None:
             with autocast(device, source.precision):
                 rows.append([one.flatten(1).float().cpu() for one in net(images)])
             advance()
-            if batch[-1][1] + 1 in entries[0].bounds:
+            if batch[-1][1] + 1 in bounds:
                 _keep(entries, next(shards), rows)
                 rows = []
             if stop.signal is not None:
                 raise Interrupted(_saved(source, entries[0]))
     barrier()
+    return sum(bounds[number + 1] - bounds[number] for number in wanted)
 
 
 def _saved(source: Source, entry: _Entry) -> str:

@@ -2,6 +2,9 @@
 
 import json
 import time
+import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 
 from moco_eval import files
-from moco_eval.cache import Features, Source, features_of
+from moco_eval.cache import Features, Source, several_features_of
 from moco_eval.config import Model
 from moco_eval.data.images import (
     ImageSet,
@@ -22,10 +25,11 @@ from moco_eval.data.images import (
 )
 from moco_eval.data.labels import is_published
 from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.errors import InputError
 from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import barrier, is_main, log
+from moco_eval.runtime import barrier, from_main, is_main, log, warn
 from moco_eval.statistics import intervals
 
 ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
@@ -48,6 +52,7 @@ class Task:
     labels_per_class: int | None = None
     trials: int = 1
     cache: Path | None = None
+    cached: Counter = field(default_factory=Counter, compare=False)  # images whose features were there, by split
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -59,7 +64,13 @@ class Task:
 
     def features(self, images: ImageSet, config: Any, device: torch.device, crops: Crops | None = None) -> Features:
         """Features of a set of images, as `config` says (precision, batch_size, workers). Collective."""
-        return features_of(self.source(images, config, crops), self.cache, device)
+        return self.several([self.source(images, config, crops)], device)[0]
+
+    def several(self, sources: Sequence[Source], device: torch.device) -> list[Features]:
+        """Several features of the same images in one pass. Collective."""
+        found = several_features_of(sources, self.cache, device)
+        self.cached[sources[0].images.split] += len(found[0]) - found[0].passed
+        return found
 
     def source(self, images: ImageSet, config: Any, crops: Crops | None = None) -> Source:
         """What those features depend on."""
@@ -148,15 +159,15 @@ def judge(
         RunFailed: a number that is not finite.
         Interrupted: stopped by a signal; run again to go on.
     """
-    network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
-    if not protocol.multi_label:
-        require_single_label(task.test)
+    check(task, protocol.config.seed, protocol.multi_label)
     if open_run(output, resolved(task, protocol.command, protocol.config)) and (record := finished(output)):
         log(f"already done: {output}")
         return record
     cost = Cost(str(device))
+    if not (output / "config.yaml").is_file():
+        raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
     first = protocol.config.seed
-    outcomes = [_outcome(first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
+    outcomes = [_outcome(task, first + index, output / f"trial_{index}", trial, cost) for index in range(task.trials)]
     barrier()  # every process has read every trial
     if is_main():
         _write_predictions(output / "predictions.npz", outcomes, task.test)
@@ -167,6 +178,18 @@ def judge(
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
             path.unlink()
     return record
+
+
+def check(task: Task, seed: int, multi_label: bool = False) -> None:
+    """Everything that can be refused before anything is written.
+
+    Raises:
+        InputError: no such feature, images of several classes where one is wanted, too few labels of a class.
+    """
+    network(task.encoder, task.feature)
+    if not multi_label:
+        require_single_label(task.test)
+    task.training_images(seed)
 
 
 def resolved(task: Task, command: str, config: Any) -> dict[str, Any]:
@@ -181,19 +204,16 @@ def resolved(task: Task, command: str, config: Any) -> dict[str, Any]:
     }
 
 
-def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Outcome]:
+def _outcome(task: Task, seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Outcome]:
     """The outcome of a trial, made or as it was kept."""
     kept = place.with_suffix(".npz")
-    if not kept.is_file():
+    if not from_main([_is_whole(kept)])[0]:
         began = time.perf_counter()
+        task.cached.clear()
         outcome = trial(seed, place.with_suffix(".pth"))
         if outcome is not None and is_main():
             seconds = outcome.seconds + time.perf_counter() - began
-            with files.atomic(kept) as path:
-                notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
-                more: dict[str, Any] = {f"{ARRAY}{name}": array for name, array in outcome.arrays.items()}
-                scores = outcome.scores.numpy()
-                np.savez(path, scores=scores, images=outcome.images, notes=notes, seconds=seconds, **more)
+            _keep(kept, outcome, seconds, task.cached.total())
             place.with_suffix(".pth").unlink(missing_ok=True)
         while not kept.is_file():  # another process works on it; no collective waits as long as it may take
             time.sleep(0.2)
@@ -203,7 +223,30 @@ def _outcome(seed: int, place: Path, trial: Trial, cost: Cost) -> tuple[int, Out
         found.arrays = {name.removeprefix(ARRAY): held[name] for name in held.files if name.startswith(ARRAY)}
         cost.seconds += float(held["seconds"])
         cost.images += found.images
+        cost.cached_images += int(held["cached"])
     return seed, found
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a trial was kept; on the first process, which removes a damaged one."""
+    if not is_main() or not kept.is_file():
+        return False
+    try:
+        with np.load(kept, allow_pickle=False) as held:
+            json.loads(str(held["notes"]))
+            return bool(held["scores"].size) and "cached" in held.files
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        warn(f"{kept} cannot be read ({error}); this trial is done again")
+        kept.unlink()
+        return False
+
+
+def _keep(kept: Path, outcome: Outcome, seconds: float, cached: int) -> None:
+    notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
+    more: dict[str, Any] = {f"{ARRAY}{name}": array for name, array in outcome.arrays.items()}
+    more |= {"scores": outcome.scores.numpy(), "images": outcome.images, "cached": cached}
+    with files.atomic(kept) as path:
+        np.savez(path, notes=notes, seconds=seconds, **more)
 
 
 def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test: ImageSet) -> None:

@@ -244,11 +244,13 @@ def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     module: Any = {SweepConfig: sweep, QuickConfig: quick}.get(model, on_crops)
     if model is SweepConfig and given["feature"] is not None:
         given["settings"] = (*given["settings"], f"features=[{given['feature']}]")
+        given["feature"] = None  # the config says it
 
     def config(encoder: Any) -> Any:
         return _config(on_crops.recipe_for(protocol, encoder), "linear", model, given)
 
-    return _classify("linear", module.evaluate, _config(protocol, "linear", model, given), checkpoint, given, config)
+    first = _config(protocol, "linear", model, given | {"batch_size": None})  # whose encoder is not known yet
+    return _classify("linear", module.evaluate, first, checkpoint, given, config)
 
 
 @cli.command()
@@ -584,6 +586,7 @@ def _classify(
 
     `config_for` gives the config where it depends on the encoder.
     """
+    from moco_eval.classify import check
     from moco_eval.results import default_output
     from moco_eval.runtime import processes
 
@@ -591,6 +594,7 @@ def _classify(
     config = config_for(task.encoder) if config_for else config
     output = given["output"] or default_output(command, task.encoder, regime, config.protocol)
     if given["dry_run"]:
+        check(task, config.seed, multi_label=command == "svm")
         click.echo(_evaluation_plan(task.encoder, config, task.train, task.test, output))
         return 0
     if given["nproc"] > 1:

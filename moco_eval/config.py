@@ -289,6 +289,13 @@ class SweepConfig(Model):
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
 
+    @field_validator("learning_rates", "weight_decays", "batch_norm", "features")
+    @classmethod
+    def _no_head_twice(cls, values: tuple, info: ValidationInfo) -> tuple:
+        if len(set(values)) != len(values):
+            raise ValueError(f"{info.field_name} holds a value twice")
+        return values
+
 
 class KnnConfig(Model):
     """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest.

@@ -38,7 +38,7 @@ def evaluate(task: Task, config: LinearConfig, output: Path, device: torch.devic
 
 def recipe_for(name: str, encoder: Encoder) -> str:
     """The shipped config of a protocol for an encoder: MoCo v3 has a learning rate of its own for ViTs."""
-    return "mocov3_vit" if name == "mocov3" and encoder.arch.startswith("vit") else name
+    return "mocov3_vit" if name.removeprefix("linear/") == "mocov3" and encoder.arch.startswith("vit") else name
 
 
 def run_trial(task: Task, config: LinearConfig, seed: int, state: Path, device: torch.device) -> Outcome:

@@ -4,6 +4,8 @@ The classifier and its schedule are those of main_lincls.py; the crops are not d
 it meets `crops` epochs of them and the clean crop in turn. docs/protocols/linear.md has the measured gap.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +74,21 @@ def train(
     """
     epochs, labels = config.schedule.epochs, to_device(labels, device)
     batches = Batches(len(labels), config.batch_size, seed, range(1), shuffle=True, drop_last=False)
-    held = [to_device(part.stored(), device) for part in parts]
+    held = on_device(parts, device)
     with progress("classifier", epochs, len(labels)) as advance:
         for epoch in range(epochs):
-            features, order = held[epoch % len(held)], to_device(torch.from_numpy(batches.order(epoch)), device)
+            features, order = held(epoch % len(parts)), to_device(torch.from_numpy(batches.order(epoch)), device)
             losses = []
             for rows in order.split(config.batch_size):
                 losses.append(classifier.step(features[rows], labels[rows], epoch, len(rows)))
             require_finite(torch.stack(losses).mean().item(), f"epoch {epoch}", "a smaller --set optimizer.lr may help")
             advance()
+
+
+def on_device(parts: list[Features], device: torch.device) -> Callable[[int], torch.Tensor]:
+    """What gives the n-th of those features on a device: all are held there where they fit in half of what is free (in
+    4 GB of a CPU's memory), else one at a time.
+    """
+    size = sum(array.nbytes for part in parts for array in part.parts)
+    room = 4e9 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] / 2
+    return lru_cache(len(parts) if size <= room else 1)(lambda n: to_device(parts[n].stored(), device))

@@ -139,11 +139,15 @@ def _commit() -> str | None:
 
 @dataclass
 class Cost:
-    """Seconds, images and peak memory of an evaluation, over its sessions."""
+    """Seconds, images and peak memory of an evaluation, over its sessions.
+
+    `images`: what it looked at, epochs counted; `cached_images`: those of them whose features were there already.
+    """
 
     device: str
     seconds: float = 0.0
     images: int = 0
+    cached_images: int = 0
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -157,6 +161,7 @@ class Cost:
         return {
             "seconds": round(self.seconds, 2),
             "images": self.images,
+            "cached_images": self.cached_images,
             "peak_memory_MB": peak_memory_mb(self.device),
             "device": self.device,
         }
@@ -232,7 +237,12 @@ def repeats(record: dict[str, Any]) -> str:
 def finished(output: Path) -> dict[str, Any] | None:
     """The record of a run that is already done."""
     path = output / "result.json"
-    return files.read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = files.read_json(path)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no result record of ours; remove it, or choose another --output")
+    return record
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from moco_eval import config as configs
-from moco_eval.cache import Features, Source, several_features_of
+from moco_eval.cache import Features, Source
 from moco_eval.classify import Outcome, Protocol, Task, judge
 from moco_eval.config import SweepConfig
 from moco_eval.data.images import ImageSet
 from moco_eval.data.labels import held_out
-from moco_eval.errors import RunFailed
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.features import Several
 from moco_eval.linear import check_frozen, freeze, new_classifier, snapshot
 from moco_eval.metrics import accuracy
@@ -46,12 +46,18 @@ def run_trial(task: Task, config: SweepConfig, seed: int, state: Path, device: t
     images = task.training_images(seed)
     assert images.labels is not None
     kept, held = (images.take(rows) for rows in held_out(images.labels, config.held_out, seed))
+    if not len(held):
+        raise InputError(
+            "every class has one training image, none to spare for the choice of a head; take more --labels"
+        )
     held_features, test_features = (_clean(task, one, config, device) for one in (held, task.test))
     backbone = freeze(Several(task.encoder, config.features).to(device))
     before = snapshot(backbone)
     dims = [features.shape[1] for features in held_features]
     sweep = Sweep(backbone, config, dims, len(task.train.classes), seed, device)
-    earlier = Loop(sweep, kept, config, task.preprocessing, seed, state, device).run("sweep")
+    earlier = Loop(sweep, kept, config, task.preprocessing, seed, state, device).run(
+        "sweep", "take smaller --set learning_rates=[...]"
+    )
     check_frozen(before, backbone)
     notes, best = choose(sweep, held_features, torch.as_tensor(held.labels), config)
     scores = best.scores(test_features[best.feature])
@@ -64,7 +70,7 @@ def _clean(task: Task, images: ImageSet, config: SweepConfig, device: torch.devi
     sources = [
         Source(task.encoder, images, task.preprocessing, feature, None, *settings) for feature in config.features
     ]
-    return several_features_of(sources, task.cache, device)
+    return task.several(sources, device)
 
 
 class Head(NamedTuple):

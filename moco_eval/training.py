@@ -72,14 +72,17 @@ class Loop:
         self.losses: list[torch.Tensor] = []
         self.began, self.earlier = time.perf_counter(), 0.0
 
-    def run(self, title: str) -> float:
+    def run(self, title: str, way_out: str = "a smaller --set optimizer.lr may help") -> float:
         """Train to the end of the schedule; returns the seconds of earlier sessions.
+
+        Args:
+            way_out: what may help where the loss is not finite.
 
         Raises:
             RunFailed: the loss is not finite.
             Interrupted: stopped by a signal; its state is kept.
         """
-        epochs, done = self.config.schedule.epochs, self._restore()
+        epochs, done, self.way_out = self.config.schedule.epochs, self._restore(), way_out
         batches = Batches(
             len(self.images), self.config.batch_size, self.seed, range(epochs), shuffle=True, drop_last=self.drop_last
         )
@@ -108,7 +111,7 @@ class Loop:
             return
         loss = all_sum(torch.stack(self.losses).mean()).item() / world_size()
         self.losses = []
-        require_finite(loss, f"epoch {(done - 1) // per_epoch}", "a smaller --set optimizer.lr may help")
+        require_finite(loss, f"epoch {(done - 1) // per_epoch}", self.way_out)
         if epoch_ends:
             self.learner.end_epoch((done - 1) // per_epoch)
         self._save(done)

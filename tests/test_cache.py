@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run_ranks
 
 from moco_eval import cache, features
@@ -240,3 +241,51 @@ def test_parts_that_follow_each_other():
     parts = [np.arange(6, dtype=np.float32).reshape(3, 2), np.full((1, 2), 9, np.float32)]
     found = Features(parts)
     assert len(found) == 4 and torch.equal(found[2:4], torch.tensor([[4.0, 5], [9, 9]]))
+
+
+def folder_of_bitmaps(folder, shade: int) -> None:
+    """Two classes of uncompressed images: the same names and sizes, whatever is on them."""
+    for label in ("a", "b"):
+        for split in ("train", "val"):
+            (folder / split / label).mkdir(parents=True)
+            pixels = np.full((32, 32, 3), shade + (100 if label == "b" else 0), np.uint8)
+            Image.fromarray(pixels).save(folder / split / label / "0.bmp")
+
+
+def test_two_folders_of_the_same_names_and_sizes_are_two_sets(tmp_path):
+    found = []
+    for name, shade in (("one", 10), ("two", 60)):
+        folder_of_bitmaps(tmp_path / name, shade)
+        asked = replace(source(), images=open_images("imagefolder", tmp_path / name, "train"))
+        found.append((asked.images.fingerprint, features_of(asked, tmp_path / "cache", CPU).tensor()))
+    assert found[0][0] == found[1][0] and not torch.allclose(found[0][1], found[1][1])
+
+
+def test_what_was_in_the_cache_is_told_from_what_passed(tmp_path):
+    assert [features_of(source(), tmp_path, CPU).passed for _ in range(2)] == [250, 0]
+
+
+def test_two_commands_may_fill_one_cache(tmp_path, monkeypatch):
+    """Another command writes the same shard between our writing and our naming of it."""
+    asked, write = source(), cache._Entry.write
+
+    def twice(self, number, tensor):
+        write(self, number, tensor + 0)
+        write(self, number, tensor)
+
+    monkeypatch.setattr(cache._Entry, "write", twice)
+    found = features_of(asked, tmp_path, CPU)
+    assert torch.equal(found.tensor(), features_of(asked, tmp_path, CPU).tensor()) and len(found) == 250
+
+
+def test_a_cache_that_cannot_be_written_names_its_option(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cannot write features to .*file.*--cache"):
+        features_of(source(), tmp_path / "file", CPU)
+
+
+def test_a_key_that_cannot_be_read_says_the_way_out(tmp_path):
+    features_of(source(), tmp_path, CPU)
+    next(tmp_path.rglob("key.json")).write_text("{")
+    with pytest.raises(InputError, match="remove that folder of features"):
+        features_of(source(), tmp_path, CPU)

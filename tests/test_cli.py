@@ -1,6 +1,7 @@
 """The command line's contract: names, exit codes, one clear line for each mistake."""
 
 import ast
+import signal
 import subprocess
 import sys
 import time
@@ -117,3 +118,24 @@ def test_an_unwritable_output_is_said(in_tmp, capfd, monkeypatch):
     assert "cannot write" in error_line(capfd, monkeypatch, *arguments, "/proc/run")
     line = error_line(capfd, monkeypatch, *arguments, "file")
     assert "is a file; give a folder" in line
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_anywhere_is_exit_3_and_no_traceback(number, in_tmp):
+    """In work that keeps no state of its own: the classifier of `quick`."""
+    settings = [word for one in ("crops=0", "schedule.epochs=100000", "workers=0") for word in ("--set", one)]
+    command = ["linear", "pixels", "--dataset", "digits", "--protocol", "quick", *settings]
+    started = [sys.executable, "-m", "moco_eval", *command]
+    run = subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for(lambda: any((in_tmp / "runs" / "features").rglob("000000-*.npy")))
+    time.sleep(2)
+    run.send_signal(number)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 3 and "Traceback" not in said and "run the same command to go on" in said

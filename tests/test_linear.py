@@ -18,7 +18,7 @@ from moco_eval.data.images import open_images
 from moco_eval.data.loader import Batches, Examples, crop_transform
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.encoders.load import load
-from moco_eval.errors import Interrupted, RunFailed
+from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.schedule import learning_rate
 from moco_eval.training import Loop
 
@@ -198,3 +198,37 @@ def test_two_processes_are_as_good_as_one(tmp_path):
     alone = linear.evaluate(task(), recipe(), tmp_path / "alone", CPU)
     for rank in run_ranks(on_ranks, tmp_path, tmp_path):
         assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=0.21)  # one image in 500
+
+
+def test_a_damaged_trial_is_done_again(tmp_path, capfd):
+    """Of two trials the first was kept, and its file has been cut since."""
+    whole = linear.evaluate(task(trials=2), recipe(), tmp_path / "whole", CPU)
+    work, kept, calls = task(trials=2), tmp_path / "run" / "trial_0.npz", []
+    real = linear.run_trial
+
+    def second_fails(*given):
+        calls.append(given[2])
+        if len(calls) == 2:
+            raise Interrupted("stopped")
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "run_trial", second_fails)
+        with pytest.raises(Interrupted):
+            linear.evaluate(work, recipe(), tmp_path / "run", CPU)
+    kept.write_bytes(kept.read_bytes()[:200])
+    again = linear.evaluate(work, recipe(), tmp_path / "run", CPU)
+    assert "this trial is done again" in " ".join(capfd.readouterr().err.split())
+    assert again["trials"] == whole["trials"] and not kept.exists()
+
+
+def test_a_record_that_is_none_of_ours_is_refused(tmp_path):
+    linear.evaluate(task(), recipe(), tmp_path, CPU)
+    (tmp_path / "result.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="is no result record of ours"):
+        linear.evaluate(task(), recipe(), tmp_path, CPU)
+
+
+def test_another_feature_is_a_deviation(tmp_path):
+    record = linear.evaluate(task(encoder=load("random:resnet18_quarter"), feature="layer3"), recipe(), tmp_path, CPU)
+    assert "layer3 feature instead of pooled" in record["deviations"]

@@ -1,7 +1,9 @@
 """One split of an image data set, and its images decoded."""
 
+import hashlib
 import io
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from moco_eval.data import labels as choices
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
+
+SAMPLE = 512  # files whose bytes tell a set from another of the same names and sizes
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,19 @@ class ImageSet:
     def shards(self) -> np.ndarray | None:
         """Where each shard's images end, (S,) int64, for a set that comes in shards."""
         return self.files.ends if isinstance(self.files, Shards) else None
+
+    @cached_property
+    def sample(self) -> str | None:
+        """sha256 over the bytes of SAMPLE of its files, evenly spread (of all, where there are fewer).
+
+        Two sets of the same names and sizes differ in it. None for a set in memory: its fingerprint is over all pixels.
+        """
+        if self.files is None:
+            return None
+        digest = hashlib.sha256()
+        for index in np.linspace(0, len(self) - 1, min(SAMPLE, len(self))).astype(int).tolist():
+            digest.update(hashlib.sha256(self.read(index)).digest())
+        return digest.hexdigest()
 
     @property
     def multi_label(self) -> bool:
@@ -131,7 +148,11 @@ class ImageSet:
         Raises:
             InputError: a class has fewer, or images show several classes.
         """
-        require_single_label(self)
+        if self.multi_label:
+            raise InputError(
+                f"--labels {per_class}-per-class: the images of {self.name} show several classes at once; "
+                "moco-eval svm --low-shot draws few of each"
+            )
         assert self.labels is not None
         counts = np.bincount(self.labels, minlength=len(self.classes))
         rarest = int(counts.argmin())
