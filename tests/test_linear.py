@@ -12,7 +12,7 @@ from torch import nn
 
 from moco_eval import config as configs
 from moco_eval import linear
-from moco_eval.classify import Task
+from moco_eval.classify import Outcome, Task
 from moco_eval.config import LinearConfig
 from moco_eval.data.images import open_images
 from moco_eval.data.loader import Batches, Examples, crop_transform
@@ -232,3 +232,17 @@ def test_a_record_that_is_none_of_ours_is_refused(tmp_path):
 def test_another_feature_is_a_deviation(tmp_path):
     record = linear.evaluate(task(encoder=load("random:resnet18_quarter"), feature="layer3"), recipe(), tmp_path, CPU)
     assert "layer3 feature instead of pooled" in record["deviations"]
+
+
+def test_a_vit_is_held_to_its_own_rate(tmp_path, monkeypatch):
+    """MoCo v3's linear protocol on a ViT: its rate is no deviation, the ResNet's is."""
+    outcome = Outcome(torch.eye(10)[torch.arange(20) % 10], 1)
+    monkeypatch.setattr(linear, "run_trial", lambda *_: outcome)
+    vit = load("random:vit_tiny_patch16_224")
+    few = [open_images("digits", None, split).take(np.arange(20)) for split in ("train", "test")]
+    said = []
+    for name in ("mocov3_vit", "mocov3"):
+        config = configs.load(name, "linear", LinearConfig)
+        said.append(linear.evaluate(Task(vit, *few), config, tmp_path / name, CPU)["deviations"])
+    rate = "optimizer.lr 0.4 instead of 12.0"
+    assert rate not in said[0] and rate in said[1]

@@ -341,6 +341,8 @@ def test_the_symmetric_run_goes_to_the_symmetric_row():
         (("protocol",), "knn/instdisc@1"),
         (("dataset", "name"), "digits"),
         (("dataset", "labels_per_class"), 10),
+        (("dataset", "subset"), "ImageNet 1 % (SimCLR's list)"),
+        (("protocol",), "linear/quick@1"),
         (("metrics",), {"top5": 99.0}),
         (("encoder", "arch"), "resnet18"),
         (("encoder", "pretraining"), None),
