@@ -25,7 +25,7 @@ from moco_eval.data.images import ImageSet
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features import Crops, Several, extract, network, pixels, require_finite_features
-from moco_eval.runtime import Stop, autocast, barrier, from_main, is_main, progress, rank, warn, world_size
+from moco_eval.runtime import Stop, autocast, barrier, found_by_main, from_main, progress, rank, warn, world_size
 
 VERSION = 1
 SHARD = 1024  # images; what an interruption loses at most, on each process
@@ -247,20 +247,13 @@ def _plan(entries: list["_Entry"]) -> list[int]:
     Raises:
         InputError: a folder cannot be written, or is not what its name says.
     """
-    refusal, wanted = "", []
-    if is_main():
-        try:
-            for entry in entries:
-                entry.prepare()
-            wanted = sorted(set().union(*(entry.missing() for entry in entries)))
-        except InputError as error:
-            refusal = str(error)
-    refusal, wanted = from_main([refusal, wanted])
-    if refusal:
-        refused = InputError(refusal)
-        refused.told = not is_main()
-        raise refused
-    return wanted
+
+    def look() -> list[int]:
+        for entry in entries:
+            entry.prepare()
+        return sorted(set().union(*(entry.missing() for entry in entries)))
+
+    return found_by_main(look)
 
 
 class _Entry:

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from moco_eval import __version__, config, files
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
-from moco_eval.runtime import from_main, is_main, log
+from moco_eval.runtime import found_by_main, is_main, log
 from moco_eval.statistics import REPEATS, summarise
 
 SCHEMA = "moco-eval/result@1"
@@ -46,20 +46,14 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
     Raises:
         InputError: it holds another run or something else, or cannot be written.
     """
-    found, refusal = False, ""
-    if is_main():
-        try:
-            found = holds(output, resolved)
-            files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-            files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
-        except InputError as error:
-            refusal = str(error)
-    found, refusal = from_main([found, refusal])
-    if refusal:
-        refused = InputError(refusal)
-        refused.told = not is_main()
-        raise refused
-    return found
+
+    def look() -> bool:
+        found = holds(output, resolved)
+        files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
+        return found
+
+    return found_by_main(look)
 
 
 def holds(output: Path, resolved: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,22 @@ def from_main(values: list) -> list:
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values
+
+
+def found_by_main(look: Callable[[], Any]) -> Any:
+    """What the first process finds, a plain value, on every process; its InputError is raised on all, and told once."""
+    found, refusal = None, ""
+    if is_main():
+        try:
+            found = look()
+        except InputError as error:
+            refusal = str(error)
+    found, refusal = from_main([found, refusal])
+    if refusal:
+        refused = InputError(refusal)
+        refused.told = not is_main()
+        raise refused
+    return found
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
