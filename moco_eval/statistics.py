@@ -91,12 +91,6 @@ def intervals(
     return {name: percentiles(resampled(name, answers, resamples=resamples, seed=seed)) for name in metrics}
 
 
-def bootstrap_interval(correct: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The same of an accuracy, from whether each test image was classified rightly, (trials, images) booleans."""
-    right = correct.mean(axis=0)
-    return percentiles(100 * resampled_means(right, np.zeros(len(right), dtype=int), resamples, seed))
-
-
 def percentiles(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of resampled values; resamples that leave the metric undefined are left out."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
