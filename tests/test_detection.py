@@ -11,10 +11,11 @@ from torch import nn
 
 from moco_eval import config, runtime
 from moco_eval.data.boxes import make_sample
-from moco_eval.detection import inputs, torchvision_engine
+from moco_eval.detection import fine_tune, inputs, proposals
 from moco_eval.detection.detect import detect, format_table, open_digits
+from moco_eval.detection.detector import build_detector
+from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.recipe import PROTOCOLS, DetectConfig, Scenes, departures, learning_rate
-from moco_eval.detection.torchvision_engine import build_detector, optimizer_for
 from moco_eval.encoders.build import architecture, build_backbone
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, Interrupted, RunFailed
@@ -174,12 +175,12 @@ def test_norms_are_not_decayed_and_nothing_is_left_out():
 
 
 def test_anchors_are_unrounded_sizes_first_on_stride_16():
-    anchors = torchvision_engine._Anchors(((32, 64),), ((0.5, 1.0, 2.0),))
+    anchors = proposals._Anchors(((32, 64),), ((0.5, 1.0, 2.0),))
     cells = anchors.cell_anchors[0]
     half = 32 * 2**0.5 / 2
     np.testing.assert_allclose(cells[0], [-half, -half / 2, half, half / 2], rtol=1e-6)
     assert cells[4].tolist() == [-32, -32, 32, 32]
-    images = torchvision_engine.ImageList(torch.zeros(1, 3, 40, 55), [(40, 55)])
+    images = proposals.ImageList(torch.zeros(1, 3, 40, 55), [(40, 55)])
     grid = anchors(images, [torch.zeros(1, 8, 3, 4)])[0].reshape(3, 4, 6, 4)
     np.testing.assert_allclose(grid[2, 3, 4] - cells[4], [48, 32, 48, 32])
 
@@ -199,7 +200,7 @@ def test_precise_bn_gives_the_moments_of_all_batches_together():
     model = nn.Sequential(bn)
     model.forward = lambda images, targets: bn(images[0])
     stream = iter([([batch], []) for batch in batches])
-    torchvision_engine._precise_bn(model, stream, r, CPU, runtime.Stop())
+    fine_tune._precise_bn(model, stream, r, CPU, runtime.Stop())
     together = torch.cat(batches).transpose(0, 1).flatten(1)
     torch.testing.assert_close(bn.running_mean, together.mean(1))
     torch.testing.assert_close(bn.running_var, together.var(1, unbiased=False))
@@ -235,21 +236,21 @@ def test_detect_leaves_a_whole_run_directory(whole):
 
 def test_a_finished_run_is_returned_and_another_one_refused(whole, monkeypatch):
     output, record = whole
-    monkeypatch.setattr("moco_eval.detection.detect.fine_tune_and_detect", None)
+    monkeypatch.setattr("moco_eval.detection.engine.fine_tune_and_detect", None)
     assert run(output) == record
     with pytest.raises(InputError, match="holds another run"):
         run(output, "optimizer.lr=0.02")
 
 
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch):
-    step = torchvision_engine._step
+    step = fine_tune._step
 
     def step_and_signal(model, optimizer, batch, recipe, iteration, device):
         if iteration == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(model, optimizer, batch, recipe, iteration, device)
 
-    monkeypatch.setattr(torchvision_engine, "_step", step_and_signal)
+    monkeypatch.setattr(fine_tune, "_step", step_and_signal)
     with pytest.raises(Interrupted, match="iteration 2 of 3 is saved"):
         run(tmp_path / "run")
     monkeypatch.undo()

@@ -29,6 +29,9 @@ class Sample:
         labels: (N,) int64, indices into the data's classes.
         difficult: (N,) bool; trained on, neither counted nor held against a detector by VOC AP.
         crowd: (N,) bool; COCO's regions of many objects, not trained on.
+        masks: of each object, as COCO writes it: a list of polygons (x0, y0, x1, y1, ... in pixels), or a dict with
+            size and counts (run-length encoded); empty where the data have none.
+        keypoints: (N, K, 3) float64: x, y and 0 (not labelled), 1 (hidden) or 2 (seen); None where the data have none.
     """
 
     image_id: str | int
@@ -38,6 +41,8 @@ class Sample:
     labels: np.ndarray
     difficult: np.ndarray
     crowd: np.ndarray
+    masks: tuple[Any, ...] = ()
+    keypoints: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class DetectionData:
         fingerprint: of relative paths and sizes of all images and annotation files.
         coco: the test split's annotations as pycocotools takes them; None for data in VOC format.
         category_ids: COCO's id of each class; empty for data in VOC format.
+        keypoints: names of the keypoints of the one class that has them; `keypoint_pairs`: (left, right) indices of
+            those that a mirror exchanges.
     """
 
     name: str
@@ -60,6 +67,8 @@ class DetectionData:
     fingerprint: str
     coco: dict[str, Any] | None = None
     category_ids: tuple[int, ...] = ()
+    keypoints: tuple[str, ...] = ()
+    keypoint_pairs: tuple[tuple[int, int], ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The `dataset` part of a result record."""

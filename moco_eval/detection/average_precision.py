@@ -15,11 +15,21 @@ IOUS = tuple(0.5 + 0.05 * i for i in range(10))
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one image: boxes (N, 4) as in `Sample`, scores (N,), labels (N,)."""
+    """What a detector found in one image.
+
+    Attributes:
+        boxes: (N, 4) float64 as in `Sample`: pixels of the image on disk, after its EXIF rotation.
+        scores: (N,) float64, falling.
+        labels: (N,) int64.
+        masks: of each box, as pycocotools encodes it (size and counts, of the whole image); None without a mask head.
+        keypoints: (N, K, 3) float64: x, y and score; None without a keypoint head.
+    """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    masks: list[dict[str, Any]] | None = None
+    keypoints: np.ndarray | None = None
 
 
 Scores = dict[str, float | None]

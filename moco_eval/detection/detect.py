@@ -12,11 +12,12 @@ from moco_eval.data.boxes import DetectionData
 from moco_eval.data.coco import read_coco, read_coco_folder
 from moco_eval.data.scenes import DIGITS, write_scenes
 from moco_eval.data.voc import read_voc, read_voc_folder
+from moco_eval.detection import engine
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
+from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.inputs import trainable
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.recipe import DetectConfig, Scenes, departures
-from moco_eval.detection.torchvision_engine import check_architecture, fine_tune_and_detect
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 
@@ -65,7 +66,7 @@ def detect(
         return record
     opened = opened or open_digits(data or output / "scenes", config.scenes or Scenes(), *split_options)
     cost = results.Cost(str(device))
-    found = fine_tune_and_detect(encoder, opened, config, output, device, cost)
+    found = engine.fine_tune_and_detect(ENGINE, encoder, opened, config, output, device, cost)
     return _judge(encoder, opened, config, output, cost, found)
 
 

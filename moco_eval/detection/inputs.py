@@ -143,3 +143,8 @@ def _load(dataset: Dataset, keys: list, workers: int) -> Iterator[Any]:
             if isinstance(row, InputError):
                 raise row
         yield tuple(list(column) for column in zip(*rows))
+
+
+def seed_of(seed: int, number: int) -> int:
+    """What torch's generator is seeded with: 0 for the weights that are drawn, i + 1 for iteration i."""
+    return int(np.random.SeedSequence([seed, 4, number]).generate_state(1)[0])

@@ -9,6 +9,7 @@ from moco_eval import config
 from moco_eval.config import Expect, Model, Sgd
 from moco_eval.results import deviations
 
+FPN_LEVELS = 5  # p2 to p6
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -24,14 +25,17 @@ class Input(Model):
 
 
 class Anchors(Model):
-    """Side of the square anchor, in pixels of the resized image, and height over width."""
+    """Side of the square anchor, in pixels of the resized image, and height over width.
+
+    With an FPN each size belongs to a level of its own, p2 to p6.
+    """
 
     sizes: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     ratios: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.5, 1.0, 2.0), min_length=1)
 
 
 class Rpn(Model):
-    """Region proposals: how many before and after NMS, and the anchors sampled per image."""
+    """Region proposals: how many before (of each level) and after NMS, and the anchors sampled per image."""
 
     pre_nms_train: Count = 12000
     post_nms_train: Count = 2000
@@ -45,12 +49,18 @@ class Rpn(Model):
 
 
 class Roi(Model):
-    """Regions sampled per image, what counts as foreground, and the side of the pooled region."""
+    """Regions sampled per image, what counts as foreground, and the side of the pooled region.
+
+    `mask_pool_size`: of the regions that the mask and the keypoint head see; C4 shares those of the boxes.
+    `box_beta`: of the smooth L1 loss; 0 is L1.
+    """
 
     batch_per_image: Count = 512
     positive_fraction: Fraction = 0.25
     foreground_iou: Fraction = 0.5
     pool_size: int = Field(default=14, ge=2)
+    mask_pool_size: int = Field(default=14, ge=2)
+    box_beta: float = Field(default=0.0, ge=0)
 
 
 class Testing(Model):
@@ -100,16 +110,25 @@ class KeepState(Model):
 
 
 class DetectConfig(Model):
-    """Faster R-CNN fine-tuning; see docs/detection.md."""
+    """Fine-tuning of Faster R-CNN, Mask R-CNN or its keypoint version; see docs/detection.md.
+
+    `bn`: how processes share the statistics of a batch: naive_sync (each process counts the same), sync (each element
+    does; GPUs only), local (not at all). One process has one batch, and they are the same.
+    `accumulate`: a step's batch in so many parts, one after the other; BN sees each part alone.
+    """
 
     protocol: str
-    model: Literal["r50_c4"] = "r50_c4"
+    model: Literal["r50_c4", "r50_dc5", "r50_fpn"] = "r50_c4"
+    masks: bool = False
+    keypoints: bool = False
+    bn: Literal["naive_sync", "sync", "local"] = "naive_sync"
     input: Input
     anchors: Anchors
     rpn: Rpn = Rpn()
     roi: Roi = Roi()
     test: Testing = Testing()
     batch_size: Count = 16
+    accumulate: Count = 1
     optimizer: Sgd
     schedule: Iterations
     precise_bn: int = Field(200, ge=0)
@@ -121,6 +140,16 @@ class DetectConfig(Model):
     workers: int = Field(4, ge=0)
     seed: int = Field(default=0, ge=0)
     expect: Expect | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} parts")
+        if self.keypoints and self.model != "r50_fpn":
+            raise ValueError(f"keypoints need model r50_fpn, got {self.model}")
+        if self.model == "r50_fpn" and len(self.anchors.sizes) != FPN_LEVELS:
+            raise ValueError(f"an FPN has {FPN_LEVELS} levels with an anchor size each, got {len(self.anchors.sizes)}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -134,8 +163,27 @@ class Protocol:
 
 PROTOCOLS = {
     "detect/voc-r50-c4-24k@1": Protocol("r50_c4_24k", "voc", "resnet50"),
+    "detect/voc-r50-dc5-24k@1": Protocol("r50_dc5_24k", "voc", "resnet50"),
+    "detect/voc07-r50-c4-9k@1": Protocol("voc07_r50_c4_9k", "voc07", "resnet50"),
+    "detect/voc07-r50-dc5-9k@1": Protocol("voc07_r50_dc5_9k", "voc07", "resnet50"),
+    **{
+        f"detect/coco-r50-{model}-{schedule}@1": Protocol(f"coco_r50_{model}_{schedule}", "coco", "resnet50")
+        for model in ("c4", "fpn")
+        for schedule in ("1x", "2x", "6x")
+    },
+    "detect/coco-keypoints-r50-fpn-2x@1": Protocol("coco_keypoints_r50_fpn_2x", "coco", "resnet50"),
     "detect/digits-r50-c4@1": Protocol("digits_r50_c4", "digits", None),
 }
+
+
+DEFAULTS = {
+    "voc": "r50_c4_24k",
+    "voc07": "voc07_r50_c4_9k",
+    "voc-folder": "r50_c4_24k",
+    "coco": "coco_r50_fpn_1x",
+    "coco-folder": "coco_r50_fpn_1x",
+    "digits": "digits_r50_c4",
+}  # the recipe of a data set where none is given
 
 
 def departures(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:
