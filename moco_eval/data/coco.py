@@ -17,8 +17,9 @@ from moco_eval.data.boxes import (
     Sample,
     fingerprint,
     image_sizes,
-    leaves_folder,
+    inside,
     make_sample,
+    one_line,
     require_objects,
 )
 from moco_eval.data.segmentation import read_mask
@@ -210,11 +211,12 @@ def _categories(values: dict[str, Any], path: Path, split: str, keypoints: bool,
     findings.begin(split)
     found = {}
     for item in sorted(values["categories"], key=lambda item: item["id"]):
-        if not isinstance(item.get("name"), str) or not item["name"]:
-            message = f"{path}: category {item['id']} has no name; give it one"
+        name = item.get("name")
+        if not isinstance(name, str) or not name.strip() or one_line(name) != name:
+            message = f"{path}: category {item['id']} has no name of one line; give it one"
             findings.refuse("categories without a name", str(item["id"]), message)
         else:
-            found[item["id"]] = item["name"]
+            found[item["id"]] = name
     findings.refuse_twice(found.values(), "names of categories", str(path))
     if not found:
         findings.refuse("files without categories", str(path), f"{path} has no categories; export it again")
@@ -320,7 +322,7 @@ def _points(value: Any, count: int, where: str) -> np.ndarray:
         return np.zeros((count, 3))
     try:
         points = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = np.zeros(0)
     if points.shape != (3 * count,) or not np.isfinite(points).all() or not np.isin(points[2::3], (0, 1, 2)).all():
         raise InputError(
@@ -392,7 +394,7 @@ def _images(
 
 def _inside(name: object, image_id: Any, json_path: Path, findings: Findings) -> bool:
     """Whether an image's file_name is one, and leads nowhere else."""
-    if isinstance(name, str) and name and "\0" not in name and not leaves_folder(name):
+    if isinstance(name, str) and name and inside(name):
         return True
     findings.refuse(
         "file names that are none, or lead out of the folder",
