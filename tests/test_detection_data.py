@@ -622,3 +622,49 @@ def test_real_data_are_checked(shared_data):
     assert refusal is None
     assert "note: val2017: 2 images without objects: 58636, 226111" in lines
     assert "17 keypoints, of which a mirror exchanges 8 pairs" in lines
+
+
+@pytest.mark.data
+@pytest.mark.detectron2
+def test_coco_is_read_as_detectron2_reads_it(shared_data):
+    """Boxes, classes, polygons and keypoints of real images; crowd regions apart, which it keeps as objects."""
+    coco_json = pytest.importorskip("detectron2.data.datasets.coco")
+    root = shared_data / "coco-mini"
+    for keypoints, kind in ((False, "instances"), (True, "person_keypoints")):
+        ours = {s.image_id: s for s in read_coco_folder(root, None, None, keypoints=keypoints).train}
+        theirs = coco_json.load_coco_json(
+            root / f"annotations/{kind}_train2017.json", root / "train2017", f"mini-{kind}"
+        )
+        assert len(ours) == len(theirs)
+        for record in theirs:
+            sample, items = ours[record["image_id"]], record["annotations"]
+            assert sample.size == (record["width"], record["height"])
+            assert str(sample.path) == record["file_name"]
+            assert sample.labels.tolist() == [item["category_id"] for item in items]
+            assert sample.crowd.tolist() == [bool(item["iscrowd"]) for item in items]
+            boxes = np.array([item["bbox"] for item in items]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            np.testing.assert_array_equal(sample.boxes, boxes)
+            for mask, item in zip(sample.masks, items):
+                if isinstance(mask, list):
+                    assert [part.tolist() for part in mask] == item["segmentation"]
+            if keypoints:
+                points = np.array([item["keypoints"] for item in items]).reshape(-1, 17, 3)
+                seen = points[:, :, 2] > 0
+                np.testing.assert_array_equal(sample.keypoints[seen], points[seen])
+
+
+@pytest.mark.data
+@pytest.mark.detectron2
+def test_voc_is_read_as_detectron2_reads_it(shared_data):
+    pascal = pytest.importorskip("detectron2.data.datasets.pascal_voc")
+    root = shared_data / "VOCdevkit/VOC2012"
+    data = read_voc_folder(root, "trainval", "test")
+    for split, samples in (("trainval", data.train), ("test", data.test)):
+        theirs = pascal.load_voc_instances(str(root), split, list(data.classes))
+        assert [record["image_id"] for record in theirs] == [sample.image_id for sample in samples]
+        for record, sample in zip(theirs, samples):
+            assert sample.size == (record["width"], record["height"])
+            items = record["annotations"]
+            assert sample.labels.tolist() == [item["category_id"] for item in items]
+            np.testing.assert_array_equal(sample.boxes, np.array([item["bbox"] for item in items]).reshape(-1, 4))
