@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import in_process
+from commands import error_line, in_process
 from PIL import Image
 
 from moco_eval.data import voc as voc_module
@@ -152,6 +152,14 @@ SPLIT = "ImageSets/Main/test.txt"
 def test_bad_voc_is_refused_in_one_line(voc, damage, words):
     damage(voc)
     assert_refused(voc, read_voc_folder, "voc-folder", words)
+
+
+def test_detect_itself_refuses_with_that_line(voc, tmp_path, capfd, monkeypatch):
+    write_xml(voc, "b", voc_object(box=(1, 1, 60, 10)))
+    run = ["random:resnet50_quarter", "--dataset", "voc-folder", "--data", voc, "--output", tmp_path / "run"]
+    line = error_line(capfd, monkeypatch, "detect", *run)
+    assert line == f"Error: {check('voc-folder', voc)[1]}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_split_that_is_not_there_is_told_with_the_nearest(voc):
