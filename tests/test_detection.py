@@ -271,7 +271,7 @@ def test_a_training_split_without_boxes_is_refused(tmp_path):
     open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
     path = tmp_path / "scenes/coco/annotations/instances_train2017.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
-    with pytest.raises(InputError, match="none of the 4 images of train2017 has a box"):
+    with pytest.raises(InputError, match="none of the 4 training images of train2017 has an object"):
         run(tmp_path / "run", dataset="coco-folder", data=tmp_path / "scenes/coco")
 
 
