@@ -30,7 +30,6 @@ from moco_eval.detection.average_precision import (
     voc_ap,
     without_objects,
 )
-from moco_eval.errors import InputError
 
 
 def sample(boxes, labels=None, difficult=None):
@@ -324,11 +323,20 @@ def test_other_keypoints_than_cocos_are_judged_by_its_mean_tolerance(capfd):
     assert "keypoints: 4 of a class, not COCO's 17" in capfd.readouterr().err
 
 
-def test_an_object_without_a_mask_cannot_be_judged_by_masks():
+def test_an_object_without_a_mask_counts_neither_way(capfd):
+    """It is as if neither the object nor what was found there were in the data."""
     data, found = coco_case(0)
-    data.coco["annotations"][1]["segmentation"] = []
-    with pytest.raises(InputError, match="annotation 2 of the test split has no segmentation"):
-        evaluate(data, found)
+    item, one = data.coco["annotations"][0], found[0]
+    labels = one.labels.copy()
+    labels[0] = data.category_ids.index(item["category_id"])
+    masks = [encode(box_mask(*item["bbox"])), *one.masks[1:]]  # the best of its image lies on it
+    moved = Detections(one.boxes, one.scores, labels, masks, one.keypoints)
+    rest = Detections(one.boxes[1:], one.scores[1:], labels[1:], masks[1:], one.keypoints[1:])
+    item["iscrowd"], item["segmentation"] = 0, []
+    with_it = evaluate(data, [moved, *found[1:]])[0]
+    assert "1 of" in capfd.readouterr().err
+    without = evaluate(data, [rest, *found[1:]])[0]
+    assert with_it["APmk"] == without["APmk"] and with_it["APbb"] != without["APbb"]
 
 
 def test_classes_without_objects_are_named(capfd):
