@@ -40,7 +40,7 @@ def fine_tune_and_detect(
         RunFailed: a loss that is not finite, with its iteration.
         Interrupted: stopped by a signal, with the state saved.
     """
-    model = build_detector(encoder, len(data.classes), recipe)
+    model = build_detector(encoder, len(data.classes), recipe, len(data.keypoints))
     model = share_statistics(model, recipe.bn).to(device)
     with runtime.Stop() as stop:
         train(model, data, recipe, output, device, cost, stop)
