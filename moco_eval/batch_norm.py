@@ -118,7 +118,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class NaiveSyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with the mean of the ranks' own moments: each rank counts the same, whatever its images' sizes.
+    """Batch normalisation with the mean of the ranks' own moments: each rank counts the same, however large its images.
 
     Running statistics follow the shared mean and the shared variance, the biased one. At world size 1 and in
     evaluation it is ordinary batch normalisation.
@@ -168,7 +168,7 @@ def replace_batch_norm(net: nn.Module, make: Callable[[int], nn.BatchNorm2d]) ->
     """Replace every BatchNorm2d by `make(features)`; weights and buffers are carried over."""
     for name, child in net.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            other = make(child.num_features)
+            other = make(child.num_features).to(child.weight)
             other.load_state_dict(child.state_dict())
             other.eps, other.momentum = child.eps, child.momentum
             setattr(net, name, other)

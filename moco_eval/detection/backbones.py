@@ -77,7 +77,11 @@ class Pyramid(nn.Module):
 
 
 Backbone = C4 | DilatedC5 | Pyramid
-BACKBONES: dict[str, type[C4] | type[DilatedC5] | type[Pyramid]] = {"r50_c4": C4, "r50_dc5": DilatedC5, "r50_fpn": Pyramid}
+BACKBONES: dict[str, type[C4] | type[DilatedC5] | type[Pyramid]] = {
+    "r50_c4": C4,
+    "r50_dc5": DilatedC5,
+    "r50_fpn": Pyramid,
+}
 
 
 def _body(encoder: Encoder, names: tuple[str, ...]) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Fine-tuning on the torchvision engine: SGD on this process's share of each batch, precise BN at the end, exact resume.
+"""Fine-tuning on the torchvision engine: SGD on this process's share of each batch, precise BN, exact resume.
 
 Source: detectron2@02b5c4e2, engine/defaults.py and engine/hooks.py; fvcore 0.1.5, nn/precise_bn.py; read, not copied.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_eval import files, runtime
-from moco_eval.batch_norm import NaiveSyncBatchNorm2d
+from moco_eval.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
 from moco_eval.data.boxes import DetectionData
 from moco_eval.detection import inputs
 from moco_eval.detection.detector import Detector
@@ -201,7 +201,7 @@ def parts(
 
 
 def _to(batch: inputs.Batch, device: torch.device) -> inputs.Batch:
-    """Images and targets on the device, without waiting; masks stay as they are, and are drawn where they are needed."""
+    """Images and targets on the device, without waiting; masks stay on the host, where they are drawn."""
     images, targets = batch
     return (
         [runtime.to_device(image, device) for image in images],
@@ -253,8 +253,13 @@ def precise_bn(
 
 
 def _moments(norm: nn.Module, count: int) -> Tensor:
-    """Mean and mean square of the batch just seen, (2, C), from running statistics that are this batch's own."""
+    """Mean and mean square of the batch just seen, (2, C), from running statistics that are this batch's own.
+
+    Running variances are over one element less than there were, but for naive SyncBN's.
+    """
     mean, var = norm.running_mean.double(), norm.running_var.double()
+    if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d):
+        count *= runtime.world_size()
     biased = isinstance(norm, NaiveSyncBatchNorm2d) and runtime.world_size() > 1
     return torch.stack((mean, (var if biased else var * (count - 1) / count) + mean**2))
 
