@@ -1,6 +1,7 @@
 """Images with boxes: what the VOC and COCO readers return, and the checks that both make."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -21,7 +22,6 @@ from moco_eval.runtime import log
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"))
 EXIF_ORIENTATION = 0x0112
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on damaged files
-THREADS = 8  # that read image files; a disk across a network answers many as fast as one
 
 
 @dataclass(frozen=True)
@@ -272,23 +272,29 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
 
 
 def image_sizes(paths: Sequence[Path], findings: Findings) -> Iterator[tuple[int, int] | None]:
-    """The sizes of many images; None for one that is refused. `datasets check` decodes them too."""
+    """The sizes of many images; None for one that is refused. `datasets check` decodes them too, on several threads.
 
-    def size(path: Path) -> tuple[int, int] | InputError:
-        try:
-            return image_size(path, decode=findings.go_on)
-        except InputError as error:
-            return error
+    Headers alone take 35 us each, three times that on threads, which wait for each other.
+    """
+    for path, found in zip(paths, _decoded(paths) if findings.go_on else map(_size_or_error, paths)):
+        if isinstance(found, InputError):
+            findings.refuse("images that cannot be read", str(path), str(found))
+            yield None
+        else:
+            yield found
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(paths), 1024):  # a refusal does not wait for all the others
-            part = paths[start : start + 1024]
-            for path, found in zip(part, pool.map(size, part)):
-                if isinstance(found, InputError):
-                    findings.refuse("images that cannot be read", str(path), str(found))
-                    yield None
-                else:
-                    yield found
+
+def _decoded(paths: Sequence[Path]) -> Iterator[tuple[int, int] | InputError]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), 1024):
+            yield from pool.map(functools.partial(_size_or_error, decode=True), paths[start : start + 1024])
+
+
+def _size_or_error(path: Path, decode: bool = False) -> tuple[int, int] | InputError:
+    try:
+        return image_size(path, decode)
+    except InputError as error:
+        return error
 
 
 def read_image(path: Path) -> Image.Image:
