@@ -215,7 +215,7 @@ def test_precise_bn_is_fvcores():
     ours, theirs = OneNorm(), OneNorm()
     stream = iter([(list(batch), [{}] * 4) for batch in odd_batches()])
     fine_tune.precise_bn(ours, stream, recipe("digits_r50_c4", "precise_bn=3"), CPU, runtime.Stop())
-    theirs.forward = theirs.bn.forward
+    theirs.forward = lambda batch: theirs.bn(batch)
     update_bn_stats(theirs, odd_batches(), 3)
     torch.testing.assert_close(ours.bn.running_mean, theirs.bn.running_mean)
     torch.testing.assert_close(ours.bn.running_var, theirs.bn.running_var)
