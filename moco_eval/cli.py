@@ -537,16 +537,24 @@ def configs(action: str, name: str | None) -> None:
 @split_options
 def datasets(action: str, name: str | None, data: Path | None, train_split: str | None, test_split: str | None) -> None:
     """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
+    from moco_eval.data import check as detection
     from moco_eval.data import images
 
     if action == "list":
-        for line in images.known():
+        for line in images.known() + detection.known():
             click.echo(line)
         return
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
-    for line in images.check(name, data, train_split, test_split):
+    if name in detection.NAMES:
+        lines, refusal = detection.check(name, data, train_split, test_split)
+        lines += images.check_too(name, data, train_split, test_split)
+    else:
+        lines, refusal = images.check(name, data, train_split, test_split), None
+    for line in lines:
         click.echo(line)
+    if refusal:
+        raise InputError(f"detect refuses these data: {refusal}")
 
 
 @cli.command()

@@ -223,11 +223,11 @@ def _show(corners: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in corners) + ")"
 
 
-def require_objects(train: Sequence[Sample], split: str, findings: Findings) -> None:
+def require_objects(train: Sequence[Sample], split: str, where: Path, findings: Findings) -> None:
     """Refuse training images none of which has an object; crowd regions are not trained on."""
     if all(sample.crowd.all() for sample in train):
         findings.begin(split)
-        message = f"none of the {len(train)} training images of {split} has an object to train on; see its annotations"
+        message = f"{where}: none of the {len(train)} training images of {split} has an object to train on; add some"
         findings.refuse("training splits without objects", split, message)
 
 
@@ -267,7 +267,7 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
                 image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
                 image.load()
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from None
+        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
     return (height, width) if turned else (width, height)
 
 
@@ -308,7 +308,7 @@ def read_image(path: Path) -> Image.Image:
             image = ImageOps.exif_transpose(file)
             image.load()
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from None
+        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")

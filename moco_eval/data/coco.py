@@ -107,7 +107,7 @@ def _open(
     train, _ = _read(root, paths[train_split], values[train_split], train_split, categories, objects, keep=False)
     test, kept = _read(root, paths[test_split], values[test_split], test_split, categories, objects, keep=True)
     if findings.refusal is None:
-        require_objects(train, train_split, findings)
+        require_objects(train, train_split, paths[train_split], findings)
     findings.tell()
     listed = [{"id": key, "name": label} for key, label in zip(categories.ids, categories.names)]
     return DetectionData(
@@ -304,7 +304,7 @@ def _annotated(
     corners = objects.box((x, y, x + width, y + height), size, SLACK, where)
     if label is None or corners is None:
         return None
-    mask, points = None, None
+    mask, points = None, np.zeros((len(categories.keypoints), 3)) if categories.keypoints else None
     with findings.catching("masks and keypoints that are wrong", where):
         mask, dropped = read_mask(item.get("segmentation"), size, where)
         if dropped:
@@ -407,11 +407,13 @@ def _present(
 ) -> list[dict[str, Any]]:
     """The images whose file is there; `datasets check` lists the others, `detect` refuses them all at once."""
     names = {path.name for path in folder.iterdir()}
-    present, missing = [], []
-    for item in items:
+
+    def there(item: dict[str, Any]) -> bool:
         name = item["file_name"]
-        there = name in names or ("/" in name and (folder / name).is_file())
-        (present if there else missing).append(item)
+        return name in names or ("/" in name and (folder / name).is_file())
+
+    present = [item for item in items if there(item)]
+    missing = [item for item in items if not there(item)]
     for item in missing:
         findings.refuse(
             "images that are missing",

@@ -49,7 +49,7 @@ def _check_runs(value: dict[str, Any], size: tuple[int, int], where: str) -> Non
         )
     counts = value.get("counts")
     try:
-        runs = _uncompressed(counts) if isinstance(counts, str) else np.array(counts)
+        runs = uncompressed(counts) if isinstance(counts, str) else np.array(counts)
     except ValueError:
         runs = np.array([])
     whole = runs.ndim == 1 and runs.dtype.kind == "i" and len(runs) > 0
@@ -59,7 +59,7 @@ def _check_runs(value: dict[str, Any], size: tuple[int, int], where: str) -> Non
         )
 
 
-def _uncompressed(text: str) -> np.ndarray:
+def uncompressed(text: str) -> np.ndarray:
     """The runs of a compressed encoding; raises ValueError where it is none.
 
     Five bits a character from the lowest on, bit 6 where more follow, the last one's fifth bit the sign; from the

@@ -171,7 +171,7 @@ def _read(
     tested = [sample for split in test for sample in samples[split]]
     train_split, test_split = " and ".join(train), " and ".join(test)
     if findings.refusal is None:
-        require_objects(trained, train_split, findings)
+        require_objects(trained, train_split, root, findings)
     findings.tell()
     listed = [entry for entries in (train | test).values() for entry in entries]
     return DetectionData(
@@ -271,7 +271,7 @@ def class_names(names: Iterable[str], entries: Sequence[Entry]) -> tuple[str, ..
     classes = tuple(sorted(set(names)))
     if not classes:
         first = f" ({entries[0].xml} and the others)" if entries else ""
-        raise InputError(f"none of the {len(entries)} training images has an object{first}; see its annotations")
+        raise InputError(f"none of the {len(entries)} training images has an object{first}; add some")
     return classes
 
 
