@@ -38,7 +38,7 @@ class Detector(nn.Module):
         self.heads = RegionHeads(self.backbone, layer4, classes, recipe, keypoints)
         self.requires_grad_(True)
         pixels = encoder.preprocessing or Preprocessing()
-        mean, std = (255 * torch.tensor(values)[:, None, None] for values in pixels.rgb())
+        mean, std = (torch.tensor([255 * value for value in values])[:, None, None] for values in pixels.rgb())
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.swap = pixels.channels != "RGB"
