@@ -243,7 +243,7 @@ def _judge(
     data: DetectionData, config: DetectConfig, folder: Path, cost: results.Cost, found: Sequence[Detections]
 ) -> dict[str, Any]:
     """Write what was found, and last of all what it is worth."""
-    metrics, per_class = evaluate(data, found)
+    metrics, per_class = evaluate(data, found, rounded=config.protocol.startswith("detect/voc"))
     files.write_json(folder / "detections.json", _detections(data, found))
     pictures = draw_pictures(data, found, folder / "pictures")
     trial = {
