@@ -1,68 +1,243 @@
-"""What is said of each region: its class and its box. torchvision's heads, by detectron2's definitions.
+"""What is said of each region: its class and its box, and where the recipe asks its mask or its keypoints.
 
-Overridden: RoIAlign (aligned, adaptive sampling), L1 box loss and its normaliser, initialisation.
+Source: facebookresearch/detectron2@02b5c4e, modeling/roi_heads/ and poolers.py; for C4's extra norm, He et al. 2020,
+arXiv:1911.05722, appendix A.3. Within this file classes count from 0 and the background comes last; targets and
+detections count from 1.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import roi_align
+from torchvision.ops import batched_nms, roi_align
 
-from moco_eval.detection.proposals import STRIDE
+from moco_eval.detection.backbones import Backbone
+from moco_eval.detection.matching import clip, decode, encode, match, sample, solid
+from moco_eval.detection.proposals import Size
 from moco_eval.detection.recipe import DetectConfig
 
+BOX_WEIGHTS = (10, 10, 5, 5)
+HIDDEN = 1024  # of the fully connected box head
+WHOLE, WHOLE_LEVEL = 224, 4  # a region of 224 x 224 pixels is looked at on p4
 
-class _AlignedPool(nn.Module):
-    """RoIAlign as detectron2's version 2: half a pixel offset, as many samples as the region has pixels."""
 
-    def __init__(self, size: int):
+def pool(maps: Sequence[Tensor], strides: Sequence[int], boxes: list[Tensor], side: int) -> Tensor:
+    """RoIAlign to (R, C, side, side), half a pixel aligned, as many samples as the region has pixels.
+
+    On a pyramid (p2 to p5) each region is cut from the level that its size asks for.
+    """
+    numbered = torch.cat([F.pad(image, (1, 0), value=number) for number, image in enumerate(boxes)])
+    if len(strides) == 1:
+        return roi_align(maps[0], numbered, side, 1 / strides[0], sampling_ratio=0, aligned=True)
+    levels = level_of(numbered[:, 1:], len(strides))
+    pooled = maps[0].new_zeros((len(numbered), maps[0].shape[1], side, side))
+    for level, (features, stride) in enumerate(zip(maps, strides)):
+        here = torch.where(levels == level)[0]
+        cut = roi_align(features, numbered[here], side, 1 / stride, sampling_ratio=0, aligned=True)
+        pooled.index_put_((here,), cut)
+    return pooled
+
+
+def level_of(boxes: Tensor, levels: int) -> Tensor:
+    """Which level of a pyramid that starts at p2 each box belongs to, (N,): Eqn. (1) of the FPN paper."""
+    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    level = torch.floor(WHOLE_LEVEL + torch.log2(side / WHOLE + 1e-8)) - 2
+    return level.clamp(0, levels - 1).long()
+
+
+@dataclass
+class Regions:
+    """The regions of an image that are trained on.
+
+    Attributes:
+        boxes: (R, 4), foreground first.
+        labels: (R,), from 0; the background last.
+        matched: which of the image's objects each answers for, (R,); no matter for the background.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
+
+
+class RegionHeads(nn.Module):
+    """Class, box, mask and keypoints of regions.
+
+    C4 shares layer4 (and its norm) between boxes and masks, the boxes' vector being the mean over places. The others
+    have a box head of two hidden layers, and pool anew for masks and keypoints.
+    """
+
+    def __init__(self, backbone: Backbone, layer4: nn.Module | None, classes: int, recipe: DetectConfig, points: int):
         super().__init__()
-        self.size = size
+        self.strides, self.classes = backbone.strides[:4], classes
+        self.roi, self.test = recipe.roi, recipe.test
+        self.shared = layer4 is not None
+        if layer4 is not None:
+            width = vector = 2 * backbone.channels
+            self.box_head = nn.Sequential(OrderedDict(layer4=layer4, norm=nn.BatchNorm2d(width)))
+        else:
+            width, vector = backbone.channels, HIDDEN
+            self.box_head = _hidden_layers(width * self.roi.pool_size**2)
+        self.class_logits = _drawn(nn.Linear(vector, classes + 1), 0.01)
+        self.box_deltas = _drawn(nn.Linear(vector, 4 * classes), 0.001)
+        self.mask_head: nn.Module | None = None
+        self.keypoint_head: nn.Module | None = None
+        if recipe.masks:
+            from moco_eval.detection.masks import MaskHead
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        return roi_align(features["0"], boxes, self.size, 1 / STRIDE, sampling_ratio=0, aligned=True)
+            self.mask_head = MaskHead(width, classes, 0 if self.shared else 4)
+        if recipe.keypoints:
+            from moco_eval.detection.keypoints import KeypointHead
 
+            self.keypoint_head = KeypointHead(width, points)
 
-class _Heads(RoIHeads):
-    """Classes and boxes of regions with an L1 box loss; class 0 is the background, inside the engine only."""
-
-    def forward(self, features, proposals, image_shapes, targets=None):
+    def forward(
+        self,
+        maps: list[Tensor],
+        proposals: list[Tensor],
+        sizes: list[Size],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """In training no detections and the losses; else the detections of each image and no losses."""
         if self.training:
-            proposals, _, labels, wanted = self.select_training_samples(proposals, targets)
-        pooled = self.box_roi_pool(features, proposals, image_shapes)
-        logits, deltas = (scores.float() for scores in self.box_predictor(self.box_head(pooled)))
-        if not self.training:
-            found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-            return [dict(zip(("boxes", "scores", "labels"), image)) for image in zip(*found)], {}
-        labels, wanted = torch.cat(labels), torch.cat(wanted)
-        objects = torch.where(labels > 0)[0]
-        ours = deltas.reshape(len(labels), -1, 4)[objects, labels[objects]]
-        box_loss = F.l1_loss(ours, wanted[objects], reduction="sum") / labels.numel()
-        return [], {"loss_classifier": F.cross_entropy(logits, labels), "loss_box_reg": box_loss}
+            assert targets is not None
+            regions = [self.sample(boxes, target) for boxes, target in zip(proposals, targets)]
+            return [], self._losses(maps, regions, targets)
+        _, logits, deltas = self.predict(maps, proposals)
+        counts = [len(boxes) for boxes in proposals]
+        images = zip(proposals, logits.softmax(dim=1).split(counts), deltas.split(counts), sizes)
+        found = [self._detect(*image) for image in images]
+        return self._look_closer(maps, found), {}
+
+    @torch.no_grad()
+    def sample(self, proposals: Tensor, target: dict[str, Any]) -> Regions:
+        """Draw the regions of an image that are trained on; its objects' own boxes are among the proposals."""
+        objects = target["boxes"]
+        boxes = torch.cat((proposals, objects))
+        matched, kind = match(objects, boxes, self.roi.foreground_iou, self.roi.foreground_iou)
+        foreground, background = sample(kind, self.roi.batch_per_image, self.roi.positive_fraction)
+        chosen = torch.cat((foreground, background))
+        labels = torch.full_like(chosen, self.classes)
+        labels[: len(foreground)] = target["labels"][matched[foreground]] - 1
+        return Regions(boxes[chosen], labels, matched[chosen])
+
+    def predict(self, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of regions: what the box head made of them, logits (R, classes + 1) and deltas (R, classes, 4) in fp32."""
+        x = self.box_head(pool(maps, self.strides, boxes, self.roi.pool_size))
+        vectors = x.mean(dim=(2, 3)) if self.shared else x
+        return x, self.class_logits(vectors).float(), self.box_deltas(vectors).float().unflatten(1, (-1, 4))
+
+    # Training
+
+    def _losses(self, maps: list[Tensor], regions: list[Regions], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+        x, logits, deltas = self.predict(maps, [image.boxes for image in regions])
+        labels = torch.cat([image.labels for image in regions])
+        objects = labels < self.classes
+        losses = {"loss_cls": F.cross_entropy(logits, labels)}
+        foreground = [_part(image, image.labels < self.classes) for image in regions]
+        wanted = [
+            encode(target["boxes"][image.matched], image.boxes, BOX_WEIGHTS)
+            for image, target in zip(foreground, targets)
+        ]
+        places = F.smooth_l1_loss(
+            deltas[objects, labels[objects]], torch.cat(wanted), reduction="sum", beta=self.roi.box_beta
+        )
+        losses["loss_box_reg"] = places / len(labels)
+        if self.mask_head is not None:
+            features = x[objects] if self.shared else self._pool_again(maps, [image.boxes for image in foreground])
+            losses["loss_mask"] = _mask_loss(self.mask_head(features), foreground, targets)
+        if self.keypoint_head is not None:
+            boxes, points = _with_keypoints(foreground, targets)
+            from moco_eval.detection.keypoints import keypoint_loss
+
+            heat = self.keypoint_head(self._pool_again(maps, boxes))
+            losses["loss_keypoint"] = keypoint_loss(heat, torch.cat(points), torch.cat(boxes))
+        return losses
+
+    def _pool_again(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        return pool(maps, self.strides, boxes, self.roi.mask_pool_size)
+
+    # Detection
+
+    def _detect(self, proposals: Tensor, scores: Tensor, deltas: Tensor, size: Size) -> dict[str, Tensor]:
+        """Boxes of an image by their class: those above the least score, after NMS class by class, the best of all."""
+        region, label = torch.where(scores[:, :-1] > self.test.score)
+        boxes, scores = decode(deltas[region, label], proposals[region], BOX_WEIGHTS), scores[region, label]
+        finite = boxes.isfinite().all(dim=1)
+        boxes, scores, label = clip(boxes[finite], size), scores[finite], label[finite]
+        keep = batched_nms(boxes, scores, label, self.test.nms)[: self.test.detections]
+        keep = keep[solid(boxes[keep])]
+        return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep] + 1}
+
+    def _look_closer(self, maps: list[Tensor], found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Masks and keypoints of the detections, by their final boxes."""
+        boxes = [image["boxes"] for image in found]
+        counts = [len(image) for image in boxes]
+        if self.mask_head is not None:
+            features = (
+                self.box_head(pool(maps, self.strides, boxes, self.roi.pool_size))
+                if self.shared
+                else self._pool_again(maps, boxes)
+            )
+            logits = self.mask_head(features)
+            labels = torch.cat([image["labels"] for image in found]) - 1
+            masks = logits[torch.arange(len(logits), device=logits.device), labels].sigmoid()
+            found = [image | {"masks": mask} for image, mask in zip(found, masks.split(counts))]
+        if self.keypoint_head is not None:
+            from moco_eval.detection.keypoints import keypoints_of
+
+            points = keypoints_of(self.keypoint_head(self._pool_again(maps, boxes)), torch.cat(boxes))
+            found = [image | {"keypoints": part} for image, part in zip(found, points.split(counts))]
+        return found
 
 
-def region_heads(layer4: nn.Module, channels: int, classes: int, recipe: DetectConfig) -> RoIHeads:
-    parts = OrderedDict(
-        layer4=layer4, norm=nn.BatchNorm2d(channels), mean=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()
-    )
-    predictor = FastRCNNPredictor(channels, classes + 1)
-    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
-        nn.init.normal_(layer.weight, std=std)
+def _part(regions: Regions, chosen: Tensor) -> Regions:
+    return Regions(regions.boxes[chosen], regions.labels[chosen], regions.matched[chosen])
+
+
+def _mask_loss(logits: Tensor, foreground: list[Regions], targets: list[dict[str, Any]]) -> Tensor:
+    from moco_eval.detection.masks import mask_loss, mask_targets
+
+    wanted = [
+        mask_targets([target["masks"][number] for number in image.matched.tolist()], image.boxes, logits.shape[-1])
+        for image, target in zip(foreground, targets)
+    ]
+    return mask_loss(logits, torch.cat([image.labels for image in foreground]), torch.cat(wanted))
+
+
+def _with_keypoints(foreground: list[Regions], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The boxes of each image that hold a labelled keypoint of their object, and all keypoints of these objects."""
+    boxes, points = [], []
+    for image, target in zip(foreground, targets):
+        keypoints = target["keypoints"][image.matched]
+        seen = visible_inside(keypoints, image.boxes)
+        boxes.append(image.boxes[seen])
+        points.append(keypoints[seen])
+    return boxes, points
+
+
+def visible_inside(keypoints: Tensor, boxes: Tensor) -> Tensor:
+    """Which boxes (R, 4) hold at least one labelled keypoint of theirs (R, K, 3), (R,)."""
+    x, y, seen = keypoints.unbind(dim=2)
+    left, top, right, bottom = boxes[:, :, None].unbind(dim=1)
+    return ((x >= left) & (x <= right) & (y >= top) & (y <= bottom) & (seen >= 1)).any(dim=1)
+
+
+def _hidden_layers(inputs: int) -> nn.Sequential:
+    """Two hidden layers, drawn as Caffe2's Xavier fill draws them."""
+    first, second = nn.Linear(inputs, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+    for layer in (first, second):
+        nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.zeros_(layer.bias)
-    return _Heads(
-        _AlignedPool(recipe.roi.pool_size),
-        nn.Sequential(parts),
-        predictor,
-        fg_iou_thresh=recipe.roi.foreground_iou,
-        bg_iou_thresh=recipe.roi.foreground_iou,
-        batch_size_per_image=recipe.roi.batch_per_image,
-        positive_fraction=recipe.roi.positive_fraction,
-        bbox_reg_weights=None,
-        score_thresh=recipe.test.score,
-        nms_thresh=recipe.test.nms,
-        detections_per_img=recipe.test.detections,
-    )
+    parts = OrderedDict(flatten=nn.Flatten(), fc1=first, relu1=nn.ReLU(), fc2=second, relu2=nn.ReLU())
+    return nn.Sequential(parts)
+
+
+def _drawn(layer: nn.Linear, std: float) -> nn.Linear:
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
