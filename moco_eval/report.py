@@ -28,6 +28,7 @@ KINDS = ("trained", "other", "random", "pixels")  # the order of the rows
 PICTURES = 4  # drawn images per encoder
 CLASS_METRICS = ("APbb", "AP50")  # the one shown of each class: COCO's, or VOC's
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
+DRAWN_BYTES = 60_000  # and so are drawn images, of which there are many
 PAGE_BYTES = 3_000_000
 
 
@@ -444,7 +445,7 @@ def _detection(name: str, run: Run) -> dict[str, Any]:
     shades = (TEXT, ACCENT, MUTED)
     return {
         "name": name,
-        "images": [_image(path) for path in pictures[:PICTURES]],
+        "images": [_image(path, DRAWN_BYTES) for path in pictures[:PICTURES]],
         "metric": metric,
         "bars": _svg(bars_figure(per_class, metric, shades), f"{metric} of each class") if metric else None,
         "many": len(per_class) > ROWS,
@@ -452,13 +453,13 @@ def _detection(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def _image(path: Path) -> str:
-    """A picture as a data address; large ones are made smaller. Raises InputError where it is none."""
+def _image(path: Path, limit: int = PICTURE_BYTES) -> str:
+    """A picture as a data address; one of more bytes is made smaller. Raises InputError where it is none."""
     data, kind = path.read_bytes(), "png"
     try:
         with Image.open(path) as image:
             image.load()
-            if len(data) > PICTURE_BYTES:
+            if len(data) > limit:
                 data, kind = _smaller(image), "jpeg"
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable picture: {error}") from None
