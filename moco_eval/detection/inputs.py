@@ -110,9 +110,13 @@ class _Testing(Dataset):
         return _pixels(image, resized(image.size, self.input.min_size_test, self.input.max_size)), image.size
 
 
-def training_batches(samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int) -> Iterator[Batch]:
-    """The batches of iterations start to stop - 1."""
-    draws = list(itertools.islice(batches(samples, recipe), start, stop))
+def training_batches(
+    samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """The shares of one of `world` processes in the batches of iterations start to stop - 1."""
+    share = recipe.batch_size // world
+    mine = slice(rank * share, (rank + 1) * share)
+    draws = [batch[mine] for batch in itertools.islice(batches(samples, recipe), start, stop)]
     return _load(_Training(samples, recipe), draws, recipe.workers)
 
 
@@ -145,6 +149,6 @@ def _load(dataset: Dataset, keys: list, workers: int) -> Iterator[Any]:
         yield tuple(list(column) for column in zip(*rows))
 
 
-def seed_of(seed: int, number: int) -> int:
-    """What torch's generator is seeded with: 0 for the weights that are drawn, i + 1 for iteration i."""
-    return int(np.random.SeedSequence([seed, 4, number]).generate_state(1)[0])
+def seed_of(seed: int, number: int, part: int = 0) -> int:
+    """What torch's generator is seeded with: 0 for the weights that are drawn, i + 1 for a part of iteration i."""
+    return int(np.random.SeedSequence([seed, 4, number, part]).generate_state(1)[0])
