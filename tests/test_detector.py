@@ -335,6 +335,14 @@ def test_an_image_without_objects_trains_on_background_alone(detectors):
     assert losses["loss_cls"] > 0 and losses["loss_rpn_cls"] > 0
 
 
+def test_bf16_leaves_boxes_and_losses_in_fp32(detector):
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.train()(images(), targets())
+        with torch.no_grad():
+            found = detector.eval()(images())[0]
+    assert {value.dtype for value in (*losses.values(), found["boxes"], found["scores"])} == {torch.float32}
+
+
 # Detections
 
 

@@ -51,8 +51,9 @@ def sample(kind: Tensor, count: int, fraction: float) -> tuple[Tensor, Tensor]:
 def encode(wanted: Tensor, boxes: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
     """What makes `wanted` (N, 4) of `boxes` (N, 4): shift over side, log of side over side, times the weights."""
     sides, goal = boxes[:, 2:] - boxes[:, :2], wanted[:, 2:] - wanted[:, :2]
-    shift = (wanted[:, :2] + 0.5 * goal - boxes[:, :2] - 0.5 * sides) / sides
-    return torch.cat((shift, torch.log(goal / sides)), dim=1) * boxes.new_tensor(weights)
+    centres, aims = boxes[:, :2] + 0.5 * sides, wanted[:, :2] + 0.5 * goal
+    weight = boxes.new_tensor(weights)
+    return torch.cat((weight[:2] * (aims - centres) / sides, weight[2:] * torch.log(goal / sides)), dim=1)
 
 
 def decode(deltas: Tensor, boxes: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
