@@ -126,8 +126,8 @@ class View:
         """A COCO segmentation as polygons, not cut to the image; or, from its run-length code, as a bitmap (H, W)."""
         if not isinstance(mask, dict):
             return [self.points(np.reshape(polygon, (-1, 2))).reshape(-1) for polygon in mask]
-        bitmap = Image.fromarray(decoded(mask)).resize(self.after, Image.Resampling.NEAREST)
-        return np.ascontiguousarray(np.asarray(bitmap)[:, ::-1] if self.flipped else bitmap)
+        bitmap = np.array(Image.fromarray(decoded(mask)).resize(self.after, Image.Resampling.NEAREST))
+        return np.ascontiguousarray(bitmap[:, ::-1]) if self.flipped else bitmap
 
     def keypoints(self, keypoints: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
         """Keypoints (N, K, 3), moved along; left and right change places; those outside the image lose their label."""
