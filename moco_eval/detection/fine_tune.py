@@ -46,7 +46,7 @@ def train(
 ) -> None:
     """Train to the end and estimate the BN statistics anew, or go on from checkpoints/last.pth. Collective."""
     torch.backends.cudnn.benchmark = False  # no two batches have the same size
-    samples = inputs.trainable(data.train)
+    samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
     if recipe.data.shuffle_labels:
         samples = inputs.shuffle_labels(samples, recipe.seed)
     trainer = Trainer(model, recipe, output, device, cost)
@@ -54,7 +54,7 @@ def train(
         return
     last = recipe.schedule.iterations + recipe.precise_bn
     place = (runtime.rank(), runtime.world_size())
-    stream = inputs.training_batches(samples, recipe, trainer.done, last, *place)
+    stream = inputs.training_batches(samples, recipe, trainer.done, last, *place, data.keypoint_pairs)
     model.train()
     trainer.train(stream, stop)
     with cost.clock():

@@ -3,7 +3,6 @@
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moco_eval import runtime
@@ -13,6 +12,7 @@ from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detector import Detector, build_detector
 from moco_eval.detection.fine_tune import train
+from moco_eval.detection.masks import paste
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.results import Cost
@@ -74,12 +74,20 @@ def _detect(
 def on_disk(result: dict[str, torch.Tensor], resized: tuple[int, int], size: tuple[int, int]) -> Detections:
     """What the model found, in pixels of the image on disk; boxes that are cut to nothing go.
 
+    Masks are pasted into that image; keypoints count whole pixels there, as COCO does, half a pixel less than boxes.
+
     Args:
         resized, size: width and height of the image that the model saw, and of the image on disk.
     """
-    scale = np.divide(size, resized)
-    boxes = result["boxes"].double().cpu().numpy() * np.tile(scale, 2)
-    boxes = np.clip(boxes, 0, np.tile(size, 2))
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    scores, labels = result["scores"].double().cpu().numpy(), result["labels"].cpu().numpy() - 1
-    return Detections(boxes[kept], scores[kept], labels[kept])
+    result = {name: values.cpu() for name, values in result.items()}
+    scale = torch.tensor(size, dtype=torch.float64) / torch.tensor(resized)
+    corners = (result["boxes"].unflatten(1, (2, 2)) * scale).clamp(min=torch.zeros(2), max=torch.tensor(size))
+    kept = (corners[:, 1] > corners[:, 0]).all(dim=1)
+    boxes, masks, keypoints = corners[kept].flatten(1), None, None
+    if "masks" in result:
+        masks = paste(result["masks"][kept], boxes, size)
+    if "keypoints" in result:
+        points = result["keypoints"][kept].double()
+        keypoints = torch.cat((points[..., :2] * scale - 0.5, points[..., 2:]), dim=-1).numpy()
+    scores, labels = result["scores"][kept].double().numpy(), result["labels"][kept].numpy() - 1
+    return Detections(boxes.numpy(), scores, labels, masks, keypoints)
