@@ -479,7 +479,7 @@ def test_annotation_0_counts_for_pycocotools_too(coco):
     write_json(coco, "val2017", [annotation(0, 3)])
     data = read_coco_folder(coco, None, None)
     rows = [{"image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 8], "score": 1.0}]
-    assert coco_ap(data.coco, rows, dict(zip(data.category_ids, data.classes)))[0]["AP"] == pytest.approx(100)
+    assert coco_ap(data.coco, rows, dict(zip(data.category_ids, data.classes)))[0]["APbb"] == pytest.approx(100)
 
 
 POINTS = ["nose", "left_eye", "right_eye", "left_tail"]
