@@ -117,6 +117,46 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(input.dtype)
 
 
+class NaiveSyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the mean of the ranks' own moments: each rank counts the same, however large its images.
+
+    Running statistics follow the shared mean and the shared variance, the biased one. At world size 1 and in
+    evaluation it is ordinary batch normalisation.
+    Source: detectron2@02b5c4e2, layers/batch_norm.py, NaiveSyncBatchNorm; read, not copied.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to the same shape; N must not be 0."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        assert len(input), "a rank without images has no mean"
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        moments = torch.cat((x.mean((0, 2, 3)), x.square().mean((0, 2, 3))))
+        mean, square = (_AllSum.apply(moments) / world_size()).chunk(2)
+        var = (square - mean.square()).clamp_min(0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1)).to(input.dtype)
+
+
+def share_statistics(net: nn.Module, bn: str) -> nn.Module:
+    """Let several processes share the statistics of every BatchNorm2d; the state dict stays as it is.
+
+    Args:
+        bn: naive_sync (each process counts the same), sync (each element does) or local (they are not shared). One
+            process keeps its modules.
+    """
+    if world_size() == 1 or bn == "local":
+        return net
+    return sync_batch_norm(net) if bn == "sync" else replace_batch_norm(net, NaiveSyncBatchNorm2d)
+
+
 def sync_batch_norm(net: nn.Module) -> nn.Module:
     """Replace every BatchNorm2d by a synchronised one: torch's own under nccl, the plain one elsewhere."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
@@ -128,8 +168,9 @@ def replace_batch_norm(net: nn.Module, make: Callable[[int], nn.BatchNorm2d]) ->
     """Replace every BatchNorm2d by `make(features)`; weights and buffers are carried over."""
     for name, child in net.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            other = make(child.num_features)
+            other = make(child.num_features).to(child.weight)
             other.load_state_dict(child.state_dict())
+            other.eps, other.momentum = child.eps, child.momentum
             setattr(net, name, other)
         else:
             replace_batch_norm(child, make)

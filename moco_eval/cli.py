@@ -314,11 +314,14 @@ def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
 
 @cli.command()
 @click.argument("checkpoint")
-@click.option("--dataset", help="voc, coco, voc-folder, coco-folder or digits (built in).")
+@click.option("--dataset", help="voc, voc07, coco, voc-folder, coco-folder or digits (built in).")
 @click.option("--recipe", help="A shipped recipe or a file; the data set's own where not given.")
 @click.option("--train-split", help="Of voc-folder and coco-folder.")
 @click.option("--test-split", help="Of voc-folder and coco-folder.")
 @click.option("--engine", type=click.Choice(["auto", "torchvision"]), default="auto", show_default=True)
+@click.option(
+    "--trials", type=click.IntRange(1), default=1, show_default=True, help="Fine-tunings with their own seeds."
+)
 @data_options
 @encoder_options
 @run_options
@@ -329,37 +332,62 @@ def detect(
     train_split: str | None,
     test_split: str | None,
     engine: str,
+    trials: int,
     data: Path | None,
     nproc: int,
     **given: Any,
 ) -> int:
     """Fine-tune a detector on the encoder and measure its average precision."""
     from moco_eval.detection import detect as detection
-    from moco_eval.detection.recipe import DetectConfig
+    from moco_eval.detection.recipe import DEFAULTS
     from moco_eval.encoders.load import load
     from moco_eval.results import default_output
-    from moco_eval.runtime import processes
+    from moco_eval.runtime import is_main, processes
 
     if dataset is None:
         raise InputError(
             "detect needs --dataset; for example: moco-eval detect runs/v2/checkpoints/last.pth --dataset voc "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    config = _config(
-        recipe or ("digits_r50_c4" if dataset == "digits" else "r50_c4_24k"), "detect", DetectConfig, given
-    )
+    config = _recipe(recipe or DEFAULTS.get(dataset, "r50_c4_24k"), given)
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
     output = given["output"] or default_output("detect", encoder, dataset, config.protocol)
-    if given["dry_run"]:
-        click.echo(detection.plan(encoder, dataset, data, config, output, train_split, test_split))
-        return 0
-    if nproc > 1:
+    if nproc > 1 or given["dry_run"]:
+        planned = detection.plan(
+            encoder, dataset, data, config, output, train_split, test_split, engine, trials, processes=nproc
+        )
+        if given["dry_run"]:
+            click.echo(planned)
+            return 0
         return _launch(nproc)
     with processes(given["device"]) as device:
-        record = detection.detect(encoder, dataset, data, config, output, device, train_split, test_split)
-    click.echo(detection.format_table(record))
+        record = detection.detect(
+            encoder, dataset, data, config, output, device, train_split, test_split, engine, trials
+        )
+        if is_main():
+            click.echo(detection.format_table(record))
     return 0
+
+
+def _recipe(name: str, given: dict[str, Any]) -> Any:
+    """A detection recipe with --set and the shared options applied; --batch-size carries rate and schedule along."""
+    from moco_eval.detection.recipe import DetectConfig, rescaled
+
+    before = _config(name, "detect", DetectConfig, given | {"batch_size": None})
+    batch = given["batch_size"]
+    if batch in (None, before.batch_size):
+        return before
+    after = rescaled(before, batch)
+    old, new = before.schedule, after.schedule
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(
+            f"--batch-size {batch} instead of {before.batch_size}: lr {after.optimizer.lr:g} instead of "
+            f"{before.optimizer.lr:g}, {new.iterations} iterations instead of {old.iterations}, steps "
+            f"{list(new.steps)} instead of {list(old.steps)}, warm-up {new.warmup} instead of {old.warmup}",
+            err=True,
+        )
+    return after
 
 
 @cli.command()
@@ -509,16 +537,24 @@ def configs(action: str, name: str | None) -> None:
 @split_options
 def datasets(action: str, name: str | None, data: Path | None, train_split: str | None, test_split: str | None) -> None:
     """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
+    from moco_eval.data import check as detection
     from moco_eval.data import images
 
     if action == "list":
-        for line in images.known():
+        for line in images.known() + detection.known():
             click.echo(line)
         return
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
-    for line in images.check(name, data, train_split, test_split):
+    if name in detection.NAMES:
+        lines, refusal = detection.check(name, data, train_split, test_split)
+        lines += images.check_too(name, data, train_split, test_split)
+    else:
+        lines, refusal = images.check(name, data, train_split, test_split), None
+    for line in lines:
         click.echo(line)
+    if refusal:
+        raise InputError(f"detect refuses these data: {refusal}")
 
 
 @cli.command()

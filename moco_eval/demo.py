@@ -39,7 +39,8 @@ def run(output: Path, device: str) -> None:
         log("5/5 detection: Faster R-CNN R50-C4 layout on scenes of digits")
         scenes = config.load("digits_r50_c4", "detect", DetectConfig)
         for name in ("moco", "random"):
-            detect(encoders[name], "digits", output / "scenes", scenes, output / f"detect-{name}", chosen, None, None)
+            place = output / f"detect-{name}"
+            detect(encoders[name], "digits", output / "scenes", scenes, place, chosen, engine="torchvision")
         write_report([output], output / "report.html")
     log(f"done in {(time.perf_counter() - started) / 60:.1f} minutes: open {output / 'report.html'}")
 

@@ -151,6 +151,15 @@ def union(values: set) -> set:
     return set().union(*everyone)
 
 
+def gather_lists(values: list) -> list[list]:
+    """Every rank's list, in rank order, on every rank."""
+    if world_size() == 1:
+        return [values]
+    everyone: list[list] = [[]] * world_size()
+    dist.all_gather_object(everyone, values)
+    return everyone
+
+
 def same_on_all_ranks(*tensors: torch.Tensor) -> bool:
     """Whether every rank holds bit-identical tensors: their sha256, compared."""
     digest = hashlib.sha256()

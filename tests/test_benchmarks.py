@@ -307,7 +307,7 @@ def test_labels_of_real_voc_images_are_those_of_the_devkits_class_lists(shared_d
 
 def test_every_name_is_listed_and_in_the_help(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "datasets")
-    assert [line.split()[0] for line in out.splitlines()] == list(NAMES)
+    assert [line.split()[0] for line in out.splitlines()] == [*NAMES, "voc", "coco", "coco-folder"]
     assert "mean_per_class" in next(line for line in out.splitlines() if line.startswith("pets"))
     assert len(known()) == len(NAMES)
     assert [word.split()[0] for word in cli.DATASETS.split(", ")] == [n for n in NAMES if n not in data_sets.UNLABELLED]
@@ -327,7 +327,9 @@ def test_datasets_check_says_what_there_is_or_what_is_wrong(tmp_path, capfd, mon
     assert "needs a NAME" in error_line(capfd, monkeypatch, "datasets", "check")
     root = voc(tmp_path / "voc", SHOWN, one="ba", two="dc")
     mine = ["datasets", "check", "voc-folder", "--data", root, "--train-split", "one", "--test-split", "two"]
-    assert "2 classes, several in an image; metric mAP" in in_process(capfd, monkeypatch, *mine)[0]
+    out, err = in_process(capfd, monkeypatch, *mine, code=2)  # its objects have no boxes
+    assert "as classification: 2 classes, several in an image; metric mAP" in out
+    assert err.startswith("Error: detect refuses these data: ")
 
 
 def test_knn_and_linear_refuse_images_of_several_classes(tmp_path, capfd, monkeypatch):

@@ -65,6 +65,7 @@ def config_of(recipe, ours):
     model.ROI_BOX_HEAD.POOLER_RESOLUTION = recipe.roi.pool_size
     model.ROI_BOX_HEAD.SMOOTH_L1_BETA = recipe.roi.box_beta
     model.KEYPOINT_ON, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = recipe.keypoints, POINTS
+    cfg.TEST.DETECTIONS_PER_IMAGE = recipe.test.detections
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = recipe.optimizer.lr, recipe.schedule.warmup
     if recipe.model != "r50_c4":
         model.ROI_HEADS.NAME = "StandardROIHeads"

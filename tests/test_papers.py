@@ -13,6 +13,7 @@ from commands import in_process
 from moco_eval import config, papers
 from moco_eval.config import PretrainConfig
 from moco_eval.data.images import OFFICIAL
+from moco_eval.detection.recipe import PROTOCOLS
 from moco_eval.errors import InputError
 from pretraining.plan import plan
 
@@ -485,3 +486,11 @@ def test_unknown_format():
 def test_no_table_file_names_this_machine():
     for path in (config.folder() / "papers").glob("*.yaml"):
         assert "/work" not in Path(path).read_text()
+
+
+def test_every_detection_column_has_its_recipe_on_its_data():
+    columns = [column for name in IDS for column in papers.load_table(name).columns.values()]
+    wanted = {(c.protocol, c.dataset) for c in columns if c.protocol and c.protocol.startswith("detect/")}
+    ours = {(protocol, meaning.dataset) for protocol, meaning in PROTOCOLS.items()}
+    assert len(wanted) == 7
+    assert wanted <= ours

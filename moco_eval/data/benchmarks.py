@@ -183,15 +183,10 @@ def read_voc07(folder: Path, split: str) -> ImageSet:
     Raises:
         InputError: files are missing or damaged.
     """
-    roots = [root for root in (folder, folder / "VOC2007", folder / "VOCdevkit" / "VOC2007") if _is_voc(root)]
-    if not roots:
-        raise InputError(
-            f"{folder} has no VOC2007 with JPEGImages/, Annotations/ and ImageSets/Main/; give VOCdevkit or VOC2007 "
-            "itself (published at http://host.robots.ox.ac.uk/pascal/VOC/voc2007/); for other data take voc-folder"
-        )
-    names = dict(zip(("train", "test"), voc.find_splits(roots[0], "trainval", "test")))
-    entries = voc.read_entries(roots[0], names[split])
-    return _voc_set("voc07", names[split], roots[0], entries, voc.VOC_CLASSES)
+    root = voc.voc07_folder(folder)
+    names = dict(zip(("train", "test"), voc.find_splits(root, "trainval", "test")))
+    entries = voc.read_entries(root, names[split])
+    return _voc_set("voc07", names[split], root, entries, voc.VOC_CLASSES)
 
 
 def read_voc_folder(
@@ -207,13 +202,10 @@ def read_voc_folder(
     """
     splits = voc.find_splits(root, train_split, test_split)
     entries = [voc.read_entries(root, split) for split in splits]
-    classes = voc.class_names(entries[0])
+    objects = ((item, entry.xml) for entry in entries[0] for item in voc.read_xml(entry.xml).iter("object"))
+    classes = voc.class_names((voc.text_of(item, "name", xml) for item, xml in objects), entries[0])
     train, test = (_voc_set("voc-folder", split, root, part, classes) for split, part in zip(splits, entries))
     return train, test
-
-
-def _is_voc(root: Path) -> bool:
-    return all((root / part).is_dir() for part in ("JPEGImages", "Annotations", "ImageSets/Main"))
 
 
 def _voc_set(name: str, split: str, root: Path, entries: list[voc.Entry], classes: tuple[str, ...]) -> ImageSet:

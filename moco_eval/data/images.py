@@ -175,6 +175,17 @@ def check(name: str, data: Path | None, train_split: str | None = None, test_spl
     return lines + [f"damaged: {words}" for one in splits for words in one.damaged]
 
 
+def check_too(name: str, data: Path | None, train_split: str | None, test_split: str | None) -> list[str]:
+    """The lines of `check` for a detection data set that also tells which classes an image shows; else none."""
+    if name not in NAMES:
+        return []
+    try:
+        lines = check(name, data, train_split, test_split)
+    except InputError as error:
+        lines = [f"refused: {error}"]
+    return [f"as classification: {line}" for line in lines]
+
+
 def require_whole(images: ImageSet, limit: int) -> list[str]:
     """What could not be listed, as a warning in words; none where all is whole.
 

@@ -8,19 +8,30 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from moco_eval.data.segmentation import runs_of
 from moco_eval.errors import InputError
-from moco_eval.files import read_json
+from moco_eval.files import read_json, write_json, write_text
 
 CANVAS = 128
 SIDE = (20, 40)  # pixels a digit's 8x8 image is enlarged to
 COUNT = (2, 6)
 DIGITS = tuple("0123456789")
 TRAIN_DIGITS = 1297
-Scene = tuple[np.ndarray, list[tuple[tuple[int, int, int, int], int]]]
+INK = 64 / 255  # of full ink, from where on a pixel belongs to its digit
+SPLITS = {"train": "train2017", "test": "val2017"}  # their names in COCO format
+
+
+class Scene(NamedTuple):
+    """A canvas, (128, 128) uint8; of each object (x0, y0, x1, y1) and its digit; and its ink within that box, bool."""
+
+    canvas: np.ndarray
+    objects: list[tuple[tuple[int, int, int, int], int]]
+    inks: list[np.ndarray]
 
 
 def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) -> Path:
@@ -35,9 +46,15 @@ def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) 
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
-    wanted = {"scenes": "digits@1", "seed": seed, "train": train, "test": test}
+    wanted = {"scenes": "digits@2", "seed": seed, "train": train, "test": test}
     if folder.is_dir() and any(folder.iterdir()):
-        if (folder / "scenes.json").is_file() and read_json(folder / "scenes.json") == wanted:
+        there = read_json(folder / "scenes.json") if (folder / "scenes.json").is_file() else None
+        if there == wanted:
+            return folder
+        if there == wanted | {"scenes": "digits@1"}:  # the same images and boxes, without masks
+            for split, scenes in draw_scenes(seed, train, test).items():
+                _write_annotations(folder / "coco", SPLITS[split], scenes)
+            write_json(folder / "scenes.json", wanted)
             return folder
         raise InputError(f"{folder} holds something other than the digit scenes {wanted}; choose another --data")
     try:
@@ -48,7 +65,7 @@ def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) 
     try:
         for split, scenes in draw_scenes(seed, train, test).items():
             _write_voc(temporary / "voc", split, scenes)
-            _write_coco(temporary / "coco", {"train": "train2017", "test": "val2017"}[split], scenes)
+            _write_coco(temporary / "coco", SPLITS[split], scenes)
         (temporary / "scenes.json").write_text(json.dumps(wanted) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         temporary.replace(folder)
@@ -58,7 +75,7 @@ def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) 
 
 
 def draw_scenes(seed: int, train: int, test: int) -> dict[str, list[Scene]]:
-    """The scenes of both splits: a canvas, (128, 128) uint8, and (x0, y0, x1, y1), digit of each object."""
+    """The scenes of both splits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -75,17 +92,20 @@ def draw_scenes(seed: int, train: int, test: int) -> dict[str, list[Scene]]:
 def _scene(random: np.random.Generator, images: np.ndarray, labels: np.ndarray, pool: np.ndarray) -> Scene:
     canvas = np.full((CANVAS, CANVAS), random.uniform(30, 90))
     objects: list[tuple[tuple[int, int, int, int], int]] = []
+    inks = []
     for index in random.choice(pool, size=random.integers(COUNT[0], COUNT[1] + 1), replace=False):
-        ink = _enlarge(images[index], int(random.integers(SIDE[0], SIDE[1] + 1))) * random.uniform(100, 165)
+        ink = _enlarge(images[index], int(random.integers(SIDE[0], SIDE[1] + 1)))
+        brightness = random.uniform(100, 165)
         height, width = ink.shape
         place = _free_place(random, width, height, [box for box, _ in objects])
         if place is None:
             continue
         x, y = place
-        canvas[y : y + height, x : x + width] += ink
+        canvas[y : y + height, x : x + width] += ink * brightness
         objects.append(((x, y, x + width, y + height), int(labels[index])))
+        inks.append(ink > INK)
     canvas += random.normal(0, 8, canvas.shape)
-    return canvas.round().clip(0, 255).astype(np.uint8), objects
+    return Scene(canvas.round().clip(0, 255).astype(np.uint8), objects, inks)
 
 
 def _enlarge(image: np.ndarray, side: int) -> np.ndarray:
@@ -112,7 +132,7 @@ def _write_voc(root: Path, split: str, scenes: list[Scene]) -> None:
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / name).mkdir(parents=True, exist_ok=True)
     names = [f"{split}_{number:04d}" for number in range(len(scenes))]
-    for name, (canvas, objects) in zip(names, scenes):
+    for name, (canvas, objects, _) in zip(names, scenes):
         Image.fromarray(canvas).convert("RGB").save(root / "JPEGImages" / f"{name}.png")
         items = "".join(
             f"<object><name>{digit}</name><difficult>0</difficult><bndbox><xmin>{x0 + 1}</xmin>"
@@ -127,23 +147,28 @@ def _write_voc(root: Path, split: str, scenes: list[Scene]) -> None:
 
 def _write_coco(root: Path, split: str, scenes: list[Scene]) -> None:
     (root / split).mkdir(parents=True, exist_ok=True)
-    (root / "annotations").mkdir(exist_ok=True)
+    for number, scene in enumerate(scenes, start=1):
+        Image.fromarray(scene.canvas).convert("RGB").save(root / split / f"{number:06d}.png")
+    _write_annotations(root, split, scenes)
+
+
+def _write_annotations(root: Path, split: str, scenes: list[Scene]) -> None:
     images: list[dict] = []
     annotations: list[dict] = []
-    for number, (canvas, objects) in enumerate(scenes, start=1):
-        file_name = f"{number:06d}.png"
-        Image.fromarray(canvas).convert("RGB").save(root / split / file_name)
-        images.append({"id": number, "file_name": file_name, "width": CANVAS, "height": CANVAS})
-        for (x0, y0, x1, y1), digit in objects:
-            box = [x0, y0, x1 - x0, y1 - y0]
+    for number, scene in enumerate(scenes, start=1):
+        images.append({"id": number, "file_name": f"{number:06d}.png", "width": CANVAS, "height": CANVAS})
+        for ((x0, y0, x1, y1), digit), ink in zip(scene.objects, scene.inks):
+            mask = np.zeros((CANVAS, CANVAS), dtype=bool)
+            mask[y0:y1, x0:x1] = ink
             item = {
                 "image_id": number,
                 "category_id": digit + 1,
-                "bbox": box,
-                "area": box[2] * box[3],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "segmentation": {"size": [CANVAS, CANVAS], "counts": runs_of(mask)},
+                "area": int(ink.sum()),
                 "iscrowd": 0,
             }
             annotations.append({"id": len(annotations) + 1, **item})
     categories = [{"id": number, "name": name} for number, name in enumerate(DIGITS, start=1)]
     values = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+    write_text(root / "annotations" / f"instances_{split}.json", json.dumps(values) + "\n")

@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 
 from moco_eval.data.boxes import DetectionData, Sample
+from moco_eval.errors import InputError
+from moco_eval.runtime import log
 
-IOUS = tuple(0.5 + 0.05 * i for i in range(10))
+IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # divided, as an overlap of exactly 0.55 is compared
+LEVELS = np.arange(0.0, 1.1, 0.1)  # recalls of the 11-point rule; the fourth is a little more than 0.3
+ONE_BASED = np.array((1.0, 1.0, 0.0, 0.0))  # added to our boxes makes VOC's
+KINDS = {"bbox": "APbb", "segm": "APmk", "keypoints": "APkp"}  # pycocotools' word and ours
 
 
 @dataclass(frozen=True)
@@ -35,179 +40,330 @@ class Detections:
 Scores = dict[str, float | None]
 
 
-def evaluate(data: DetectionData, found: Sequence[Detections]) -> tuple[dict[str, float], dict[str, Scores]]:
+def evaluate(
+    data: DetectionData, found: Sequence[Detections], rounded: bool = False
+) -> tuple[dict[str, float], dict[str, Scores]]:
     """The metrics of a test split and those of each class, in percent.
 
     VOC format: AP, AP50, AP75 by the 11-point rule (as the published VOC numbers), and by the area under the
-    curve as AP_area, AP50_area, AP75_area. COCO format: AP, AP50, AP75 by pycocotools.
+    curve as AP_area, AP50_area, AP75_area. COCO format, by pycocotools: APbb, APbb50, APbb75 and APbb_small,
+    APbb_medium, APbb_large of boxes; the same of masks (APmk) and keypoints (APkp) where the detector says them.
 
     Args:
         found: one entry per image of data.test, in its order.
+        rounded: VOC only: round as detectron2's evaluator does before it counts; see `_as_text`.
     Returns:
         Metrics over the classes that have objects, and per class; None for a class without objects.
     """
     assert len(found) == len(data.test)
-    if data.coco is not None:
-        return coco_ap(data.coco, coco_rows(data, found), dict(zip(data.category_ids, data.classes)))
-    return voc_ap(data.test, found, data.classes)
+    if data.coco is None:
+        metrics, per_class = voc_ap(data.test, found, data.classes, rounded)
+    else:
+        metrics, per_class = _coco_kinds(data, data.coco, found)
+    if absent := without_objects(per_class):
+        log(f"{data.test_split} has no object of {', '.join(absent)}: no AP, and left out of the mean")
+    return metrics, per_class
+
+
+def without_objects(per_class: dict[str, Scores]) -> list[str]:
+    """The classes that have no value, because the test split has no object of theirs."""
+    return [name for name, scores in per_class.items() if all(value is None for value in scores.values())]
+
+
+def _named(values: Sequence[float | None], name: str = "AP", suffix: str = "") -> Scores:
+    """AP, AP50 and AP75 of a class from its values at the ten IoUs; all None where it has no objects."""
+    return {f"{name}{suffix}": _mean(values), f"{name}50{suffix}": values[0], f"{name}75{suffix}": values[5]}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are; None where there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _means(per_class: dict[str, Scores]) -> dict[str, float]:
+    """Over the classes that have a value; a metric that no class has is left out."""
+    names = next(iter(per_class.values()))
+    means = {name: _mean([scores[name] for scores in per_class.values()]) for name in names}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 # VOC
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """The detections of one class in all images, highest score first, beside the object each overlaps most.
+
+    Attributes:
+        overlaps: (D,) IoU with that object; minus infinity where the image has no object of the class.
+        owners: (D,) that object's place in `difficult`.
+        difficult: (G,) bool, of each object of the class.
+    """
+
+    overlaps: np.ndarray
+    owners: np.ndarray
+    difficult: np.ndarray
+
+
 def voc_ap(
-    samples: Sequence[Sample], found: Sequence[Detections], classes: Sequence[str]
+    samples: Sequence[Sample], found: Sequence[Detections], classes: Sequence[str], rounded: bool = False
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """VOC AP at IoU .5:.95, .5 and .75; see `evaluate`.
 
     Source: Everingham et al. 2010 and the devkit; AP over ten IoUs as in detectron2's VOC evaluator.
     """
     per_class: dict[str, Scores] = {}
-    for label, name in enumerate(classes):
-        curves = [class_curve(samples, found, label, iou) for iou in IOUS]
+    for name, ranked in zip(classes, rank(samples, found, len(classes), rounded)):
+        curves = class_curves(ranked)
         per_class[name] = {}
         for suffix, area in (("", eleven_point), ("_area", area_under)):
-            values = [None if curve is None else 100 * area(*curve) for curve in curves]
-            per_class[name] |= _named(values, suffix)
+            values = [100 * area(*curve) for curve in zip(*curves)] if curves else [None] * len(IOUS)
+            per_class[name] |= _named(values, suffix=suffix)
     return _means(per_class), per_class
 
 
-def _named(values: Sequence[float | None], suffix: str = "") -> Scores:
-    """AP, AP50 and AP75 of a class from its values at the ten IoUs; all None where it has no objects."""
-    known = [value for value in values if value is not None]
-    mean = float(np.mean(known)) if known else None
-    return {f"AP{suffix}": mean, f"AP50{suffix}": values[0], f"AP75{suffix}": values[5]}
-
-
-def _means(per_class: dict[str, Scores]) -> dict[str, float]:
-    """Over the classes that have objects; 0 where none has."""
-    names = next(iter(per_class.values()))
-    known = {name: [v for s in per_class.values() if (v := s[name]) is not None] for name in names}
-    return {name: float(np.mean(values)) if values else 0.0 for name, values in known.items()}
-
-
-def class_curve(
-    samples: Sequence[Sample], found: Sequence[Detections], label: int, iou: float
-) -> tuple[np.ndarray, np.ndarray] | None:
+def class_curves(ranked: Ranked, ious: Sequence[float] = IOUS) -> tuple[np.ndarray, np.ndarray] | None:
     """Recall and precision of a class after each of its detections, highest score first.
 
-    A detection belongs to the object it overlaps most. It is right if their IoU is above `iou` and no better
-    scored detection took that object; it counts neither way if the object is difficult; else it is wrong. The
-    IoU of VOC's inclusive pixels (1 added to width and height) is the plain one here: boxes carry xmin - 1.
+    A detection belongs to the object it overlaps most. It is right if their IoU is above the threshold and no better
+    scored detection took that object; it counts neither way if the object is difficult; else it is wrong.
 
+    Args:
+        ious: T thresholds.
     Returns:
-        Two arrays of length detections, or None where the class has no object that is not difficult.
+        Two arrays, (T, D), or None where the class has no object that is not difficult.
     """
-    overlaps, owners, scores, difficult = _best_overlaps(samples, found, label)
-    positives = int((~difficult).sum())
+    positives = int((~ranked.difficult).sum())
     if positives == 0:
         return None
-    order = np.argsort(-scores, kind="stable")
-    overlaps, owners = overlaps[order], owners[order]
-    hit = overlaps > iou
-    ignored = hit.copy()
-    ignored[hit] = difficult[owners[hit]]
-    right = np.zeros(len(order), dtype=bool)
-    candidates = np.flatnonzero(hit & ~ignored)
-    _, first = np.unique(owners[candidates], return_index=True)
-    right[candidates[first]] = True
-    true = np.cumsum(right)
-    wrong = np.cumsum(~right & ~ignored)
+    hit = ranked.overlaps > np.array(ious)[:, None]
+    counted = ~(hit & ranked.difficult[ranked.owners])
+    right = _first_of_each_object(hit & counted, ranked.owners, len(ranked.difficult))
+    true = np.cumsum(right, axis=1)
+    wrong = np.cumsum(counted & ~right, axis=1)
     return true / positives, true / np.maximum(true + wrong, np.finfo(np.float64).eps)
 
 
+def _first_of_each_object(hit: np.ndarray, owners: np.ndarray, objects: int) -> np.ndarray:
+    """Of the hits (T, D) on each object the first in each row."""
+    none = hit.shape[1]
+    first = np.full((len(hit), objects), none)
+    row, place = (index[::-1] for index in np.nonzero(hit))
+    first[row, owners[place]] = place  # of several places the last one written stays: the first detection
+    row, taken = np.nonzero(first < none)
+    right = np.zeros_like(hit)
+    right[row, first[row, taken]] = True
+    return right
+
+
+def rank(samples: Sequence[Sample], found: Sequence[Detections], classes: int, rounded: bool = False) -> list[Ranked]:
+    """The detections of a split, class by class, best first.
+
+    Of equal scores the earlier image comes first. `rounded` sorts as detectron2 does, by numpy's quicksort, which
+    leaves equal scores in an order of its own: they are many among rounded scores.
+    """
+    images, labels, boxes, scores = _flat([(one.labels, one.boxes, one.scores) for one in found])
+    boxes, scores = _as_text(boxes, scores) if rounded else (boxes + ONE_BASED, scores)
+    where, kinds, truth, difficult = _flat([(one.labels, one.boxes, one.difficult) for one in samples])
+    difficult = difficult.astype(bool)
+    # an image's objects of one class stand together, and so do a class's detections, each in the order of images
+    keys, place = labels * len(samples) + images, kinds * len(samples) + where
+    by_class, by_place = np.argsort(keys, kind="stable"), np.argsort(place, kind="stable")
+    keys, boxes, scores = keys[by_class], boxes[by_class], scores[by_class]
+    place, truth, difficult = place[by_place], truth[by_place] + ONE_BASED, difficult[by_place]
+    overlaps, owners = _best_overlaps(keys, boxes, place, truth)
+    edges = np.arange(classes + 1) * len(samples)
+    detections, objects = np.searchsorted(keys, edges), np.searchsorted(place, edges)
+    ranked = []
+    for label in range(classes):
+        own, first = slice(detections[label], detections[label + 1]), objects[label]
+        order = np.argsort(-scores[own], kind="quicksort" if rounded else "stable")
+        flags = difficult[first : objects[label + 1]]
+        # a detection without an object may point behind the last one
+        ranked.append(Ranked(overlaps[own][order], np.minimum(owners[own][order] - first, len(flags) - 1), flags))
+    return ranked
+
+
+def _flat(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, boxes and a number of each box of all images in one, and before them the image of each."""
+    images = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+    labels = np.concatenate([np.zeros(0, np.int64), *(part[0] for part in parts)])
+    boxes = np.concatenate([np.zeros((0, 4)), *(np.asarray(part[1], np.float64).reshape(-1, 4) for part in parts)])
+    return images, labels, boxes, np.concatenate([np.zeros(0), *(part[2] for part in parts)])
+
+
+def _as_text(boxes: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What detectron2's evaluator leaves of both: VOC's 1-based boxes to 0.1 pixel, scores to three decimals.
+
+    It adds 1 to xmin and ymin in float32, writes with .1f and .3f, and reads that again. The decimals of a float32
+    times 10 or 1000 are exact in float64, so rint, which rounds halves to even, rounds as the formatting does.
+    """
+    boxes = boxes.astype(np.float32) + ONE_BASED.astype(np.float32)
+    scores = scores.astype(np.float32).astype(np.float64)
+    return np.rint(boxes.astype(np.float64) * 10) / 10, np.rint(scores * 1000) / 1000
+
+
 def _best_overlaps(
-    samples: Sequence[Sample], found: Sequence[Detections], label: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each detection's best IoU, that object's number (-1: none) and score; which objects are difficult."""
-    overlaps, owners, scores, difficult = (
-        [np.zeros(0)],
-        [np.zeros(0, np.int64)],
-        [np.zeros(0)],
-        [np.zeros(0, bool)],
-    )
-    offset = 0
-    for sample, detections in zip(samples, found):
-        of_class, ours = sample.labels == label, detections.labels == label
-        truth = sample.boxes[of_class]
-        boxes = np.asarray(detections.boxes, dtype=np.float64).reshape(-1, 4)[ours]
-        if len(boxes) and len(truth):
-            table = box_iou(boxes, truth)
-            overlaps.append(table.max(axis=1))
-            owners.append(table.argmax(axis=1) + offset)
-        else:
-            overlaps.append(np.full(len(boxes), -np.inf))
-            owners.append(np.full(len(boxes), -1))
-        scores.append(np.asarray(detections.scores, dtype=np.float64)[ours])
-        difficult.append(sample.difficult[of_class])
-        offset += len(truth)
-    return np.concatenate(overlaps), np.concatenate(owners), np.concatenate(scores), np.concatenate(difficult)
+    keys: np.ndarray, boxes: np.ndarray, place: np.ndarray, truth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each detection's best IoU among the objects with its key, and the first object that has it.
+
+    Args:
+        keys: (D,) image and class of each detection; place: (G,) those of each object, ascending.
+        boxes, truth: (D, 4) and (G, 4), 1-based, as VOC writes them.
+    """
+    first = np.searchsorted(place, keys)
+    count = np.searchsorted(place, keys, side="right") - first
+    best, owners = np.full(len(keys), -np.inf), first.copy()
+    for step in range(count.max(initial=0)):  # the next object of each detection's group, where it has one
+        open_ = np.flatnonzero(count > step)
+        overlaps = inclusive_iou(boxes[open_], truth[first[open_] + step])
+        better = overlaps > best[open_]
+        best[open_[better]] = overlaps[better]
+        owners[open_[better]] = first[open_[better]] + step
+    return best, owners
 
 
-def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of (N, 4) and (M, 4) corner boxes, (N, M)."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    common = np.clip(high - low, 0, None).prod(axis=2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (first, second)]
-    return common / np.maximum(areas[0][:, None] + areas[1][None, :] - common, np.finfo(np.float64).tiny)
+def inclusive_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of each of (N, 4) boxes with its partner, (N,); xmax and ymax belong to a VOC box, so sides are 1 longer."""
+    low, high = np.maximum(boxes[:, :2], others[:, :2]), np.minimum(boxes[:, 2:], others[:, 2:])
+    common = np.maximum(high - low + 1, 0).prod(axis=1)
+    first, second = ((each[:, 2:] - each[:, :2] + 1).prod(axis=1) for each in (boxes, others))
+    return common / (first + second - common)
 
 
 def eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
-    """VOC2007's AP: the mean over recalls 0, 0.1, ..., 1 of the best precision from there on."""
-    return float(np.mean([precision[recall >= level].max(initial=0.0) for level in np.arange(0.0, 1.1, 0.1)]))
+    """VOC2007's AP: the mean over recalls 0, 0.1, ..., 1 of the best precision from there on; (D,) each."""
+    best = np.append(_envelope(precision), 0.0)
+    return float(best[np.searchsorted(recall, LEVELS)].mean())
 
 
 def area_under(recall: np.ndarray, precision: np.ndarray) -> float:
     """VOC2010's AP: the area under precision made monotonous from the right."""
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
+
+
+def _envelope(precision: np.ndarray) -> np.ndarray:
+    return np.maximum.accumulate(precision[::-1])[::-1]
 
 
 # COCO
 
 
-def coco_rows(data: DetectionData, found: Sequence[Detections]) -> list[dict[str, Any]]:
-    """Detections as pycocotools and the COCO server take them: x, y, width, height and category ids."""
+def _coco_kinds(
+    data: DetectionData, truth: dict[str, Any], found: Sequence[Detections]
+) -> tuple[dict[str, float], dict[str, Scores]]:
+    """COCO's AP of boxes, and of masks and keypoints where the detector has a head for them."""
+    said = {
+        "bbox": True,
+        "segm": any(one.masks is not None for one in found),
+        "keypoints": any(one.keypoints is not None for one in found),
+    }
+    names = dict(zip(data.category_ids, data.classes))
+    metrics: dict[str, float] = {}
+    per_class: dict[str, Scores] = {name: {} for name in data.classes}
+    for kind in [kind for kind in KINDS if said[kind]]:
+        means, scores = coco_ap(truth, coco_rows(data, found, kind), names, kind)
+        metrics |= means
+        for name in data.classes:
+            per_class[name] |= scores[name]
+    return metrics, per_class
+
+
+def coco_rows(data: DetectionData, found: Sequence[Detections], kind: str = "bbox") -> list[dict[str, Any]]:
+    """Detections as pycocotools and the COCO server take them; boxes as x, y, width, height.
+
+    Rows of masks have no box, so that their size is the mask's; those of keypoints have one, as detectron2's.
+    """
     rows = []
-    for sample, detections in zip(data.test, found):
-        for (x0, y0, x1, y1), score, label in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()
-        ):
-            box = [x0, y0, x1 - x0, y1 - y0]
-            category = data.category_ids[label]
-            rows.append({"image_id": sample.image_id, "category_id": category, "bbox": box, "score": score})
+    for sample, one in zip(data.test, found):
+        for place, (x0, y0, x1, y1) in enumerate(one.boxes.tolist()):
+            row: dict[str, Any] = {"image_id": sample.image_id, "category_id": data.category_ids[one.labels[place]]}
+            row["score"] = float(one.scores[place])
+            if kind == "segm":
+                assert one.masks is not None
+                row["segmentation"] = one.masks[place]
+            else:
+                row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            if kind == "keypoints":
+                assert one.keypoints is not None
+                row["keypoints"] = one.keypoints[place].ravel().tolist()
+            rows.append(row)
     return rows
 
 
 def coco_ap(
-    truth: dict[str, Any], rows: list[dict[str, Any]], names: dict[int, str]
+    truth: dict[str, Any], rows: list[dict[str, Any]], names: dict[int, str], kind: str = "bbox"
 ) -> tuple[dict[str, float], dict[str, Scores]]:
-    """COCO's AP, AP50 and AP75 of boxes, in percent.
+    """COCO's AP, AP50, AP75 and AP by size, in percent, with the letters of `KINDS`.
 
     Args:
         truth: images, annotations and categories, as in a COCO file.
         rows: detections as of `coco_rows`.
         names: class name of each category id.
+        kind: bbox, segm or keypoints; keypoints are judged on the classes that have some.
+    Raises:
+        InputError: masks are to be judged and an object has none.
     """
+    judge = _judge(truth, rows, kind)
+    # precision: IoU, recall, class, size, detections per image; -1 where there is no object
+    precision = judge.eval["precision"][..., -1].mean(axis=1)
+    places = {names[category]: place for place, category in enumerate(judge.params.catIds)}
+    per_class: dict[str, Scores] = {}
+    for name in names.values():
+        per_class[name] = {}
+        for place, size in enumerate(judge.params.areaRngLbl):
+            found = precision[:, places[name], place].tolist() if name in places else [-1.0] * len(IOUS)
+            values = [100 * value if value > -1 else None for value in found]
+            if size == "all":
+                per_class[name] |= _named(values, KINDS[kind])
+            else:
+                per_class[name][f"{KINDS[kind]}_{size}"] = _mean(values)
+    return _means(per_class), per_class
+
+
+def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> Any:
+    """pycocotools' COCOeval after it has accumulated."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    if not rows:
-        with_objects = {item["category_id"] for item in truth["annotations"] if not item["iscrowd"]}
-        empty = {name: _named([0.0 if key in with_objects else None] * 10) for key, name in names.items()}
-        return _means(empty), empty
     with contextlib.redirect_stdout(io.StringIO()):
-        reference = COCO()
-        reference.dataset = {"info": {}, "licenses": [], **truth}
+        reference, said = COCO(), COCO()
+        # pycocotools writes into the annotations, so it gets copies
+        reference.dataset = {"info": {}, "licenses": [], **truth, "annotations": _annotations(truth, kind)}
         reference.createIndex()
-        judge = COCOeval(reference, reference.loadRes(rows), "bbox")
+        said.dataset = {"images": truth["images"], "annotations": [], "categories": truth["categories"]}
+        said.createIndex()
+        judge = COCOeval(reference, reference.loadRes(rows) if rows else said, kind)
+        if kind == "keypoints":
+            _judge_keypoints(judge, reference.dataset["annotations"])
         judge.evaluate()
         judge.accumulate()
-    # precision: IoU, recall, category, area range, detections per image; -1 where there is no object
-    precision = judge.eval["precision"][:, :, :, 0, -1]
-    per_class = {}
-    for place, category in enumerate(judge.params.catIds):
-        values = [100 * float(row.mean()) if row[0] > -1 else None for row in precision[:, :, place]]
-        per_class[names[category]] = _named(values)
-    return _means(per_class), per_class
+    return judge
+
+
+def _annotations(truth: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Copies of the annotations with what this kind of AP needs."""
+    if kind == "keypoints":
+        return [{"keypoints": [], "num_keypoints": 0} | item for item in truth["annotations"]]
+    for item in truth["annotations"]:
+        if kind == "segm" and not item.get("segmentation"):
+            raise InputError(f"annotation {item['id']} of the test split has no segmentation, so APmk has no meaning")
+    return [dict(item) for item in truth["annotations"]]
+
+
+def _judge_keypoints(judge: Any, annotations: list[dict[str, Any]]) -> None:
+    """Set pycocotools to the classes that have keypoints, and to their number of them.
+
+    COCO measured how well people place each of its 17 keypoints; any other set is judged by the mean of those.
+    """
+    marked = [item for item in annotations if item["num_keypoints"]]
+    judge.params.catIds = sorted({item["category_id"] for item in marked})
+    count = max((len(item["keypoints"]) // 3 for item in marked), default=0)
+    sigmas = judge.params.kpt_oks_sigmas
+    if count not in (0, len(sigmas)):
+        log(f"keypoints: {count} of a class, not COCO's {len(sigmas)}; each is judged by the mean of COCO's tolerances")
+        judge.params.kpt_oks_sigmas = np.full(count, sigmas.mean())
+    for item in annotations:
+        item["keypoints"] = item["keypoints"] or [0] * (3 * count)

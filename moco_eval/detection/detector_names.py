@@ -12,7 +12,6 @@ from moco_eval.errors import InputError
 
 _BODY, _LAYER4, _BOTTOM_UP, _RES5 = "backbone.body.", "heads.box_head.layer4.", "backbone.bottom_up.", "roi_heads.res5."
 _PYRAMID = {"lateral": "fpn_lateral", "output": "fpn_output"}
-_CONVS = {"mask": "mask_fcn", "keypoint": "conv_fcn"}
 _PREFIXES = {
     "backbone.reduce.norm.": "backbone.reduce.norm.",
     "backbone.reduce.conv.": "backbone.reduce.",
@@ -24,7 +23,6 @@ _PREFIXES = {
     "heads.class_logits.": "roi_heads.box_predictor.cls_score.",
     "heads.box_deltas.": "roi_heads.box_predictor.bbox_pred.",
     "heads.mask_head.": "roi_heads.mask_head.",
-    "heads.keypoint_head.deconv.": "roi_heads.keypoint_head.score_lowres.",
     "heads.keypoint_head.": "roi_heads.keypoint_head.",
 }
 
@@ -49,9 +47,6 @@ def _to(name: str, body: str) -> str:
         return body + to_detectron2(name.removeprefix(_BODY))
     if name.startswith(_LAYER4):
         return "roi_heads." + to_detectron2(name.removeprefix("heads.box_head."))
-    if found := re.fullmatch(r"heads\.(mask|keypoint)_head\.convs\.(\d)\.(\w+)", name):
-        kind, number, last = found.groups()
-        return f"roi_heads.{kind}_head.{_CONVS[kind]}{int(number) + 1}.{last}"
     if found := re.fullmatch(r"backbone\.(lateral|output)\.(\d)\.(conv\.|norm\.)(\w+)", name):
         kind, level, part, last = found.groups()
         return f"backbone.{_PYRAMID[kind]}{int(level) + 2}.{part.removeprefix('conv.')}{last}"
@@ -63,9 +58,6 @@ def _to(name: str, body: str) -> str:
 def _from(name: str) -> str:
     if re.match(r"roi_heads\.res5\.\d", name):
         return "heads.box_head." + from_detectron2(name.removeprefix("roi_heads."))
-    if found := re.fullmatch(r"roi_heads\.(mask|keypoint)_head\.(?:mask|conv)_fcn(\d)\.(\w+)", name):
-        kind, number, last = found.groups()
-        return f"heads.{kind}_head.convs.{int(number) - 1}.{last}"
     if found := re.fullmatch(r"backbone\.(fpn_lateral|fpn_output)(\d)\.(norm\.)?(\w+)", name):
         kind, level, norm, last = found.groups()
         return f"backbone.{kind.removeprefix('fpn_')}.{int(level) - 2}.{norm or 'conv.'}{last}"

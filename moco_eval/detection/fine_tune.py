@@ -1,12 +1,18 @@
-"""Fine-tuning on the torchvision engine: SGD, precise BN at the end, exact resume."""
+"""Fine-tuning on the torchvision engine: SGD on this process's share of each batch, precise BN, exact resume.
+
+Source: detectron2@02b5c4e2, engine/defaults.py and engine/hooks.py; fvcore 0.1.5, nn/precise_bn.py; read, not copied.
+"""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moco_eval import files, runtime
+from moco_eval.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
 from moco_eval.data.boxes import DetectionData
 from moco_eval.detection import inputs
 from moco_eval.detection.detector import Detector
@@ -15,7 +21,7 @@ from moco_eval.detection.recipe import DetectConfig, learning_rate
 from moco_eval.errors import InputError
 from moco_eval.results import Cost
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
 
 
 def optimizer_for(model: nn.Module, recipe: DetectConfig) -> torch.optim.SGD:
@@ -38,99 +44,224 @@ def train(
     cost: Cost,
     stop: runtime.Stop,
 ) -> None:
-    samples = inputs.trainable(data.train)
+    """Train to the end and estimate the BN statistics anew, or go on from checkpoints/last.pth. Collective."""
+    torch.backends.cudnn.benchmark = False  # no two batches have the same size
+    samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
     if recipe.data.shuffle_labels:
         samples = inputs.shuffle_labels(samples, recipe.seed)
-    optimizer = optimizer_for(model, recipe)
-    start, total = _load(output, model, optimizer, cost), recipe.schedule.iterations
-    metrics = output / "metrics.jsonl"
-    files.cut_lines(metrics, lambda line: line["iteration"] <= start)
+    trainer = Trainer(model, recipe, output, device, cost)
+    if trainer.finished:
+        return
+    last = recipe.schedule.iterations + recipe.precise_bn
+    place = (runtime.rank(), runtime.world_size())
+    stream = inputs.training_batches(samples, recipe, trainer.done, last, *place, data.keypoint_pairs)
     model.train()
-    stream = inputs.training_batches(samples, recipe, start, total + recipe.precise_bn)
-    with runtime.progress("detect", total, recipe.batch_size, done=start) as advance:
-        for iteration in range(start, total):
-            with cost.clock():
-                losses = _step(model, optimizer, next(stream), recipe, iteration, device)
-            cost.images += recipe.batch_size
-            done = iteration + 1
-            advance(note=f"loss {losses['loss']:.3f}")
-            if done % recipe.log_every == 0 or done == total:
-                line = {"iteration": done, "lr": learning_rate(recipe, iteration), **losses}
-                files.append_line(metrics, line)
-            asked = stop.signal is not None
-            if asked or done % recipe.checkpoints.every == 0 or done == total:
-                _save(output, model, optimizer, done, cost)
-            stop.check(f"iteration {done} of {total} is saved; run the same command again to go on")
+    trainer.train(stream, stop)
     with cost.clock():
-        _precise_bn(model, stream, recipe, device, stop)
+        precise_bn(model, stream, recipe, device, stop)
+    for buffer in model.buffers():
+        runtime.broadcast_(buffer)  # local BN without precise statistics: every process judges with the first one's
+    trainer.save(finished=True)
 
 
-def _step(
-    model: Detector,
-    optimizer: torch.optim.Optimizer,
-    batch: inputs.Batch,
-    recipe: DetectConfig,
-    iteration: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """One iteration; the anchors and regions it samples hang on the seed and the iteration."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, iteration)
-    torch.manual_seed(seed_of(recipe.seed, iteration + 1))
-    with runtime.autocast(device, recipe.precision):
-        losses = model(*_to(batch, device))
-    loss = sum(losses.values())
-    values = {"loss": loss.item()} | {name: value.item() for name, value in losses.items()}
-    runtime.require_finite(values["loss"], f"iteration {iteration + 1}", "take a smaller optimizer.lr")
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return values
+class Trainer:
+    """A detector and its SGD: one process's part of them.
+
+    Attributes:
+        done: iterations so far; `finished`: with precise BN behind them.
+    """
+
+    def __init__(self, model: Detector, recipe: DetectConfig, output: Path, device: torch.device, cost: Cost):
+        self.model, self.recipe, self.device, self.cost = model, recipe, device, cost
+        self.optimizer = optimizer_for(model, recipe)
+        self.state = output / "checkpoints" / "last.pth"
+        self.done, self.finished = self._load()
+        self.ddp = runtime.parallel(model)
+        self.losses = _Losses(output / "metrics.jsonl", recipe, self.done)
+
+    def train(self, stream: Iterator[inputs.Batch], stop: runtime.Stop) -> None:
+        """All remaining iterations. Raises RunFailed and Interrupted."""
+        recipe, total = self.recipe, self.recipe.schedule.iterations
+        with runtime.progress("detect", total, recipe.batch_size, done=self.done) as advance:
+            while self.done < total:
+                with self.cost.clock():
+                    values = self.step(next(stream), self.done)
+                    note = self.losses.add(self.done, values)
+                self.cost.images += recipe.batch_size
+                self.done += 1
+                advance(note=note)
+                asked, _ = stop.look(self.done, False)
+                if asked or self.done % recipe.checkpoints.every == 0 or self.done == total:
+                    self.save()
+                if asked:
+                    stop.check(f"iteration {self.done} of {total} is saved; run the same command again to go on")
+
+    def step(self, batch: inputs.Batch, iteration: int) -> dict[str, Tensor]:
+        """One iteration on this process's images; returns the losses, means over the processes.
+
+        The batch comes in `accumulate` parts. The anchors and regions that each part samples hang on the seed, the
+        iteration and the part.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, iteration)
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        for part, more in parts(batch, self.recipe, iteration, self.device):
+            with self.ddp.no_sync() if more and self.ddp is not self.model else nullcontext():
+                with runtime.autocast(self.device, self.recipe.precision):
+                    losses = self.ddp(*part)
+                loss = sum(losses.values()) / self.recipe.accumulate
+                loss.backward()
+            for name, value in {"loss": loss * self.recipe.accumulate, **losses}.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        self.optimizer.step()
+        together = runtime.all_sum(torch.stack(list(sums.values()))) / (runtime.world_size() * self.recipe.accumulate)
+        return dict(zip(sums, together))
+
+    def save(self, finished: bool = False) -> None:
+        """Write last.pth, from the first process, once the losses and weights are known to be finite."""
+        self.losses.settle()
+        runtime.require_finite_weights(self.model, self.done)
+        if runtime.is_main():
+            state = {
+                "format": "moco-eval/detect@1",
+                "iteration": self.done,
+                "finished": finished,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "seconds": self.cost.seconds,
+                "images": self.cost.images,
+            }
+            with files.atomic(self.state) as temporary:
+                torch.save(state, temporary)
+        runtime.barrier()
+
+    def _load(self) -> tuple[int, bool]:
+        """The iterations already done, and whether precise BN is: as last.pth says, or none."""
+        if not self.state.is_file():
+            return 0, False
+        try:
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            done, finished = int(state["iteration"]), bool(state["finished"])
+            self.cost.seconds, self.cost.images = state["seconds"], state["images"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.state} is not readable ({reason}); delete it to start this run again") from None
+        runtime.log(f"going on from iteration {done} of {self.state}")
+        return done, finished
+
+
+class _Losses:
+    """metrics.jsonl: every `log_every`-th iteration's losses.
+
+    A GPU's losses are read an iteration later, so that it never waits for the host.
+    """
+
+    def __init__(self, path: Path, recipe: DetectConfig, done: int):
+        self.path, self.recipe = path, recipe
+        self.coming: tuple[int, list[str], Any] | None = None
+        self.note: str | None = None
+        if runtime.is_main():
+            files.cut_lines(path, lambda line: line["iteration"] <= done)
+
+    def add(self, iteration: int, losses: dict[str, Tensor]) -> str | None:
+        """Take an iteration's losses; returns what to say of the newest that were read."""
+        self.settle()
+        values = torch.stack(list(losses.values()))
+        self.coming = iteration, list(losses), runtime.to_host(values)
+        if values.device.type != "cuda":
+            self.settle()
+        return self.note
+
+    def settle(self) -> None:
+        """Read what is on its way, and write it where it is due. Raises RunFailed where it is not finite."""
+        if self.coming is None:
+            return
+        (iteration, names, arrived), self.coming = self.coming, None
+        losses, done = dict(zip(names, arrived().tolist())), iteration + 1
+        runtime.require_finite(losses["loss"], f"iteration {done}", "take a smaller optimizer.lr")
+        self.note = f"loss {losses['loss']:.3f}"
+        if runtime.is_main() and (done % self.recipe.log_every == 0 or done == self.recipe.schedule.iterations):
+            line = {"iteration": done, "lr": learning_rate(self.recipe, iteration), **losses}
+            files.append_line(self.path, line)
+
+
+def parts(
+    batch: inputs.Batch, recipe: DetectConfig, iteration: int, device: torch.device
+) -> Iterator[tuple[inputs.Batch, bool]]:
+    """This process's images in `accumulate` parts on the device, each with its seed set, and whether more follow."""
+    images, targets = batch
+    size = len(images) // recipe.accumulate
+    for number in range(recipe.accumulate):
+        mine = slice(number * size, (number + 1) * size)
+        torch.manual_seed(seed_of(recipe.seed, iteration + 1, runtime.rank() * recipe.accumulate + number))
+        yield _to((images[mine], targets[mine]), device), number + 1 < recipe.accumulate
 
 
 def _to(batch: inputs.Batch, device: torch.device) -> inputs.Batch:
+    """Images and targets on the device, without waiting; masks stay on the host, where they are drawn."""
     images, targets = batch
     return (
-        [image.to(device, non_blocking=True) for image in images],
-        [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets],
+        [runtime.to_device(image, device) for image in images],
+        [
+            {
+                name: runtime.to_device(value, device) if isinstance(value, Tensor) else value
+                for name, value in one.items()
+            }
+            for one in targets
+        ],
     )
 
 
 @torch.no_grad()
-def _precise_bn(
-    model: Detector,
-    stream: Iterator[inputs.Batch],
-    recipe: DetectConfig,
-    device: torch.device,
-    stop: runtime.Stop,
+def precise_bn(
+    model: Detector, stream: Iterator[inputs.Batch], recipe: DetectConfig, device: torch.device, stop: runtime.Stop
 ) -> None:
-    """Replace each BN's running statistics by those over the next `precise_bn` training batches.
+    """Replace each BN's running statistics by those over the next `precise_bn` training batches of all processes.
 
-    Mean of the batches' means; variance of all their elements together, from the mean of second moments.
+    A batch counts by its elements; the variance is that of all elements together, from the mean of second moments.
+    Collective. Source: fvcore 0.1.5, update_bn_stats, whose every process keeps the statistics of its own batches.
     """
     if recipe.precise_bn == 0:
         return
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    sums = [(torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var)) for norm in norms]
-    counts = [0] * len(norms)
+    sums = [torch.zeros(2, norm.num_features, dtype=torch.float64, device=device) for norm in norms]
+    counts, elements = [0] * len(norms), [0] * len(norms)
     momenta = [norm.momentum for norm in norms]
     hooks = [norm.register_forward_pre_hook(_counter(counts, place)) for place, norm in enumerate(norms)]
     for norm in norms:
         norm.momentum = 1.0  # the running statistics become the batch's own
-    for number in range(recipe.precise_bn):
-        stop.check("the trained detector is saved; run the same command again to go on")
-        torch.manual_seed(seed_of(recipe.seed, recipe.schedule.iterations + number + 1))
-        with runtime.autocast(device, recipe.precision):
-            model(*_to(next(stream), device))
-        for norm, count, (mean, square) in zip(norms, counts, sums):
-            mean += norm.running_mean / recipe.precise_bn
-            biased = norm.running_var * ((count - 1) / count)
-            square += (biased + norm.running_mean**2) / recipe.precise_bn
-    for norm, momentum, hook, (mean, square) in zip(norms, momenta, hooks, sums):
+    total = recipe.schedule.iterations
+    for iteration in range(total, total + recipe.precise_bn):
+        if stop.look(iteration, False)[0]:
+            stop.check("the trained detector is saved; run the same command again to go on")
+        for part, _ in parts(next(stream), recipe, iteration, device):
+            with runtime.autocast(device, recipe.precision):
+                model(*part)
+            for place, norm in enumerate(norms):
+                elements[place] += counts[place]
+                sums[place] += counts[place] * _moments(norm, counts[place])
+    for norm, momentum, hook, moments, count in zip(norms, momenta, hooks, sums, elements):
         hook.remove()
         norm.momentum = momentum
+        everywhere = runtime.all_sum(torch.tensor(count, dtype=torch.float64, device=device))
+        mean, square = runtime.all_sum(moments) / everywhere
         norm.running_mean.copy_(mean)
         norm.running_var.copy_((square - mean**2).clamp_min(0))
+
+
+def _moments(norm: nn.Module, count: int) -> Tensor:
+    """Mean and mean square of the batch just seen, (2, C), from running statistics that are this batch's own.
+
+    Running variances are over one element less than there were, but for naive SyncBN's.
+    """
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d):
+        count *= runtime.world_size()
+    biased = isinstance(norm, NaiveSyncBatchNorm2d) and runtime.world_size() > 1
+    return torch.stack((mean, (var if biased else var * (count - 1) / count) + mean**2))
 
 
 def _counter(counts: list[int], place: int):
@@ -138,36 +269,3 @@ def _counter(counts: list[int], place: int):
         counts[place] = arguments[0].numel() // arguments[0].shape[1]
 
     return count
-
-
-# State
-
-
-def _save(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, cost: Cost) -> None:
-    state = {
-        "format": "moco-eval/detect@1",
-        "iteration": iteration,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "seconds": cost.seconds,
-        "images": cost.images,
-    }
-    with files.atomic(output / "checkpoints" / "last.pth") as temporary:
-        torch.save(state, temporary)
-
-
-def _load(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost) -> int:
-    """The iterations already done: those of checkpoints/last.pth, or none."""
-    path = output / "checkpoints" / "last.pth"
-    if not path.is_file():
-        return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is not readable ({reason}); delete it to start this run again") from None
-    cost.seconds, cost.images = state["seconds"], state["images"]
-    runtime.log(f"going on from iteration {state['iteration']} of {path}")
-    return state["iteration"]

@@ -5,7 +5,7 @@ All that is random about iteration i hangs on (seed, i) alone: a resumed run see
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,47 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from moco_eval import runtime
 from moco_eval.data.boxes import Sample, read_image
+from moco_eval.detection.masks import Segmentation, decoded
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError
 
 Draw = tuple[int, int, int]  # iteration, place in the batch, index of the sample
-Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+Batch = tuple[list[Tensor], list[dict[str, Any]]]  # images (3, H, W) uint8 and their targets, as `Detector` takes them
 
 
-def trainable(samples: Sequence[Sample]) -> list[Sample]:
-    """The images that have a box to train on, without crowd regions."""
-    kept = [
-        replace(s, **{name: getattr(s, name)[~s.crowd] for name in ("boxes", "labels", "difficult", "crowd")})
-        for s in samples
-    ]
-    return [sample for sample in kept if len(sample.labels)]
+def trainable(samples: Sequence[Sample], masks: bool = False, keypoints: bool = False) -> list[Sample]:
+    """The images that have an object to train on, without crowd regions, and with what the recipe asks for.
+
+    With masks, objects without one go, and this is said. With keypoints, images without a labelled one go.
+
+    Raises:
+        InputError: no image is left.
+    """
+    kept = [_only(sample, ~sample.crowd) for sample in samples]
+    if masks:
+        usable = [np.array([mask is not None for mask in s.masks] or [False] * len(s.labels), bool) for s in kept]
+        if dropped := sum(int((~has).sum()) for has in usable):
+            runtime.log(f"{dropped} training objects without a mask are left out")
+        kept = [_only(sample, has) for sample, has in zip(kept, usable)]
+    if keypoints:
+        kept = [sample for sample in kept if sample.keypoints is not None and (sample.keypoints[..., 2] > 0).any()]
+    kept = [sample for sample in kept if len(sample.labels)]
+    if not kept:
+        what = "mask" if masks else "labelled keypoint" if keypoints else "box"
+        raise InputError(
+            f"none of the {len(samples)} training images has an object with a {what}; "
+            "take a recipe that asks for less, or other data"
+        )
+    return kept
+
+
+def _only(sample: Sample, chosen: np.ndarray) -> Sample:
+    """A sample with some of its objects."""
+    arrays = {name: getattr(sample, name)[chosen] for name in ("boxes", "labels", "difficult", "crowd")}
+    points = None if sample.keypoints is None else sample.keypoints[chosen]
+    return replace(sample, **arrays, masks=tuple(itertools.compress(sample.masks, chosen)), keypoints=points)
 
 
 def shuffle_labels(samples: Sequence[Sample], seed: int) -> list[Sample]:
@@ -71,31 +97,81 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class View:
+    """What becomes of an image before training: its width and height on disk and then, and whether it is flipped."""
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+    flipped: bool
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        pixels = _pixels(image, self.after)
+        return pixels.flip(2) if self.flipped else pixels
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """Coordinates (..., 2), moved along."""
+        moved = points * np.divide(self.after, self.before)
+        if self.flipped:
+            moved[..., 0] = self.after[0] - moved[..., 0]
+        return moved
+
+    def boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (N, 4), moved along and cut to the image."""
+        corners = self.points(boxes.reshape(-1, 2, 2))
+        moved = np.concatenate((corners.min(axis=1), corners.max(axis=1)), axis=1)
+        return np.clip(moved, 0, np.tile(self.after, 2))
+
+    def mask(self, mask: Any) -> Segmentation:
+        """A COCO segmentation as polygons, not cut to the image; or, from its run-length code, as a bitmap (H, W)."""
+        if not isinstance(mask, dict):
+            return [self.points(np.reshape(polygon, (-1, 2))).reshape(-1) for polygon in mask]
+        bitmap = np.array(Image.fromarray(decoded(mask)).resize(self.after, Image.Resampling.NEAREST))
+        return np.ascontiguousarray(bitmap[:, ::-1]) if self.flipped else bitmap
+
+    def keypoints(self, keypoints: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Keypoints (N, K, 3), moved along; left and right change places; those outside the image lose their label."""
+        moved = np.concatenate((self.points(keypoints[..., :2]), keypoints[..., 2:]), axis=-1)
+        inside = ((moved[..., :2] >= 0) & (moved[..., :2] <= self.after)).all(axis=-1)
+        moved[~inside | (moved[..., 2] == 0)] = 0
+        if self.flipped:
+            order = np.arange(moved.shape[1])
+            for left, right in pairs:
+                order[[left, right]] = right, left
+            moved = moved[:, order]
+        return moved
+
+
 class _Training(Dataset):
-    """A draw to an image and its target: boxes in its pixels, labels counted from 1."""
+    """A draw to an image and its target: boxes in its pixels, labels from 1, masks and keypoints if so asked."""
 
-    def __init__(self, samples: Sequence[Sample], recipe: DetectConfig):
-        self.samples = samples
-        self.input = recipe.input
-        self.seed = recipe.seed
+    def __init__(self, samples: Sequence[Sample], recipe: DetectConfig, pairs: Sequence[tuple[int, int]]):
+        self.samples, self.recipe, self.pairs = samples, recipe, pairs
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, Any]]:
         iteration, place, index = draw
-        random = np.random.default_rng([self.seed, 3, iteration, place])
-        sample, image = self.samples[index], read_image(self.samples[index].path)
-        size = resized(image.size, int(random.choice(self.input.min_size_train)), self.input.max_size)
-        boxes = sample.boxes * np.tile(np.divide(size, image.size), 2)
-        boxes = np.clip(boxes, 0, np.tile(size, 2))
-        pixels = _pixels(image, size)
-        if random.random() < self.input.flip:
-            pixels = pixels.flip(2)
-            boxes[:, [0, 2]] = size[0] - boxes[:, [2, 0]]
-        solid = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
-        target = {
-            "boxes": torch.from_numpy(boxes[solid]).float(),
-            "labels": torch.from_numpy(sample.labels[solid] + 1),
-        }
-        return pixels, target
+        random, wanted = np.random.default_rng([self.recipe.seed, 3, iteration, place]), self.recipe.input
+        sample, image = self.samples[index], _read(self.samples[index])
+        size = resized(image.size, int(random.choice(wanted.min_size_train)), wanted.max_size)
+        view = View(image.size, size, bool(random.random() < wanted.flip))
+        return view.pixels(image), self.target(sample, view)
+
+    def target(self, sample: Sample, view: View) -> dict[str, Any]:
+        """The objects of which the resized image still shows something."""
+        boxes = view.boxes(sample.boxes)
+        shown = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
+        target: dict[str, Any] = {}
+        if self.recipe.masks:
+            masks = [view.mask(mask) for mask in sample.masks]
+            shown &= [not isinstance(mask, np.ndarray) or bool(mask.any()) for mask in masks]
+            target["masks"] = list(itertools.compress(masks, shown))
+        if self.recipe.keypoints:
+            assert sample.keypoints is not None
+            points = view.keypoints(sample.keypoints, self.pairs)[shown]
+            target["keypoints"] = torch.from_numpy(points).float()
+        target["boxes"] = torch.from_numpy(boxes[shown]).float()
+        target["labels"] = torch.from_numpy(sample.labels[shown] + 1)
+        return target
 
 
 class _Testing(Dataset):
@@ -106,14 +182,40 @@ class _Testing(Dataset):
         self.input = recipe.input
 
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
-        image = read_image(self.samples[index].path)
+        image = _read(self.samples[index])
         return _pixels(image, resized(image.size, self.input.min_size_test, self.input.max_size)), image.size
 
 
-def training_batches(samples: Sequence[Sample], recipe: DetectConfig, start: int, stop: int) -> Iterator[Batch]:
-    """The batches of iterations start to stop - 1."""
-    draws = list(itertools.islice(batches(samples, recipe), start, stop))
-    return _load(_Training(samples, recipe), draws, recipe.workers)
+def _read(sample: Sample) -> Image.Image:
+    """The image; refused where its annotation is of another size."""
+    image = read_image(sample.path)
+    if image.size != sample.size:
+        (width, height), (said_width, said_height) = image.size, sample.size
+        raise InputError(
+            f"{sample.path} is {width}x{height} and its annotation says {said_width}x{said_height}; "
+            "correct the annotation, or put the right image in its place"
+        )
+    return image
+
+
+def training_batches(
+    samples: Sequence[Sample],
+    recipe: DetectConfig,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world: int = 1,
+    pairs: Sequence[tuple[int, int]] = (),
+) -> Iterator[Batch]:
+    """The shares of one of `world` processes in the batches of iterations start to stop - 1.
+
+    Args:
+        pairs: the keypoints that a mirror exchanges, as in `DetectionData`.
+    """
+    share = recipe.batch_size // world
+    mine = slice(rank * share, (rank + 1) * share)
+    draws = [batch[mine] for batch in itertools.islice(batches(samples, recipe), start, stop)]
+    return _load(_Training(samples, recipe, pairs), draws, recipe.workers)
 
 
 def images_to_detect(
@@ -145,6 +247,6 @@ def _load(dataset: Dataset, keys: list, workers: int) -> Iterator[Any]:
         yield tuple(list(column) for column in zip(*rows))
 
 
-def seed_of(seed: int, number: int) -> int:
-    """What torch's generator is seeded with: 0 for the weights that are drawn, i + 1 for iteration i."""
-    return int(np.random.SeedSequence([seed, 4, number]).generate_state(1)[0])
+def seed_of(seed: int, number: int, part: int = 0) -> int:
+    """What torch's generator is seeded with: 0 for the weights that are drawn, i + 1 for a part of iteration i."""
+    return int(np.random.SeedSequence([seed, 4, number, part]).generate_state(1)[0])

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from moco_eval import config
 from moco_eval.config import Expect, Model, Sgd
+from moco_eval.errors import InputError
 from moco_eval.results import deviations
 
 FPN_LEVELS = 5  # p2 to p6
@@ -15,13 +16,17 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Input(Model):
-    """The shorter side of an image, in pixels: drawn per image from `min_size_train`, fixed at test."""
+    """The shorter side of an image, in pixels: drawn per image from `min_size_train`, fixed at test.
+
+    `format`: the order of the colours that the encoder must expect; auto takes what it does.
+    """
 
     min_size_train: tuple[Count, ...] = Field(min_length=1)
     min_size_test: Count
     max_size: Count = 1333
     flip: float = Field(0.5, ge=0, le=1)
     aspect_grouping: bool = True
+    format: Literal["auto", "rgb", "bgr"] = "auto"
 
 
 class Anchors(Model):
@@ -113,7 +118,7 @@ class DetectConfig(Model):
     """Fine-tuning of Faster R-CNN, Mask R-CNN or its keypoint version; see docs/detection.md.
 
     `bn`: how processes share the statistics of a batch: naive_sync (each process counts the same), sync (each element
-    does; GPUs only), local (not at all). One process has one batch, and they are the same.
+    does), local (not at all). One process has one batch, and they are the same.
     `accumulate`: a step's batch in so many parts, one after the other; BN sees each part alone.
     """
 
@@ -191,12 +196,55 @@ def departures(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:
     if recipe.protocol not in PROTOCOLS:
         return [f"protocol {recipe.protocol} is not one of moco-eval's"]
     protocol = PROTOCOLS[recipe.protocol]
-    words = deviations(recipe, config.load(protocol.recipe, "detect", DetectConfig))
+    canonical = config.load(protocol.recipe, "detect", DetectConfig)
+    words = []
+    followed = rescaled(canonical, recipe.batch_size)
+    if recipe.batch_size != canonical.batch_size and _rates(recipe) == _rates(followed):
+        words.append(
+            f"batch {recipe.batch_size} instead of {canonical.batch_size}: lr, iterations, steps and warm-up rescaled "
+            "by the linear rule"
+        )
+        canonical = followed
+    words += deviations(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
     if dataset != protocol.dataset:
         words.append(f"dataset {dataset} instead of {protocol.dataset}")
     if protocol.arch not in (None, arch):
         words.append(f"arch {arch} instead of {protocol.arch}")
     return words
+
+
+def rescaled(recipe: DetectConfig, batch: int) -> DetectConfig:
+    """The recipe for a batch of another size: the rate goes with it, and as many images are seen.
+
+    Iterations, steps and warm-up are divided by what the rate is multiplied with, rounded.
+
+    Raises:
+        InputError: the batch does not divide into `accumulate` parts.
+    Source: Goyal et al. 2017, arXiv:1706.02677, and Kaiming He in facebookresearch/moco, issue 11 (batch 8, lr 0.01,
+    twice the iterations and steps); the warm-up as in detectron2's auto_scale_workers.
+    """
+    factor, schedule = batch / recipe.batch_size, recipe.schedule
+    longer = {
+        "iterations": max(1, round(schedule.iterations / factor)),
+        "steps": sorted({max(1, round(step / factor)) for step in schedule.steps}),
+        "warmup": round(schedule.warmup / factor),
+    }
+    changed = {
+        "batch_size": batch,
+        "optimizer": recipe.optimizer.model_dump() | {"lr": recipe.optimizer.lr * factor},
+        "schedule": schedule.model_dump() | longer,
+        "expect": None,
+    }
+    try:
+        return DetectConfig.model_validate(recipe.model_dump() | changed)
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _rates(recipe: DetectConfig) -> tuple:
+    """What `rescaled` carries along."""
+    schedule = recipe.schedule
+    return (recipe.optimizer.lr, schedule.iterations, schedule.steps, schedule.warmup)
 
 
 def learning_rate(recipe: DetectConfig, iteration: int) -> float:

@@ -1,16 +1,18 @@
 """The engine that installs with pip."""
 
+from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moco_eval import runtime
+from moco_eval.batch_norm import share_statistics
 from moco_eval.data.boxes import DetectionData
 from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detector import Detector, build_detector
 from moco_eval.detection.fine_tune import train
+from moco_eval.detection.masks import paste
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.results import Cost
@@ -26,17 +28,20 @@ def fine_tune_and_detect(
 ) -> list[Detections]:
     """Train the detector from the encoder, or go on from the last checkpoint, and run it on the test split.
 
+    Collective: every process takes its share of each batch and of the test images.
+
     Args:
         output: run directory; holds checkpoints/last.pth and metrics.jsonl.
         cost: seconds and images are added to it.
     Returns:
-        One entry per test image, in their order, in pixels of the image on disk.
+        One entry per test image, in their order, in pixels of the image on disk; on every process.
     Raises:
         InputError: an architecture without stride 16 at layer3, or an unreadable image.
         RunFailed: a loss that is not finite, with its iteration.
         Interrupted: stopped by a signal, with the state saved.
     """
-    model = build_detector(encoder, len(data.classes), recipe, len(data.keypoints)).to(device)
+    model = build_detector(encoder, len(data.classes), recipe, len(data.keypoints))
+    model = share_statistics(model, recipe.bn).to(device)
     with runtime.Stop() as stop:
         train(model, data, recipe, output, device, cost, stop)
         with cost.clock():
@@ -47,16 +52,42 @@ def fine_tune_and_detect(
 def _detect(
     model: Detector, data: DetectionData, recipe: DetectConfig, device: torch.device, stop: runtime.Stop
 ) -> list[Detections]:
-    """Run the detector on the test images, one by one, and scale its boxes to the images on disk."""
+    """Run the detector on the test images one by one, each process on every world-th of them."""
     model.eval()
+    first, world = runtime.rank(), runtime.world_size()
+    images = inputs.images_to_detect(data.test[first::world], recipe)
+    rounds = range(-(-len(data.test) // world))
+    before = recipe.schedule.iterations + recipe.precise_bn  # the steps that this Stop has seen
     found = []
-    for (pixels,), (size,) in runtime.track(inputs.images_to_detect(data.test, recipe), "evaluate", len(data.test)):
-        stop.check("the trained detector is saved; run the same command again to go on")
-        with runtime.autocast(device, recipe.precision):
-            (result,) = model([pixels.to(device)])
-        width, height = size
-        boxes = result["boxes"].float().cpu().double().numpy()
-        boxes *= np.tile((width / pixels.shape[2], height / pixels.shape[1]), 2)
-        boxes = np.clip(boxes, 0, (width, height, width, height))
-        found.append(Detections(boxes, result["scores"].cpu().double().numpy(), result["labels"].cpu().numpy() - 1))
-    return found
+    for number, image in runtime.track(zip_longest(rounds, images), "evaluate", len(rounds), world):
+        if stop.look(before + number, False)[0]:
+            stop.check("the trained detector is saved; run the same command again to go on")
+        if image is not None:
+            (pixels,), (size,) = image
+            with runtime.autocast(device, recipe.precision):
+                (result,) = model([runtime.to_device(pixels, device)])
+            found.append(on_disk(result, (pixels.shape[2], pixels.shape[1]), size))
+    shares = runtime.gather_lists(found)
+    return [shares[index % world][index // world] for index in range(len(data.test))]
+
+
+def on_disk(result: dict[str, torch.Tensor], resized: tuple[int, int], size: tuple[int, int]) -> Detections:
+    """What the model found, in pixels of the image on disk; boxes that are cut to nothing go.
+
+    Masks are pasted into that image; keypoints count whole pixels there, as COCO does, half a pixel less than boxes.
+
+    Args:
+        resized, size: width and height of the image that the model saw, and of the image on disk.
+    """
+    result = {name: values.cpu() for name, values in result.items()}
+    scale = torch.tensor(size, dtype=torch.float64) / torch.tensor(resized)
+    corners = (result["boxes"].unflatten(1, (2, 2)) * scale).clamp(min=torch.zeros(2), max=torch.tensor(size))
+    kept = (corners[:, 1] > corners[:, 0]).all(dim=1)
+    boxes, masks, keypoints = corners[kept].flatten(1), None, None
+    if "masks" in result:
+        masks = paste(result["masks"][kept], boxes, size)
+    if "keypoints" in result:
+        points = result["keypoints"][kept].double()
+        keypoints = torch.cat((points[..., :2] * scale - 0.5, points[..., 2:]), dim=-1).numpy()
+    scores, labels = result["scores"][kept].double().numpy(), result["labels"][kept].numpy() - 1
+    return Detections(boxes.numpy(), scores, labels, masks, keypoints)
