@@ -380,7 +380,7 @@ def test_detections_lie_in_their_image_best_first(detector):
         assert set(labels.tolist()) <= {1, 2, 3}
 
 
-# Keypoints
+# Masks and keypoints
 
 
 def test_a_region_needs_a_labelled_keypoint_inside():
@@ -389,3 +389,32 @@ def test_a_region_needs_a_labelled_keypoint_inside():
         [[[5.0, 5, 2], [99, 99, 2]], [[5, 5, 0], [99, 99, 2]], [[10, 10, 1], [0, 0, 0]], [[10.1, 5, 2], [5, -1, 2]]]
     )
     assert regions.visible_inside(points, boxes).tolist() == [True, False, True, False]
+
+
+EXTRA = {
+    "r50_c4": (("coco_r50_c4_1x", "roi.pool_size=4"), "masks", (2 * 2, 2 * 2)),
+    "r50_fpn": (("coco_r50_fpn_1x",), "masks", (28, 28)),
+    "keypoints": (("coco_keypoints_r50_fpn_2x",), "keypoints", (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_masks_and_keypoints_are_trained_and_found(name):
+    (config_name, *more), kind, shape = EXTRA[name]
+    model = build_detector(encoder(), 3, config.load(config_name, "detect", DetectConfig, (*FEW, *more)), 5)
+    wanted = targets()
+    for target in wanted:
+        left, top, right, bottom = target["boxes"].double().numpy().T
+        target["masks"] = [[corners] for corners in np.stack((left, top, right, top, left, bottom), axis=1)]
+        target["keypoints"] = torch.cat((target["boxes"][:, None, :2] + 1, torch.full((len(left), 1, 1), 2.0)), dim=2)
+        target["keypoints"] = target["keypoints"].repeat(1, 5, 1)
+    losses = model.train()(images(), wanted)
+    assert losses[f"loss_{kind[:-1]}"] > 0
+    sum(losses.values()).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    with torch.no_grad():
+        found = model.eval()(images())
+        model.heads.test = model.heads.test.model_copy(update={"score": 0.99})
+        nothing = model(images())
+    assert all(image[kind].shape == (len(image["boxes"]), *shape) and len(image["boxes"]) > 0 for image in found)
+    assert all(image[kind].shape == (0, *shape) for image in nothing)

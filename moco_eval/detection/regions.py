@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, roi_align
 
 from moco_eval.detection.backbones import Backbone
+from moco_eval.detection.keypoints import KeypointHead, keypoint_loss, keypoints_of
+from moco_eval.detection.masks import MaskHead, mask_loss, mask_targets
 from moco_eval.detection.matching import clip, decode, encode, match, sample, solid
 from moco_eval.detection.proposals import Size
 from moco_eval.detection.recipe import DetectConfig
@@ -84,16 +86,8 @@ class RegionHeads(nn.Module):
             self.box_head = _hidden_layers(width * self.roi.pool_size**2)
         self.class_logits = _drawn(nn.Linear(vector, classes + 1), 0.01)
         self.box_deltas = _drawn(nn.Linear(vector, 4 * classes), 0.001)
-        self.mask_head: nn.Module | None = None
-        self.keypoint_head: nn.Module | None = None
-        if recipe.masks:
-            from moco_eval.detection.masks import MaskHead
-
-            self.mask_head = MaskHead(width, classes, 0 if self.shared else 4)
-        if recipe.keypoints:
-            from moco_eval.detection.keypoints import KeypointHead
-
-            self.keypoint_head = KeypointHead(width, points)
+        self.mask_head = MaskHead(width, classes, 0 if self.shared else 4) if recipe.masks else None
+        self.keypoint_head = KeypointHead(width, points) if recipe.keypoints else None
 
     def forward(
         self,
@@ -152,8 +146,6 @@ class RegionHeads(nn.Module):
             losses["loss_mask"] = _mask_loss(self.mask_head(features), foreground, targets)
         if self.keypoint_head is not None:
             boxes, points = _with_keypoints(foreground, targets)
-            from moco_eval.detection.keypoints import keypoint_loss
-
             heat = self.keypoint_head(self._pool_again(maps, boxes))
             losses["loss_keypoint"] = keypoint_loss(heat, torch.cat(points), torch.cat(boxes))
         return losses
@@ -188,8 +180,6 @@ class RegionHeads(nn.Module):
             masks = logits[torch.arange(len(logits), device=logits.device), labels].sigmoid()
             found = [image | {"masks": mask} for image, mask in zip(found, masks.split(counts))]
         if self.keypoint_head is not None:
-            from moco_eval.detection.keypoints import keypoints_of
-
             points = keypoints_of(self.keypoint_head(self._pool_again(maps, boxes)), torch.cat(boxes))
             found = [image | {"keypoints": part} for image, part in zip(found, points.split(counts))]
         return found
@@ -200,8 +190,6 @@ def _part(regions: Regions, chosen: Tensor) -> Regions:
 
 
 def _mask_loss(logits: Tensor, foreground: list[Regions], targets: list[dict[str, Any]]) -> Tensor:
-    from moco_eval.detection.masks import mask_loss, mask_targets
-
     wanted = [
         mask_targets([target["masks"][number] for number in image.matched.tolist()], image.boxes, logits.shape[-1])
         for image, target in zip(foreground, targets)
