@@ -61,7 +61,7 @@ def config_of(recipe, ours):
     model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST = recipe.rpn.pre_nms_train, recipe.rpn.pre_nms_test
     model.RPN.POST_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TEST = recipe.rpn.post_nms_train, recipe.rpn.post_nms_test
     model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = recipe.roi.batch_per_image
-    model.ROI_HEADS.NUM_CLASSES = CLASSES
+    model.ROI_HEADS.NUM_CLASSES, cfg.TEST.DETECTIONS_PER_IMAGE = CLASSES, recipe.test.detections
     model.ROI_BOX_HEAD.POOLER_RESOLUTION = recipe.roi.pool_size
     model.ROI_BOX_HEAD.SMOOTH_L1_BETA = recipe.roi.box_beta
     model.KEYPOINT_ON, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = recipe.keypoints, POINTS
