@@ -18,26 +18,33 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from moco_eval import __version__, config, files, results
+from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
 from moco_eval.errors import InputError
 from moco_eval.runtime import warn
 
-METRICS = {"top1": "top-1", "AP50": "AP50", "AP": "AP", "APbb": "APbb", "APmk": "APmk", "mAP": "mAP"}
+METRICS = {"top1": "top-1"} | {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}
 TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection"}
 KINDS = ("trained", "other", "random", "pixels")  # the order of the rows
-PICTURES = 4  # drawn scenes per encoder
+PICTURES = 4  # drawn images per encoder
+CLASS_METRICS = ("APbb", "AP50")  # the one shown of each class: COCO's, or VOC's
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
+DRAWN_BYTES = 60_000  # and so are drawn images, of which there are many
 PAGE_BYTES = 3_000_000
 
 
 @dataclass
 class Run:
-    """A run directory as it was read; `record` is None for a pretraining."""
+    """A run directory as it was read; `record` is None for a pretraining.
+
+    `metrics`: the lines of a pretraining's metrics.jsonl; of a detection run `trials` has those of each fine-tuning.
+    """
 
     path: Path
     config: dict[str, Any]
     environment: dict[str, Any]
     record: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    trials: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 @dataclass
@@ -120,7 +127,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "curves": [_curves(run) for run in runs if any("loss" in line for line in run.metrics)],
         "views": [(run.path.name, _image(run.path / "views.png")) for run in runs if _has(run, "views.png")],
         "neighbours": _neighbours(runs, names, order),
-        "pictures": _pictures(runs, names, order),
+        "detections": _detections(runs, names, order),
         "provenance": [_provenance(run, names) for run in runs],
         "deviations": _deviations(runs),
     }
@@ -159,6 +166,9 @@ def _read(folder: Path) -> Run | None:
         raise InputError(f"{folder / 'result.json'} is no {results.SCHEMA} record")
     if values["command"] == "pretrain" and (folder / "metrics.jsonl").is_file():
         run.metrics = _read_lines(folder / "metrics.jsonl")
+    if values["command"] == "detect":
+        paths = [folder / "metrics.jsonl", *sorted(folder.glob("trial_*/metrics.jsonl"))]
+        run.trials = [lines for path in paths if path.is_file() and (lines := _read_lines(path))]
     return run if run.record or run.metrics else None
 
 
@@ -407,23 +417,49 @@ def _neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> lis
     return [(name, _image(found[name])) for name in order if name in found]
 
 
-def _pictures(runs: list[Run], names: dict[str, str], order: list[str]) -> list[tuple[str, list[str]]]:
-    """Drawn scenes per encoder, the same scenes in the same order for each."""
-    found = {
-        names[_sha(run)]: sorted((run.path / "pictures").glob("*.png"))[:PICTURES]
-        for run in runs
-        if run.record and (run.path / "pictures").is_dir()
+def _detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list[dict[str, Any]]:
+    """Detection runs by data and protocol, and in each by encoder: drawn images, bars of the classes, losses.
+
+    The images are the same ones in the same order for each encoder; of two runs of an encoder the newer counts.
+    """
+    groups: dict[tuple[str, str], dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
+        if run.record and run.config["command"] == "detect":
+            what = run.record["dataset"]["name"], run.record["protocol"]
+            groups.setdefault(what, {})[names[_sha(run)]] = run
+    return [
+        {
+            "dataset": dataset,
+            "protocol": protocol,
+            "runs": [_detection(name, found[name]) for name in order if name in found],
+        }
+        for (dataset, protocol), found in groups.items()
+    ]
+
+
+def _detection(name: str, run: Run) -> dict[str, Any]:
+    assert run.record
+    pictures = sorted(run.path.glob("pictures/*.png")) or sorted(run.path.glob("trial_*/pictures/*.png"))
+    per_class = {one: scores for one, scores in (run.record.get("per_class") or {}).items() if isinstance(scores, dict)}
+    metric = next((m for m in CLASS_METRICS if any(scores.get(m) is not None for scores in per_class.values())), None)
+    shades = (TEXT, ACCENT, MUTED)
+    return {
+        "name": name,
+        "images": [_image(path, DRAWN_BYTES) for path in pictures[:PICTURES]],
+        "metric": metric,
+        "bars": _svg(bars_figure(per_class, metric, shades), f"{metric} of each class") if metric else None,
+        "many": len(per_class) > ROWS,
+        "losses": _svg(loss_figure(run.trials, shades), "Losses against iteration") if run.trials else None,
     }
-    return [(name, [_image(path) for path in found[name]]) for name in order if found.get(name)]
 
 
-def _image(path: Path) -> str:
-    """A picture as a data address; large ones are made smaller. Raises InputError where it is none."""
+def _image(path: Path, limit: int = PICTURE_BYTES) -> str:
+    """A picture as a data address; one of more bytes is made smaller. Raises InputError where it is none."""
     data, kind = path.read_bytes(), "png"
     try:
         with Image.open(path) as image:
             image.load()
-            if len(data) > PICTURE_BYTES:
+            if len(data) > limit:
                 data, kind = _smaller(image), "jpeg"
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable picture: {error}") from None
@@ -492,8 +528,11 @@ def _evaluation_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _per_class(scores: dict[str, Any]) -> str:
-    """AP50 of each class, where the record has them."""
-    shown = {name: each.get("AP50") for name, each in scores.items() if isinstance(each, dict)}
+    """APbb or AP50 of each class, where the record has them."""
+    shown = {}
+    for name, each in scores.items():
+        if isinstance(each, dict):
+            shown[name] = next((each[metric] for metric in CLASS_METRICS if each.get(metric) is not None), None)
     return ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in shown.items())
 
 

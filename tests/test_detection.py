@@ -274,7 +274,7 @@ def test_detect_leaves_a_whole_run_directory(whole):
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in logged] == [1, 2, 3]
     assert len(json.loads((output / "detections.json").read_text())["images"]) == 2
-    assert all((output / name).is_file() for name in record["pictures"])
+    assert all((output / name).is_file() for name in (*record["pictures"], "per_class.svg", "losses.svg"))
     assert "AP50" in format_table(record).splitlines()[0]
     assert len(format_table(record).splitlines()) == 12
 

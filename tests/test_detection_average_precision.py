@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from moco_eval.data.boxes import DetectionData, make_sample
+from moco_eval.data.coco import read_coco_folder
 from moco_eval.detection.average_precision import (
     IOUS,
     KINDS,
@@ -30,7 +31,7 @@ from moco_eval.detection.average_precision import (
     voc_ap,
     without_objects,
 )
-from moco_eval.errors import InputError
+from moco_eval.detection.pictures import decode
 
 
 def sample(boxes, labels=None, difficult=None):
@@ -324,11 +325,20 @@ def test_other_keypoints_than_cocos_are_judged_by_its_mean_tolerance(capfd):
     assert "keypoints: 4 of a class, not COCO's 17" in capfd.readouterr().err
 
 
-def test_an_object_without_a_mask_cannot_be_judged_by_masks():
+def test_an_object_without_a_mask_counts_neither_way(capfd):
+    """It is as if neither the object nor what was found there were in the data."""
     data, found = coco_case(0)
-    data.coco["annotations"][1]["segmentation"] = []
-    with pytest.raises(InputError, match="annotation 2 of the test split has no segmentation"):
-        evaluate(data, found)
+    item, one = data.coco["annotations"][0], found[0]
+    labels = one.labels.copy()
+    labels[0] = data.category_ids.index(item["category_id"])
+    masks = [encode(box_mask(*item["bbox"])), *one.masks[1:]]  # the best of its image lies on it
+    moved = Detections(one.boxes, one.scores, labels, masks, one.keypoints)
+    rest = Detections(one.boxes[1:], one.scores[1:], labels[1:], masks[1:], one.keypoints[1:])
+    item["iscrowd"], item["segmentation"] = 0, []
+    with_it = evaluate(data, [moved, *found[1:]])[0]
+    assert "1 of" in capfd.readouterr().err
+    without = evaluate(data, [rest, *found[1:]])[0]
+    assert with_it["APmk"] == without["APmk"] and with_it["APbb"] != without["APbb"]
 
 
 def test_classes_without_objects_are_named(capfd):
@@ -441,6 +451,23 @@ def test_masks_and_keypoints_of_real_people_are_pycocotools_own(coco_mini):
     assert_as_pycocotools(*coco_mini, category=1)
 
 
+@pytest.mark.data
+def test_the_truth_of_real_data_as_detections_scores_100(shared_data):
+    """What the COCO reader hands over fits what is judged, masks and keypoints too."""
+    data = read_coco_folder(shared_data / "coco-mini", None, None, keypoints=True)
+    found = []
+    for one in data.test:
+        kept = np.flatnonzero(~one.crowd)
+        masks = [encode(decode(one.masks[i], one.size)) for i in kept]
+        points = one.keypoints[kept] - (0.5, 0.5, 0)
+        middles = (one.boxes[kept, :2] + one.boxes[kept, 2:]) / 2  # of people without keypoints, who are ignored
+        points[..., :2] = np.where((points[..., 2] > 0).any(1)[:, None, None], points[..., :2], middles[:, None])
+        found.append(Detections(one.boxes[kept], np.ones(len(kept)), one.labels[kept], masks, points))
+    metrics, _ = evaluate(data, found)
+    assert {name[:4] for name in metrics} == set(KINDS.values())
+    assert metrics == pytest.approx(dict.fromkeys(metrics, 100.0), abs=0.1)
+
+
 # detectron2 itself
 
 
@@ -522,22 +549,21 @@ def write_voc(folder, truth, classes):
     (folder / "ImageSets/Main/test.txt").write_text("".join(f"{i}\n" for i in range(len(truth))))
 
 
-def their_evaluator(theirs, folder, truth, boxes, classes, year):
+def their_evaluator(theirs, folder, names, boxes, classes, year, split="test"):
     """AP, AP50 and AP75 of detectron2's evaluator class, fed as its inference loop feeds it."""
     from detectron2.data import MetadataCatalog
     from detectron2.structures import Boxes, Instances
 
-    write_voc(folder, truth, classes)
-    about = {"dirname": str(folder), "split": "test", "year": year, "thing_classes": list(classes)}
-    MetadataCatalog.get(str(folder)).set(**about)
-    judge = theirs.PascalVOCDetectionEvaluator(str(folder))
+    about = {"dirname": str(folder), "split": split, "year": year, "thing_classes": list(classes)}
+    MetadataCatalog.get(f"{folder}-{year}").set(**about)
+    judge = theirs.PascalVOCDetectionEvaluator(f"{folder}-{year}")
     judge.reset()
-    for i, one in enumerate(boxes):
+    for name, one in zip(names, boxes):
         said = Instances((100, 100))
         said.pred_boxes = Boxes(torch.tensor(one.boxes, dtype=torch.float32))
         said.scores = torch.tensor(one.scores, dtype=torch.float32)
         said.pred_classes = torch.tensor(one.labels)
-        judge.process([{"image_id": str(i)}], [{"instances": said}])
+        judge.process([{"image_id": name}], [{"instances": said}])
     return judge.evaluate()["bbox"]
 
 
@@ -546,9 +572,31 @@ def their_evaluator(theirs, folder, truth, boxes, classes, year):
 @pytest.mark.parametrize("scores", [None, 2000, 30])
 def test_rounded_it_is_detectron2s_evaluator_with_its_ties(theirs, tmp_path, year, suffix, scores):
     truth, boxes = random_case(np.random.default_rng(7), images=120, classes=4, scores=scores)
-    expected = their_evaluator(theirs, tmp_path / "voc", truth, boxes, "abcd", year)
+    write_voc(tmp_path / "voc", truth, "abcd")
+    expected = their_evaluator(theirs, tmp_path / "voc", map(str, range(120)), boxes, "abcd", year)
     metrics, _ = voc_ap(truth, boxes, "abcd", rounded=True)
     for name in ("AP", "AP50", "AP75"):
         assert metrics[name + suffix] == pytest.approx(float(expected[name]), abs=1e-9)
     if scores == 30:  # here the order among equal scores matters, or this test shows nothing
         assert abs(voc_ap(truth, boxes, "abcd")[0]["AP" + suffix] - expected["AP"]) > 1e-3
+
+
+@pytest.mark.detectron2
+@pytest.mark.data
+@pytest.mark.parametrize("year, suffix", [(2007, ""), (2012, "_area")])
+def test_rounded_it_is_detectron2s_evaluator_on_real_detections(theirs, shared_data, voc_reference, year, suffix):
+    names, truth, boxes = voc_reference
+    root = shared_data / "VOCdevkit/VOC2012"
+    chosen = (root / "ImageSets/Main/trainval.txt").read_text().split()
+    _, per_class = voc_ap([truth[i] for i in chosen], [boxes[i] for i in chosen], names)
+    present = [name for name in names if name not in without_objects(per_class)]  # theirs gives the others 0
+    said = []
+    for one in (boxes[i] for i in chosen):
+        kept = np.isin([names[label] for label in one.labels], present)
+        labels = np.array([present.index(names[label]) for label in one.labels[kept]], dtype=np.int64)
+        said.append(Detections(one.boxes[kept], one.scores[kept], labels))
+    expected = their_evaluator(theirs, root, chosen, said, present, year, "trainval")
+    metrics, _ = voc_ap([truth[i] for i in chosen], [boxes[i] for i in chosen], names, rounded=True)
+    assert len(present) > 10
+    for name in ("AP", "AP50", "AP75"):
+        assert metrics[name + suffix] == pytest.approx(float(expected[name]), abs=1e-9)

@@ -84,10 +84,8 @@ def write_pretraining(folder):
     return folder
 
 
-@pytest.fixture
-def runs(tmp_path):
+def write_demo(root):
     """The run directories of a demo, with invented numbers."""
-    root = tmp_path / "demo"
     write_pretraining(root / "pretrain")
     for name, encoder, few, knn in (
         ("moco", MOCO, 88.0, 97.0),
@@ -105,6 +103,10 @@ def runs(tmp_path):
             "detect",
             record(encoder, value, protocol="detect/x@1", metric="AP50", **scores),
         )
+        lines = [
+            {"iteration": i, "lr": 0.02 if i < 60 else 0.002, "loss": 3.0, "loss_cls": 1.0} for i in range(0, 90, 5)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "pictures").mkdir()
         for number in range(6):
             Image.new("RGB", (80, 40), "olive").save(folder / "pictures" / f"{number}-scene.png")
@@ -112,9 +114,20 @@ def runs(tmp_path):
 
 
 @pytest.fixture
-def page(runs, tmp_path):
-    report.write_report([runs], tmp_path / "report.html", title=f"Demo {HOSTILE}")
-    return (tmp_path / "report.html").read_text()
+def runs(tmp_path):
+    return write_demo(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    report.write_report([write_demo(folder / "demo")], folder / "report.html", title=f"Demo {HOSTILE}")
+    return folder / "report.html"
+
+
+@pytest.fixture
+def page(page_file):
+    return page_file.read_text()
 
 
 def test_every_number_is_on_the_page_fewest_labels_first(page):
@@ -205,7 +218,28 @@ def test_what_users_name_is_escaped(page):
 def test_curves_carry_their_marks_and_take_the_pages_colours(page):
     assert "chance 8.30" in page and "queue full" in page
     assert "var(--accent)" in page and "currentColor" in page and "#010203" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 2 + 4  # of the pretraining, and two of each detection run
+
+
+def test_each_class_and_each_loss_is_shown(page):
+    shown = page[page.index("<h2>Detections") : page.index("<h2>Departures")]
+    assert "AP50 (%), mean 12.5" in shown and "no object" in shown
+    assert "RPN" not in shown and shown.count(">class<") == 2 and "lr 0.002" in shown
+
+
+def test_many_classes_take_the_whole_width(tmp_path):
+    per_class = {f"class {i}": {"APbb": float(i)} for i in range(80)}
+    done = record(MOCO, 40.0, protocol="detect/coco@1", metric="APbb", per_class=per_class)
+    folder = write_run(tmp_path / "run", "detect", done)
+    for seed in (0, 1):
+        (folder / f"trial_{seed}/pictures").mkdir(parents=True)
+        (folder / f"trial_{seed}/metrics.jsonl").write_text('{"iteration": 20, "lr": 0.02, "loss": 1.0}\n')
+        Image.new("RGB", (80, 40), "olive").save(folder / f"trial_{seed}/pictures/0-a.png")
+    report.write_report([folder], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '<figure class="row">' in page and "APbb (%), mean 39.5" in page and "class 79" in page
+    assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 2
+    assert len(page) < 150_000
 
 
 def test_pictures_are_inside_and_limited(page):
@@ -270,7 +304,7 @@ def test_what_is_no_run_is_refused(tmp_path, runs):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_opens_in_a_browser_without_complaint(page, tmp_path, width):
+def test_the_page_opens_in_a_browser_without_complaint(page_file, tmp_path, width):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium")
@@ -280,7 +314,7 @@ def test_the_page_opens_in_a_browser_without_complaint(page, tmp_path, width):
         "--enable-logging=stderr",
         f"--window-size={width},2000",
     ]
-    command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]
+    command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{page_file}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in done.stderr
     with Image.open(tmp_path / "page.png") as shot:

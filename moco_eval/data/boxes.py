@@ -113,10 +113,11 @@ class Findings:
 
     def refuse(self, kind: str, place: str, message: str) -> None:
         """Raises InputError with the message, or keeps it when going on."""
+        message = one_line(message)
         if not self.go_on:
             raise InputError(message)
         self.refusal = self.refusal or message
-        self.refused.setdefault((self._split, kind), []).append(place)
+        self.refused.setdefault((self._split, kind), []).append(one_line(place))
 
     @contextlib.contextmanager
     def catching(self, kind: str, place: str) -> Iterator[None]:
@@ -135,7 +136,7 @@ class Findings:
 
     def note(self, kind: str, place: str) -> None:
         """Keep what does not stop `detect`."""
-        self._notes.setdefault((self._split, kind), []).append(place)
+        self._notes.setdefault((self._split, kind), []).append(one_line(place))
 
     def notes(self) -> list[str]:
         """A line for each kind of note, with the first places."""
@@ -145,6 +146,11 @@ class Findings:
         """The notes on stderr; `datasets check` prints them itself."""
         for line in [] if self.go_on else self.notes():
             log(line)
+
+
+def one_line(text: str) -> str:
+    """Text from a file, in one line and in characters that can be printed."""
+    return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
 def grouped(found: dict[tuple[str, str], list[str]]) -> list[str]:
@@ -329,9 +335,12 @@ def images_by_stem(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def leaves_folder(name: str) -> bool:
-    """Whether a name from a file would lead out of the folder it belongs to."""
-    return name.startswith(("/", "\\")) or PureWindowsPath(name).drive != "" or ".." in re.split(r"[/\\]", name)
+def inside(name: str) -> bool:
+    """Whether a name from a file can be that of a file below its folder, and does not lead out of it."""
+    parts = re.split(r"[/\\]", name)
+    absolute = name.startswith(("/", "\\")) or PureWindowsPath(name).drive != ""
+    short = len(name) < 1024 and all(len(os.fsencode(one_line(part))) < 256 for part in parts)
+    return short and not absolute and ".." not in parts and "\0" not in name
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:

@@ -17,8 +17,9 @@ from moco_eval.data.boxes import (
     Sample,
     fingerprint,
     image_sizes,
-    leaves_folder,
+    inside,
     make_sample,
+    one_line,
     require_objects,
 )
 from moco_eval.data.segmentation import read_mask
@@ -210,11 +211,12 @@ def _categories(values: dict[str, Any], path: Path, split: str, keypoints: bool,
     findings.begin(split)
     found = {}
     for item in sorted(values["categories"], key=lambda item: item["id"]):
-        if not isinstance(item.get("name"), str) or not item["name"]:
-            message = f"{path}: category {item['id']} has no name; give it one"
+        name = item.get("name")
+        if not isinstance(name, str) or not name.strip() or one_line(name) != name:
+            message = f"{path}: category {item['id']} has no name of one line; give it one"
             findings.refuse("categories without a name", str(item["id"]), message)
         else:
-            found[item["id"]] = item["name"]
+            found[item["id"]] = name
     findings.refuse_twice(found.values(), "names of categories", str(path))
     if not found:
         findings.refuse("files without categories", str(path), f"{path} has no categories; export it again")
@@ -247,6 +249,21 @@ def mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
 # Annotations
 
 
+@dataclass(frozen=True)
+class Part:
+    """What the annotations of one split are checked against.
+
+    `images`: path and size of each image that can be used; `listed`: the ids of all; `names`: of its categories.
+    """
+
+    path: Path
+    images: dict[Any, tuple[Path, tuple[int, int]]]
+    listed: frozenset[Any]
+    names: dict[int, Any]
+    categories: Categories
+    objects: Objects
+
+
 def _read(
     root: Path,
     path: Path,
@@ -258,13 +275,14 @@ def _read(
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
     """The samples of a split; where `keep`, its annotations that were read, as pycocotools takes them."""
     objects.findings.begin(split)
-    names = {item["id"]: item.get("name") for item in values["categories"]}
     images = _images(root, path, values["images"], split, objects.findings)
+    listed = frozenset(item["id"] for item in values["images"])
+    names = {item["id"]: item.get("name") for item in values["categories"]}
+    part = Part(path, images, listed, names, categories, objects)
     found: dict[Any, list[Annotated]] = {image_id: [] for image_id in images}
-    listed = {item["id"] for item in values["images"]}
     kept: list[dict[str, Any]] = []
     for item in values["annotations"]:
-        one = _annotated(item, path, names, images, listed, categories, objects)
+        one = _annotated(item, part)
         if one is None:
             continue
         found[one.image_id].append(one)
@@ -273,22 +291,14 @@ def _read(
     return [_sample(key, *images[key], found[key], len(categories.keypoints)) for key in images], kept
 
 
-def _annotated(
-    item: dict[str, Any],
-    path: Path,
-    names: dict[int, Any],
-    images: dict[Any, tuple[Path, tuple[int, int]]],
-    listed: set[Any],
-    categories: Categories,
-    objects: Objects,
-) -> Annotated | None:
+def _annotated(item: dict[str, Any], part: Part) -> Annotated | None:
     """An annotation, checked; None where it is refused or dropped."""
-    where, findings = f"{path} annotation {item['id']}", objects.findings
+    where, findings = f"{part.path} annotation {item['id']}", part.objects.findings
     try:
         image_id, category = item["image_id"], item["category_id"]
         x, y, width, height = map(float, item["bbox"])
         area = width * height if item.get("area") is None else float(item["area"])
-        known, name = image_id in listed, names.get(category)
+        known, name = image_id in part.listed, part.names.get(category)
     except (KeyError, TypeError, ValueError, OverflowError):
         message = f"{where}: it needs image_id, category_id, bbox with four numbers, and no area but a number"
         findings.refuse("annotations without image_id, category_id or four numbers", where, f"{message}; correct it")
@@ -296,22 +306,29 @@ def _annotated(
     if not known:
         message = f"{where}: its image {image_id!r} is not among the images; remove the one or add the other"
         findings.refuse("annotations of images that are not listed", where, message)
+    if image_id not in part.images:  # refused, now or before
         return None
-    if image_id not in images:  # refused already
-        return None
-    size = images[image_id][1]
-    label = objects.label(str(name or category), where)
-    corners = objects.box((x, y, x + width, y + height), size, SLACK, where)
+    size = part.images[image_id][1]
+    label = part.objects.label(str(name or category), where)
+    corners = part.objects.box((x, y, x + width, y + height), size, SLACK, where)
     if label is None or corners is None:
         return None
-    mask, points = None, np.zeros((len(categories.keypoints), 3)) if categories.keypoints else None
+    mask, points = _shape(item, size, len(part.categories.keypoints), where, findings)
+    return Annotated(image_id, label, corners, area, bool(item.get("iscrowd", 0)), mask, points)
+
+
+def _shape(
+    item: dict[str, Any], size: tuple[int, int], count: int, where: str, findings: Findings
+) -> tuple[Any, np.ndarray | None]:
+    """Mask and `count` keypoints of an annotation; None for a mask that is not there, and where count is 0."""
+    mask, points = None, np.zeros((count, 3)) if count else None
     with findings.catching("masks and keypoints that are wrong", where):
         mask, dropped = read_mask(item.get("segmentation"), size, where)
         if dropped:
             findings.note("polygons of fewer than three points, or a number too many, dropped", where)
-        if categories.keypoints:
-            points = _points(item.get("keypoints"), len(categories.keypoints), where)
-    return Annotated(image_id, label, corners, area, bool(item.get("iscrowd", 0)), mask, points)
+        if count:
+            points = _points(item.get("keypoints"), count, where)
+    return mask, points
 
 
 def _points(value: Any, count: int, where: str) -> np.ndarray:
@@ -320,7 +337,7 @@ def _points(value: Any, count: int, where: str) -> np.ndarray:
         return np.zeros((count, 3))
     try:
         points = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = np.zeros(0)
     if points.shape != (3 * count,) or not np.isfinite(points).all() or not np.isin(points[2::3], (0, 1, 2)).all():
         raise InputError(
@@ -392,7 +409,7 @@ def _images(
 
 def _inside(name: object, image_id: Any, json_path: Path, findings: Findings) -> bool:
     """Whether an image's file_name is one, and leads nowhere else."""
-    if isinstance(name, str) and name and "\0" not in name and not leaves_folder(name):
+    if isinstance(name, str) and name and inside(name):
         return True
     findings.refuse(
         "file names that are none, or lead out of the folder",

@@ -29,7 +29,7 @@ def read_mask(value: Any, size: tuple[int, int], where: str) -> tuple[Any, int]:
         return value, 0
     try:
         polygons = [np.array(polygon, dtype=np.float64) for polygon in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         polygons = []
     if not isinstance(value, list) or not polygons or any(polygon.ndim != 1 for polygon in polygons):
         raise InputError(f"{where}: its segmentation is neither polygons nor size and counts; correct or remove it")

@@ -14,7 +14,7 @@ from moco_eval.data.boxes import (
     fingerprint,
     image_sizes,
     images_by_stem,
-    leaves_folder,
+    inside,
     make_sample,
     require_objects,
 )
@@ -219,7 +219,7 @@ def read_entries(root: Path, split: str, findings: Findings | None = None) -> li
     images = {
         f"{folder}/{stem}" if folder else stem: found
         for folder in folders
-        if not leaves_folder(folder)
+        if inside(folder)
         for stem, found in images_by_stem(root / "JPEGImages" / folder).items()
     }
     # a list of one class has a second column, its presence; a name may itself hold a space
@@ -244,8 +244,8 @@ def _lines(path: Path, findings: Findings) -> list[str]:
 
 
 def _image(images: dict[str, list[Path]], name: str, root: Path, split: Path) -> Path:
-    if leaves_folder(name):
-        raise InputError(f"{split} lists {name!r}, which leads out of {root / 'JPEGImages'}; correct the list")
+    if not inside(name):
+        raise InputError(f"{split} lists {name!r}, which is no name inside {root / 'JPEGImages'}; correct the list")
     found = images.get(name, [])
     if not found:
         raise InputError(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from moco_eval.data.boxes import DetectionData, Sample
-from moco_eval.errors import InputError
 from moco_eval.runtime import log
 
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # divided, as an overlap of exactly 0.55 is compared
@@ -303,8 +302,6 @@ def coco_ap(
         rows: detections as of `coco_rows`.
         names: class name of each category id.
         kind: bbox, segm or keypoints; keypoints are judged on the classes that have some.
-    Raises:
-        InputError: masks are to be judged and an object has none.
     """
     judge = _judge(truth, rows, kind)
     # precision: IoU, recall, class, size, detections per image; -1 where there is no object
@@ -347,10 +344,17 @@ def _annotations(truth: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """Copies of the annotations with what this kind of AP needs."""
     if kind == "keypoints":
         return [{"keypoints": [], "num_keypoints": 0} | item for item in truth["annotations"]]
-    for item in truth["annotations"]:
-        if kind == "segm" and not item.get("segmentation"):
-            raise InputError(f"annotation {item['id']} of the test split has no segmentation, so APmk has no meaning")
-    return [dict(item) for item in truth["annotations"]]
+    bare = [item for item in truth["annotations"] if not item.get("segmentation")] if kind == "segm" else []
+    if bare:
+        log(f"{len(bare)} of {len(truth['annotations'])} test objects have no mask: in APmk they count neither way")
+    without = {item["id"] for item in bare}
+    return [item | (_region(item) if item["id"] in without else {}) for item in truth["annotations"]]
+
+
+def _region(item: dict[str, Any]) -> dict[str, Any]:
+    """What makes of an object without a mask a crowd region of its box: masks in there are not held against anyone."""
+    x, y, width, height = item["bbox"]
+    return {"iscrowd": 1, "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]]}
 
 
 def _judge_keypoints(judge: Any, annotations: list[dict[str, Any]]) -> None:

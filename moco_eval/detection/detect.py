@@ -18,6 +18,7 @@ from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.pictures import draw_pictures
+from moco_eval.detection.plots import loss_curves, per_class_bars
 from moco_eval.detection.recipe import DetectConfig, Scenes, departures
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
@@ -273,6 +274,9 @@ def _record(
     if first != output:
         with files.atomic(output / "detections.json") as temporary:
             shutil.copyfile(first / "detections.json", temporary)
+    per_class = _mean_per_class([trial["per_class"] for trial in trials])
+    per_class_bars(per_class, "APbb" if data.coco else "AP50", output / "per_class.svg")
+    loss_curves([folder / "metrics.jsonl" for folder in folders], output / "losses.svg")
     published = config.protocol.startswith(("detect/voc", "detect/coco"))
     result = results.Result(
         protocol=config.protocol,
@@ -288,7 +292,7 @@ def _record(
             "engine": engine,
             "processes": runtime.world_size(),
             "preprocessing": _pixels(encoder),
-            "per_class": _mean_per_class([trial["per_class"] for trial in trials]),
+            "per_class": per_class,
             "pictures": [(first / name).relative_to(output).as_posix() for name in trials[0]["pictures"]],
         },
     )
