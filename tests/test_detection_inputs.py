@@ -7,9 +7,11 @@ from PIL import Image
 
 from moco_eval import config
 from moco_eval.data.boxes import make_sample
+from moco_eval.data.coco import read_coco_folder
 from moco_eval.detection import inputs
+from moco_eval.detection.average_precision import evaluate
 from moco_eval.detection.inputs import View
-from moco_eval.detection.masks import decoded, encoded
+from moco_eval.detection.masks import decoded, encoded, mask_targets
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.errors import InputError
@@ -154,6 +156,33 @@ def test_masks_and_keypoints_come_to_the_image_on_disk():
     assert found.keypoints.tolist() == [[[5.0, 41.5, 0.25]]]  # half a pixel less than on the scale of the boxes
 
 
+@pytest.mark.data
+def test_the_truth_is_all_right(shared_data):
+    """Real people, found where they are in images of other sizes: AP 100 of boxes, masks and keypoints."""
+    data = read_coco_folder(shared_data / "coco-mini", None, None, False, keypoints=True)
+    found = [on_disk(truth_of(one), (64, 48), one.size) for one in data.test]
+    metrics, _ = evaluate(data, found)
+    assert metrics["APbb"] == pytest.approx(100)
+    assert metrics["APkp"] == pytest.approx(100)
+    assert metrics["APmk"] > 98  # small ones lose a few pixels of their edges
+
+
+def truth_of(one):
+    """What a detector would say that sees the image as 64 x 48 pixels and is right; surer of people with keypoints."""
+    view = View(one.size, (64, 48), False)
+    labelled = (one.keypoints[..., 2] > 0).any(axis=1)
+    chosen = np.array([*np.flatnonzero(~one.crowd & labelled), *np.flatnonzero(~one.crowd & ~labelled)], int)
+    boxes = torch.from_numpy(view.boxes(one.boxes[chosen]))
+    masks = [view.mask(one.masks[number]) for number in chosen]
+    return {
+        "boxes": boxes,
+        "scores": 0.5 + 0.5 * torch.from_numpy(labelled[chosen]),
+        "labels": torch.from_numpy(one.labels[chosen] + 1),
+        "masks": mask_targets(masks, boxes, 112).float(),
+        "keypoints": torch.from_numpy(view.keypoints(one.keypoints[chosen], ())),
+    }
+
+
 # Against detectron2
 
 
@@ -178,13 +207,50 @@ def test_images_and_targets_are_detectron2s(tmp_path, flip, shorter, masks):
         keypoint_hflip_indices=np.array([0, 2, 1]),
     )
     wanted = mapper(in_their_form(one))
-    instances = wanted["instances"]
     pixels, target = drawn(one, f"input.min_size_train=[{shorter}]", f"input.flip={flip}")
     assert torch.equal(pixels, wanted["image"])
-    assert torch.equal(target["boxes"], instances.gt_boxes.tensor)
+    same_targets(target, wanted["instances"])
+
+
+@pytest.mark.data
+@pytest.mark.detectron2
+def test_real_people_are_detectron2s_too(shared_data):
+    """From the json on: polygons that it drops, crowd regions and the half pixel of keypoints."""
+    pytest.importorskip("detectron2")
+    from detectron2.data import DatasetMapper
+    from detectron2.data import transforms as T
+    from detectron2.data.datasets import load_coco_json
+
+    folder = shared_data / "coco-mini"
+    data = read_coco_folder(folder, None, None, False, keypoints=True)
+    people = str(folder / "annotations/person_keypoints_train2017.json")
+    entries = load_coco_json(people, str(folder / "train2017"), "people")  # with a name, classes count from 0
+    order = {entry["image_id"]: entry for entry in entries}
+    swapped = np.arange(17)
+    for left, right in data.keypoint_pairs:
+        swapped[[left, right]] = right, left
+    mapper = DatasetMapper(
+        is_train=True,
+        augmentations=[T.ResizeShortestEdge([80], 1333, "choice"), T.RandomFlip(prob=1.0)],
+        image_format="RGB",
+        use_instance_mask=True,
+        use_keypoint=True,
+        keypoint_hflip_indices=swapped,
+    )
+    usable = inputs.trainable(data.train, masks=True, keypoints=True)
+    assert len(usable) > 5
+    for one in usable:
+        wanted = mapper(order[one.image_id])
+        images, targets = next(inputs.training_batches([one], recipe("input.flip=1"), 0, 1, pairs=data.keypoint_pairs))
+        assert torch.equal(images[0], wanted["image"])
+        same_targets(targets[0], wanted["instances"], 1e-4)  # it reads a json's boxes in single precision
+
+
+def same_targets(target, instances, tolerance=0.0):
+    torch.testing.assert_close(target["boxes"], instances.gt_boxes.tensor, rtol=0, atol=tolerance)
     assert torch.equal(target["labels"] - 1, instances.gt_classes)
     assert torch.equal(target["keypoints"], instances.gt_keypoints.tensor)
-    if masks == "polygon":
+    if hasattr(instances.gt_masks, "polygons"):
         for ours, theirs in zip(target["masks"], instances.gt_masks.polygons, strict=True):
             assert all(np.array_equal(*parts) for parts in zip(ours, theirs, strict=True))
     else:

@@ -12,7 +12,9 @@ from moco_eval.detection import matching, proposals, regions
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.detector_names import detector_from_detectron2, detector_to_detectron2
 from moco_eval.detection.fine_tune import optimizer_for
+from moco_eval.detection.masks import decoded
 from moco_eval.detection.recipe import DetectConfig, learning_rate
+from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.build import architecture, build_backbone
 from moco_eval.encoders.detectron2 import settings_of
 from moco_eval.encoders.encoder import Encoder
@@ -65,7 +67,6 @@ def config_of(recipe, ours):
     model.ROI_BOX_HEAD.POOLER_RESOLUTION = recipe.roi.pool_size
     model.ROI_BOX_HEAD.SMOOTH_L1_BETA = recipe.roi.box_beta
     model.KEYPOINT_ON, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = recipe.keypoints, POINTS
-    cfg.TEST.DETECTIONS_PER_IMAGE = recipe.test.detections
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = recipe.optimizer.lr, recipe.schedule.warmup
     if recipe.model != "r50_c4":
         model.ROI_HEADS.NAME = "StandardROIHeads"
@@ -279,6 +280,24 @@ def test_detections(engines):
             close(image["masks"], instances.pred_masks[:, 0])
         if instances.has("pred_keypoints"):
             close(image["keypoints"][:, :, :2], instances.pred_keypoints[:, :, :2], 1e-3)
+
+
+@torch.no_grad()
+def test_detections_on_disk(engines):
+    """Scaled to an image of another size, with the masks pasted into it."""
+    recipe, ours, _, theirs = engines
+    ours.eval(), theirs.eval()
+    width, height = 250, 300
+    given = [entry | {"width": width, "height": height} for entry in theirs_of(images())]
+    for image, seen, wanted in zip(ours(images()), images(), theirs(given), strict=True):
+        found, instances = on_disk(image, (seen.shape[2], seen.shape[1]), (width, height)), wanted["instances"]
+        close(torch.from_numpy(found.boxes), instances.pred_boxes.tensor)
+        if recipe.masks:
+            masks = np.stack([decoded(code) for code in found.masks]).astype(bool)
+            assert (masks == instances.pred_masks.numpy()).mean() >= 0.999
+            assert (masks & instances.pred_masks.numpy()).sum() >= 0.999 * masks.sum() > 1000
+        if recipe.keypoints:
+            close(torch.from_numpy(found.keypoints[..., :2]) + 0.5, instances.pred_keypoints[..., :2], 1e-3)
 
 
 # Training
