@@ -173,20 +173,32 @@ def test_rounded_with_many_equal_scores_against_a_literal_loop(seed):
 
 
 def test_equal_scores_keep_the_order_of_images_where_nothing_is_rounded():
-    truth = [sample([BOX]) for _ in range(40)]
-    boxes = [found([BOX if i < 20 else FAR], [0.5]) for i in range(40)]
-    assert curve(truth, boxes)[0].tolist() == [min(i + 1, 20) / 40 for i in range(40)]
+    scores = np.random.default_rng(0).integers(1, 4, 200) / 4
+    truth = [sample([BOX]) for _ in scores]
+    boxes = [found([BOX if i % 2 else FAR], [score]) for i, score in enumerate(scores)]
+    right = np.array([i % 2 for _, i in sorted((-score, i) for i, score in enumerate(scores))])
+    assert curve(truth, boxes)[0].tolist() == (np.cumsum(right) / 200).tolist()
 
 
 def test_rounding_is_that_of_pythons_formatting():
-    random = np.random.default_rng(0)
     halves = np.arange(-40, 4056) / 16  # x.25 and x.75 lie exactly between two tenths
-    boxes = np.concatenate((halves, random.uniform(-1, 700, 4096))).astype(np.float32).reshape(-1, 4)
-    scores = np.concatenate((np.arange(1024) / 1024, random.random(1024))).astype(np.float32)  # n/16 likewise
-    ours, said = _as_text(boxes.astype(float), scores.astype(float))
+    twentieths = np.arange(1, 8192, 2) / 20  # and these nearly, before or after 1 is added in float32
+    boxes = np.concatenate((halves, twentieths)).astype(np.float32).reshape(-1, 4)
+    scores = np.concatenate((np.arange(1024) / 1024, np.arange(1, 2048, 2) / 2000))  # the same for thousandths
+    ours, said = _as_text(boxes.astype(float), scores)
     theirs = [[float(f"{x + one:.1f}") for x, one in zip(box, map(np.float32, (1, 1, 0, 0)))] for box in boxes]
     assert ours.tolist() == theirs
-    assert said.tolist() == [float(f"{score:.3f}") for score in scores.tolist()]
+    assert said.tolist() == [float(f"{score:.3f}") for score in scores.astype(np.float32).tolist()]
+
+
+def test_of_two_equal_objects_the_first_is_meant():
+    truth = [sample([BOX, BOX], difficult=[True, False])]
+    assert curve(truth, [found([BOX], [0.9])])[0].tolist() == [0]  # ignored, like the object
+
+
+def test_a_recall_of_three_tenths_does_not_reach_the_fourth_level():
+    """detectron2's fourth level is 0.30000000000000004."""
+    assert eleven_point(np.array([0.1, 0.2, 0.3]), np.ones(3)) == pytest.approx(3 / 11)
 
 
 @pytest.mark.parametrize("percent", range(50, 100, 5))
@@ -307,7 +319,9 @@ def assert_as_pycocotools(data, found, category):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_coco_ap_is_pycocotools_own_summary(seed):
-    assert_as_pycocotools(*coco_case(seed), category=3)
+    data, found = coco_case(seed)
+    assert_as_pycocotools(data, found, category=3)
+    assert all("bbox" not in row for row in coco_rows(data, found, "segm"))  # the size of a mask is its own
 
 
 def test_a_detector_without_masks_is_judged_by_boxes():

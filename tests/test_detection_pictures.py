@@ -100,6 +100,15 @@ def test_pictures_are_spread_over_the_split_and_named_in_order(tmp_path):
     assert sorted((tmp_path / "out").iterdir()) == paths
 
 
+def test_images_without_objects_are_drawn_only_where_there_are_no_others(tmp_path):
+    none = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int)}
+    empty = [truth(tmp_path / f"{name}.png", name=name, **none) for name in "ab"]
+    full = truth(tmp_path / "c.png", name="c")
+    (path,) = draw_pictures(data(empty[0], full, empty[1]), [said()] * 3, tmp_path / "out")
+    assert path.name == "0-c.png"
+    assert len(draw_pictures(data(*empty), [said()] * 2, tmp_path / "none")) == 2
+
+
 @pytest.mark.parametrize("size", [(1, 1), (700, 3), (3, 700)])
 def test_odd_images_and_names_are_drawn(tmp_path, size):
     box = np.array([[0.0, 0, size[0], size[1]]])

@@ -23,16 +23,18 @@ Colour = tuple[int, int, int]
 def draw_pictures(
     data: DetectionData, found: Sequence[Detections], folder: Path, count: int = 6, score: float = 0.3
 ) -> list[Path]:
-    """Write PNGs of images spread over the test split: left the truth, right what scores `score` or more.
+    """Write PNGs of images spread over those of the test split that have an object, or over all where none has.
 
-    A class has the same colour everywhere. Difficult objects and crowds say so.
+    Left is the truth, right what scores `score` or more. A class has the same colour everywhere. Difficult objects and
+    crowds say so.
 
     Returns:
         Their paths, folder/<number>-<image>.png.
     """
-    chosen = np.unique(np.linspace(0, len(data.test) - 1, num=min(count, len(data.test))).round().astype(int))
+    some = [index for index, sample in enumerate(data.test) if len(sample.labels)] or list(range(len(data.test)))
+    chosen = np.linspace(0, len(some) - 1, num=min(count, len(some))).round().astype(int)
     paths = []
-    for number, index in enumerate(chosen.tolist()):
+    for number, index in enumerate(some[place] for place in chosen):
         sample = data.test[index]
         path = folder / f"{number}-{Path(str(sample.image_id)).name}.png"
         with files.atomic(path) as temporary:
@@ -63,7 +65,7 @@ def _truth(sample: Sample, classes: Sequence[str]) -> list[Thing]:
     for place, label in enumerate(sample.labels.tolist()):
         note = " (crowd)" if sample.crowd[place] else " (difficult)" if sample.difficult[place] else ""
         points = None if sample.keypoints is None else sample.keypoints[place]
-        mask = sample.masks[place] if len(sample.masks) else None
+        mask = sample.masks[place] if len(sample.masks) and not sample.crowd[place] else None  # a crowd's hides much
         things.append((sample.boxes[place], label, classes[label] + note, mask, points))
     return things
 
@@ -95,7 +97,7 @@ def _draw(small: Image.Image, things: list[Thing], classes: Sequence[str], size:
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
         for x, y, seen in (points * (*scale, 1)).tolist() if points is not None else ():
             if seen > 0:
-                draw.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=colour, outline="white")
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour, outline="white")
     for box, label, words, _, _ in things:
         _write(draw, (box[0] * scale[0], box[1] * scale[1]), words, colour_of(label, len(classes)))
     return image
