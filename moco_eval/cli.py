@@ -318,7 +318,7 @@ def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
 @click.option("--recipe", help="A shipped recipe or a file; the data set's own where not given.")
 @click.option("--train-split", help="Of voc-folder and coco-folder.")
 @click.option("--test-split", help="Of voc-folder and coco-folder.")
-@click.option("--engine", type=click.Choice(["auto", "torchvision"]), default="auto", show_default=True)
+@click.option("--engine", type=click.Choice(["auto", "torchvision", "detectron2"]), default="auto", show_default=True)
 @click.option(
     "--trials", type=click.IntRange(1), default=1, show_default=True, help="Fine-tunings with their own seeds."
 )

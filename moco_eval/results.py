@@ -24,6 +24,7 @@ from moco_eval.runtime import found_by_main, is_main, log
 from moco_eval.statistics import REPEATS, summarise
 
 SCHEMA = "moco-eval/result@1"
+LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "pycocotools", "pillow", "detectron2")
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
@@ -91,7 +92,10 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "command": shlex.join(["moco-eval", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"moco-eval": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn", "pycocotools", "pillow")},
+        | {
+            name: _version(name)
+            for name in ("torch", "torchvision", "numpy", "scikit-learn", "pycocotools", "pillow", "detectron2")
+        },
         "hardware": hardware(),
         "commit": _commit(),
         "seed": seed,

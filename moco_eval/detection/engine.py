@@ -1,14 +1,22 @@
 """Which engine trains and runs the detector: detectron2 where it is installed, else torchvision's blocks."""
 
+import importlib
+import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
+from torchvision.models.resnet import BasicBlock
 
+from moco_eval import runtime
 from moco_eval.data.boxes import DetectionData
 from moco_eval.detection import torchvision_engine
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.recipe import DetectConfig
+from moco_eval.encoders.build import ARCHITECTURES
+from moco_eval.encoders.detectron2 import settings_of
 from moco_eval.encoders.encoder import Encoder
+from moco_eval.errors import InputError, message_of
 from moco_eval.results import Cost
 
 
@@ -16,9 +24,38 @@ def choose(engine: str, encoder: Encoder, recipe: DetectConfig) -> str:
     """The engine that `--engine` means here: 'torchvision' or 'detectron2'.
 
     Raises:
-        InputError: an engine that is not installed, or that cannot build the detector.
+        InputError: detectron2 is asked for and not installed, or cannot do what the recipe says.
     """
-    return "torchvision"
+    if engine == "torchvision":
+        return engine
+    why = _obstacle(encoder, recipe)
+    if engine == "detectron2" and why:
+        raise InputError(f"--engine detectron2: {why}; or take --engine torchvision, which computes the same")
+    chosen = "torchvision" if why else "detectron2"
+    runtime.log(f"engine: {chosen}{f' ({why})' if why else ''}")
+    return chosen
+
+
+def _obstacle(encoder: Encoder, recipe: DetectConfig) -> str | None:
+    """Why detectron2 cannot do it here; None where it can."""
+    if importlib.util.find_spec("detectron2") is None:
+        return (
+            "detectron2 is not installed; it is built from its source, https://github.com/facebookresearch/detectron2"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch has deprecated since
+            importlib.import_module("detectron2.modeling")
+    except Exception as error:  # a build for another torch or Python fails in its own ways
+        return f"detectron2 is installed and does not import ({' '.join(message_of(error).split())[:200]})"
+    settings, why = settings_of(encoder, Path("weights"))
+    if settings is None:
+        return why
+    if recipe.model != "r50_fpn" and ARCHITECTURES[encoder.arch].block is BasicBlock:
+        return f"detectron2 builds {encoder.arch} with an FPN only"
+    if recipe.accumulate > 1:
+        return "detectron2 takes a batch in one part and the recipe says accumulate"
+    return None
 
 
 def fine_tune_and_detect(
@@ -38,4 +75,8 @@ def fine_tune_and_detect(
     Raises:
         InputError, RunFailed, Interrupted.
     """
+    if engine == "detectron2":
+        from moco_eval.detection import detectron2_engine
+
+        return detectron2_engine.fine_tune_and_detect(encoder, data, recipe, output, device, cost)
     return torchvision_engine.fine_tune_and_detect(encoder, data, recipe, output, device, cost)

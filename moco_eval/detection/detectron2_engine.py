@@ -1,0 +1,359 @@
+"""The engine that is detectron2: its model, loader, augmentations, SGD and trainer, on our data and from our encoder.
+
+Nothing here is bit for bit repeatable after an interruption: the loader's order starts anew, from another seed.
+"""
+
+import contextlib
+import logging
+import re
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine.hooks import PreciseBN
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from moco_eval import files, runtime
+from moco_eval.data.boxes import DetectionData, Sample
+from moco_eval.detection import inputs
+from moco_eval.detection.average_precision import Detections
+from moco_eval.detection.detectron2_config import config_of
+from moco_eval.detection.inputs import seed_of
+from moco_eval.detection.masks import decoded, encoded
+from moco_eval.detection.recipe import DetectConfig, learning_rate
+from moco_eval.encoders.detectron2 import to_detectron2
+from moco_eval.encoders.encoder import Encoder
+from moco_eval.errors import InputError, RunFailed
+from moco_eval.results import Cost
+
+FORMAT = "moco-eval/detect-detectron2@1"
+RESNET = re.compile(r"(backbone\.(bottom_up\.)?(stem|res\d)|roi_heads\.res5\.\d)\.")
+
+
+def fine_tune_and_detect(
+    encoder: Encoder,
+    data: DetectionData,
+    recipe: DetectConfig,
+    output: Path,
+    device: torch.device,
+    cost: Cost,
+) -> list[Detections]:
+    """Train detectron2's model from the encoder, or go on from the last checkpoint, and run it on the test split.
+
+    See `torchvision_engine.fine_tune_and_detect`: the same arguments, results and errors.
+    """
+    cfg = config_of(recipe, encoder, len(data.classes), len(data.keypoints), str(device))
+    with _quiet(), runtime.Stop() as stop:
+        seed_all_rng(seed_of(recipe.seed, 0))
+        model = build_detector(cfg, encoder)
+        _train(model, cfg, data, recipe, output, device, cost, stop)
+        with cost.clock():
+            return detect(model, cfg, data, recipe, device, stop)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """detectron2's own log and warnings are kept off stderr; what matters of them comes as an error."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "torch.fx")]
+    before = [(logger, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)
+
+
+# The model
+
+
+def build_detector(cfg: CfgNode, encoder: Encoder) -> nn.Module:
+    """detectron2's model with every backbone tensor of the encoder, bit for bit; the rest as detectron2 draws it."""
+    model = build_model(cfg)
+    state = {_place(cfg, name): tensor for name, tensor in encoder.backbone.state_dict().items()}
+    ours = model.state_dict()
+    missing = sorted(state.keys() - ours.keys())
+    assert not missing, f"detectron2's model has no place for {missing[:3]}"
+    model.load_state_dict(state, strict=False)
+    ours = model.state_dict()
+    assert all(torch.equal(ours[name].cpu(), tensor.cpu()) for name, tensor in state.items())
+    left = [name for name in ours if RESNET.match(name) and name not in state]
+    assert not left, f"the encoder has nothing for {left[:3]}"
+    runtime.log(f"detector: {len(state)} of {len(state)} backbone tensors of {encoder.source}, bit for bit")
+    return model
+
+
+def _place(cfg: CfgNode, name: str) -> str:
+    """Where detectron2's detector has an encoder's tensor."""
+    name = to_detectron2(name)
+    if cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone":
+        return f"backbone.bottom_up.{name}"
+    return f"roi_heads.{name}" if name.startswith("res5.") else f"backbone.{name}"
+
+
+# Data
+
+
+@contextlib.contextmanager
+def _registered(data: DetectionData, samples: list[Sample], cfg: CfgNode) -> Iterator[CfgNode]:
+    """The training images under a name of their own in detectron2's catalogue; yields the configuration with it."""
+    name = f"moco_eval_{uuid.uuid4().hex}"
+    bitmaps = any(isinstance(mask, dict) for sample in samples for mask in sample.masks)
+    cfg = cfg.clone()
+    cfg.DATASETS.TRAIN, cfg.INPUT.MASK_FORMAT = (name,), "bitmask" if bitmaps else "polygon"
+    DatasetCatalog.register(name, lambda: [_record(number, sample, cfg) for number, sample in enumerate(samples)])
+    meta = MetadataCatalog.get(name)
+    meta.thing_classes = list(data.classes)
+    if data.keypoints:
+        meta.keypoint_names = list(data.keypoints)
+        meta.keypoint_flip_map = [(data.keypoints[a], data.keypoints[b]) for a, b in data.keypoint_pairs]
+    try:
+        yield cfg
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def _record(number: int, sample: Sample, cfg: CfgNode) -> dict[str, Any]:
+    """An image as detectron2's loaders describe it."""
+    annotations: list[dict[str, Any]] = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0}
+        for box, label in zip(sample.boxes.tolist(), sample.labels.tolist())
+    ]
+    if cfg.MODEL.MASK_ON:
+        for annotation, mask in zip(annotations, sample.masks):
+            annotation["segmentation"] = encoded(decoded(mask)) if isinstance(mask, dict) else mask
+    if cfg.MODEL.KEYPOINT_ON and sample.keypoints is not None:
+        for annotation, points in zip(annotations, sample.keypoints):
+            annotation["keypoints"] = points.flatten().tolist()
+    return _image(number, sample) | {"annotations": annotations}
+
+
+def _image(number: int, sample: Sample) -> dict[str, Any]:
+    width, height = sample.size
+    return {"file_name": str(sample.path), "image_id": number, "width": width, "height": height}
+
+
+def _loader(cfg: CfgNode, recipe: DetectConfig) -> Any:
+    """detectron2's endless batches, with its resize and flip."""
+    resize = T.ResizeShortestEdge(recipe.input.min_size_train, recipe.input.max_size, "choice")
+    flip = [T.RandomFlip(recipe.input.flip)] if recipe.input.flip else []
+    return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, True, augmentations=[resize, *flip]))
+
+
+# Training
+
+
+class _Trainer(SimpleTrainer):
+    """detectron2's loop, in the recipe's precision, its seconds counted."""
+
+    def __init__(self, model: nn.Module, loader: Any, optimizer: Any, recipe: DetectConfig, cost: Cost, device: Any):
+        super().__init__(model, loader, optimizer)
+        self.recipe, self.cost, self.on = recipe, cost, device
+
+    def run_step(self) -> None:
+        with self.cost.clock(), runtime.autocast(self.on, self.recipe.precision):
+            super().run_step()
+        self.cost.images += self.recipe.batch_size
+
+
+class _Housekeeping(HookBase):
+    """After each step: the learning rate, our metrics.jsonl and checkpoint, and the wish to stop."""
+
+    def __init__(self, state: "_State", path: Path, recipe: DetectConfig, stop: runtime.Stop, advance: Any):
+        self.state, self.path, self.recipe, self.stop, self.advance = state, path, recipe, stop, advance
+
+    def after_step(self) -> None:
+        recipe, done = self.recipe, self.trainer.iter + 1
+        self.state.scheduler.step()
+        if runtime.is_main():  # where detectron2 gathers the losses
+            self._log(done)
+        asked, _ = self.stop.look(done, False)
+        if asked or done % recipe.checkpoints.every == 0 or done == recipe.schedule.iterations:
+            self.state.save(done)
+        if asked:
+            total = recipe.schedule.iterations
+            self.stop.check(f"iteration {done} of {total} is saved; run the same command again to go on")
+
+    def _log(self, done: int) -> None:
+        values = {name: value for name, (value, _) in self.trainer.storage.latest().items() if "loss" in name}
+        loss = values.pop("total_loss")
+        self.advance(note=f"loss {loss:.3f}")
+        if done % self.recipe.log_every == 0 or done == self.recipe.schedule.iterations:
+            line = {"iteration": done, "lr": learning_rate(self.recipe, done - 1), "loss": loss, **values}
+            files.append_line(self.path, line)
+
+
+class _State:
+    """checkpoints/last.pth of this engine."""
+
+    def __init__(self, model: nn.Module, cfg: CfgNode, output: Path, cost: Cost):
+        self.model, self.cost, self.path = model, cost, output / "checkpoints" / "last.pth"
+        self.optimizer = build_optimizer(cfg, model)
+        self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        self.done, self.finished = self._load()
+
+    def save(self, done: int, finished: bool = False) -> None:
+        """Write last.pth, from the first process, once the weights are known to be finite."""
+        runtime.require_finite_weights(self.model, done)
+        if runtime.is_main():
+            state = {
+                "format": FORMAT,
+                "iteration": done,
+                "finished": finished,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "seconds": self.cost.seconds,
+                "images": self.cost.images,
+            }
+            with files.atomic(self.path) as temporary:
+                torch.save(state, temporary)
+        runtime.barrier()
+
+    def _load(self) -> tuple[int, bool]:
+        """The iterations already done, and whether precise BN is."""
+        if not self.path.is_file():
+            return 0, False
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            done, finished = int(state["iteration"]), bool(state["finished"])
+            self.cost.seconds, self.cost.images = state["seconds"], state["images"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.path} is not readable ({reason}); delete it to start this run again") from None
+        self.scheduler.last_epoch = done - 1
+        self.scheduler.step()
+        runtime.log(f"going on from iteration {done} of {self.path}")
+        return done, finished
+
+
+def _train(
+    model: nn.Module,
+    cfg: CfgNode,
+    data: DetectionData,
+    recipe: DetectConfig,
+    output: Path,
+    device: torch.device,
+    cost: Cost,
+    stop: runtime.Stop,
+) -> None:
+    """Train to the end and estimate the BN statistics anew, or go on from checkpoints/last.pth. Collective."""
+    samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
+    if recipe.data.shuffle_labels:
+        samples = inputs.shuffle_labels(samples, recipe.seed)
+    state, total, metrics = _State(model, cfg, output, cost), recipe.schedule.iterations, output / "metrics.jsonl"
+    if state.finished:
+        return
+    if runtime.is_main():
+        files.cut_lines(metrics, lambda line: line["iteration"] <= state.done)
+    seed_all_rng(seed_of(recipe.seed, 1 + state.done, runtime.rank()))
+    model.train()
+    with _registered(data, samples, cfg) as named, _refusals(recipe):
+        if state.done < total:
+            with runtime.progress("detect", total, recipe.batch_size, done=state.done) as advance:
+                loader = _loader(named, recipe)
+                trainer = _Trainer(runtime.parallel(model), loader, state.optimizer, recipe, cost, device)
+                trainer.register_hooks([_Housekeeping(state, metrics, recipe, stop, advance)])
+                trainer.train(state.done, total)
+        with cost.clock():
+            _precise_bn(model, named, recipe, device, stop)
+    state.save(total, finished=True)
+
+
+@contextlib.contextmanager
+def _refusals(recipe: DetectConfig) -> Iterator[None]:
+    """What detectron2 raises of images and losses, in our words."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise RunFailed(f"{' '.join(str(error).splitlines()[0].split())}; take a smaller optimizer.lr") from None
+    except (InputError, RunFailed):
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"detectron2 cannot read a training image: {lines[-1].strip() if lines else error}") from None
+
+
+def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: torch.device, stop: runtime.Stop) -> None:
+    """detectron2's own, on a loader of its own that runs in this process, as its trainer does."""
+    if recipe.precise_bn == 0:
+        return
+    cfg = cfg.clone()
+    cfg.DATALOADER.NUM_WORKERS = 0
+
+    def batches() -> Iterator[Any]:
+        for batch in _loader(cfg, recipe):
+            if runtime.world_size() == 1:
+                stop.check("the trained detector is saved; run the same command again to go on")
+            yield batch
+
+    with runtime.autocast(device, recipe.precision):
+        PreciseBN(0, model, batches(), recipe.precise_bn).update_stats()
+    for buffer in model.buffers():
+        runtime.broadcast_(buffer)
+
+
+# Detection
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    cfg: CfgNode,
+    data: DetectionData,
+    recipe: DetectConfig,
+    device: torch.device,
+    stop: runtime.Stop | None = None,
+) -> list[Detections]:
+    """Run detectron2's model on the test images, each process on every world-th; all of it, on every process.
+
+    Raises:
+        InputError: an unreadable image.
+    """
+    model.eval()
+    resize = T.ResizeShortestEdge([recipe.input.min_size_test] * 2, recipe.input.max_size, "choice")
+    read = DatasetMapper(cfg, False, augmentations=[resize])
+    first, world = runtime.rank(), runtime.world_size()
+    found = []
+    samples = data.test[first::world]
+    for number, sample in enumerate(runtime.track(samples, "evaluate", len(samples), world)):
+        if stop is not None and world == 1:
+            stop.check("the trained detector is saved; run the same command again to go on")
+        try:
+            image = read(_image(number, sample))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"cannot read {sample.path}: {' '.join(str(error).split())}") from None
+        with runtime.autocast(device, recipe.precision):
+            (result,) = model([image])
+        found.append(_detections(result["instances"].to("cpu")))
+    shares = runtime.gather_lists(found)
+    return [shares[index % world][index // world] for index in range(len(data.test))]
+
+
+def _detections(instances: Instances) -> Detections:
+    """What was found in an image; keypoints half a pixel less, as COCO counts them."""
+    masks = keypoints = None
+    if instances.has("pred_masks"):
+        masks = [encoded(mask) for mask in instances.pred_masks.numpy().astype(np.uint8)]
+    if instances.has("pred_keypoints"):
+        points = instances.pred_keypoints.double()
+        keypoints = torch.cat((points[..., :2] - 0.5, points[..., 2:]), dim=-1).numpy()
+    boxes, scores = instances.pred_boxes.tensor.double().numpy(), instances.scores.double().numpy()
+    return Detections(boxes, scores, instances.pred_classes.numpy(), masks, keypoints)
