@@ -113,8 +113,8 @@ def hardware() -> dict[str, Any]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:
-        return None
+    except PackageNotFoundError:  # or it runs from its source
+        return getattr(sys.modules.get(name), "__version__", None)
 
 
 def _commit() -> str | None:

@@ -167,8 +167,12 @@ class _Trainer(SimpleTrainer):
         self.recipe, self.cost, self.on = recipe, cost, device
 
     def run_step(self) -> None:
-        with self.cost.clock(), runtime.autocast(self.on, self.recipe.precision):
-            super().run_step()
+        try:
+            with self.cost.clock(), runtime.autocast(self.on, self.recipe.precision):
+                super().run_step()
+        except FloatingPointError as error:
+            words = str(error).splitlines()[0].rstrip(".!")
+            raise RunFailed(f"iteration {self.iter + 1}: {words}; take a smaller optimizer.lr") from None
         self.cost.images += self.recipe.batch_size
 
 
@@ -265,7 +269,7 @@ def _train(
         files.cut_lines(metrics, lambda line: line["iteration"] <= state.done)
     seed_all_rng(seed_of(recipe.seed, 1 + state.done, runtime.rank()))
     model.train()
-    with _registered(data, samples, cfg) as named, _refusals(recipe):
+    with _registered(data, samples, cfg) as named, _refusals():
         if state.done < total:
             with runtime.progress("detect", total, recipe.batch_size, done=state.done) as advance:
                 loader = _loader(named, recipe)
@@ -278,12 +282,10 @@ def _train(
 
 
 @contextlib.contextmanager
-def _refusals(recipe: DetectConfig) -> Iterator[None]:
-    """What detectron2 raises of images and losses, in our words."""
+def _refusals() -> Iterator[None]:
+    """What detectron2 raises of images, in our words."""
     try:
         yield
-    except FloatingPointError as error:
-        raise RunFailed(f"{' '.join(str(error).splitlines()[0].split())}; take a smaller optimizer.lr") from None
     except (InputError, RunFailed):
         raise
     except (OSError, SyntaxError, ValueError) as error:
@@ -329,7 +331,7 @@ def detect(
     """
     model.eval()
     resize = T.ResizeShortestEdge([recipe.input.min_size_test] * 2, recipe.input.max_size, "choice")
-    read = DatasetMapper(cfg, False, augmentations=[resize])
+    read = DatasetMapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
     first, world = runtime.rank(), runtime.world_size()
     found = []
     samples = data.test[first::world]
