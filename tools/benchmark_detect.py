@@ -89,11 +89,11 @@ def theirs(given: argparse.Namespace, recipe: DetectConfig, data: DetectionData,
     encoder = load(given.encoder)
     cfg = config_of(recipe, encoder, len(data.classes), len(data.keypoints), given.device)
     model = engine.build_detector(cfg, encoder).train()
-    state = engine._State(model, cfg, folder / "run", Cost(given.device))
+    sgd = engine._Optimisation(model, cfg, folder / "run", Cost(given.device))
     samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
     registered = engine._registered(data, samples, cfg)
     loader = engine._loader(registered.__enter__(), recipe)  # left registered until this process ends
-    trainer = engine._Trainer(model, loader, state.optimizer, recipe, Cost(given.device), torch.device(given.device))
+    trainer = engine._Trainer(model, loader, sgd.optimizer, recipe, Cost(given.device), torch.device(given.device))
     trainer.storage, trainer.iter = EventStorage(0).__enter__(), 0
     return trainer.run_step
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from moco_eval import files, runtime
 from moco_eval.data.boxes import DetectionData, Sample
-from moco_eval.detection import inputs
+from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detectron2_config import config_of
 from moco_eval.detection.inputs import seed_of
@@ -38,7 +38,6 @@ from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.results import Cost
 
-FORMAT = "moco-eval/detect-detectron2@1"
 RESNET = re.compile(r"(backbone\.(bottom_up\.)?(stem|res\d)|roi_heads\.res5\.\d)\.")
 
 
@@ -85,16 +84,16 @@ def _quiet() -> Iterator[None]:
 def build_detector(cfg: CfgNode, encoder: Encoder) -> nn.Module:
     """detectron2's model with every backbone tensor of the encoder, bit for bit; the rest as detectron2 draws it."""
     model = build_model(cfg)
-    state = {_place(cfg, name): tensor for name, tensor in encoder.backbone.state_dict().items()}
+    given = {_place(cfg, name): tensor for name, tensor in encoder.backbone.state_dict().items()}
     ours = model.state_dict()
-    missing = sorted(state.keys() - ours.keys())
+    missing = sorted(given.keys() - ours.keys())
     assert not missing, f"detectron2's model has no place for {missing[:3]}"
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(given, strict=False)
     ours = model.state_dict()
-    assert all(torch.equal(ours[name].cpu(), tensor.cpu()) for name, tensor in state.items())
-    left = [name for name in ours if RESNET.match(name) and name not in state]
+    assert all(torch.equal(ours[name].cpu(), tensor.cpu()) for name, tensor in given.items())
+    left = [name for name in ours if RESNET.match(name) and name not in given]
     assert not left, f"the encoder has nothing for {left[:3]}"
-    runtime.log(f"detector: {len(state)} of {len(state)} backbone tensors of {encoder.source}, bit for bit")
+    runtime.log(f"detector: {len(given)} of {len(given)} backbone tensors of {encoder.source}, bit for bit")
     return model
 
 
@@ -179,17 +178,17 @@ class _Trainer(SimpleTrainer):
 class _Housekeeping(HookBase):
     """After each step: the learning rate, our metrics.jsonl and checkpoint, and the wish to stop."""
 
-    def __init__(self, state: "_State", path: Path, recipe: DetectConfig, stop: runtime.Stop, advance: Any):
-        self.state, self.path, self.recipe, self.stop, self.advance = state, path, recipe, stop, advance
+    def __init__(self, sgd: "_Optimisation", path: Path, recipe: DetectConfig, stop: runtime.Stop, advance: Any):
+        self.sgd, self.path, self.recipe, self.stop, self.advance = sgd, path, recipe, stop, advance
 
     def after_step(self) -> None:
         recipe, done = self.recipe, self.trainer.iter + 1
-        self.state.scheduler.step()
+        self.sgd.scheduler.step()
         if runtime.is_main():  # where detectron2 gathers the losses
             self._log(done)
         asked, _ = self.stop.look(done, False)
         if asked or done % recipe.checkpoints.every == 0 or done == recipe.schedule.iterations:
-            self.state.save(done)
+            self.sgd.save(done)
         if asked:
             total = recipe.schedule.iterations
             self.stop.check(f"iteration {done} of {total} is saved; run the same command again to go on")
@@ -203,49 +202,20 @@ class _Housekeeping(HookBase):
             files.append_line(self.path, line)
 
 
-class _State:
-    """checkpoints/last.pth of this engine."""
+class _Optimisation:
+    """SGD and its schedule as detectron2 builds them, and how far they are."""
 
     def __init__(self, model: nn.Module, cfg: CfgNode, output: Path, cost: Cost):
         self.model, self.cost, self.path = model, cost, output / "checkpoints" / "last.pth"
         self.optimizer = build_optimizer(cfg, model)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
-        self.done, self.finished = self._load()
+        self.done, self.finished = state.load(self.path, model, self.optimizer, cost)
+        if self.done:
+            self.scheduler.last_epoch = self.done - 1
+            self.scheduler.step()
 
     def save(self, done: int, finished: bool = False) -> None:
-        """Write last.pth, from the first process, once the weights are known to be finite."""
-        runtime.require_finite_weights(self.model, done)
-        if runtime.is_main():
-            state = {
-                "format": FORMAT,
-                "iteration": done,
-                "finished": finished,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "seconds": self.cost.seconds,
-                "images": self.cost.images,
-            }
-            with files.atomic(self.path) as temporary:
-                torch.save(state, temporary)
-        runtime.barrier()
-
-    def _load(self) -> tuple[int, bool]:
-        """The iterations already done, and whether precise BN is."""
-        if not self.path.is_file():
-            return 0, False
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            done, finished = int(state["iteration"]), bool(state["finished"])
-            self.cost.seconds, self.cost.images = state["seconds"], state["images"]
-        except Exception as error:  # whatever a damaged file makes torch raise
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.path} is not readable ({reason}); delete it to start this run again") from None
-        self.scheduler.last_epoch = done - 1
-        self.scheduler.step()
-        runtime.log(f"going on from iteration {done} of {self.path}")
-        return done, finished
+        state.save(self.path, self.model, self.optimizer, done, finished, self.cost)
 
 
 def _train(
@@ -262,23 +232,23 @@ def _train(
     samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
     if recipe.data.shuffle_labels:
         samples = inputs.shuffle_labels(samples, recipe.seed)
-    state, total, metrics = _State(model, cfg, output, cost), recipe.schedule.iterations, output / "metrics.jsonl"
-    if state.finished:
+    sgd, total, metrics = _Optimisation(model, cfg, output, cost), recipe.schedule.iterations, output / "metrics.jsonl"
+    if sgd.finished:
         return
     if runtime.is_main():
-        files.cut_lines(metrics, lambda line: line["iteration"] <= state.done)
-    seed_all_rng(seed_of(recipe.seed, 1 + state.done, runtime.rank()))
+        files.cut_lines(metrics, lambda line: line["iteration"] <= sgd.done)
+    seed_all_rng(seed_of(recipe.seed, 1 + sgd.done, runtime.rank()))
     model.train()
     with _registered(data, samples, cfg) as named, _refusals():
-        if state.done < total:
-            with runtime.progress("detect", total, recipe.batch_size, done=state.done) as advance:
+        if sgd.done < total:
+            with runtime.progress("detect", total, recipe.batch_size, done=sgd.done) as advance:
                 loader = _loader(named, recipe)
-                trainer = _Trainer(runtime.parallel(model), loader, state.optimizer, recipe, cost, device)
-                trainer.register_hooks([_Housekeeping(state, metrics, recipe, stop, advance)])
-                trainer.train(state.done, total)
+                trainer = _Trainer(runtime.parallel(model), loader, sgd.optimizer, recipe, cost, device)
+                trainer.register_hooks([_Housekeeping(sgd, metrics, recipe, stop, advance)])
+                trainer.train(sgd.done, total)
         with cost.clock():
             _precise_bn(model, named, recipe, device, stop)
-    state.save(total, finished=True)
+    sgd.save(total, finished=True)
 
 
 @contextlib.contextmanager

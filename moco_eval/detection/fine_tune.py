@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from moco_eval import files, runtime
 from moco_eval.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
 from moco_eval.data.boxes import DetectionData
-from moco_eval.detection import inputs
+from moco_eval.detection import inputs, state
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.recipe import DetectConfig, learning_rate
-from moco_eval.errors import InputError
 from moco_eval.results import Cost
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
@@ -75,7 +74,7 @@ class Trainer:
         self.model, self.recipe, self.device, self.cost = model, recipe, device, cost
         self.optimizer = optimizer_for(model, recipe)
         self.state = output / "checkpoints" / "last.pth"
-        self.done, self.finished = self._load()
+        self.done, self.finished = state.load(self.state, model, self.optimizer, cost)
         self.ddp = runtime.parallel(model)
         self.losses = _Losses(output / "metrics.jsonl", recipe, self.done)
 
@@ -121,36 +120,7 @@ class Trainer:
     def save(self, finished: bool = False) -> None:
         """Write last.pth, from the first process, once the losses and weights are known to be finite."""
         self.losses.settle()
-        runtime.require_finite_weights(self.model, self.done)
-        if runtime.is_main():
-            state = {
-                "format": "moco-eval/detect@1",
-                "iteration": self.done,
-                "finished": finished,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "seconds": self.cost.seconds,
-                "images": self.cost.images,
-            }
-            with files.atomic(self.state) as temporary:
-                torch.save(state, temporary)
-        runtime.barrier()
-
-    def _load(self) -> tuple[int, bool]:
-        """The iterations already done, and whether precise BN is: as last.pth says, or none."""
-        if not self.state.is_file():
-            return 0, False
-        try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            done, finished = int(state["iteration"]), bool(state["finished"])
-            self.cost.seconds, self.cost.images = state["seconds"], state["images"]
-        except Exception as error:  # whatever a damaged file makes torch raise
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.state} is not readable ({reason}); delete it to start this run again") from None
-        runtime.log(f"going on from iteration {done} of {self.state}")
-        return done, finished
+        state.save(self.state, self.model, self.optimizer, self.done, finished, self.cost)
 
 
 class _Losses:

@@ -1,0 +1,55 @@
+"""checkpoints/last.pth of a fine-tuning: what either engine goes on from."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moco_eval import files, runtime
+from moco_eval.errors import InputError
+from moco_eval.results import Cost
+
+FORMAT = "moco-eval/detect@1"
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, finished: bool, cost: Cost) -> None:
+    """Write it, from the first process, once the weights are known to be finite. Collective.
+
+    Args:
+        done: iterations so far; `finished`: with precise BN behind them.
+    """
+    runtime.require_finite_weights(model, done)
+    if runtime.is_main():
+        state = {
+            "format": FORMAT,
+            "iteration": done,
+            "finished": finished,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "seconds": cost.seconds,
+            "images": cost.images,
+        }
+        with files.atomic(path) as temporary:
+            torch.save(state, temporary)
+    runtime.barrier()
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost) -> tuple[int, bool]:
+    """Take it up; returns the iterations already done and whether precise BN is: none and not, where there is none.
+
+    Raises:
+        InputError: a damaged file, or another detector's.
+    """
+    if not path.is_file():
+        return 0, False
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, finished = int(state["iteration"]), bool(state["finished"])
+        cost.seconds, cost.images = state["seconds"], state["images"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not readable ({reason}); delete it to start this run again") from None
+    runtime.log(f"going on from iteration {done} of {path}")
+    return done, finished
