@@ -16,7 +16,6 @@ from moco_eval.detection.masks import decoded
 from moco_eval.detection.recipe import DetectConfig, learning_rate
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.build import architecture, build_backbone
-from moco_eval.encoders.detectron2 import settings_of
 from moco_eval.encoders.encoder import Encoder
 
 pytestmark = pytest.mark.detectron2
@@ -46,77 +45,6 @@ def encoder(arch):
     return Encoder("random", "random", arch, net, architecture(arch).feature_dim, None, "random", "0" * 64, loaded)
 
 
-def config_of(recipe, ours):
-    from pathlib import Path
-
-    from detectron2.config import get_cfg
-
-    cfg = get_cfg()
-    settings, _ = settings_of(ours, Path("x"))
-    for section in ("MODEL", "INPUT", "SOLVER"):
-        merge(cfg[section], settings[section])
-    model = cfg.MODEL
-    model.DEVICE, model.WEIGHTS, model.RESNETS.NORM = "cpu", "", "BN"
-    model.ANCHOR_GENERATOR.SIZES = [list(recipe.anchors.sizes)]
-    model.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(recipe.anchors.ratios)]
-    model.MASK_ON = recipe.masks
-    model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST = recipe.rpn.pre_nms_train, recipe.rpn.pre_nms_test
-    model.RPN.POST_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TEST = recipe.rpn.post_nms_train, recipe.rpn.post_nms_test
-    model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = recipe.roi.batch_per_image
-    model.ROI_HEADS.NUM_CLASSES = CLASSES
-    model.ROI_BOX_HEAD.POOLER_RESOLUTION = recipe.roi.pool_size
-    model.ROI_BOX_HEAD.SMOOTH_L1_BETA = recipe.roi.box_beta
-    model.KEYPOINT_ON, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = recipe.keypoints, POINTS
-    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = recipe.optimizer.lr, recipe.schedule.warmup
-    if recipe.model != "r50_c4":
-        model.ROI_HEADS.NAME = "StandardROIHeads"
-        model.ROI_BOX_HEAD.NAME, model.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 2
-        model.ROI_MASK_HEAD.NUM_CONV, model.ROI_MASK_HEAD.POOLER_RESOLUTION = 4, 14
-    if recipe.model == "r50_fpn":
-        levels = [f"p{i}" for i in range(2, 7)]
-        model.BACKBONE.NAME = "build_resnet_fpn_backbone"
-        model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = [f"res{i}" for i in range(2, 6)]
-        model.FPN.NORM = "BN"
-        model.ANCHOR_GENERATOR.SIZES = [[size] for size in recipe.anchors.sizes]
-        model.RPN.IN_FEATURES, model.ROI_HEADS.IN_FEATURES = levels, levels[:-1]
-    if recipe.model == "r50_dc5":
-        model.BACKBONE.NAME = "build_reduced_c5"
-        model.RESNETS.OUT_FEATURES, model.RESNETS.RES5_DILATION = ["res5"], 2
-        model.RPN.IN_FEATURES = model.ROI_HEADS.IN_FEATURES = ["c5"]
-    return cfg
-
-
-def register_reduced_c5():
-    from detectron2.layers import Conv2d, ShapeSpec, get_norm
-    from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-    from detectron2.modeling.backbone.resnet import build_resnet_backbone
-
-    class ReducedC5(Backbone):
-        def __init__(self, cfg, shape):
-            super().__init__()
-            self.bottom_up = build_resnet_backbone(cfg, shape)
-            channels = self.bottom_up.output_shape()["res5"].channels
-            norm = get_norm(cfg.MODEL.RESNETS.NORM, 512)
-            self.reduce = Conv2d(channels, 512, 3, padding=1, bias=False, norm=norm)
-
-        def forward(self, x):
-            return {"c5": self.reduce(self.bottom_up(x)["res5"])}
-
-        def output_shape(self):
-            return {"c5": ShapeSpec(channels=512, stride=16)}
-
-    if "build_reduced_c5" not in BACKBONE_REGISTRY:
-        BACKBONE_REGISTRY._do_register("build_reduced_c5", ReducedC5)
-
-
-def merge(node, values):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            merge(node[name], value)
-        else:
-            node[name] = value
-
-
 def lively(model):
     """Norms that scale and shift, their statistics those of real maps, and predictors that tell places and classes."""
     torch.manual_seed(1)
@@ -139,13 +67,12 @@ def lively(model):
 def pair(name, *overrides, arch="resnet50_quarter"):
     from detectron2.modeling import build_model
 
-    import moco_eval.detection.extra_norm  # noqa: F401 (registers the head)
+    from moco_eval.detection.detectron2_config import config_of
 
     recipe_name, *more = MODELS[name]
     recipe = config.load(recipe_name, "detect", DetectConfig, (*SMALL, *more, *overrides))
     ours = lively(build_detector(encoder(arch), CLASSES, recipe, POINTS))
-    cfg = config_of(recipe, encoder(arch))
-    register_reduced_c5()
+    cfg = config_of(recipe, encoder(arch), CLASSES, POINTS)
     theirs = build_model(cfg)
     theirs.load_state_dict(detector_to_detectron2(ours.state_dict()), strict=True)
     return recipe, ours, cfg, theirs

@@ -72,13 +72,12 @@ def config_of(recipe: DetectConfig, encoder: Encoder, classes: int, keypoints: i
 
 def _model(recipe: DetectConfig, classes: int, keypoints: int) -> dict[str, Any]:
     """What detectors of every kind have in common."""
-    rpn, roi, norm = recipe.rpn, recipe.roi, NORMS[recipe.bn]
+    rpn, roi = recipe.rpn, recipe.roi
     model: dict[str, Any] = {
         "MASK_ON": recipe.masks,
         "KEYPOINT_ON": recipe.keypoints,
         "BACKBONE": {"FREEZE_AT": 0},
-        "RESNETS": {"NORM": norm},
-        "FPN": {"NORM": norm},
+        "RESNETS": {"NORM": NORMS[recipe.bn]},
         "ANCHOR_GENERATOR": {"ASPECT_RATIOS": [list(recipe.anchors.ratios)]},
         "RPN": {
             "PRE_NMS_TOPK_TRAIN": rpn.pre_nms_train,
@@ -127,7 +126,7 @@ def _fpn(recipe: DetectConfig) -> dict[str, Any]:
     model = {
         "BACKBONE": {"NAME": "build_resnet_fpn_backbone"},
         "RESNETS": {"OUT_FEATURES": STAGES},
-        "FPN": {"IN_FEATURES": STAGES},
+        "FPN": {"IN_FEATURES": STAGES, "NORM": NORMS[recipe.bn]},
         "ANCHOR_GENERATOR": {"SIZES": [[size] for size in recipe.anchors.sizes]},
         "RPN": {"IN_FEATURES": LEVELS},
         "ROI_HEADS": {"IN_FEATURES": LEVELS[:-1]},
