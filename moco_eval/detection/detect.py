@@ -357,8 +357,9 @@ def format_table(record: dict[str, Any]) -> str:
         rows.append((f"std of {results.repeats(record)}", dict(record["std"])))
     rows += record["per_class"].items()
     width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{name:>11}" for name in names)]
+    columns = [max(11, len(name) + 2) for name in names]
+    lines = [" " * width + "".join(f"{name:>{wide}}" for name, wide in zip(names, columns))]
     for label, scores in rows:
         cells = ("-" if (value := scores.get(name)) is None else f"{value:.2f}" for name in names)
-        lines.append(f"{label:<{width}}" + "".join(f"{cell:>11}" for cell in cells))
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>{wide}}" for cell, wide in zip(cells, columns)))
     return "\n".join(lines)
