@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -258,16 +260,33 @@ class TestRuns:
         with pytest.raises(RunFailed, match=r"iteration [123]: .*smaller optimizer.lr"):
             run(tmp_path / "run", *TINY, "optimizer.lr=1e18")
 
-    def test_a_damaged_image_stops_in_one_line(self, tmp_path):
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_damaged_image_stops_in_one_line(self, tmp_path, workers):
         data = open_digits(tmp_path / "scenes", Scenes(train=6, test=2), None, None)
         for sample in data.train:  # as JPEG, whose header is whole when its end is gone
             Image.open(sample.path).save(sample.path.with_suffix(".jpg"))
             sample.path.unlink()
             jpeg = sample.path.with_suffix(".jpg").read_bytes()
             sample.path.with_suffix(".jpg").write_bytes(jpeg[: len(jpeg) // 2])
-        with pytest.raises(InputError, match=r"training image: .*truncated") as error:
-            run(tmp_path / "run", *TINY, dataset="voc-folder", data=tmp_path / "scenes/voc")
+        with pytest.raises(InputError, match=r"cannot read \S+\.jpg: .*truncated.*replace") as error:
+            run(tmp_path / "run", *TINY, f"workers={workers}", dataset="voc-folder", data=tmp_path / "scenes/voc")
         assert "\n" not in str(error.value)
+
+    def test_16_bit_greys_are_refused(self, tmp_path):
+        data = open_digits(tmp_path / "scenes", Scenes(train=6, test=2), None, None)
+        for sample in data.train:
+            Image.new("I;16", sample.size, 40000).save(sample.path)
+        with pytest.raises(InputError, match=r"16-bit greys.* --engine torchvision"):
+            run(tmp_path / "run", *TINY, dataset="voc-folder", data=tmp_path / "scenes/voc")
+
+    def test_the_command_in_two_processes(self, tmp_path):
+        settings = [word for one in TINY for word in ("--set", one)]
+        command = ["detect", QUARTER, "--dataset", "digits", "--engine", "detectron2", "--nproc", "2", *settings]
+        subprocess.run([sys.executable, "-m", "moco_eval", *command, "--output", tmp_path / "run"], check=True)
+        record = json.loads((tmp_path / "run/result.json").read_text())
+        assert (record["engine"], record["processes"], record["cost"]["images"]) == ("detectron2", 2, 6)
+        found = json.loads((tmp_path / "run/detections.json").read_text())["images"]
+        assert len(found) == 2
 
     def test_masks_and_shuffled_labels(self, tmp_path):
         open_digits(tmp_path / "scenes", Scenes(train=6, test=2), None, None)

@@ -23,10 +23,11 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
+from PIL import Image
 from torch import nn
 
 from moco_eval import files, runtime
-from moco_eval.data.boxes import DetectionData, Sample
+from moco_eval.data.boxes import UNREADABLE, DetectionData, Sample
 from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detectron2_config import config_of
@@ -148,11 +149,29 @@ def _image(number: int, sample: Sample) -> dict[str, Any]:
     return {"file_name": str(sample.path), "image_id": number, "width": width, "height": height}
 
 
+class _Mapper(DatasetMapper):
+    """detectron2's reading of an image, with its refusals in our words and the file's name."""
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        path = record["file_name"]
+        try:
+            with Image.open(path) as image:
+                deep = image.mode.startswith("I")
+            if not deep:
+                return super().__call__(record)
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"detectron2 cannot read {path}: {reason}; replace it, or take it out of its split"
+            ) from None
+        raise InputError(f"{path} has 16-bit greys, which detectron2 cuts off at 255; take --engine torchvision")
+
+
 def _loader(cfg: CfgNode, recipe: DetectConfig) -> Any:
     """detectron2's endless batches, with its resize and flip."""
     resize = T.ResizeShortestEdge(recipe.input.min_size_train, recipe.input.max_size, "choice")
     flip = [T.RandomFlip(recipe.input.flip)] if recipe.input.flip else []
-    return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, True, augmentations=[resize, *flip]))
+    return build_detection_train_loader(cfg, mapper=_Mapper(cfg, True, augmentations=[resize, *flip]))
 
 
 # Training
@@ -253,14 +272,14 @@ def _train(
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """What detectron2 raises of images, in our words."""
+    """An image that a worker refuses comes with that worker's traceback: only its last line is said."""
     try:
         yield
-    except (InputError, RunFailed):
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"detectron2 cannot read a training image: {lines[-1].strip() if lines else error}") from None
+    except InputError as error:
+        if "Traceback" not in str(error):
+            raise
+        last = str(error).strip().splitlines()[-1]
+        raise InputError(last.partition("InputError: ")[2] or last) from None
 
 
 def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: torch.device, stop: runtime.Stop) -> None:
@@ -301,17 +320,14 @@ def detect(
     """
     model.eval()
     resize = T.ResizeShortestEdge([recipe.input.min_size_test] * 2, recipe.input.max_size, "choice")
-    read = DatasetMapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
+    read = _Mapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
     first, world = runtime.rank(), runtime.world_size()
     found = []
     samples = data.test[first::world]
     for number, sample in enumerate(runtime.track(samples, "evaluate", len(samples), world)):
         if stop is not None and world == 1:
             stop.check("the trained detector is saved; run the same command again to go on")
-        try:
-            image = read(_image(number, sample))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"cannot read {sample.path}: {' '.join(str(error).split())}") from None
+        image = read(_image(number, sample))
         with runtime.autocast(device, recipe.precision):
             (result,) = model([image])
         found.append(_detections(result["instances"].to("cpu")))
