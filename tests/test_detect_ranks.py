@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from commands import moco_eval
@@ -83,6 +84,21 @@ def one_step(folder, bn: str, accumulate: int) -> tuple[dict[str, float], torch.
     return {name: value.item() for name, value in losses.items()}, weights
 
 
+def one_without_objects(folder) -> tuple[dict[str, float], bool]:
+    """Two steps with masks on a pyramid, the second rank's image without an object; whether the weights agree."""
+    few = ("batch_size=2", "roi.batch_per_image=8", "rpn.pre_nms_train=20", "rpn.post_nms_train=10")
+    r = recipe("coco_r50_fpn_1x", *few)
+    model = share_statistics(build_detector(encoder(), 2, r), r.bn)
+    trainer = fine_tune.Trainer(model, r, folder / "masks", CPU, Cost("cpu"))
+    picture = torch.randint(0, 255, (3, 64, 64 + 32 * runtime.rank()), dtype=torch.uint8)
+    objects = 1 - runtime.rank()
+    boxes, labels = torch.tensor([[10.0, 10, 60, 60]])[:objects], torch.ones(objects, dtype=torch.long)
+    masks = [[np.array([10.0, 10, 60, 10, 60, 60])]][:objects]
+    batch = [picture], [{"boxes": boxes, "labels": labels, "masks": masks}]
+    losses = [trainer.step(batch, iteration) for iteration in range(2)][-1]
+    return {name: value.item() for name, value in losses.items()}, runtime.same_on_all_ranks(*model.parameters())
+
+
 def whole(folder, *settings: str) -> dict:
     given = "digits", folder.parent / "scenes", recipe("digits_r50_c4", *SMALL, *settings), folder, CPU
     return detect(encoder(), *given, engine="torchvision")
@@ -123,6 +139,7 @@ def both_ranks(folder) -> dict:
         "step": one_step(folder, "local", 1),
         "step_in_parts": one_step(folder, "local", 2),
         "naive_step": one_step(folder, "naive_sync", 1)[1],
+        "one_without_objects": one_without_objects(folder),
         "record": whole(folder / "run"),
         "local": whole(folder / "local", *LOCAL)["metrics"],
         "interrupted": interrupted(folder / "stopped"),
@@ -203,6 +220,11 @@ def test_a_step_of_two_processes_is_that_of_one_in_two_parts(ranks, folder, tmp_
             assert torch.allclose(each[name][1], weights, atol=1e-6)
     assert torch.equal(ranks[0]["naive_step"], ranks[1]["naive_step"])
     assert not torch.allclose(ranks[0]["naive_step"], ranks[0]["step"][1], atol=1e-4)
+
+
+def test_a_process_without_objects_neither_stops_nor_leaves_the_others(ranks):
+    (losses, same), (others, _) = (each["one_without_objects"] for each in ranks)
+    assert same and losses == others and losses["loss_mask"] > 0
 
 
 @pytest.mark.parametrize("run, settings", [("run", ()), ("local", LOCAL)])
