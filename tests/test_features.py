@@ -11,8 +11,8 @@ from PIL import Image
 from moco_eval import zoo
 from moco_eval.data.images import open_images
 from moco_eval.data.loader import Normalise, clean_transform, crop_transform
+from moco_eval.detection.detector import Detector, check_architecture
 from moco_eval.detection.recipe import DetectConfig
-from moco_eval.detection.torchvision_engine import check_architecture
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.encoders.load import MSRA, load
 from moco_eval.errors import InputError
@@ -124,17 +124,16 @@ def test_rgb_of_0_to_1_is_bit_for_bit_torchvisions():
 
 def test_a_detector_gives_caffes_pixels_to_caffes_weights(tmp_path):
     from moco_eval import config
-    from moco_eval.detection.torchvision_engine import FasterRCNN
 
     tensors = {n: t for n, t in body(0, "resnet50").items() if n.endswith(("weight", "bias"))}
     encoder = load(written(tmp_path, under("", tensors, caffe2)))
     recipe = config.load("digits_r50_c4", "detect", DetectConfig)
-    detector = FasterRCNN(encoder, 3, recipe)
+    detector = Detector(encoder, 3, recipe)
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
-    found = detector._batch([image]).tensors[0]
+    found = detector.batch([image])[0][0]
     mean = torch.tensor([103.53, 116.28, 123.675])[:, None, None]
     assert torch.allclose(found, image.flip(0).float() - mean, atol=1e-3)
-    assert detector.backbone[5][0].conv1.stride == (2, 2)  # layer2 strides in its 1x1
+    assert detector.backbone.body.layer2[0].conv1.stride == (2, 2)  # layer2 strides in its 1x1
 
 
 @pytest.mark.parametrize("arch", [VIT, "resnet18_quarter_cifar", "resnet18_cifar_pad2"])
