@@ -1,5 +1,7 @@
 """What a detector trains on and what its words become on disk: masks, keypoints and sizes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,8 +68,11 @@ def test_a_view_twice_as_large_and_flipped():
     view = View((10, 8), (20, 16), True)
     assert view.boxes(np.array([[1.0, 2, 4, 5], [8, -1, 12, 9]])).tolist() == [[12, 4, 18, 10], [0, 0, 4, 16]]
     assert view.mask([[1.0, 2, 4, 2, 4, 5]])[0].tolist() == [18, 4, 12, 4, 12, 10]
-    points = view.keypoints(np.array([[[1.0, 2, 2], [3, 4, 1], [9, 8.5, 2]]]), ((0, 1),))
-    assert points.tolist() == [[[14, 8, 1], [18, 4, 2], [0, 0, 0]]]
+    given = np.array([[[1.0, 2, 2], [3, 4, 1], [9, 8.5, 2], [10, 8, 2], [5, 5, 0]]])
+    points = view.keypoints(given, ((0, 1),))
+    assert points.tolist() == [[[14, 8, 1], [18, 4, 2], [0, 0, 0], [0, 16, 2], [0, 0, 0]]]
+    as_it_is = View((10, 8), (10, 8), False).keypoints(given, ((0, 1),))
+    assert np.array_equal(as_it_is[0, [0, 1, 3]], given[0, [0, 1, 3]])
 
 
 def test_flipped_twice_is_the_identity():
@@ -92,6 +97,8 @@ def test_a_bitmap_and_its_image_stay_together():
     assert np.array_equal(moved, np.kron(mask, np.ones((3, 3), np.uint8))[:, ::-1])
     middles = view.pixels(image)[0, 1::3, 1::3] > 127
     assert np.array_equal(middles, moved[1::3, 1::3])
+    one_in_four = np.kron(np.ones((3, 2), np.uint8), np.array([[1, 1], [1, 0]], np.uint8))
+    assert not View((4, 6), (2, 3), False).mask(encoded(one_in_four)).any()  # the nearest, no mean
 
 
 def test_targets_hold_what_the_recipe_asks_for(tmp_path):
@@ -110,6 +117,8 @@ def test_masks_and_boxes_that_resizing_leaves_empty_go(tmp_path):
     _, target = drawn(one, "input.min_size_train=[20]")
     assert target["labels"].tolist() == [2]
     assert target["keypoints"].shape == (1, 3, 3) and len(target["masks"]) == 1
+    beyond = replace(sample(tmp_path / "b.png"), boxes=np.array([[83.0, 0, 90, 57], [0, 0, 9, 9], [0, -9, 9, 0]]))
+    assert drawn(beyond)[1]["labels"].tolist() == [2]
 
 
 def test_an_image_of_another_size_is_refused_when_it_is_read(tmp_path):
@@ -134,8 +143,39 @@ def test_objects_without_masks_and_images_without_keypoints_are_not_trained_on(t
     assert "4 training objects without a mask are left out" in capsys.readouterr().err
     assert [one.image_id for one in inputs.trainable([whole, unlabelled], keypoints=True)] == ["a.png"]
     assert len(inputs.trainable([whole, partly, nothing, unlabelled])) == 4
-    with pytest.raises(InputError, match="none of the 1 training images has an object with a mask"):
+    with pytest.raises(InputError, match=r"object with a mask.*--set masks=false,"):
         inputs.trainable([nothing], masks=True)
+    with pytest.raises(InputError, match=r"with a labelled keypoint.*--set keypoints=false,"):
+        inputs.trainable([unlabelled], keypoints=True)
+
+
+def same_batches(ours, theirs):
+    for (images, targets), (other_images, other_targets) in zip(ours, theirs, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(images, other_images, strict=True))
+        for one, other in zip(targets, other_targets, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in ("boxes", "labels", "keypoints"))
+            assert all(np.array_equal(*parts) for pair in zip(one["masks"], other["masks"]) for parts in zip(*pair))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shares_of_the_processes_are_the_batch_of_one_and_resuming_goes_on_with_it(tmp_path, workers):
+    several = [sample(tmp_path / f"{number}.png") for number in range(5)]
+    r = recipe("batch_size=4", f"workers={workers}", "input.min_size_train=[40,57,80]", "input.flip=0.5")
+    whole = list(inputs.training_batches(several, r, 0, 3, pairs=PAIRS))
+    shares = [inputs.training_batches(several, r, 0, 3, rank, 2, PAIRS) for rank in range(2)]
+    together = [(one[0] + other[0], one[1] + other[1]) for one, other in zip(*shares, strict=True)]
+    same_batches(together, whole)
+    same_batches(list(inputs.training_batches(several, r, 2, 3, pairs=PAIRS)), whole[2:])
+    shapes = [[image.shape for image in images] for images, _ in whole]
+    assert any(len(set(places)) > 1 for places in shapes) and any(len(set(times)) > 1 for times in zip(*shapes))
+
+
+def test_batches_are_drawn_as_they_are_needed(tmp_path, monkeypatch):
+    taken = []
+    every = inputs.batches
+    monkeypatch.setattr(inputs, "batches", lambda *given: (taken.append(1) or batch for batch in every(*given)))
+    next(inputs.training_batches([sample(tmp_path / "a.png")], recipe(), 2, 1000, pairs=PAIRS))
+    assert len(taken) == 3
 
 
 # On disk
@@ -143,16 +183,17 @@ def test_objects_without_masks_and_images_without_keypoints_are_not_trained_on(t
 
 def test_masks_and_keypoints_come_to_the_image_on_disk():
     result = {
-        "boxes": torch.tensor([[10.0, 20, 30, 40], [120, 5, 130, 9]]),
+        "boxes": torch.tensor([[120.0, 5, 130, 9], [10, 20, 30, 40]]),
         "scores": torch.tensor([0.9, 0.7]),
-        "labels": torch.tensor([1, 2]),
-        "masks": torch.ones(2, 28, 28),
-        "keypoints": torch.tensor([[[11.0, 21, 0.25]], [[0, 0, 0]]]),
+        "labels": torch.tensor([2, 1]),
+        "masks": torch.stack((torch.zeros(28, 28), torch.ones(28, 28))),
+        "keypoints": torch.tensor([[[0.0, 0, 0]], [[11, 21, 0.25]]]),
     }
     found = on_disk(result, (100, 200), (50, 400))
     wanted = np.zeros((400, 50), np.uint8)
     wanted[40:80, 5:15] = 1
     assert len(found.masks) == 1 and np.array_equal(decoded(found.masks[0]), wanted)
+    assert found.labels.tolist() == [0] and found.scores.tolist() == pytest.approx([0.7])
     assert found.keypoints.tolist() == [[[5.0, 41.5, 0.25]]]  # half a pixel less than on the scale of the boxes
 
 

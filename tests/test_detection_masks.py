@@ -40,16 +40,23 @@ def smooth_masks(count):
 
 
 def test_target_of_a_square_that_fills_the_left_half_of_its_box():
-    square = [polygon(10, 10, 20, 10, 20, 50, 10, 50)]
+    square = [polygon(10, 14, 20, 14, 20, 54, 10, 54)]
     bitmap = np.zeros((60, 60), np.uint8)
-    bitmap[10:50, 10:20] = 1
-    boxes = torch.tensor([[10.0, 10, 30, 50]] * 2)
+    bitmap[14:54, 10:20] = 1
+    boxes = torch.tensor([[10.0, 14, 30, 54]] * 2)
     targets = mask_targets([square, bitmap], boxes, SIDE)
     wanted = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     wanted[:, : SIDE // 2] = True
     assert targets.dtype == torch.bool
     assert torch.equal(targets[1], wanted)
     assert torch.equal(targets[0], wanted)
+
+
+@pytest.mark.parametrize("width, covered", [(2, 28), (0.25, 28), (0.05, 14)])
+def test_a_box_below_a_tenth_of_a_pixel_counts_as_one(width, covered):
+    square = [polygon(16, 14, 16 + width, 14, 16 + width, 54, 16, 54)]
+    target = mask_targets([square], torch.tensor([[16.0, 14, 16 + width, 54]]), SIDE)[0]
+    assert target[:, :covered].all() and not target[:, covered:].any()
 
 
 def test_polygons_of_an_object_are_one_mask_and_what_lies_outside_the_box_is_cut():
@@ -71,11 +78,11 @@ def test_mask_loss_is_of_the_own_class_alone():
 
 def test_keypoint_loss_counts_labelled_points_inside_their_boxes():
     boxes = torch.tensor([[0.0, 0, 8, 8]])
-    points = torch.tensor([[[1.5, 2.5, 2], [8, 8, 1], [3, 3, 0], [9, 3, 2]]])
+    points = torch.tensor([[[1.5, 2.5, 2], [8, 8, 1], [3, 3, 0], [9, 3, 2], [-1, 3, 2], [3, -1, 2]]])
     places, valid = heat_places(points, boxes, 4)
     assert places[0, :2].tolist() == [4, 15]
-    assert valid.tolist() == [[True, True, False, False]]
-    logits = torch.zeros(1, 4, 4, 4)
+    assert valid.tolist() == [[True, True, False, False, False, False]]
+    logits = torch.zeros(1, 6, 4, 4)
     assert keypoint_loss(logits, points, boxes).item() == pytest.approx(np.log(16))
     logits[0, 0, 1, 0] = 100
     assert keypoint_loss(logits, points, boxes).item() == pytest.approx(np.log(16) / 2)
@@ -109,6 +116,12 @@ def test_heads_sizes_and_first_weights():
     assert all(not value.any() for value in biases if value.ndim == 1)
 
 
+@pytest.mark.parametrize("head", [MaskHead(4, 2, 1, dim=3), KeypointHead(4, 2)])
+def test_logits_are_in_single_precision_also_in_bf16(head):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(torch.randn(1, 4, 3, 3)).dtype == torch.float32
+
+
 # Pasting and decoding
 
 
@@ -134,10 +147,13 @@ def whole_image(mask, box, width, height):
 
 
 def test_a_full_mask_fills_its_box_and_nothing_else():
-    (code,) = paste(torch.ones(1, SIDE, SIDE), torch.tensor([[3.0, 4, 7, 9]]), (12, 10))
-    wanted = np.zeros((10, 12), np.uint8)
-    wanted[4:9, 3:7] = 1
-    assert np.array_equal(decoded(code), wanted)
+    """A pixel whose middle lies on the edge belongs to it: half of one, half of nothing."""
+    boxes = torch.tensor([[3.0, 4, 7, 9], [3.5, 4, 6.5, 9], [3.6, 4, 6.4, 9]])
+    codes = paste(torch.ones(3, SIDE, SIDE), boxes, (12, 10))
+    for code, (first, last) in zip(codes, ((3, 7), (3, 7), (4, 6)), strict=True):
+        wanted = np.zeros((10, 12), np.uint8)
+        wanted[4:9, first:last] = 1
+        assert np.array_equal(decoded(code), wanted)
 
 
 def test_uncompressed_codes_are_decoded_too():
@@ -145,15 +161,16 @@ def test_uncompressed_codes_are_decoded_too():
 
 
 def test_a_peak_comes_back_where_it_was_put():
-    boxes = torch.tensor([[10.0, 20, 66, 132], [0.5, 0.5, 0.9, 0.7]])
+    boxes = torch.tensor([[10.0, 20, 66, 132], [0.5, 0.5, 0.9, 0.7], [0, 0, 55.5, 55.25]])
     y, x = torch.meshgrid(torch.arange(56.0), torch.arange(56.0), indexing="ij")
     hill = -((x - 20) ** 2 + (y - 10) ** 2) / 8
-    found = keypoints_of(hill.expand(2, 1, -1, -1), boxes)
+    found = keypoints_of(hill.expand(3, 1, -1, -1), boxes)
     # The box is as wide as the map and twice as high: the middle of cell 10 is an edge between pixels 20 and 21.
     assert found[0, 0, 0] == 10 + 20.5
     assert abs(found[0, 0, 1] - (20 + 10.5 * 2)) == 0.5
     assert found[0, 0, 2].item() == pytest.approx(1 / (8 * np.pi), rel=0.05)
     assert found[1, 0, :2].tolist() == [1, 1]  # a box below a pixel counts as one
+    assert found[2, 0, :2].tolist() == pytest.approx([20.5 * 55.5 / 56, 10.5 * 55.25 / 56])  # 56 pixels, a bit smaller
 
 
 # Against detectron2

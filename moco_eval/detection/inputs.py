@@ -4,7 +4,7 @@ All that is random about iteration i hangs on (seed, i) alone: a resumed run see
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,9 +43,11 @@ def trainable(samples: Sequence[Sample], masks: bool = False, keypoints: bool = 
     kept = [sample for sample in kept if len(sample.labels)]
     if not kept:
         what = "mask" if masks else "labelled keypoint" if keypoints else "box"
+        asked = [f"--set {name}=false" for name, given in (("masks", masks), ("keypoints", keypoints)) if given]
+        way_out = f"take {' '.join(asked)}, or other data" if asked else "take other data"
         raise InputError(
-            f"none of the {len(samples)} training images has an object with a {what}; "
-            "take a recipe that asks for less, or other data"
+            f"none of the {len(samples)} training images has an object with a {what} (crowd regions do not count); "
+            f"{way_out}"
         )
     return kept
 
@@ -209,12 +211,16 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The shares of one of `world` processes in the batches of iterations start to stop - 1.
 
+    The shares of all, one after the other, are the batch of a single process: pixels and targets.
+
     Args:
         pairs: the keypoints that a mirror exchanges, as in `DetectionData`.
     """
+    assert recipe.batch_size % world == 0
     share = recipe.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)
-    draws = [batch[mine] for batch in itertools.islice(batches(samples, recipe), start, stop)]
+    # Not a list: the draws of 540,000 iterations would fill a gigabyte in each process.
+    draws = (batch[mine] for batch in itertools.islice(batches(samples, recipe), start, stop))
     return _load(_Training(samples, recipe, pairs), draws, recipe.workers)
 
 
@@ -238,7 +244,7 @@ class _Refusals(Dataset):
             return error
 
 
-def _load(dataset: Dataset, keys: list, workers: int) -> Iterator[Any]:
+def _load(dataset: Dataset, keys: Iterable[list], workers: int) -> Iterator[Any]:
     loader = DataLoader(_Refusals(dataset), batch_sampler=keys, num_workers=workers, collate_fn=list)
     for rows in loader:
         for row in rows:
