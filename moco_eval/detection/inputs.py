@@ -219,7 +219,7 @@ def training_batches(
     assert recipe.batch_size % world == 0
     share = recipe.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)
-    # Not a list: the draws of 540,000 iterations would fill a gigabyte in each process.
+    # Not a list: the draws of 540,000 iterations of 16 images take 0.9 GB.
     draws = (batch[mine] for batch in itertools.islice(batches(samples, recipe), start, stop))
     return _load(_Training(samples, recipe, pairs), draws, recipe.workers)
 
