@@ -485,3 +485,22 @@ def test_a_detector_learns_the_scenes_and_shuffled_labels_do_not(tmp_path):
     )
     assert real >= 20
     assert real >= 3 * control
+
+
+@pytest.mark.parametrize("split, words", [("train2017", "of train2017"), ("val2017", "of val2017")])
+def test_a_split_without_masks_is_refused_before_anything_is_written(tmp_path, split, words):
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    path = tmp_path / f"scenes/coco/annotations/instances_{split}.json"
+    values = json.loads(path.read_text())
+    for item in values["annotations"]:
+        del item["segmentation"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"asks for masks and no object {words} .* has one"):
+        run(tmp_path / "run", "masks=true", dataset="coco-folder", data=tmp_path / "scenes/coco")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("override, claimed", [("seed=0", 1), ("precision=bf16", 0), ("accumulate=2", 0)])
+def test_parity_is_claimed_only_for_what_its_tests_ran(tmp_path, override, claimed):
+    protocol = "protocol=detect/voc-r50-c4-24k@1"
+    assert len(run(tmp_path / "run", protocol, override)["equivalences"]) == claimed

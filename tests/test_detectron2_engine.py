@@ -178,6 +178,21 @@ class TestConfig:
         assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("BGR", [103.53, 116.28, 123.675])
         assert cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
 
+    @pytest.mark.parametrize("name", ["r50_c4_24k", "voc07_r50_c4_9k", "coco_r50_fpn_1x"])
+    def test_our_rate_is_that_of_detectron2s_scheduler(self, name):
+        from detectron2.solver import build_lr_scheduler
+
+        from moco_eval.detection.detectron2_config import config_of
+        from moco_eval.detection.recipe import learning_rate
+
+        settings = recipe(name)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.optimizer.lr)
+        scheduler = build_lr_scheduler(config_of(settings, encoder(), 3), optimizer)
+        total, near = settings.schedule.iterations, {settings.schedule.warmup, *settings.schedule.steps}
+        for iteration in sorted({0, 1, total // 3, total - 1, *(step + by for step in near for by in (-2, -1, 0, 1))}):
+            multiplier = scheduler._multiplier(iteration / total)
+            assert learning_rate(settings, iteration) == pytest.approx(settings.optimizer.lr * multiplier, rel=1e-6)
+
     def test_every_recipe_builds_and_takes_every_backbone_tensor(self):
         from moco_eval.detection.detectron2_config import config_of
         from moco_eval.detection.detectron2_engine import build_detector
@@ -231,6 +246,12 @@ class TestRuns:
         state = torch.load(whole[0] / "checkpoints/last.pth", weights_only=True)
         assert state["finished"] and state["iteration"] == 3
         assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001)
+
+    def test_a_warm_up_longer_than_the_schedule_is_not_squeezed(self, tmp_path):
+        run(tmp_path / "run", *TINY, "schedule.warmup=100", "schedule.steps=[]")
+        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        expected = [0.01 * (0.01 * (1 - i / 100) + i / 100) for i in range(3)]
+        assert [line["lr"] for line in lines] == pytest.approx(expected)
 
     def test_another_engine_is_another_run(self, whole):
         with pytest.raises(InputError, match="engine is detectron2 there and torchvision now"):

@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, buil
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.hooks import PreciseBN
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_optimizer
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
@@ -54,6 +54,8 @@ def fine_tune_and_detect(
 
     See `torchvision_engine.fine_tune_and_detect`: the same arguments, results and errors.
     """
+    if recipe.bn == "sync" and runtime.world_size() > 1 and device.type == "cpu":
+        raise InputError("detectron2 has bn sync on GPUs only; take --set bn=naive_sync, or --engine torchvision")
     cfg = config_of(recipe, encoder, len(data.classes), len(data.keypoints), str(device))
     with _quiet(), runtime.Stop() as stop:
         seed_all_rng(seed_of(recipe.seed, 0))
@@ -185,6 +187,9 @@ class _Trainer(SimpleTrainer):
         self.recipe, self.cost, self.on = recipe, cost, device
 
     def run_step(self) -> None:
+        # By our own rule, the same up to rounding; but detectron2 squeezes a warm-up into a schedule that is shorter.
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.iter)
         try:
             with self.cost.clock(), runtime.autocast(self.on, self.recipe.precision):
                 super().run_step()
@@ -202,7 +207,6 @@ class _Housekeeping(HookBase):
 
     def after_step(self) -> None:
         recipe, done = self.recipe, self.trainer.iter + 1
-        self.sgd.scheduler.step()
         if runtime.is_main():  # where detectron2 gathers the losses
             self._log(done)
         asked, _ = self.stop.look(done, False)
@@ -217,21 +221,17 @@ class _Housekeeping(HookBase):
         loss = values.pop("total_loss")
         self.advance(note=f"loss {loss:.3f}")
         if done % self.recipe.log_every == 0 or done == self.recipe.schedule.iterations:
-            line = {"iteration": done, "lr": learning_rate(self.recipe, done - 1), "loss": loss, **values}
+            line = {"iteration": done, "lr": self.sgd.optimizer.param_groups[0]["lr"], "loss": loss, **values}
             files.append_line(self.path, line)
 
 
 class _Optimisation:
-    """SGD and its schedule as detectron2 builds them, and how far they are."""
+    """SGD as detectron2 builds it, and how far it is."""
 
     def __init__(self, model: nn.Module, cfg: CfgNode, output: Path, cost: Cost):
         self.model, self.cost, self.path = model, cost, output / "checkpoints" / "last.pth"
         self.optimizer = build_optimizer(cfg, model)
-        self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.done, self.finished = state.load(self.path, model, self.optimizer, cost)
-        if self.done:
-            self.scheduler.last_epoch = self.done - 1
-            self.scheduler.step()
 
     def save(self, done: int, finished: bool = False) -> None:
         state.save(self.path, self.model, self.optimizer, done, finished, self.cost)
@@ -290,15 +290,20 @@ def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: to
     cfg.DATALOADER.NUM_WORKERS = 0
 
     def batches() -> Iterator[Any]:
-        for batch in _loader(cfg, recipe):
-            if runtime.world_size() == 1:
-                stop.check("the trained detector is saved; run the same command again to go on")
+        for number, batch in enumerate(_loader(cfg, recipe)):
+            _look(stop, recipe.schedule.iterations + number)
             yield batch
 
     with runtime.autocast(device, recipe.precision):
         PreciseBN(0, model, batches(), recipe.precise_bn).update_stats()
     for buffer in model.buffers():
         runtime.broadcast_(buffer)
+
+
+def _look(stop: runtime.Stop, step: int) -> None:
+    """Raises Interrupted on every process where any was asked to stop. Collective."""
+    if stop.look(step, False)[0]:
+        stop.check("the trained detector is saved; run the same command again to go on")
 
 
 # Detection
@@ -325,8 +330,8 @@ def detect(
     found = []
     samples = data.test[first::world]
     for number, sample in enumerate(runtime.track(samples, "evaluate", len(samples), world)):
-        if stop is not None and world == 1:
-            stop.check("the trained detector is saved; run the same command again to go on")
+        if stop is not None and number < len(data.test) // world:  # as many as every process has
+            _look(stop, recipe.schedule.iterations + recipe.precise_bn + number)
         image = read(_image(number, sample))
         with runtime.autocast(device, recipe.precision):
             (result,) = model([image])
