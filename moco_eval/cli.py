@@ -315,7 +315,11 @@ def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
 @cli.command()
 @click.argument("checkpoint")
 @click.option("--dataset", help="voc, voc07, coco, voc-folder, coco-folder or digits (built in).")
-@click.option("--recipe", help="A shipped recipe or a file; the data set's own where not given.")
+@click.option(
+    "--recipe",
+    help="A shipped recipe or a file.  [default by the data: r50_c4_24k, voc07_r50_c4_9k, coco_r50_fpn_1x, "
+    "digits_r50_c4]",
+)
 @click.option("--train-split", help="Of voc-folder and coco-folder.")
 @click.option("--test-split", help="Of voc-folder and coco-folder.")
 @click.option("--engine", type=click.Choice(["auto", "torchvision", "detectron2"]), default="auto", show_default=True)
@@ -342,7 +346,7 @@ def detect(
     from moco_eval.detection.recipe import DEFAULTS
     from moco_eval.encoders.load import load
     from moco_eval.results import default_output
-    from moco_eval.runtime import is_main, processes
+    from moco_eval.runtime import choose_device, is_main, processes
 
     if dataset is None:
         raise InputError(
@@ -358,6 +362,7 @@ def detect(
             encoder, dataset, data, config, output, train_split, test_split, engine, trials, processes=nproc
         )
         if given["dry_run"]:
+            choose_device(given["device"])
             click.echo(planned)
             return 0
         return _launch(nproc)

@@ -50,6 +50,8 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
 
     def look() -> bool:
         found = holds(output, resolved)
+        if (output / "result.json").is_file():
+            return found  # finished: its environment is that of the run, not of whoever looks at it again
         files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
         return found

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from commands import in_process, start
+from commands import error_line, in_process, start
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -504,3 +504,22 @@ def test_a_split_without_masks_is_refused_before_anything_is_written(tmp_path, s
 def test_parity_is_claimed_only_for_what_its_tests_ran(tmp_path, override, claimed):
     protocol = "protocol=detect/voc-r50-c4-24k@1"
     assert len(run(tmp_path / "run", protocol, override)["equivalences"]) == claimed
+
+
+def test_a_finished_run_keeps_the_environment_it_had(whole):
+    output, _ = whole
+    before = (output / "environment.json").read_bytes()
+    run(output)
+    assert (output / "environment.json").read_bytes() == before
+
+
+def test_a_rate_that_never_falls_is_warned_of(capfd):
+    check(encoder(), "digits", recipe("digits_r50_c4", "schedule.iterations=150"), "torchvision", 1)
+    check(encoder(), "digits", recipe("digits_r50_c4", "schedule.iterations=151"), "torchvision", 1)
+    assert " ".join(capfd.readouterr().err.split()).count("the rate never falls") == 1
+
+
+def test_a_dry_run_looks_at_the_device(capfd, monkeypatch):
+    command = ("detect", "random:resnet18_quarter", "--dataset", "digits", "--dry-run", "--device")
+    in_process(capfd, monkeypatch, *command, "cpu")
+    assert "tpu" in error_line(capfd, monkeypatch, *command, "tpu")

@@ -99,6 +99,7 @@ def theirs(given: argparse.Namespace, recipe: DetectConfig, data: DetectionData,
 
 
 def in_a_process(engine: str, arguments: list[str]) -> dict[str, float]:
+    """What `measure` says of an engine, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, *arguments, "--engine", engine], capture_output=True, text=True
     )

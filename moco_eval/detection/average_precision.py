@@ -26,7 +26,8 @@ class Detections:
         scores: (N,) float64, falling.
         labels: (N,) int64.
         masks: of each box, as pycocotools encodes it (size and counts, of the whole image); None without a mask head.
-        keypoints: (N, K, 3) float64: x, y and score; None without a keypoint head.
+        keypoints: (N, K, 3) float64: x, y and score, in COCO's whole pixels, half a pixel less than boxes count; None
+            without a keypoint head.
     """
 
     boxes: np.ndarray

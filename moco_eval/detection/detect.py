@@ -143,7 +143,11 @@ def check(encoder: Encoder, dataset: str, config: DetectConfig, engine: str, pro
             f"--dataset {dataset} has boxes only and recipe {config.protocol} asks for {what}; take "
             f"--set {what}=false, or data in COCO format (--dataset coco-folder)"
         )
-    unit = processes * config.accumulate
+    schedule, unit = config.schedule, processes * config.accumulate
+    if schedule.steps and schedule.steps[0] >= schedule.iterations:
+        runtime.warn(
+            f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
+        )
     if config.batch_size % unit:
         near = [size for size in (config.batch_size // unit * unit, -(-config.batch_size // unit) * unit) if size]
         raise InputError(

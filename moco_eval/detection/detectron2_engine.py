@@ -187,7 +187,7 @@ class _Trainer(SimpleTrainer):
         self.recipe, self.cost, self.on = recipe, cost, device
 
     def run_step(self) -> None:
-        # By our own rule, the same up to rounding; but detectron2 squeezes a warm-up into a schedule that is shorter.
+        # Not detectron2's scheduler: it squeezes a warm-up that is longer than the schedule into it.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.iter)
         try:
@@ -200,7 +200,7 @@ class _Trainer(SimpleTrainer):
 
 
 class _Housekeeping(HookBase):
-    """After each step: the learning rate, our metrics.jsonl and checkpoint, and the wish to stop."""
+    """After each step: our metrics.jsonl and checkpoint, and the wish to stop."""
 
     def __init__(self, sgd: "_Optimisation", path: Path, recipe: DetectConfig, stop: runtime.Stop, advance: Any):
         self.sgd, self.path, self.recipe, self.stop, self.advance = sgd, path, recipe, stop, advance

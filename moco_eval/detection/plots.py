@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moco_eval import files
 from moco_eval.detection.average_precision import Scores
@@ -113,6 +114,7 @@ def loss_figure(trials: Sequence[list[dict[str, Any]]], shades: tuple[str, str, 
     for name, (words, colour) in PARTS.items():
         _curve(axes, trials[0], name, color=colour, linewidth=1.1, label=words)
     _mark_drops(axes, trials[0], shades[2])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("iteration", color=shades[0], fontsize=9)
     axes.set_ylabel("loss", color=shades[0], fontsize=9)
     axes.set_ylim(bottom=0)

@@ -44,7 +44,8 @@ class ProposalNetwork(nn.Module):
         super().__init__()
         levels = [anchors.sizes] if len(strides) == 1 else [(size,) for size in anchors.sizes]
         self.strides, self.rpn = strides, rpn
-        self.cells = [cell_anchors(sizes, anchors.ratios) for sizes in levels]
+        for level, sizes in enumerate(levels):
+            self.register_buffer(f"cells_{level}", cell_anchors(sizes, anchors.ratios), persistent=False)
         count = len(self.cells[0])
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.logits = nn.Conv2d(channels, count, 1)
@@ -53,14 +54,18 @@ class ProposalNetwork(nn.Module):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def cells(self) -> list[Tensor]:
+        """The anchors of a place, level by level."""
+        return [self.get_buffer(f"cells_{level}") for level in range(len(self.strides))]
+
     def forward(
         self, maps: list[Tensor], sizes: list[Size], targets: list[Target] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals of each image, (P, 4), best first; in training also the losses."""
         logits, deltas = zip(*[self.predict(level) for level in maps])
         anchors = [
-            anchors_on(cells.to(level.device), stride, *level.shape[-2:])
-            for cells, stride, level in zip(self.cells, self.strides, maps)
+            anchors_on(cells, stride, *level.shape[-2:]) for cells, stride, level in zip(self.cells, self.strides, maps)
         ]
         losses = {}
         if self.training:
