@@ -491,21 +491,22 @@ def compare(run_a: Path, run_b: Path) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
 def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, form: str) -> None:
     """A paper's table with our runs beside it."""
-    from moco_eval import papers, results
+    from moco_eval import results
+    from moco_eval.papers import beside, chain, render, tables
 
     if list_tables:
-        for name, caption in papers.tables():
+        for name, caption in tables.tables():
             click.echo(f"{name:<24} {caption}")
         return
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
-    published = papers.load_table(table_id)
+    published = tables.load_table(table_id)
     if commands:
-        for label, command in papers.commands(published):
+        for label, command in chain.commands(published):
             click.echo(f"# {label}\n{command}")
         return
     records = results.read(runs) if runs.is_dir() or runs != Path("runs") else []
-    click.echo(papers.render(papers.compare(published, records), form))
+    click.echo(render.render(beside.compare(published, records), form))
 
 
 @cli.command()

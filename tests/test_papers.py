@@ -10,14 +10,15 @@ import pytest
 import yaml
 from commands import in_process
 
-from moco_eval import config, papers
+from moco_eval import config
 from moco_eval.config import PretrainConfig
 from moco_eval.data.images import OFFICIAL
 from moco_eval.detection.recipe import PROTOCOLS
 from moco_eval.errors import InputError
+from moco_eval.papers import beside, chain, render, tables
 from pretraining.plan import plan
 
-IDS = [name for name, _ in papers.tables()]
+IDS = [name for name, _ in tables.tables()]
 PROMISED = [
     "cifar10-demo",
     "moco-v1-fig3",
@@ -90,7 +91,7 @@ def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-
 
 def ours(records, table="cifar10-demo"):
     """Lines that hold something of ours."""
-    return [line for line in papers.compare(papers.load_table(table), records).lines if line.ours]
+    return [line for line in beside.compare(tables.load_table(table), records).lines if line.ours]
 
 
 def changed(record, path, value):
@@ -116,7 +117,7 @@ def numbers(table):
 
 
 def test_published_numbers_have_not_moved():
-    words = json.dumps([item for name in sorted(IDS) for item in numbers(papers.load_table(name))])
+    words = json.dumps([item for name in sorted(IDS) for item in numbers(tables.load_table(name))])
     assert hashlib.sha256(words.encode()).hexdigest() == PUBLISHED_SHA256
 
 
@@ -127,7 +128,7 @@ def test_numbers_equal_the_reference_file(name, shared_data):
     if not path.is_file():
         pytest.skip("no reference file")
     entries = {entry["id"]: entry for entry in yaml.safe_load(path.read_text())["entries"]}
-    table = papers.load_table(name)
+    table = tables.load_table(name)
     theirs = []
     for entry in (entries[name] for name in table.reference):
         for row in entry["rows"]:
@@ -148,7 +149,7 @@ def test_rows_of_the_reference_file_keep_their_numbers(shared_data):
         pytest.skip("no reference file")
     entries = {entry["id"]: entry for entry in yaml.safe_load(path.read_text())["entries"]}
     checked = 0
-    for table in map(papers.load_table, IDS):
+    for table in map(tables.load_table, IDS):
         if len(table.reference) > 1 or table.id == "moco-repo-linear":
             continue
         rows = entries[table.reference[0]]["rows"]
@@ -161,13 +162,13 @@ def test_rows_of_the_reference_file_keep_their_numbers(shared_data):
 def test_the_promised_tables_are_there_under_their_own_names():
     assert set(PROMISED) <= set(IDS)
     for name in IDS:
-        table = papers.load_table(name)
+        table = tables.load_table(name)
         assert table.id == name and table.rows and table.caption and table.source
 
 
 def test_unknown_table_names_the_nearest():
     with pytest.raises(InputError, match=r"no table 'cifar-demo'. Did you mean 'cifar10-demo'\?"):
-        papers.load_table("cifar-demo")
+        tables.load_table("cifar-demo")
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,8 @@ def test_unknown_table_names_the_nearest():
     [
         (lambda t: t.update(colums=1), "unknown key 'colums'"),
         (lambda t: t["rows"][0].update(unavailable="too hard"), "unavailable"),
-        (lambda t: t["rows"][0].pop("recipe"), "needs one of match, recipe and unavailable"),
-        (lambda t: t["rows"][0].update(unavailable="not yet built"), "needs one of match, recipe and unavailable"),
+        (lambda t: t["rows"][0].pop("recipe"), "needs match, recipe, released or unavailable"),
+        (lambda t: t["rows"][0].update(unavailable="not yet built"), "has one of match, recipe and unavailable"),
         (lambda t: t["rows"][0]["published"].update(top9=1.0), "which is no column"),
         (lambda t: t["columns"]["linear_top1"].update(title="kNN top-1"), "two columns of one title"),
         (lambda t: t["columns"]["linear_top1"].pop("protocol"), "go together"),
@@ -194,17 +195,17 @@ def test_a_table_file_with_a_mistake_is_refused(change, words, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(InputError, match=words):
-        config.load(str(path), "papers", papers.Table)
+        config.load(str(path), "papers", tables.Table)
 
 
 # How a row's encoder is pretrained
 
-RECIPES = [(name, row.label) for name in IDS for row in papers.load_table(name).rows if row.recipe]
+RECIPES = [(name, row.label) for name in IDS for row in tables.load_table(name).rows if row.recipe]
 recipes = pytest.mark.parametrize(("name", "label"), RECIPES)
 
 
 def row_of(name, label):
-    table = papers.load_table(name)
+    table = tables.load_table(name)
     (row,) = [row for row in table.rows if row.label == label]
     return table, row
 
@@ -230,13 +231,13 @@ def test_a_run_of_a_row_would_start_and_is_the_rows_own_without_deviations(name,
     table, row = row_of(name, label)
     monkeypatch.setattr("pretraining.plan.open_images", lambda dataset, data, split: Published(dataset))
     for processes in (1, 8):
-        run = plan(papers.recipe(table, row), row.recipe.dataset, None, processes)
+        run = plan(tables.recipe(table, row), row.recipe.dataset, None, processes)
         about = run.about()
         pretraining = about["pretraining"] | {"epochs": run.config.schedule.epochs}
         encoder = {"origin": "moco-eval", "path": "x.pth", "arch": about["arch"], "pretraining": pretraining}
         record = {"deviations": [f"encoder: {words}" for words in run.deviations]}
-        assert papers._is_encoder(encoder, row)
-        assert papers._deviations(record, row) == []
+        assert beside._is_encoder(encoder, row)
+        assert beside._deviations(record, row) == []
 
 
 @recipes
@@ -248,7 +249,7 @@ def test_each_setting_of_a_row_changes_the_shipped_config(name, label):
 
 
 def test_rows_of_one_table_are_told_apart():
-    for table in map(papers.load_table, IDS):
+    for table in map(tables.load_table, IDS):
         if table.id == "moco-v1-a1":  # two curves of one run
             continue
         asked = [json.dumps(row.recipe.settings(), sort_keys=True) for row in table.rows if row.recipe]
@@ -256,19 +257,19 @@ def test_rows_of_one_table_are_told_apart():
 
 
 def test_a_recipe_expects_its_own_rows_number():
-    expect = papers.recipe(*row_of("moco-v1-fig3", "MoCo, K=256")).expect
+    expect = tables.recipe(*row_of("moco-v1-fig3", "MoCo, K=256")).expect
     assert (expect.protocol, expect.metrics, expect.std) == ("linear/moco-lincls@1", {"top1": 54.7}, None)
     assert expect.source == "arXiv:1911.05722v3, p.5"
-    repeated = papers.recipe(*row_of("moco-repo-linear", "MoCo v1 200 ep")).expect
+    repeated = tables.recipe(*row_of("moco-repo-linear", "MoCo v1 200 ep")).expect
     assert (repeated.metrics, repeated.std) == ({"top1": 60.8}, 0.2)
-    assert papers.recipe(*row_of("moco-v1-2b", "MoCo, IN-1M")).expect.metrics == {"AP50": 81.5}
+    assert tables.recipe(*row_of("moco-v1-2b", "MoCo, IN-1M")).expect.metrics == {"AP50": 81.5}
     for name, label in (("moco-v1-momentum", "MoCo, m=0"), ("moco-v2-3", "MoCo, batch 256")):
-        assert papers.recipe(*row_of(name, label)).expect is None
+        assert tables.recipe(*row_of(name, label)).expect is None
 
 
 def test_the_three_mechanisms_of_figure_3():
     resolved = {
-        label: papers.recipe(*row_of("moco-v1-fig3", label))
+        label: tables.recipe(*row_of("moco-v1-fig3", label))
         for label in ("end-to-end, K=1024", "memory bank, K=65536", "MoCo, K=65536")
     }
     assert [one.mechanism for one in resolved.values()] == ["end_to_end", "memory_bank", "moco"]
@@ -279,16 +280,16 @@ def test_the_three_mechanisms_of_figure_3():
 
 def test_a_row_without_a_recipe_says_why():
     with pytest.raises(InputError, match=r"row 'MoCo, IG-1B' of moco-v1-2b has no recipe: data never public"):
-        papers.recipe(*row_of("moco-v1-2b", "MoCo, IG-1B"))
+        tables.recipe(*row_of("moco-v1-2b", "MoCo, IG-1B"))
     with pytest.raises(InputError, match="its encoder is not pretrained: random"):
-        papers.recipe(*row_of("moco-v1-2b", "random init"))
+        tables.recipe(*row_of("moco-v1-2b", "random init"))
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_commands_give_what_the_recipes_give(name):
     """Read back as the command line reads them; two runs share a folder only where they are the same run."""
-    table = papers.load_table(name)
-    commands = papers.commands(table)
+    table = tables.load_table(name)
+    commands = chain.commands(table)
     assert [label for label, _ in commands] == [row.label for row in table.rows if row.recipe]
     folders = {}
     for label, command in commands:
@@ -297,7 +298,7 @@ def test_commands_give_what_the_recipes_give(name):
         settings = [value for option, value in pairwise(words) if option == "--set"]
         given = config.load(words[2], "pretrain", PretrainConfig, settings)
         (row,) = [row for row in table.rows if row.label == label]
-        wanted = papers.recipe(table, row)
+        wanted = tables.recipe(table, row)
         assert given.model_copy(update={"expect": None}) == wanted.model_copy(update={"expect": None})
         folder = words[words.index("--output") + 1] if settings else words[2]
         assert folders.setdefault(folder, given) == given
@@ -305,9 +306,9 @@ def test_commands_give_what_the_recipes_give(name):
 
 def test_one_recipe_is_one_command_in_all_tables():
     by_recipe = {}
-    for table in map(papers.load_table, IDS):
+    for table in map(tables.load_table, IDS):
         rows = [row for row in table.rows if row.recipe]
-        for row, (_, command) in zip(rows, papers.commands(table)):
+        for row, (_, command) in zip(rows, chain.commands(table)):
             by_recipe.setdefault(config.dump(row.recipe.resolved()), set()).add(command)
     assert all(len(commands) == 1 for commands in by_recipe.values())
     assert len(set.union(*by_recipe.values())) == len(by_recipe)
@@ -396,12 +397,12 @@ def test_rows_of_weights_that_were_not_pretrained_here(encoder, row):
 
 def test_a_deviation_is_marked_bracketed_and_footnoted_and_never_joins_the_mean():
     records = [cifar_record(82.0), cifar_record(90.0, seed=1, deviations=["k 20 instead of 200"])]
-    done = papers.compare(papers.load_table("cifar10-demo"), records)
+    done = beside.compare(tables.load_table("cifar10-demo"), records)
     clean, marked = [line for line in done.lines if line.ours]
     assert (clean.ours.mean, clean.ours.n, clean.mark) == (82.0, 1, None)
     assert (marked.ours.mean, marked.mark) == (90.0, 1)
     assert done.footnotes == ["runs/1: k 20 instead of 200"]
-    text = papers.render(done, "text")
+    text = render.render(done, "text")
     assert "(+7.40)" in text and "[1] not comparable: runs/1: k 20 instead of 200" in text
 
 
@@ -411,8 +412,8 @@ def test_a_run_without_shuffling_is_not_the_row_with_it():
 
 def test_the_momentum_of_a_memory_bank_plays_no_part():
     _, row = row_of("moco-v1-fig3", "memory bank, K=256")
-    assert "momentum" not in papers._asked(row.recipe)
-    assert papers._asked(row_of("moco-v1-fig3", "MoCo, K=256")[1].recipe)["momentum"] == 0.999
+    assert "momentum" not in beside._asked(row.recipe)
+    assert beside._asked(row_of("moco-v1-fig3", "MoCo, K=256")[1].recipe)["momentum"] == 0.999
 
 
 def test_what_the_row_itself_varies_is_no_deviation():
@@ -447,16 +448,16 @@ def test_heads_keep_their_own_spread():
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("form", ["text", "markdown", "csv"])
 def test_every_table_in_every_format_shows_every_number(name, form):
-    table = papers.load_table(name)
-    shown = papers.render(papers.compare(table, []), form)
+    table = tables.load_table(name)
+    shown = render.render(beside.compare(table, []), form)
     for row in table.rows:
         for value in row.published.values():
             assert value is None or str(value) in shown
-    assert shown == papers.render(papers.compare(table, []), form)
+    assert shown == render.render(beside.compare(table, []), form)
 
 
 def test_csv_can_be_read_back():
-    text = papers.render(papers.compare(papers.load_table("cifar10-demo"), [cifar_record(82.1)]), "csv")
+    text = render.render(beside.compare(tables.load_table("cifar10-demo"), [cifar_record(82.1)]), "csv")
     first, second = list(csv.DictReader(text.splitlines()))[:2]
     assert (first["published"], first["ours"], first["n"], first["comparable"]) == (
         "82.6",
@@ -468,19 +469,19 @@ def test_csv_can_be_read_back():
 
 
 def test_the_published_spread_is_printed():
-    text = papers.render(papers.compare(papers.load_table("moco-repo-linear"), []), "text")
+    text = render.render(beside.compare(tables.load_table("moco-repo-linear"), []), "text")
     assert "60.8 ± 0.2" in text and "67.5 ± 0.1" in text
 
 
 def test_text_is_not_read_as_markup():
     record = cifar_record(82.0, deviations=["[bold]x[/bold]"])
-    text = papers.render(papers.compare(papers.load_table("cifar10-demo"), [record]), "text")
+    text = render.render(beside.compare(tables.load_table("cifar10-demo"), [record]), "text")
     assert "[bold]x[/bold]" in text and "[1]" in text
 
 
 def test_unknown_format():
     with pytest.raises(InputError, match="Did you mean 'markdown'"):
-        papers.render(papers.compare(papers.load_table("cifar10-demo"), []), "markdwn")
+        render.render(beside.compare(tables.load_table("cifar10-demo"), []), "markdwn")
 
 
 def test_no_table_file_names_this_machine():
@@ -489,7 +490,7 @@ def test_no_table_file_names_this_machine():
 
 
 def test_every_detection_column_has_its_recipe_on_its_data():
-    columns = [column for name in IDS for column in papers.load_table(name).columns.values()]
+    columns = [column for name in IDS for column in tables.load_table(name).columns.values()]
     wanted = {(c.protocol, c.dataset) for c in columns if c.protocol and c.protocol.startswith("detect/")}
     ours = {(protocol, meaning.dataset) for protocol, meaning in PROTOCOLS.items()}
     assert len(wanted) == 7
