@@ -109,7 +109,7 @@ class Row(Model):
     def _can_be_had_or_says_why_not(self):
         if [self.match, self.recipe, self.released, self.unavailable] == [None] * 4:
             raise ValueError(f"row {self.label!r} needs match, recipe, released or unavailable")
-        if self.match and self.recipe or self.unavailable and (self.match or self.recipe or self.released):
+        if (self.match and self.recipe) or (self.unavailable and (self.match or self.recipe or self.released)):
             raise ValueError(f"row {self.label!r} has one of match, recipe and unavailable")
         return self
 
