@@ -492,13 +492,18 @@ def compare(run_a: Path, run_b: Path) -> None:
 @cli.command()
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--list", "list_tables", is_flag=True, help="Name every table.")
-@click.option("--commands", is_flag=True, help="The command that pretrains each row's encoder.")
+@click.option("--commands", is_flag=True, help="Only the commands that are left to run, as a shell script.")
 @places_options
-@click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "latex", "html"]),
+    default="text",
+    show_default=True,
+)
 def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **given: Any) -> None:
-    """A paper's table with our runs beside it."""
-    from moco_eval import results
-    from moco_eval.papers import beside, chain, render, tables
+    """A paper's table with our runs beside it, and how to produce what is missing."""
+    from moco_eval.papers import tables
 
     if list_tables:
         for name, caption in tables.tables():
@@ -507,12 +512,16 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
     published, places = tables.load_table(table_id), _places(given)
-    if commands:
-        for step in chain.steps(published, published.rows, places):
-            click.echo(f"# {', '.join(dict.fromkeys(label for label, _ in step.cells))}\n{step.command}")
-        return
+
+    from moco_eval import results
+    from moco_eval.papers import beside, missing, render
+
     records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
-    click.echo(render.render(beside.compare(published, records), form))
+    left = missing.find(published, records, places)
+    if commands:
+        click.echo(missing.script(left))
+    else:
+        click.echo(render.render(beside.compare(published, records), form, left))
 
 
 @cli.command()
