@@ -514,7 +514,9 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
     published, places = tables.load_table(table_id), _places(given)
 
     from moco_eval import results
-    from moco_eval.papers import beside, missing, render
+    from moco_eval.papers import beside, chain, missing, render
+
+    chain.require_known(published, places)
 
     records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
     left = missing.find(published, records, places)

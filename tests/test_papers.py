@@ -320,7 +320,7 @@ def test_one_recipe_is_one_command_in_all_tables():
     assert len(set.union(*by_recipe.values())) == len(by_recipe)
 
 
-def test_the_commands_are_shown(capfd, monkeypatch):
+def test_the_commands_are_shown(capfd, monkeypatch, quick_probe):
     out, _ = in_process(capfd, monkeypatch, "table", "cifar10-demo", "--commands")
     first, command, *_ = out.splitlines()
     assert first == "# asymmetric loss, 200 epochs"

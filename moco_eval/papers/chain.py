@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from moco_eval import config
+from moco_eval.errors import InputError
 from moco_eval.papers import beside
 from moco_eval.papers.beside import Record
 from moco_eval.papers.tables import Column, Recipe, Row, Table
@@ -68,6 +69,14 @@ def steps(table: Table, rows: Sequence[Row], places: Places) -> list[Step]:
             cells = (*before.cells, *step.cells) if before else step.cells
             found[step.words] = Step(**(vars(step) | {"cells": tuple(dict.fromkeys(cells))}))
     return list(found.values())
+
+
+def require_known(table: Table, places: Places) -> None:
+    """Raises InputError where a folder is given for data that no step of the table reads."""
+    read = sorted({step.dataset for step in steps(table, table.rows, places)})
+    for name in places.data:
+        if name not in read:
+            raise InputError(f"--data {name}: {table.id} reads {', '.join(read)}.{config.did_you_mean(name, read)}")
 
 
 def _of_row(table: Table, row: Row, places: Places) -> Iterator[Step]:
