@@ -502,8 +502,8 @@ def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, f
         raise InputError("table needs an ID; moco-eval table --list names them")
     published = tables.load_table(table_id)
     if commands:
-        for label, command in chain.commands(published):
-            click.echo(f"# {label}\n{command}")
+        for step in chain.steps(published, published.rows, chain.Places(runs)):
+            click.echo(f"# {', '.join(dict.fromkeys(label for label, _ in step.cells))}\n{step.command}")
         return
     records = results.read(runs) if runs.is_dir() or runs != Path("runs") else []
     click.echo(render.render(beside.compare(published, records), form))

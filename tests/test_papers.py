@@ -285,41 +285,97 @@ def test_a_row_without_a_recipe_says_why():
         tables.recipe(*row_of("moco-v1-2b", "random init"))
 
 
+def pretrainings(table):
+    """Row labels and words of each pretraining that a table's rows take."""
+    steps = chain.steps(table, table.rows, chain.Places())
+    return [(sorted({label for label, _ in step.cells}), step) for step in steps if step.kind == "pretrain"]
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_commands_give_what_the_recipes_give(name):
     """Read back as the command line reads them; two runs share a folder only where they are the same run."""
     table = tables.load_table(name)
-    commands = chain.commands(table)
-    assert [label for label, _ in commands] == [row.label for row in table.rows if row.recipe]
-    folders = {}
-    for label, command in commands:
-        words = shlex.split(command)
+    rows = {row.label: row for row in table.rows if row.recipe}
+    folders, seen = {}, []
+    for labels, step in pretrainings(table):
+        words = shlex.split(step.command)
         assert words[:2] == ["moco-eval", "pretrain"] and "--dataset" in words
         settings = [value for option, value in pairwise(words) if option == "--set"]
-        given = config.load(words[2], "pretrain", PretrainConfig, settings)
-        (row,) = [row for row in table.rows if row.label == label]
-        wanted = tables.recipe(table, row)
-        assert given.model_copy(update={"expect": None}) == wanted.model_copy(update={"expect": None})
-        folder = words[words.index("--output") + 1] if settings else words[2]
+        given = config.load(words[2], "pretrain", PretrainConfig, settings).model_copy(update={"expect": None})
+        seen += labels
+        for label in labels:
+            assert given == tables.recipe(table, rows[label]).model_copy(update={"expect": None})
+        folder = words[words.index("--output") + 1]
         assert folders.setdefault(folder, given) == given
+    assert sorted(seen) == sorted(rows)
 
 
 def test_one_recipe_is_one_command_in_all_tables():
     by_recipe = {}
     for table in map(tables.load_table, IDS):
-        rows = [row for row in table.rows if row.recipe]
-        for row, (_, command) in zip(rows, chain.commands(table)):
-            by_recipe.setdefault(config.dump(row.recipe.resolved()), set()).add(command)
+        rows = {row.label: row for row in table.rows}
+        for labels, step in pretrainings(table):
+            by_recipe.setdefault(config.dump(rows[labels[0]].recipe.resolved()), set()).add(step.command)
     assert all(len(commands) == 1 for commands in by_recipe.values())
     assert len(set.union(*by_recipe.values())) == len(by_recipe)
 
 
 def test_the_commands_are_shown(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "table", "cifar10-demo", "--commands")
-    first, command, *_, last = out.splitlines()
+    first, command, *_ = out.splitlines()
     assert first == "# asymmetric loss, 200 epochs"
-    assert command == "moco-eval pretrain cifar10 --dataset cifar10 --data FOLDER --precision fp32"
-    assert "--set schedule.epochs=800 --set bn_permute=false" in last
+    assert command == (
+        "moco-eval pretrain cifar10 --dataset cifar10 --data FOLDER --precision fp32 "
+        "--output runs/pretrain-cifar10-cifar10"
+    )
+    assert "--set schedule.epochs=800 --set bn_permute=false" in out
+
+
+# The chain behind a row
+
+
+def test_the_chain_of_a_detection_row_is_pretrain_convert_detect():
+    table, row = row_of("moco-v1-2b", "MoCo, IN-1M")
+    places = chain.Places(Path("here"), {"imagenet": Path("in"), "voc": Path("VOCdevkit")}, processes=8)
+    pretrain, convert, detect = chain.steps(table, [row], places)
+    assert [step.kind for step in (pretrain, convert, detect)] == ["pretrain", "convert", "evaluate"]
+    assert pretrain.after is None and convert.after is detect.after
+    assert detect.after.words == pretrain.words
+    last = "here/pretrain-moco_v1_r50-imagenet/checkpoints/last.pth"
+    assert convert.words == ("convert", last, "here/pretrain-moco_v1_r50-imagenet/detectron2.pkl", "--to", "detectron2")
+    assert detect.words[:6] == ("detect", last, "--dataset", "voc", "--data", "VOCdevkit")
+    assert "--recipe r50_c4_24k" in detect.command and detect.command.count("--nproc 8") == 1
+    assert detect.cells == tuple((row.label, name) for name in ("AP50", "AP", "AP75"))
+
+
+def test_encoders_that_are_not_pretrained_need_no_step_before():
+    table = tables.load_table("moco-v1-2b")
+    found = chain.steps(table, table.rows, chain.Places())
+    checkpoints = [step.words[1] for step in found if step.kind == "evaluate"]
+    assert checkpoints[:2] == ["random:resnet50", "torchvision:resnet50:IMAGENET1K_V1"]
+    assert [step.kind for step in found] == ["evaluate", "evaluate", "pretrain", "convert", "evaluate"]
+    assert not [step for step in found if ("MoCo, IG-1B", "AP") in step.cells]
+
+
+def test_every_protocol_of_a_column_has_a_config():
+    columns = [column for name in IDS for column in tables.load_table(name).columns.values() if column.protocol]
+    for column in columns:
+        kind, asked = chain.command(column), column.config or chain.evaluation(column.protocol)
+        values, _ = config.read_yaml(config.folder() / kind / f"{asked}.yaml")
+        assert values["protocol"] == column.protocol
+
+
+def test_a_finished_pretraining_is_found_by_what_it_says(tmp_path):
+    _, row = row_of("cifar10-demo", "asymmetric loss, 200 epochs")
+    about = {"command": "pretrain", "dataset": {"name": "cifar10"}, "processes": 1, "bn": "split"}
+    folder = tmp_path / "of another name"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(about | {"config": row.recipe.resolved().model_dump()}))
+    assert chain.pretrained(row.recipe, tmp_path) is None  # not to its end
+    (folder / "checkpoints/epoch_0200.pth").write_bytes(b"")
+    assert chain.pretrained(row.recipe, tmp_path) == folder
+    _, longer = row_of("cifar10-demo", "asymmetric loss, 400 epochs")
+    assert chain.pretrained(longer.recipe, tmp_path) is None
 
 
 # Which record belongs where

@@ -97,11 +97,16 @@ def _belongs(record: Record, column: Column, row: Row) -> bool:
     )
 
 
+def is_comparable(record: Record, column: Column, row: Row) -> bool:
+    """Whether a record is of this cell, from as many trials as the published number, without deviations."""
+    return _belongs(record, column, row) and len(record["trials"]) >= column.trials and not _deviations(record, row)
+
+
 def _is_encoder(encoder: Record, row: Row) -> bool:
     if row.released and encoder["path"] == f"zoo:{row.released}":
         return True  # the zoo has verified the file
     if row.recipe:
-        return _is_pretrained(encoder, row.recipe)
+        return is_pretrained(encoder, row.recipe)
     if row.match is None or encoder["arch"] != row.match.arch:
         return False
     if row.match.weights == "random":
@@ -111,7 +116,7 @@ def _is_encoder(encoder: Record, row: Row) -> bool:
     return encoder["path"].startswith("torchvision:") and named
 
 
-def _is_pretrained(encoder: Record, recipe: Recipe) -> bool:
+def is_pretrained(encoder: Record, recipe: Recipe) -> bool:
     """By the row's recipe, to the end of its schedule, with BN that protects from leaking."""
     pretraining, wanted = encoder["pretraining"] or {}, recipe.resolved()
     settings = config.flatten(pretraining.get("config", {}))
