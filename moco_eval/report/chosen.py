@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moco_eval.report.read import Run
+from moco_eval.report.read import Run, sha_of
 
 TASKS = ("linear", "knn")  # the protocols whose answers are shown first
 
@@ -30,8 +30,7 @@ def by_encoder(
     """Of each encoder, in order, the run that ranks highest; of equals the newest."""
     found: dict[str, Run] = {}
     for run in runs:
-        assert run.record
-        name = names[run.record["encoder"]["sha256"]]
+        name = names[sha_of(run)]
         if name not in found or rank(run) >= rank(found[name]):
             found[name] = run
     return {name: found[name] for name in order if name in found}

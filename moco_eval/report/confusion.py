@@ -96,12 +96,12 @@ def most_confused(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, 
 
 def matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Markup:
     """The matrix as SVG: the darker a cell, the larger its share of its row; numbers are percent of the row."""
-    n, left = len(counts), 16 + 6.2 * max(len(_short(name)) for name in classes)
+    n, left = len(counts), 20 + 6.2 * max(len(_short(name)) for name in classes)
     total = counts.sum(axis=1, keepdims=True)
     share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
     cells = [_cell(i, j, left, share[i, j], counts[i, j], total[i, 0], classes) for i in range(n) for j in range(n)]
     sides = [_names(number, name, left, n) for number, name in enumerate(classes)]
-    bottom = n * CELL + left
+    bottom = n * CELL + 28 if left < 36 else n * CELL + left + 6  # short names stand upright below their column
     axes = Markup(
         '<text x="{:g}" y="{:g}" text-anchor="middle">predicted</text>'
         '<text text-anchor="middle" transform="translate(9 {:g}) rotate(-90)">true class</text>'

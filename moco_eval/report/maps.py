@@ -129,7 +129,7 @@ def _map(
     parts = [_dots(places[grey], "var(--muted)", "round", "other images", 0.35)] if grey.any() else []
     for number, one in enumerate(shown):
         cap = ("round", "square")[number % 2]
-        parts.append(_dots(places[label == one], COLOURS[number], cap, classes[one], 0.8))
+        parts.append(_dots(places[label == one], COLOURS[number], cap, classes[one], 0.9))
     medians = [(classes[one], *np.median(places[label == one], axis=0)) for one in shown]
     parts += [_label(*one) for one in apart(medians)]
     anchors = ((SIDE / 2, SIDE - 2, "middle", ""), (9, SIDE / 2, "middle", f"rotate(-90 9 {SIDE / 2:g})"))
@@ -151,11 +151,14 @@ def _placed(points: np.ndarray) -> np.ndarray:
 
 
 def _dots(places: np.ndarray, colour: str, cap: str, title: str, opacity: float) -> Markup:
-    """Dots as one path of lines without length, whose ends are round or square: a dozen bytes each."""
+    """Dots as one path of lines without length, whose ends are round or square: a dozen bytes each.
+
+    The ends are in `style`, since matplotlib's figures bring a rule that would overrule an attribute.
+    """
     path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
     width = 4.6 if cap == "round" else 4
     return Markup(
-        '<path d="{}" fill="none" stroke="{}" stroke-opacity="{:g}" stroke-width="{:g}" stroke-linecap="{}">'
+        '<path d="{}" fill="none" stroke="{}" stroke-opacity="{:g}" stroke-width="{:g}" style="stroke-linecap: {}">'
         "<title>{}</title></path>"
     ).format(path, colour, opacity, width, cap, title)
 
