@@ -1,4 +1,4 @@
-"""Alignment, uniformity, rank and dead dimensions against closed forms and naive loops; what evaluations leave of it."""
+"""Alignment, uniformity, rank and dead dimensions against closed forms and naive loops, and what runs leave of it."""
 
 import math
 import shutil

@@ -47,21 +47,22 @@ def has_answers(run: Run) -> bool:
 
 
 def what(run: Run) -> tuple:
-    """What must be alike for two runs' answers to be set against each other: protocol and labels."""
+    """What must be alike for two runs' answers to be set against each other: protocol, labels, settings that left it."""
     assert run.record
     dataset = run.record["dataset"]
-    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset")
+    settings = tuple(said for said in run.record["deviations"] if not said.startswith("encoder: "))
+    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset"), settings
 
 
 def preference(run: Run) -> tuple:
     """All labels before few, then linear before kNN before all others: the higher the better."""
-    protocol, few, subset = what(run)
+    protocol, few, subset, _ = what(run)
     task = protocol.split("/")[0]
     return few is None and subset is None, -TASKS.index(task) if task in TASKS else -len(TASKS)
 
 
 def words(run: Run) -> str:
     """A run's protocol and labels in words."""
-    protocol, few, subset = what(run)
+    protocol, few, subset, _ = what(run)
     labels = f"{few} labels per class" if few else subset
     return ", ".join(filter(None, (protocol, labels)))

@@ -77,7 +77,7 @@ def most_confused(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, 
     """The pairs of classes that are confused most often, the most frequent first; ties by the share of the class."""
     wrong = counts * (1 - np.eye(len(counts)))
     total = counts.sum(axis=1)
-    true, taken = np.nonzero(wrong)
+    true, taken = (found.tolist() for found in np.nonzero(wrong))
     first = sorted(zip(true, taken), key=lambda pair: (-wrong[pair], -wrong[pair] / total[pair[0]], pair))[:PAIRS]
     return [
         {

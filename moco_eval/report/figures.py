@@ -22,7 +22,7 @@ def curves(run: Run) -> dict[str, Any]:
     epochs = [line for line in run.metrics if "knn_top1" in line]
     log = published(run)
     log_losses = in_steps(log, steps) if log else []
-    log_top1 = [(point.epoch, point.knn_top1) for point in log.points] if log else []
+    log_top1 = [(float(point.epoch), point.knn_top1) for point in log.points] if log else []
     return {
         "name": run.path.name,
         "loss": _loss_curve(steps, chance.get("chance"), chance.get("queue_full_step"), log_losses),
@@ -72,9 +72,7 @@ def _draw_published(axes: Any, log: list[tuple[float, float]]) -> None:
     if not log:
         return
     axes.plot(*zip(*log), color=MUTED, linewidth=1, linestyle=(0, (4, 2)), marker="o", markersize=2)
-    axes.annotate(
-        "published", log[-1], xytext=(0, 5), textcoords="offset points", ha="right", color=MUTED, fontsize=8
-    )
+    axes.annotate("published", log[-1], xytext=(0, 5), textcoords="offset points", ha="right", color=MUTED, fontsize=8)
 
 
 def axes_of(x: str, y: str):

@@ -8,7 +8,7 @@ from moco_eval.report.read import Run
 
 
 def health(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> list[dict[str, Any]]:
-    """A group for each test set and feature: the `health` of each encoder's newest record, one with an alignment first."""
+    """A group for each test set and feature: each encoder's newest `health`, one with an alignment before others."""
     groups = []
     for data, tested in by_test_set(runs):
         kept = [run for run in tested if run.record and run.record.get("health")]

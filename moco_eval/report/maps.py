@@ -132,14 +132,17 @@ def _map(
         parts.append(_dots(places[label == one], COLOURS[number], cap, classes[one], 0.9))
     medians = [(classes[one], *np.median(places[label == one], axis=0)) for one in shown]
     parts += [_label(*one) for one in apart(medians)]
-    anchors = ((SIDE / 2, SIDE - 2, "middle", ""), (9, SIDE / 2, "middle", f"rotate(-90 9 {SIDE / 2:g})"))
-    for words, (x, y, anchor, turn) in zip(axes, anchors):
-        parts.append(
-            Markup('<text x="{:g}" y="{:g}" text-anchor="{}" transform="{}" font-size="10" fill="var(--muted)">{}</text>')
-            .format(x, y, anchor, turn, words)
-        )  # fmt: skip
+    parts += [_axis(words, sideways) for words, sideways in zip(axes, (False, True))]
     return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
         title, SIDE, SIDE, Markup("").join(parts)
+    )
+
+
+def _axis(words: str, sideways: bool) -> Markup:
+    x, y = (9.0, SIDE / 2) if sideways else (SIDE / 2, SIDE - 2.0)
+    turn = Markup(' transform="rotate(-90 {:g} {:g})"').format(x, y) if sideways else ""
+    return Markup('<text x="{:g}" y="{:g}"{} text-anchor="middle" font-size="10" fill="var(--muted)">{}</text>').format(
+        x, y, turn, words
     )
 
 

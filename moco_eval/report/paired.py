@@ -14,7 +14,7 @@ from moco_eval.statistics import RESAMPLES, percentiles, resampled_means
 
 PAIRS = 4  # at most
 CLASSES = 40  # at most in a drawing, half from each end
-WIDTH, ROW, GAP = 420, 15, 8  # of a drawing, in its own units
+WIDTH, ROW, GAP = 360, 15, 8  # of a drawing, in its own units
 
 
 def paired(
