@@ -6,7 +6,11 @@ from typing import Any
 import jinja2
 
 from moco_eval import __version__, files
+from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
+from moco_eval.report.health import health
+from moco_eval.report.maps import maps
+from moco_eval.report.paired import paired
 from moco_eval.report.pictures import detections, has, image, neighbours
 from moco_eval.report.provenance import departures, provenance
 from moco_eval.report.read import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
@@ -55,6 +59,10 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "curves": [curves(run) for run in runs if any("loss" in line for line in run.metrics)],
         "views": [(run.path.name, image(run.path / "views.png")) for run in runs if has(run, "views.png")],
         "neighbours": neighbours(runs, names, order),
+        "maps": maps(runs, names, order),
+        "health": health(runs, names, order),
+        "confusion": confusion(runs, names, order),
+        "paired": paired(runs, names, order, kinds),
         "detections": detections(runs, names, order),
         "provenance": [provenance(run, names) for run in runs],
         "deviations": departures(runs),
