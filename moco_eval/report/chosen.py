@@ -47,7 +47,7 @@ def has_answers(run: Run) -> bool:
 
 
 def what(run: Run) -> tuple:
-    """What must be alike for two runs' answers to be set against each other: protocol, labels, settings that left it."""
+    """What must be alike for two runs' answers to be set against each other: protocol, labels, own deviations."""
     assert run.record
     dataset = run.record["dataset"]
     settings = tuple(said for said in run.record["deviations"] if not said.startswith("encoder: "))
