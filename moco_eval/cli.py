@@ -491,13 +491,15 @@ def compare(run_a: Path, run_b: Path) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
 def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, form: str) -> None:
     """A paper's table with our runs beside it."""
-    from moco_eval import results
-    from moco_eval.papers import beside, chain, render, tables
+    from moco_eval.papers import tables
 
     if list_tables:
         for name, caption in tables.tables():
             click.echo(f"{name:<24} {caption}")
         return
+    from moco_eval import results
+    from moco_eval.papers import beside, chain, render
+
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
     published = tables.load_table(table_id)
