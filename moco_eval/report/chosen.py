@@ -10,9 +10,10 @@ TASKS = ("linear", "knn")  # the protocols whose answers are shown first
 
 
 def by_test_set(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """The evaluations by the images they were tested on, oldest first, under a name such as 'digits test'."""
+    """Classifications by the images they were tested on, oldest first, under a name such as 'digits test'."""
     groups: dict[tuple, list[Run]] = {}
-    for run in sorted((run for run in runs if run.record), key=lambda run: run.environment.get("time", "")):
+    judged = [run for run in runs if run.record and run.config["command"] != "detect"]
+    for run in sorted(judged, key=lambda run: run.environment.get("time", "")):
         assert run.record
         dataset = run.record["dataset"]
         groups.setdefault(tuple(dataset.get(key) for key in ("name", "split", "fingerprint", "images")), []).append(run)
