@@ -17,6 +17,7 @@ from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.features import Crops, network, pixels
 from moco_eval.files import read_json
+from moco_eval.report.page import write_report
 
 CPU = torch.device("cpu")
 
@@ -253,3 +254,11 @@ def test_a_run_that_ended_before_its_record_makes_them_again(encoder, tmp_path):
         (tmp_path / "again" / name).unlink()
     again = knn.evaluate(work, knn_recipe(), tmp_path / "again", CPU)
     assert again["health"] == first["health"] and (tmp_path / "again" / "sample.npz").read_bytes() == before
+
+
+def test_a_real_run_fills_the_reports_new_sections(encoder, tmp_path):
+    knn.evaluate(task(encoder), knn_recipe(), tmp_path / "run", CPU)
+    write_report([tmp_path], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for words in ("Maps of features", "digits test (all 30)", "Health of the features", "Which classes are confused"):
+        assert words in page

@@ -125,7 +125,7 @@ def test_class_names_are_text_on_the_page(tmp_path):
         write_run(tmp_path / encoder, encoder, labels, np.roll(labels, number), held=blobs(classes=classes))
     page = page_of(tmp_path)
     assert "<script>alert" not in page and "&lt;script&gt;" in page
-    assert page.count("<section>") == page.count("</section>") and page.count("<svg") == page.count("</svg>")
+    assert page.count("<section") == page.count("</section>") and page.count("<svg") == page.count("</svg>")
 
 
 # Maps
@@ -339,10 +339,19 @@ def test_of_many_classes_the_two_ends_are_drawn():
     assert shown == [*range(20), *range(80, 100)] and paired.extremes(rows[:40]) == rows[:40]
 
 
-@pytest.mark.parametrize("limit", [1, 1.7, 8, 33, 100])
-def test_ticks_are_round_and_within(limit):
-    ticks = paired.ticks_within(limit)
-    assert 0 in ticks and max(ticks) <= limit and 3 <= len(ticks) <= 9 and ticks == [-one for one in ticks[::-1]]
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (-1, 1.7), (-8, 33), (-100, 100), (-57, 1)])
+def test_ticks_are_round_and_within(low, high):
+    ticks = paired.ticks_within(low, high)
+    assert 0 in ticks and low <= min(ticks) and max(ticks) <= high and 3 <= len(ticks) <= 9
+    assert len(set(np.diff(ticks))) == 1 and ticks[0] - np.diff(ticks)[0] < low and ticks[-1] + np.diff(ticks)[0] > high
+
+
+def test_detections_are_no_classifications(tmp_path):
+    """Detection of a data set of the same name does not take part."""
+    write_run(tmp_path / "run", held=blobs(10))
+    other = write_run(tmp_path / "detect", protocol="detect/x@1", images=77)
+    assert yaml.safe_load((other / "config.yaml").read_text())["command"] == "detect"
+    assert [group["data"] for group in maps.maps(*read(tmp_path))] == ["shapes test"]
 
 
 # Health

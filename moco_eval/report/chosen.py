@@ -10,9 +10,10 @@ TASKS = ("linear", "knn")  # the protocols whose answers are shown first
 
 
 def by_test_set(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """The evaluations by the images they were tested on, oldest first, under a name such as 'digits test'."""
+    """Classifications by the images they were tested on, oldest first, under a name such as 'digits test'."""
     groups: dict[tuple, list[Run]] = {}
-    for run in sorted((run for run in runs if run.record), key=lambda run: run.environment.get("time", "")):
+    judged = [run for run in runs if run.record and run.config["command"] != "detect"]
+    for run in sorted(judged, key=lambda run: run.environment.get("time", "")):
         assert run.record
         dataset = run.record["dataset"]
         groups.setdefault(tuple(dataset.get(key) for key in ("name", "split", "fingerprint", "images")), []).append(run)
@@ -47,7 +48,7 @@ def has_answers(run: Run) -> bool:
 
 
 def what(run: Run) -> tuple:
-    """What must be alike for two runs to be set against each other: protocol, labels, settings that left it."""
+    """What must be alike for two runs' answers to be set against each other: protocol, labels, own deviations."""
     assert run.record
     dataset = run.record["dataset"]
     settings = tuple(said for said in run.record["deviations"] if not said.startswith("encoder: "))

@@ -167,21 +167,27 @@ def _dots(places: np.ndarray, colour: str, cap: str, title: str, opacity: float)
 
 
 def apart(labels: Sequence[tuple[str, float, float]], height: float = 12) -> list[tuple[str, float, float]]:
-    """Names with their places, moved down until none lies on another."""
+    """Names with their places, kept within the map, and moved down until none lies on another."""
     placed: list[tuple[str, float, float]] = []
     for name, x, y in sorted(labels, key=lambda one: one[2]):
+        x = min(max(x, _half(name)), SIDE - _half(name))
         for other, at_x, at_y in placed:
-            if abs(x - at_x) < 3.4 * (len(_short(name)) + len(_short(other))) and abs(y - at_y) < height:
+            if abs(x - at_x) < _half(name) + _half(other) and abs(y - at_y) < height:
                 y = at_y + height
         placed.append((name, x, y))
     return placed
 
 
+def _half(name: str) -> float:
+    """Half the width of a name on the map."""
+    return 3.3 * len(_short(name)) + 2
+
+
 def _label(name: str, x: float, y: float) -> Markup:
     return Markup(
-        '<text x="{:.1f}" y="{:.1f}" text-anchor="middle" font-size="12" font-weight="600" fill="var(--ink)" '
+        '<text x="{:.1f}" y="{:.1f}" text-anchor="middle" font-size="11" font-weight="600" fill="var(--ink)" '
         'stroke="var(--paper)" stroke-width="3" paint-order="stroke">{}</text>'
-    ).format(x, y + 4, _short(name))
+    ).format(x, y - 5, _short(name))  # above, so that a dense group is seen
 
 
 def _short(name: str) -> str:

@@ -14,7 +14,7 @@ from moco_eval.statistics import RESAMPLES, percentiles, resampled_means
 
 PAIRS = 4  # at most
 CLASSES = 40  # at most in a drawing, half from each end
-WIDTH, ROW, GAP = 360, 15, 8  # of a drawing, in its own units
+WIDTH, ROW, GAP = 360, 15, 14  # of a drawing, in its own units
 
 
 def paired(
@@ -103,21 +103,22 @@ def extremes(rows: Sequence[tuple]) -> list[tuple]:
 def plot(rows: Sequence[tuple[str, float, float, float]], title: str) -> Markup:
     """A line for each class: the difference as a dot, its interval as a line; muted where that holds 0."""
     left = 14 + 6 * max(len(_short(row[0])) for row in rows)
-    limit = max(1.0, *(abs(bound) for row in rows for bound in row[1:]))
-    middle, scale = (left + WIDTH - GAP) / 2, (WIDTH - GAP - left) / 2 / limit
-    lines = [_row(number, row, left, middle, scale) for number, row in enumerate(rows)]
+    low, high = (end(sign, *(bound for row in rows for bound in row[1:])) for end, sign in ((min, -1.0), (max, 1.0)))
+    scale = (WIDTH - GAP - left) / (high - low)
+    zero = left - low * scale
+    lines = [_row(number, row, left, zero, scale) for number, row in enumerate(rows)]
     bottom = len(rows) * ROW + 4
-    ticks = [_tick(at, middle + at * scale, bottom) for at in ticks_within(limit)]
+    ticks = [_tick(at, zero + at * scale, bottom) for at in ticks_within(low, high)]
     return Markup(
         '<svg role="img" aria-label="{}" viewBox="0 0 {} {}" font-size="10" fill="var(--ink)">'
         '<g stroke="var(--rule)" fill="var(--muted)">{}</g>{}</svg>'
     ).format(title, WIDTH, bottom + 18, Markup("").join(ticks), Markup("").join(lines))
 
 
-def ticks_within(limit: float) -> list[float]:
-    """Round numbers from -limit to limit, 0 among them, five to nine of them where limit is above 1."""
-    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 25, 50) if limit / step < 5)
-    return [step * number for number in range(-int(limit / step), int(limit / step) + 1)]
+def ticks_within(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, 0 among them, nine at most; low is at most -1 and high at least 1."""
+    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 25, 50) if (high - low) / step < 9)
+    return [step * number for number in range(-int(-low / step), int(high / step) + 1)]
 
 
 def _tick(at: float, x: float, bottom: float) -> Markup:
@@ -129,11 +130,11 @@ def _tick(at: float, x: float, bottom: float) -> Markup:
         Markup(' stroke="var(--muted)"') if at == 0 else "",
         x,
         bottom + 13,
-        f"{at:+g}".replace("+0", "0") if at == 0 else f"{at:+g}",
+        f"{at:+g}" if at else "0",
     )
 
 
-def _row(number: int, row: tuple[str, float, float, float], left: float, middle: float, scale: float) -> Markup:
+def _row(number: int, row: tuple[str, float, float, float], left: float, zero: float, scale: float) -> Markup:
     name, value, low, high = row
     y, colour = number * ROW + ROW / 2 + 2, "var(--muted)" if low <= 0 <= high else "var(--accent)"
     return Markup(
@@ -143,7 +144,7 @@ def _row(number: int, row: tuple[str, float, float, float], left: float, middle:
         '<circle cx="{:.1f}" cy="{:g}" r="3.2" fill="{}"/></g>'
     ).format(
         name, value, low, high, left - 8, y + 3.5, _short(name),
-        middle + low * scale, y, middle + high * scale, colour, middle + value * scale, y, colour,
+        zero + low * scale, y, zero + high * scale, colour, zero + value * scale, y, colour,
     )  # fmt: skip
 
 
