@@ -531,7 +531,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
 @click.option("--output", type=FOLDER, default=Path("report.html"), show_default=True)
 def report(runs: tuple[Path, ...], output: Path) -> None:
     """One self-contained HTML page about runs."""
-    from moco_eval.report import write_report
+    from moco_eval.report.page import write_report
 
     write_report(list(runs), output)
     click.echo(output)
