@@ -497,8 +497,7 @@ def compare(run_a: Path, run_b: Path) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
 def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **given: Any) -> None:
     """A paper's table with our runs beside it."""
-    from moco_eval import results
-    from moco_eval.papers import beside, chain, render, tables
+    from moco_eval.papers import chain, tables
 
     if list_tables:
         for name, caption in tables.tables():
@@ -511,8 +510,49 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
         for step in chain.steps(published, published.rows, places):
             click.echo(f"# {', '.join(dict.fromkeys(label for label, _ in step.cells))}\n{step.command}")
         return
-    records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
-    click.echo(render.render(beside.compare(published, records), form))
+    _show_table(published, places, form)
+
+
+@cli.command()
+@click.argument("table_id", metavar="ID", required=False)
+@click.option("--rows", multiple=True, metavar="LABEL", help="A row's label or a part of it; may be repeated.")
+@places_options
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes of every step.")
+@click.option("--slurm", is_flag=True, help="Submit what is left as SLURM jobs, and end.")
+@click.option("--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan and the commands, do nothing.")
+def reproduce(
+    table_id: str | None, rows: tuple[str, ...], slurm: bool, sbatch: tuple[str, ...], dry_run: bool, **given: Any
+) -> None:
+    """A paper's table from nothing: pretrain, convert and evaluate what is left of its rows, and show it.
+
+    ID is a table (see `moco-eval table --list`) or a YAML file of your own. Running it again goes on where it stopped.
+    """
+    from moco_eval import reproduce as chains
+    from moco_eval import slurm as jobs
+
+    if table_id is None:
+        raise InputError(
+            "reproduce needs an ID; for example: moco-eval reproduce cifar10-demo --data cifar10=/datasets"
+        )
+    if sbatch and not slurm:
+        raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
+    places = _places(given)
+    if dry_run:
+        plan = chains.plan(table_id, rows, places, _records(places))
+        click.echo(chains.describe(plan, jobs.states(places.runs), commands=True))
+        return
+    with chains.alone(places.runs) as lock:
+        plan = chains.plan(table_id, rows, places, _records(places))
+        waiting = jobs.states(places.runs)
+        if slurm and plan.left:
+            for line in jobs.submit(plan.left, places.runs, sbatch):
+                click.echo(line)
+            click.echo(chains.describe(plan, jobs.states(places.runs)))
+            return
+        click.echo(chains.describe(plan, waiting), err=True)
+        chains.run(plan, waiting, lock)
+    _show_table(plan.table, places, "text")
 
 
 @cli.command()
@@ -590,6 +630,20 @@ def _places(given: dict[str, Any]) -> Any:
             raise InputError(f"--data {words} is not NAME=FOLDER; for example --data imagenet=/datasets/imagenet")
         data[name] = Path(folder)
     return Places(given["runs"], data, given.get("nproc", 1), given["released"])
+
+
+def _records(places: Any) -> list[dict[str, Any]]:
+    from moco_eval import results
+
+    return results.read(places.runs) if places.runs.is_dir() else []
+
+
+def _show_table(table: Any, places: Any, form: str) -> None:
+    from moco_eval import results
+    from moco_eval.papers import beside, render
+
+    records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
+    click.echo(render.render(beside.compare(table, records), form))
 
 
 def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
@@ -735,6 +789,8 @@ def _print_record(record: dict[str, Any]) -> None:
 
 
 def _interrupt(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # one is enough: a second would break off what the first began
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -63,6 +63,14 @@ class Step:
     def command(self) -> str:
         return shlex.join(("moco-eval", *self.words))
 
+    @property
+    def before(self) -> "list[Step]":
+        """The steps that it needs, the nearest first."""
+        return [self.after, *self.after.before] if self.after else []
+
+    def is_before(self, other: "Step") -> bool:
+        return any(step.words == self.words for step in other.before)
+
 
 def steps(table: Table, rows: Sequence[Row], places: Places) -> list[Step]:
     """What produces these rows, in an order in which it can run; a step that several rows want is there once.
@@ -284,7 +292,7 @@ def left(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list
     """What has to run: what is not done, but for encoders that nothing takes which is left."""
     found: list[Step] = []
     for step in reversed(steps):
-        takers = [one for one in steps if one.after and one.after.words == step.words]
+        takers = [one for one in steps if step.is_before(one)]
         if not is_done(step, table, records) and (not takers or any(one in found for one in takers)):
             found.append(step)
     return found[::-1]
