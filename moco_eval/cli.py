@@ -538,19 +538,19 @@ def reproduce(
     if sbatch and not slurm:
         raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
     places = _places(given)
+    plan = chains.plan(table_id, rows, places, _records(places))
+    waiting = jobs.states(places.runs)
     if dry_run:
-        plan = chains.plan(table_id, rows, places, _records(places))
-        click.echo(chains.describe(plan, jobs.states(places.runs), commands=True))
+        click.echo(chains.describe(plan, waiting, commands=True))
         return
-    with chains.alone(places.runs) as lock:
-        plan = chains.plan(table_id, rows, places, _records(places))
-        waiting = jobs.states(places.runs)
-        if slurm and plan.left:
+    if slurm and plan.left:
+        with chains.alone(places.runs):
             for line in jobs.submit(plan.left, places.runs, sbatch):
                 click.echo(line)
-            click.echo(chains.describe(plan, jobs.states(places.runs)))
-            return
-        click.echo(chains.describe(plan, waiting), err=True)
+        click.echo(chains.describe(plan, jobs.states(places.runs)))
+        return
+    click.echo(chains.describe(plan, waiting), err=True)
+    with chains.alone(places.runs) as lock:
         chains.run(plan, waiting, lock)
     _show_table(plan.table, places, "text")
 

@@ -86,8 +86,7 @@ def _named(table: Table, part: str) -> list[Row]:
     found = [row for row in table.rows if row.label.lower() == part.lower()]
     found = found or [row for row in table.rows if part.lower() in row.label.lower()]
     if not found:
-        near = config.did_you_mean(part, labels) or f" They are: {'; '.join(labels)}"
-        raise InputError(f"no row of {table.id} has {part!r} in its label.{near}")
+        raise InputError(f"no row of {table.id} has {part!r} in its label.{config.did_you_mean(part, labels)}")
     reasons = [chain.why_none(table, row) for row in found]
     if all(reasons):
         raise InputError(f"row {found[0].label!r} of {table.id} cannot be had: {reasons[0]}")
