@@ -492,12 +492,18 @@ def compare(run_a: Path, run_b: Path) -> None:
 @cli.command()
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--list", "list_tables", is_flag=True, help="Name every table.")
-@click.option("--commands", is_flag=True, help="The command that pretrains each row's encoder.")
+@click.option("--commands", is_flag=True, help="Only the commands that are left to run, as a shell script.")
 @places_options
-@click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "latex", "html"]),
+    default="text",
+    show_default=True,
+)
 def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **given: Any) -> None:
-    """A paper's table with our runs beside it."""
-    from moco_eval.papers import chain, tables
+    """A paper's table with our runs beside it, and how to produce what is missing."""
+    from moco_eval.papers import beside, missing, render, tables
 
     if list_tables:
         for name, caption in tables.tables():
@@ -506,11 +512,12 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
     published, places = tables.load_table(table_id), _places(given)
+    records = _records(places)
+    left = missing.find(published, records, places)
     if commands:
-        for step in chain.steps(published, published.rows, places):
-            click.echo(f"# {', '.join(dict.fromkeys(label for label, _ in step.cells))}\n{step.command}")
-        return
-    _show_table(published, places, form)
+        click.echo(missing.script(left))
+    else:
+        click.echo(render.render(beside.compare(published, records), form, left))
 
 
 @cli.command()
@@ -530,6 +537,7 @@ def reproduce(
     """
     from moco_eval import reproduce as chains
     from moco_eval import slurm as jobs
+    from moco_eval.papers import beside, render
 
     if table_id is None:
         raise InputError(
@@ -538,10 +546,11 @@ def reproduce(
     if sbatch and not slurm:
         raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
     places = _places(given)
-    plan = chains.plan(table_id, rows, places, _records(places))
+    records = _records(places) if places.runs.is_dir() else []
+    plan = chains.plan(table_id, rows, places, records)
     waiting = jobs.states(places.runs)
     if dry_run:
-        click.echo(chains.describe(plan, waiting, commands=True))
+        click.echo(chains.describe(plan, waiting, chains.costs_of(plan, records)))
         return
     if slurm and plan.left:
         with chains.alone(places.runs):
@@ -552,7 +561,7 @@ def reproduce(
     click.echo(chains.describe(plan, waiting), err=True)
     with chains.alone(places.runs) as lock:
         chains.run(plan, waiting, lock)
-    _show_table(plan.table, places, "text")
+    click.echo(render.render(beside.compare(plan.table, _records(places)), "text"))
 
 
 @cli.command()
@@ -633,17 +642,10 @@ def _places(given: dict[str, Any]) -> Any:
 
 
 def _records(places: Any) -> list[dict[str, Any]]:
+    """Our results; none where there is no folder of the default name yet."""
     from moco_eval import results
 
-    return results.read(places.runs) if places.runs.is_dir() else []
-
-
-def _show_table(table: Any, places: Any, form: str) -> None:
-    from moco_eval import results
-    from moco_eval.papers import beside, render
-
-    records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
-    click.echo(render.render(beside.compare(table, records), form))
+    return results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
 
 
 def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:

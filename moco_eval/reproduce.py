@@ -146,20 +146,32 @@ def _open(step: Step, folder: Path) -> None:
 # The plan in words
 
 
-def describe(found: Plan, jobs: Mapping[Path, str] | None = None, commands: bool = False) -> str:
-    """Each step with its state, the rows that are left out and, if asked for, the commands that are left.
+def costs_of(found: Plan, records: Sequence[Record]) -> list[str]:
+    """About how long each step that is left takes on this machine; imports torch and times it, where anything is."""
+    if not found.left:
+        return []
+    from moco_eval.papers.cost import costs
+
+    return [cost.words if cost else "not known" for cost in costs(found.left, found.table, records)]
+
+
+def describe(found: Plan, jobs: Mapping[Path, str], costs: Sequence[str] | None = None) -> str:
+    """Each step with its state, and the rows that are left out; with the costs also the commands that are left.
 
     Args:
         jobs: what SLURM says of a step, by its output.
+        costs: of the steps that are left, in words.
     """
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", "rows", "state"):
+    for heading in ("step", "rows", "state", *(["takes here"] if costs else [])):
         grid.add_column(heading)
+    takes = dict(zip((step.words for step in found.left), costs or []))
     for step in found.steps:
         rows = "; ".join(dict.fromkeys(label for label, _ in step.cells))
-        grid.add_row(escape(_title(step)), escape(rows), escape(_state(step, found, jobs or {})))
+        cells = (_title(step), rows, _state(step, found, jobs), takes.get(step.words, ""))
+        grid.add_row(*(escape(cell) for cell in cells[: len(grid.columns)]))
     out = [f"left out: {label}: {why}" for label, why in found.left_out]
-    return as_text(grid, *out, *([step.command for step in found.left] if commands else []))
+    return as_text(grid, *out, *([step.command for step in found.left] if costs else []))
 
 
 def _title(step: Step) -> str:
