@@ -503,12 +503,14 @@ def compare(run_a: Path, run_b: Path) -> None:
 )
 def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **given: Any) -> None:
     """A paper's table with our runs beside it, and how to produce what is missing."""
-    from moco_eval.papers import beside, missing, render, tables
+    from moco_eval.papers import tables
 
     if list_tables:
         for name, caption in tables.tables():
             click.echo(f"{name:<24} {caption}")
         return
+    from moco_eval.papers import beside, missing, render
+
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
     published, places = tables.load_table(table_id), _places(given)
@@ -569,7 +571,7 @@ def reproduce(
 @click.option("--output", type=FOLDER, default=Path("report.html"), show_default=True)
 def report(runs: tuple[Path, ...], output: Path) -> None:
     """One self-contained HTML page about runs."""
-    from moco_eval.report import write_report
+    from moco_eval.report.page import write_report
 
     write_report(list(runs), output)
     click.echo(output)

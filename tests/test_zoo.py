@@ -17,7 +17,7 @@ from commands import environment, error_line, in_process, start
 
 from moco_eval import config, files, zoo
 from moco_eval.errors import InputError, Interrupted, RunFailed
-from moco_eval.papers.tables import load_table
+from moco_eval.papers.tables import load_table, tables
 
 WEIGHTS = bytes(range(256)) * 10_000  # 2.56 MB
 CHANGED = WEIGHTS[::-1]
@@ -71,6 +71,20 @@ def test_published_numbers_agree_with_the_papers(name):
             else:
                 assert found.metrics[where.metric] == row.published[column]
     assert compared == 4
+
+
+def test_numbers_of_released_files_agree_with_the_tables():
+    """A row that is had as a released file alone prints the number of that very file."""
+    compared = 0
+    for table in (load_table(name) for name, _ in tables()):
+        for row in table.rows:
+            for name in row.published if row.released and not row.recipe and not row.match else ():
+                column = table.columns[name]
+                for found in zoo.entry(row.released).published:
+                    if column.protocol and (found.protocol, found.dataset) == (column.protocol, column.dataset):
+                        assert found.metrics[column.metric] == row.published[name], (table.id, row.label)
+                        compared += 1
+    assert compared >= 8
 
 
 def test_list(capfd, monkeypatch):

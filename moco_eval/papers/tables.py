@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from moco_eval import config
+from moco_eval import config, zoo
 from moco_eval.config import Expect, Model, PretrainConfig
 from moco_eval.errors import InputError
 
@@ -89,10 +89,40 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]
 
 
+class States(Model):
+    """What the paper says of an encoder's pretraining, in its symbols: K, m of Eqn. (2), tau.
+
+    m: none where the mechanism has no momentum encoder. arch and data: in our names.
+    """
+
+    arch: str
+    data: str
+    epochs: int
+    batch: int
+    K: int
+    m: float | None = None
+    tau: float
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "States":
+        """What a recipe of ours would have to state."""
+        run = recipe.resolved()
+        return cls(
+            arch=run.arch,
+            data=recipe.dataset,
+            epochs=run.schedule.epochs,
+            batch=run.batch_size,
+            K=run.queue_size,
+            m=run.momentum if run.mechanism == "moco" else None,
+            tau=run.temperature,
+        )
+
+
 class Row(Model):
     """A published row: numbers by column; `std` and `trials` where printed; how its encoder is had, or why not.
 
-    released: its own authors' checkpoint, by its name in the zoo.
+    states: what the paper says of its pretraining; a recipe must agree. released: the checkpoint of those who published
+    the row, by its name in the zoo.
     """
 
     label: str
@@ -102,6 +132,7 @@ class Row(Model):
     note: str = ""
     match: Match | None = None
     recipe: Recipe | None = None
+    states: States | None = None
     released: str | None = None
     unavailable: Literal["data never public", "recipe never published", "not yet built"] | None = None
 
@@ -111,6 +142,28 @@ class Row(Model):
             raise ValueError(f"row {self.label!r} needs match, recipe, released or unavailable")
         if (self.match and self.recipe) or (self.unavailable and (self.match or self.recipe or self.released)):
             raise ValueError(f"row {self.label!r} has one of match, recipe and unavailable")
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_is_the_papers(self):
+        if bool(self.recipe) != bool(self.states):
+            raise ValueError(f"row {self.label!r}: recipe and states go together")
+        if self.recipe and self.states:
+            wanted, found = self.states.model_dump(), States.of(self.recipe).model_dump()
+            differ = [
+                f"{key} {wanted[key]} in the paper, {found[key]} in it" for key in wanted if wanted[key] != found[key]
+            ]
+            if differ:
+                raise ValueError(f"row {self.label!r} has a recipe that is not its own: {'; '.join(differ)}")
+        return self
+
+    @model_validator(mode="after")
+    def _released_is_in_the_zoo(self):
+        if self.released:
+            try:
+                zoo.entry(self.released)
+            except InputError as error:
+                raise ValueError(str(error)) from None
         return self
 
 
@@ -156,8 +209,14 @@ class Table(Model):
 
 
 def tables() -> list[tuple[str, str]]:
-    """Id and caption of every shipped table."""
-    return [(name, load_table(name).caption) for name in _names()]
+    """Id of every shipped table, its caption, and how many of its rows can be had; read without being checked."""
+    return [(name, _line(config.read_yaml(config.folder() / "papers" / f"{name}.yaml")[0])) for name in _names()]
+
+
+def _line(values: dict[str, Any]) -> str:
+    rows = values["rows"]
+    had = len(rows) - sum("unavailable" in row for row in rows)
+    return f"{values['caption']} {len(rows)} row{'s' if rows[1:] else ''}, {had or 'none'} to be had."
 
 
 def _names() -> list[str]:
