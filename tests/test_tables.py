@@ -22,9 +22,13 @@ TABLES = {name: tables.load_table(name) for name, _ in tables.tables()}
 FORMS = ("text", "markdown", "csv", "latex", "html")
 
 
+def left(table, records, places):
+    return chain.left(chain.steps(table, table.rows, places), table, records)
+
+
 def lacking(table, records=(), places=None):
     """What is missing, each step at an hour; without looking at the machine."""
-    steps = missing.left(table, records, places or chain.Places(Path("none")))
+    steps = left(table, records, places or chain.Places(Path("none")))
     return missing.Missing([(step, Cost(3600.0, "timed")) for step in steps], machine="a machine")
 
 
@@ -114,8 +118,8 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_in_every_format(name, form):
     table = TABLES[name]
-    done, left = beside.compare(table, []), lacking(table)
-    out = render.render(done, form, left)
+    done, wanted = beside.compare(table, []), lacking(table)
+    out = render.render(done, form, wanted)
     assert out == render.render(beside.compare(table, []), form, lacking(table))
     numbers = [str(line.published) for line in done.lines if line.published is not None]
     if form == "csv":
@@ -128,11 +132,11 @@ def test_every_table_in_every_format(name, form):
         assert (page.open, page.outside) == ([], []) and "url(" not in out and "@import" not in out
         found = " ".join(page.words)
         assert all(number in found for number in numbers)
-        assert all(step.command in found for step, _ in left.steps)
+        assert all(step.command in found for step, _ in wanted.steps)
     else:
         plain = out.replace("$-$", "-")
         assert all(number in plain for number in numbers)
-        assert all(out.count(step.command) >= 1 for step, _ in left.steps)
+        assert all(out.count(step.command) >= 1 for step, _ in wanted.steps)
 
 
 def test_text_for_a_pipe_is_not_cut_at_80_columns(monkeypatch, in_tmp, quick_probe, capfd):
@@ -146,9 +150,9 @@ def test_a_terminal_breaks_no_command(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     table = TABLES["moco-v2-2"]
-    left = lacking(table)
-    out = render.render(beside.compare(table, []), "text", left)
-    assert "…" not in out and all(step.command in out.splitlines() for step, _ in left.steps)
+    wanted = lacking(table)
+    out = render.render(beside.compare(table, []), "text", wanted)
+    assert "…" not in out and all(step.command in out.splitlines() for step, _ in wanted.steps)
 
 
 # LaTeX
@@ -214,24 +218,24 @@ def test_markup_in_labels_and_deviations_is_text_in_html():
 
 def test_the_steps_that_are_left_are_there_once_in_order():
     table = TABLES["moco-v1-2b"]
-    kinds = [step.kind for step in missing.left(table, [], chain.Places(Path("none")))]
+    kinds = [step.kind for step in left(table, [], chain.Places(Path("none")))]
     assert kinds == ["evaluate", "evaluate", "pretrain", "convert", "evaluate"]
 
 
 def test_a_cell_with_a_comparable_number_needs_neither_evaluation_nor_pretraining():
     table, places = TABLES["cifar10-demo"], chain.Places(Path("none"))
-    before = missing.left(table, [], places)
-    after = missing.left(table, [cifar_record()], places)
+    before = left(table, [], places)
+    after = left(table, [cifar_record()], places)
     gone = [step for step in before if step.words not in [one.words for one in after]]
     assert [step.kind for step in gone] == ["pretrain", "evaluate"]
     assert {cell for step in gone for cell in step.cells} == {("asymmetric loss, 200 epochs", "knn_top1")}
-    marked = missing.left(table, [cifar_record(deviations=["k 20 instead of 200"])], places)
+    marked = left(table, [cifar_record(deviations=["k 20 instead of 200"])], places)
     assert [step.words for step in marked] == [step.words for step in before]
 
 
 def test_a_pretraining_for_its_own_sake_is_left_although_no_evaluation_waits():
     table = TABLES["cifar10-demo"]
-    alone = [step for step in missing.left(table, [], chain.Places()) if "bn_permute=false" in step.command]
+    alone = [step for step in left(table, [], chain.Places()) if "bn_permute=false" in step.command]
     assert [step.kind for step in alone] == ["pretrain"]
 
 
@@ -245,7 +249,7 @@ def test_reasons_and_unmeasured_columns_are_told(quick_probe):
 
 
 def test_the_total_says_how_many_costs_are_unknown():
-    (step, *_) = missing.left(TABLES["moco-v2-2"], [], chain.Places())
+    (step, *_) = left(TABLES["moco-v2-2"], [], chain.Places())
     assert missing.Missing([(step, None)]).total == ""
     total = missing.Missing([(step, None), (step, Cost(7200.0, "timed"))]).total
     assert total == "2 steps, in all about 2.0 h, and 1 of unknown cost"

@@ -238,7 +238,8 @@ def _arch(step: Step, row: Row) -> str:
     """The architecture of an evaluated encoder."""
     kind, _, rest = step.words[1].partition(":")
     if kind == "zoo":
-        return zoo.entry(rest).recipe.arch
+        arch = zoo.entry(rest).recipe.arch
+        return f"{arch}_224" if arch.startswith("vit_") and not arch.endswith("_224") else arch  # named without pixels
     if kind in ("random", "torchvision"):
         return rest.split(":")[0]
     assert row.recipe
