@@ -12,7 +12,9 @@ import torch
 import yaml
 from commands import environment, error_line, in_process, moco_eval
 
-from moco_eval import files, reproduce, slurm
+from moco_eval import cli, config, files, reproduce, slurm
+from moco_eval.config import judge_model
+from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import chain, tables
 
@@ -198,6 +200,24 @@ def test_a_table_of_ones_own_with_a_column_that_is_nothing_of_ours(column, words
         planned(table)
 
 
+def test_evaluations_are_in_the_published_arithmetic():
+    """So that no option of theirs has to say it, on a GPU either."""
+    names = [name for name, _ in tables.tables()]
+    columns = [column for name in names for column in tables.load_table(name).columns.values() if column.protocol]
+    judged = {(chain.command(column), column.config or chain.evaluation(column.protocol)) for column in columns}
+    models = {kind: (judge_model if kind != "detect" else lambda *_: DetectConfig) for kind, _ in judged}
+    loaded = [config.load(name, kind, models[kind](name, kind)) for kind, name in judged]
+    assert len(loaded) > 10 and {one.precision for one in loaded} == {"fp32"}
+
+
+def test_the_table_of_the_page_is_one(in_tmp, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/reproduce.md").read_text()
+    Path("mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    places = chain.Places(data={"imagefolder": Path("FOLDER")})
+    table = tables.load_table("mine.yaml")
+    assert [step.words[0] for step in chain.steps(table, table.rows, places)] == ["pretrain", "knn", "knn"]
+
+
 # What is left
 
 
@@ -326,6 +346,18 @@ def test_a_signal_reaches_the_step_which_is_waited_for(number, in_tmp, monkeypat
     assert Path("saved").read_text() == f"{name}\n" and signal.getsignal(number) is before
 
 
+def test_a_second_signal_does_not_break_off_what_the_first_began():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli._interrupt()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_key_typed_in_the_terminal_is_not_passed_on(in_tmp, monkeypatch):
     """The terminal has sent it to the step as well; here nobody has, and the step goes on to its end."""
     pretend(in_tmp, monkeypatch, "touch up; sleep 0.5; touch ended")
@@ -427,11 +459,14 @@ def test_running_it_again_submits_only_what_is_left_and_not_in_the_queue(cluster
     table = write_table(in_tmp)
     in_process(capfd, monkeypatch, "reproduce", table, "--slurm")
     out, _ = in_process(capfd, monkeypatch, "reproduce", table, "--slurm")
-    assert "moco-eval" not in out and "job 2, pending" in out and not (cluster / "4.sh").exists()
+    assert (
+        "moco-eval" not in out and "runs/slurm" in out and "job 2, pending" in out and not (cluster / "4.sh").exists()
+    )
     assert "scancel the job" in error_line(capfd, monkeypatch, "reproduce", table)
     (cluster / "queue").write_text("1 RUNNING\n")  # the others have failed
     out, _ = in_process(capfd, monkeypatch, "reproduce", table, "--slurm")
     assert "job 1, running" in out and "job 4: moco-eval knn" in out and "job 5: moco-eval knn" in out
+    assert "(after job 1; job 2 has not done it)" in out
     assert "afterok:1" in (cluster / "4.sh").read_text()
     assert (cluster / "asked").read_text().splitlines()[-1].endswith("--jobs=1,4,5")
 
