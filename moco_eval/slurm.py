@@ -17,7 +17,7 @@ OURS = ("dependency", "kill_on_invalid_dep", "job_name", "output", "error", "ope
 ONE_TASK = ("nodes", "ntasks", "ntasks_per_node")
 DEFAULTS = {"time": "1-00:00:00"}
 REQUEUED = 1000  # times at most that a job whose time is over goes back to the queue
-GRACE = 120  # seconds between a preempted job's SIGTERM and what comes next, at most
+GRACE = 900  # seconds between a preempted job's SIGTERM and what comes next, at most
 
 
 class Job:
@@ -31,7 +31,7 @@ class Job:
         command = [sys.executable, "-m", "moco_eval", *self.words]
         self.process = subprocess.Popen(command, preexec_fn=_leave_to_submitit)
         code = self.process.wait()
-        if code == 3:  # it was told to stop by SLURM, which tells submitit next, or ends the job
+        if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
             time.sleep(GRACE)
         if code:
             raise RuntimeError(f"exit code {code}: moco-eval {' '.join(self.words)}")
@@ -73,11 +73,13 @@ def submit(steps: Sequence[Step], runs: Path, given: Sequence[str]) -> list[str]
         if step.output in waiting:
             continue
         before = next((ids[str(one.output)] for one in steps[::-1] if one.is_before(step)), None)
-        number = _submit(executor, step, parameters, before)
+        number, earlier = _submit(executor, step, parameters, before), ids.get(str(step.output))
         ids[str(step.output)] = number
         files.write_json(_jobs(runs), ids)
-        lines.append(f"job {number}: {step.command}" + (f" (after job {before})" if before else ""))
-    return lines
+        notes = [f"after job {before}"] if before else []
+        notes += [f"job {earlier} has not done it"] if earlier else []
+        lines.append(f"job {number}: {step.command}" + (f" ({'; '.join(notes)})" if notes else ""))
+    return [*lines, f"what they print: {_jobs(runs).parent}"]
 
 
 def _executor(runs: Path) -> Any:
