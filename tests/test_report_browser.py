@@ -60,6 +60,34 @@ def test_the_theme_is_switched_and_remembered(page_file, window):
     assert window.run("return document.querySelector('button.theme').textContent") == "theme: auto"
 
 
+def test_the_theme_is_switched_where_nothing_can_be_remembered(page_file, window):
+    """In a frame of its own origin, storage is forbidden."""
+    frame = page_file.with_name("frame.html")
+    frame.write_text(f'<iframe sandbox="allow-scripts" src="{page_file.name}"></iframe>', encoding="utf-8")
+    window.open(frame)
+    window.enter_frame()
+    assert window.run("try { return localStorage.length } catch { return 'forbidden' }") == "forbidden"
+    assert window.run("return document.querySelector('button.theme').textContent") == "theme: auto"
+    window.run("document.querySelector('button.theme').click()")
+    assert window.run("return document.querySelector('button.theme').textContent") == "theme: light"
+    assert window.log() == []
+
+
+def test_it_prints_in_light_with_all_details_and_no_switch(page_file, window):
+    def visible(selector):
+        shown = f"[...document.querySelectorAll('{selector}')].map((one) => one.checkVisibility())"
+        return window.run(f"return {shown}")
+
+    window.open(page_file)
+    window.run("document.documentElement.dataset.theme = 'dark'")
+    assert not any(visible("details dl")) and visible(".theme") == [True]
+    window.as_printed(True)
+    background, details, switch = window.run(BACKGROUND), visible("details dl"), visible(".theme")
+    window.as_printed(False)
+    assert background == "rgb(255, 255, 255)" and background != window.run(BACKGROUND)
+    assert details and all(details) and switch == [False]
+
+
 def test_a_table_is_sorted_by_its_header(page_file, window):
     window.open(page_file)
     column = "return [...document.querySelectorAll('table.sortable tbody tr')].map((row) => row.cells[1].textContent)"
