@@ -22,10 +22,11 @@ def as_text(*parts: str | Table) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits: 0.2 s, 34 s, 12 min, 3.4 h, 53 days."""
+    """In the unit that fits: 0.2 s, 34 s, 12 min, 3.4 h, 53 days, 12 years."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
     hours = seconds / 3600
     if hours < 100 / 60:
         return f"{seconds / 60:.0f} min"
-    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"
+    days = hours / 24
+    return f"{hours:.1f} h" if days < 3 else f"{days:,.0f} days" if days < 1000 else f"{days / 365:,.0f} years"

@@ -48,6 +48,20 @@ class Browser:
         """The value of a function body in the page."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": []})
 
+    def press(self, key: str) -> None:
+        """A key, on what has the focus."""
+        pressed = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        self._ask("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": pressed}]})
+
+    def enter_frame(self) -> None:
+        """What follows is of the page's first frame, until another page is opened."""
+        self._ask("POST", "/frame", {"id": 0})
+
+    def as_printed(self, on: bool) -> None:
+        """The page as it is laid out on paper, or on the screen again."""
+        values = {"cmd": "Emulation.setEmulatedMedia", "params": {"media": "print" if on else ""}}
+        self._ask("POST", "/goog/cdp/execute", values)
+
     def log(self) -> list[str]:
         """What the console has said since the last call."""
         return [entry["message"] for entry in self._ask("POST", "/se/log", {"type": "browser"})]

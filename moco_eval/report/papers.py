@@ -25,9 +25,12 @@ def _meets(line: beside.Line) -> bool:
 def _shown(comparison: Comparison) -> dict[str, Any]:
     met = {line.column.title for line in comparison.lines if _meets(line)}
     lines = [line for line in comparison.lines if line.column.title in met]
+    below = words.below(replace(comparison, lines=lines))
+    if others := [column.title for column in comparison.table.columns.values() if column.title not in met]:
+        below.append(f"of these runs nothing for: {', '.join(others)}")
     return {
         "title": words.title(comparison.table),
         "caption": comparison.table.caption,
         "groups": [(label, list(some)) for label, some in groupby(lines, key=lambda line: line.row)],
-        "below": words.below(replace(comparison, lines=lines)),
+        "below": below,
     }
