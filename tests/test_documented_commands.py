@@ -20,7 +20,7 @@ import pytest
 import torch
 from checkpoints import mlp, moco
 from commands import ROOT, environment, in_process, moco_eval
-from documented import RECORDS, Command, commands
+from documented import RECORDS, Command, blocks, commands
 from PIL import Image
 
 from moco_eval.cli import cli
@@ -28,7 +28,15 @@ from moco_eval.data import coco, scenes, small, voc
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.small import CIFAR10_FILES
 
-COMMANDS = commands()
+
+def launched(command: Command) -> Command:
+    """What srun starts; SLURM's own options are SLURM's."""
+    if command.program != "srun":
+        return command
+    return command._replace(words=command.words[command.words.index("moco-eval") :])
+
+
+COMMANDS = [launched(one) for one in commands()]
 SHOWN = [one for one in COMMANDS if one.page != RECORDS]
 ON_CPU = "--device cpu --workers 0"
 CLASSES = "--dataset imagefolder"  # ImageNet's layout with three classes
@@ -50,17 +58,18 @@ REDUCED: list[tuple[str, str]] = [
     ("pretrain digits --profile", f"{PRETRAIN} --profile 2"),
     ("pretrain digits", DIGITS),
     ("pretrain cifar10", f"{PRETRAIN} --set arch=resnet18_quarter_cifar"),
-    ("pretrain imagenet --profile", f"{CLASSES} {PRETRAIN} --set schedule.epochs=2 --profile 2"),
-    ("pretrain imagenet", f"{CLASSES} {PRETRAIN}"),
+    ("pretrain moco_v2_r50 --profile", f"{CLASSES} {PRETRAIN} --set schedule.epochs=2 --profile 2"),
+    ("pretrain moco_v2_r50", f"{CLASSES} {PRETRAIN}"),
     ("knn --dataset", f"{ON_CPU} --set k=2"),
     ("knn", f"{CLASSES} {ON_CPU} --set k=2"),
     ("linear digits --trials", f"{ON_CPU} --set schedule.epochs=1 --trials 2"),
     ("linear digits", f"{ON_CPU} --set schedule.epochs=1"),
     ("linear", f"{CLASSES} {ON_CPU} --nproc 1 --set schedule.epochs=1"),
-    ("finetune", f"{CLASSES} {ON_CPU} --nproc 1 --set schedule.epochs=1 --set batch_size=2 --set drop_last=true"),
+    ("finetune", f"{CLASSES} {ON_CPU} --nproc 1 --set schedule.epochs=1 --set batch_size=4"),
     ("svm", f"{ON_CPU} --protocol digits"),
-    ("suite digits", ON_CPU),
-    ("suite", f"{CLASSES} {ON_CPU} --tasks quick,logistic"),  # kNN's 200 neighbours want more images
+    ("suite digits", f"{ON_CPU} --tasks knn,quick"),
+    ("suite imagefolder", f"{ON_CPU} --tasks quick"),  # kNN's 200 neighbours want more images
+    ("suite", f"{CLASSES} {ON_CPU} --tasks quick,logistic"),
     ("detect digits", SCENES),
     ("detect coco", f"{DETECT} --trials 1"),
     ("detect --trials", f"{DETECT} --trials 2"),
@@ -71,7 +80,7 @@ REDUCED: list[tuple[str, str]] = [
     ),
 ]
 # A block with one of these takes seconds.
-SLOW = ("suite", "svm", "detect --trials", "torchrun")
+SLOW = ("suite", "svm", "detect --nproc", "detect coco-folder", "torchrun")
 # What is not run, and why. No other command is left out.
 NOT_RUN = {
     "make": "each target is a test suite, an installation or the demo, which tests/test_demo.py runs",
@@ -153,6 +162,8 @@ def test_every_command_plans_as_written(command, place, made, capfd, monkeypatch
 
     `suite` is not among them: it tries for a while how long things take, and runs below.
     """
+    Path("mine").unlink()
+    Path("mine").symlink_to(made / "whole" / "imagenet")
     words = [here(word, made, "whole") for word in command.words[1:]]
     words = ["CHECKPOINT" if word.startswith("runs/") and word.endswith(".pth") else word for word in words]
     out, _ = in_process(capfd, monkeypatch, *words, "--dry-run")
@@ -172,7 +183,8 @@ def test_sbatch_scripts_are_sound_and_take_their_arguments():
     shown = [one for one in SHOWN if one.program == "sbatch"]
     assert shown
     for command in shown:
-        script, *words = [word for word in command.words[1:] if not word.startswith("--export")]
+        at = next(index for index, word in enumerate(command.words) if word.endswith(".sbatch"))
+        script, words = command.words[at], command.words[at + 1 :]
         subprocess.run(["bash", "-n", ROOT / script], check=True)
         launched = re.search(r"-m moco_eval (\w+) \"\$@\"", (ROOT / script).read_text())
         assert launched, f"{script} launches no moco_eval"
@@ -213,6 +225,19 @@ def test_tools_exist_with_the_options_shown(command):
 def test_tools_explain_themselves(tool):
     done = subprocess.run([sys.executable, ROOT / tool, "--help"], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+
+
+def test_what_a_command_reads_was_written_before():
+    """On the same page, or by README's walk on the digits; runs/A and runs/B are the reader's."""
+    written = {"README.md": {"runs/A", "runs/B"}}
+    for command in [one for one in TO_RUN if one.block and one.program in ("moco-eval", "torchrun")]:
+        words = command.words if command.program == "moco-eval" else halves(command)[1].words
+        there = written.setdefault(command.page, {*written["README.md"]})
+        given = parsed(words[1:]).params
+        place = given.get("output") or Path("runs") / f"pretrain-{given.get('config')}-{given.get('dataset')}"
+        read = {"/".join(word.split("/")[:2]) for word in words if word.startswith("runs/")} - {str(place)}
+        assert read <= there, f"{command} reads {read - there}, which nothing wrote"
+        there.add(str(place))
 
 
 def test_nothing_is_left_out():
@@ -277,7 +302,9 @@ def image_folder(root: Path, classes: int, train: int, test: int) -> None:
             for number in range(count):
                 image = Image.new("RGB", (24, 20), (20 * name % 256, 40 + 9 * number, 90))
                 image.save(folder / f"{folder.name}_{number}.jpg")
-    (root / "1percent.txt").write_text("".join(f"n{name:08d}_0.jpg\n" for name in range(classes)))
+    (root / "1percent.txt").write_text(
+        "".join(f"n{name:08d}_{n}.jpg\n" for name in range(classes) for n in range(min(2, train)))
+    )
 
 
 def cifar10(root: Path, images: int) -> None:
@@ -305,9 +332,11 @@ def boxes(root: Path) -> None:
 
 @pytest.fixture
 def place(made, in_tmp) -> Path:
-    """A folder to work in, with what the pages' placeholders stand for."""
-    Path("CHECKPOINT").symlink_to(made / "CHECKPOINT")
-    for name, target in (("FOLDER", "imagenet"), ("BCCD", "BCCD"), ("VOCdevkit", "VOCdevkit")):
+    """A folder to work in, with what stands for the reader's own."""
+    for name in ("CHECKPOINT", "mine.pth"):
+        Path(name).symlink_to(made / "CHECKPOINT")
+    own = {"FOLDER": "imagenet", "mine": "imagenet", "BCCD": "BCCD", "boxes": "BCCD", "masks": "coco"}
+    for name, target in own.items():
         Path(name).symlink_to(made / "datasets" / target)
     return in_tmp
 
@@ -321,15 +350,21 @@ def bring(words: list[str], made: Path) -> None:
     """The runs of an earlier block that a command reads."""
     for word in words:
         run = Path(*Path(word).parts[:2])
-        if word.startswith("runs/") and (made / word).exists() and not run.exists():
+        if not word.startswith("runs/") or run.exists():
+            continue
+        if (made / run).exists():
             shutil.copytree(made / run, run)
+        elif word.endswith(".pth"):
+            Path(word).parent.mkdir(parents=True)
+            Path(word).symlink_to(made / "CHECKPOINT")
 
 
 def run(capfd, monkeypatch, command: Command, made: Path) -> None:
     """The command made small; it must end with exit code 0."""
     if command.program == "torchrun":
         return run_torchrun(command, made)
-    words, more = [here(word, made) for word in command.words[1:]], reduction(command)
+    sets = "whole" if has(command, "datasets") else "datasets"
+    words, more = [here(word, made, sets) for word in command.words[1:]], reduction(command)
     if words[0] != "pretrain":
         bring(words, made)
     elif not {"--output", "--profile"} & set(words):
@@ -343,7 +378,8 @@ def run_torchrun(command: Command, made: Path) -> None:
     """On this machine alone, in two processes."""
     launcher, ours = halves(command)
     launcher += ["--nnodes", "1", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
-    words = [*(here(word, made) for word in ours.words[1:]), *reduction(ours)]
+    more = " ".join(reduction(ours)).replace("--nproc 1", "").split()  # torchrun takes it for its own
+    words = [*(here(word, made) for word in ours.words[1:]), *more]
     done = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "moco_eval", *words]
     subprocess.run(done, env=environment(), check=True, timeout=200)
 
@@ -372,10 +408,45 @@ def test_every_command_in_prose_runs(words, place, made, capfd, monkeypatch):
     run(capfd, monkeypatch, Command("prose", 0, None, words), made)
 
 
+def test_the_python_of_the_pages_runs(place, made, capfd, monkeypatch):
+    own, features = (python_of(ROOT / "docs" / name) for name in ("encoders.md", "suite.md"))
+    Path("mine.pth").unlink()
+    exec(compile(own, "docs/encoders.md", "exec"), {})
+    out, _ = in_process(capfd, monkeypatch, "inspect", "mine.pth")
+    assert "resnet18, 11.18 M parameters" in out and "mean 0.5, 0.5, 0.5, std 0.25" in out
+    (folder, *_) = sorted(path.parent for path in (made / "runs" / "features").rglob("key.json"))
+    exec(compile(features.replace("runs/features/0d8e...", str(folder)), "docs/suite.md", "exec"), {})
+
+
+def python_of(page: Path) -> str:
+    (block,) = [
+        "\n".join(lines) for _, language, lines in blocks(page.read_text(encoding="utf-8")) if language == "python"
+    ]
+    return block
+
+
+def test_the_formats_shown_are_read(tmp_path):
+    """docs/datasets.md shows all that an XML and a COCO file must hold."""
+    shown = {language: "\n".join(lines) for _, language, lines in blocks((ROOT / "docs/datasets.md").read_text())}
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main", "train2017", "val2017", "annotations"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("001", "002"):
+        for folder in ("JPEGImages", "train2017", "val2017"):
+            Image.new("RGB", (80, 80), (9 * int(name), 90, 90)).save(tmp_path / folder / f"{name}.jpg")
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(shown["xml"])
+    for name, split in (("001", "trainval"), ("002", "test")):
+        (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text(name)
+    for split in ("train2017", "val2017"):
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(shown["json"])
+    for data in (voc.read_voc_folder(tmp_path, None, None), coco.read_coco_folder(tmp_path, None, None)):
+        assert (data.classes, len(data.train), len(data.test)) == (("cat",), 1, 1)
+        np.testing.assert_array_equal(data.train[0].boxes, [[10, 20, 60, 70]])
+
+
 @pytest.mark.slow
 def test_a_documented_command_runs_in_two_processes(place, made):
     """The others are made small by --nproc 1."""
-    command = next(one for one in TO_RUN if has(one, "linear --nproc"))
+    command = next(one for one in TO_RUN if has(one, "linear --nproc") and one.words[2].startswith("zoo:"))
     words = [here(word, made) for word in command.words[1:]]
     moco_eval(*words, *reduction(command), "--nproc", "2")
     assert list(Path("runs").glob("linear-*/result.json"))
