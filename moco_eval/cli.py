@@ -491,21 +491,24 @@ def compare(run_a: Path, run_b: Path) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
 def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, form: str) -> None:
     """A paper's table with our runs beside it."""
-    from moco_eval import papers, results
+    from moco_eval.papers import tables
 
     if list_tables:
-        for name, caption in papers.tables():
+        for name, caption in tables.tables():
             click.echo(f"{name:<24} {caption}")
         return
+    from moco_eval import results
+    from moco_eval.papers import beside, chain, render
+
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
-    published = papers.load_table(table_id)
+    published = tables.load_table(table_id)
     if commands:
-        for label, command in papers.commands(published):
-            click.echo(f"# {label}\n{command}")
+        for step in chain.steps(published, published.rows, chain.Places(runs)):
+            click.echo(f"# {', '.join(dict.fromkeys(label for label, _ in step.cells))}\n{step.command}")
         return
     records = results.read(runs) if runs.is_dir() or runs != Path("runs") else []
-    click.echo(papers.render(papers.compare(published, records), form))
+    click.echo(render.render(beside.compare(published, records), form))
 
 
 @cli.command()
@@ -513,7 +516,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, f
 @click.option("--output", type=FOLDER, default=Path("report.html"), show_default=True)
 def report(runs: tuple[Path, ...], output: Path) -> None:
     """One self-contained HTML page about runs."""
-    from moco_eval.report import write_report
+    from moco_eval.report.page import write_report
 
     write_report(list(runs), output)
     click.echo(output)

@@ -519,6 +519,9 @@ def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML has it: ten times as fast
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A YAML mapping and, for each dotted key, where it stands ('line 14').
 
@@ -527,8 +530,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=LOADER)
+        values = yaml.load(text, Loader=LOADER)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     except yaml.YAMLError as error:

@@ -14,7 +14,7 @@ from moco_eval.detection.detect import detect
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
-from moco_eval.report import write_report
+from moco_eval.report.page import write_report
 from moco_eval.runtime import log, processes
 
 FEW, DRAWS = 10, 5  # labels per class in the few-label regime, and how often they are drawn

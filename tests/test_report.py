@@ -7,8 +7,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from moco_eval import report
 from moco_eval.errors import InputError
+from moco_eval.report import pictures, provenance, read, scores
+from moco_eval.report.page import _contents, write_report
 
 HOSTILE = '<script>alert("x")</script>'
 MOCO = {
@@ -121,7 +122,7 @@ def runs(tmp_path):
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    report.write_report([write_demo(folder / "demo")], folder / "report.html", title=f"Demo {HOSTILE}")
+    write_report([write_demo(folder / "demo")], folder / "report.html", title=f"Demo {HOSTILE}")
     return folder / "report.html"
 
 
@@ -148,8 +149,8 @@ def test_every_number_is_on_the_page_fewest_labels_first(page):
 
 
 def test_the_summary_says_where_moco_wins_and_where_not(runs):
-    found = report.read_runs([runs])
-    words = " ".join(report._contents(found)["summary"])
+    found = read.read_runs([runs])
+    words = " ".join(_contents(found)["summary"])
     assert words.startswith(
         "Linear top-1 with 10 labels per class on digits, in percent: "
         "MoCo (epoch 60) 88.0 ± 1.5, random initialisation 70.0 ± 1.5, raw pixels 90.0 ± 1.5."
@@ -165,19 +166,19 @@ def test_the_summary_says_where_moco_wins_and_where_not(runs):
 @pytest.mark.parametrize(
     ("mine", "other", "words"),
     [
-        (report.Score(80, 2.0, "5 label draws", None), report.Score(81.5, 1.0, "5 label draws", None), "level with"),
-        (report.Score(80, 1.0, "5 label draws", None), report.Score(81.5, 1.0, "5 label draws", None), "behind"),
+        (scores.Score(80, 2.0, "5 label draws", None), scores.Score(81.5, 1.0, "5 label draws", None), "level with"),
+        (scores.Score(80, 1.0, "5 label draws", None), scores.Score(81.5, 1.0, "5 label draws", None), "behind"),
         (
-            report.Score(80, None, "1 heads", (78, 82)),
-            report.Score(77, None, "1 heads", (75, 79)),
+            scores.Score(80, None, "1 heads", (78, 82)),
+            scores.Score(77, None, "1 heads", (75, 79)),
             "level with",
         ),
         (
-            report.Score(80, None, "1 heads", (79, 81)),
-            report.Score(77, None, "1 heads", (75, 78)),
+            scores.Score(80, None, "1 heads", (79, 81)),
+            scores.Score(77, None, "1 heads", (75, 78)),
             "ahead of",
         ),
-        (report.Score(80, None, "1 heads", None), report.Score(79, None, "1 heads", None), "ahead of"),
+        (scores.Score(80, None, "1 heads", None), scores.Score(79, None, "1 heads", None), "ahead of"),
     ],
 )
 def test_a_difference_within_the_spread_is_no_win(mine, other, words):
@@ -196,9 +197,9 @@ def test_a_difference_within_the_spread_is_no_win(mine, other, words):
 )
 def test_a_spread_is_named_by_what_it_is_over(over, few, words):
     done = record(MOCO, 88.0, std=1.5, few=few, over=over)
-    score = report._score(done, "top1")
+    score = scores._score(done, "top1")
     assert (score.words, score.trials, score.interval) == ("88.0 ± 1.5", words, (86, 90))
-    assert ("trials", f"{words}, seeds 0, 1, 2, 3, 4") in report._evaluation_facts(done)
+    assert ("trials", f"{words}, seeds 0, 1, 2, 3, 4") in provenance._evaluation_facts(done)
 
 
 def test_nothing_is_fetched_and_nothing_runs(page):
@@ -235,7 +236,7 @@ def test_many_classes_take_the_whole_width(tmp_path):
         (folder / f"trial_{seed}/pictures").mkdir(parents=True)
         (folder / f"trial_{seed}/metrics.jsonl").write_text('{"iteration": 20, "lr": 0.02, "loss": 1.0}\n')
         Image.new("RGB", (80, 40), "olive").save(folder / f"trial_{seed}/pictures/0-a.png")
-    report.write_report([folder], tmp_path / "report.html")
+    write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert '<figure class="row">' in page and "APbb (%), mean 39.5" in page and "class 79" in page
     assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 2
@@ -243,13 +244,13 @@ def test_many_classes_take_the_whole_width(tmp_path):
 
 
 def test_pictures_are_inside_and_limited(page):
-    assert page.count("data:image/png;base64,") == 1 + 3 + 2 * report.PICTURES
+    assert page.count("data:image/png;base64,") == 1 + 3 + 2 * pictures.PICTURES
 
 
 def test_a_large_picture_is_made_smaller(tmp_path):
     Image.effect_noise((1500, 1500), 90).save(tmp_path / "big.png")
-    assert (tmp_path / "big.png").stat().st_size > report.PICTURE_BYTES
-    assert report._image(tmp_path / "big.png").startswith("data:image/jpeg")
+    assert (tmp_path / "big.png").stat().st_size > pictures.PICTURE_BYTES
+    assert pictures.image(tmp_path / "big.png").startswith("data:image/jpeg")
 
 
 def test_two_encoders_never_share_a_name(tmp_path):
@@ -257,7 +258,7 @@ def test_two_encoders_never_share_a_name(tmp_path):
     twin = MOCO | {"path": "elsewhere/second/checkpoints/last.pth", "sha256": "e" * 64}
     for name, encoder in (("one", MOCO), ("two", other), ("three", twin)):
         write_run(tmp_path / "r" / name, "linear", record(encoder, 80.0))
-    names = report.encoder_names(report.read_runs([tmp_path / "r"]))
+    names = read.encoder_names(read.read_runs([tmp_path / "r"]))
     assert names[MOCO["sha256"]] == "MoCo (epoch 60), pretrain"
     assert sorted(names.values())[1:] == [
         "MoCo (epoch 60), second, dddddddd",
@@ -268,15 +269,15 @@ def test_two_encoders_never_share_a_name(tmp_path):
 def test_other_settings_are_another_column(tmp_path):
     write_run(tmp_path / "r" / "one", "linear", record(MOCO, 80.0))
     write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["optimizer.lr 1 instead of 30"]))
-    runs = report.read_runs([tmp_path / "r"])
-    columns = report.result_columns(runs, report.encoder_names(runs))
+    runs = read.read_runs([tmp_path / "r"])
+    columns = scores.result_columns(runs, read.encoder_names(runs))
     assert [len(column.scores) for column in columns] == [1, 1]
     assert {column.regime for column in columns} == {"all labels", "all labels, settings 2"}
 
 
 def test_pretraining_alone_makes_a_page(tmp_path):
     write_pretraining(tmp_path / "pretrain")
-    report.write_report([tmp_path / "pretrain"], tmp_path / "report.html")
+    write_report([tmp_path / "pretrain"], tmp_path / "report.html")
     assert "No evaluation is among these runs yet." in (tmp_path / "report.html").read_text()
 
 
@@ -284,21 +285,21 @@ def test_a_line_being_written_is_passed_over_and_a_damaged_one_is_not(tmp_path):
     folder = write_pretraining(tmp_path / "pretrain")
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text + '{"step": 2')
-    assert report.read_runs([folder])
+    assert read.read_runs([folder])
     (folder / "metrics.jsonl").write_text('{"step": 2\n' + text)
     with pytest.raises(InputError, match="line 1 is not JSON"):
-        report.read_runs([folder])
+        read.read_runs([folder])
 
 
 def test_what_is_no_run_is_refused(tmp_path, runs):
     with pytest.raises(InputError, match="is no folder"):
-        report.write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty holds no finished run"):
-        report.write_report([runs, tmp_path / "empty"], tmp_path / "report.html")
+        write_report([runs, tmp_path / "empty"], tmp_path / "report.html")
     (runs / "knn-moco" / "neighbours.png").write_text("no picture")
     with pytest.raises(InputError, match="not a readable picture"):
-        report.write_report([runs], tmp_path / "report.html")
+        write_report([runs], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from commands import environment, error_line, in_process, start
 
-from moco_eval import config, files, papers, zoo
+from moco_eval import config, files, zoo
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.papers.tables import load_table, tables
 
 WEIGHTS = bytes(range(256)) * 10_000  # 2.56 MB
 CHANGED = WEIGHTS[::-1]
@@ -56,7 +57,7 @@ PAPER_ROWS = {
 
 @pytest.mark.parametrize("name", PAPER_ROWS)
 def test_published_numbers_agree_with_the_papers(name):
-    table = papers.load_table("moco-v2-1")
+    table = load_table("moco-v2-1")
     (row,) = [row for row in table.rows if row.label == PAPER_ROWS[name]]
     compared = 0
     for column, where in table.columns.items():
@@ -65,11 +66,25 @@ def test_published_numbers_agree_with_the_papers(name):
                 continue
             compared += 1
             if (name, column) == ("moco_v2_200ep", "top1"):  # the paper's is a mean; this file is one of its trials
-                (trials,) = [row.trials for row in papers.load_table("moco-repo-linear").rows if "v2" in row.label]
+                (trials,) = [row.trials for row in load_table("moco-repo-linear").rows if "v2" in row.label]
                 assert found.metrics["top1"] in trials["top1"]
             else:
                 assert found.metrics[where.metric] == row.published[column]
     assert compared == 4
+
+
+def test_numbers_of_released_files_agree_with_the_tables():
+    """A row that is had as a released file alone prints the number of that very file."""
+    compared = 0
+    for table in (load_table(name) for name, _ in tables()):
+        for row in table.rows:
+            for name in row.published if row.released and not row.recipe and not row.match else ():
+                column = table.columns[name]
+                for found in zoo.entry(row.released).published:
+                    if column.protocol and (found.protocol, found.dataset) == (column.protocol, column.dataset):
+                        assert found.metrics[column.metric] == row.published[name], (table.id, row.label)
+                        compared += 1
+    assert compared >= 8
 
 
 def test_list(capfd, monkeypatch):

@@ -1,0 +1,204 @@
+"""Our result records set beside the rows of a published table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from moco_eval import config
+from moco_eval.papers.tables import Column, Recipe, Row, Table
+from moco_eval.statistics import mean_and_std
+
+Record = dict[str, Any]
+# Config values by which rows of one protocol are told apart; `_asked` adds those that not every recipe has.
+TOLD_APART = (
+    *("mechanism", "queue_size", "symmetric", "batch_size", "bn_groups", "bn_permute", "schedule.kind"),
+    *("head", "views.recipe"),
+)
+PROTECTED = ("shuffle", "split")  # kinds of BN that do not leak
+
+
+@dataclass
+class Ours:
+    """What we measured for a cell: mean and std over `n` repeats of `over`, and how it departs."""
+
+    mean: float
+    std: float | None
+    n: int
+    over: str
+    runs: list[str]
+    deviations: list[str]
+
+
+@dataclass
+class Line:
+    """One number of the published table with ours, if any; `mark` points into the footnotes."""
+
+    row: str
+    column: Column
+    published: float | None
+    published_std: float | None
+    ours: Ours | None = None
+    mark: int | None = None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None or self.published is None else self.ours.mean - self.published
+
+
+@dataclass
+class Comparison:
+    """A table with our records in it; `footnotes` are the deviations of the marked runs, by mark from 1."""
+
+    table: Table
+    lines: list[Line] = field(default_factory=list)
+    footnotes: list[str] = field(default_factory=list)
+
+
+# Which record belongs where
+
+
+def compare(table: Table, records: Sequence[Record]) -> Comparison:
+    """Set our records beside the published rows.
+
+    A cell takes the records of its column's protocol, data set and metric whose encoder is the row's. Those
+    without deviations are its number; those with some follow it in lines of their own, marked.
+    """
+    done = Comparison(table)
+    for row in table.rows:
+        for name, published in row.published.items():
+            column = table.columns[name]
+            found = [record for record in records if _belongs(record, column, row)]
+            groups: list[Ours | None] = [*_groups(found, column, row)]
+            for ours in groups or [None]:
+                line = Line(row.label, column, published, row.std.get(name), ours)
+                line.mark = _mark(done.footnotes, ours)
+                done.lines.append(line)
+    return done
+
+
+def _mark(footnotes: list[str], ours: Ours | None) -> int | None:
+    if ours is None or not ours.deviations:
+        return None
+    words = f"{', '.join(ours.runs)}: {'; '.join(ours.deviations)}"
+    if words not in footnotes:
+        footnotes.append(words)
+    return footnotes.index(words) + 1
+
+
+def _belongs(record: Record, column: Column, row: Row) -> bool:
+    return (
+        column.protocol is not None
+        and record["protocol"] == column.protocol
+        and record["dataset"]["name"] == column.dataset
+        and not {"labels_per_class", "subset"} & record["dataset"].keys()
+        and record["metrics"].get(column.metric) is not None
+        and _is_encoder(record["encoder"], row)
+    )
+
+
+def is_comparable(record: Record, column: Column, row: Row) -> bool:
+    """Whether a record is of this cell, from as many trials as the published number, without deviations."""
+    return _belongs(record, column, row) and len(record["trials"]) >= column.trials and not _deviations(record, row)
+
+
+def _is_encoder(encoder: Record, row: Row) -> bool:
+    if row.released and encoder["path"] == f"zoo:{row.released}":
+        return True  # the zoo has verified the file
+    if row.recipe:
+        return is_pretrained(encoder, row.recipe)
+    if row.match is None or encoder["arch"] != row.match.arch:
+        return False
+    if row.match.weights == "random":
+        return encoder["origin"].startswith("random") or (encoder["pretraining"] or {}).get("epochs") == 0
+    # a converted checkpoint has torchvision's layout too: the name decides
+    named = encoder["path"].endswith("_V1") or encoder["origin"].endswith("_V1")
+    return encoder["path"].startswith("torchvision:") and named
+
+
+def is_pretrained(encoder: Record, recipe: Recipe) -> bool:
+    """By the row's recipe, to the end of its schedule, with BN that protects from leaking."""
+    pretraining, wanted = encoder["pretraining"] or {}, recipe.resolved()
+    settings = config.flatten(pretraining.get("config", {}))
+    return (
+        encoder["arch"] == wanted.arch
+        and pretraining.get("protocol") == wanted.protocol
+        and pretraining.get("dataset", {}).get("name") == recipe.dataset
+        and wanted.schedule.epochs == pretraining.get("epochs") == settings.get("schedule.epochs")
+        and _bn(pretraining) in PROTECTED
+        and all(key in settings and settings[key] == value for key, value in _asked(recipe).items())
+    )
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """The config values that a record must share with its row: those that tables vary, and all that the row sets."""
+    settings = recipe.settings()
+    keys = [*TOLD_APART, *recipe.set]
+    if settings["mechanism"] == "moco":
+        keys.append("momentum")  # plays no part in the other mechanisms
+    if settings["schedule.kind"] == "step":
+        keys.append("schedule.milestones")
+    return {key: settings[key] for key in keys}
+
+
+def _bn(pretraining: Record) -> str:
+    """The kind of BN that was used; shuffling within one process shuffles nothing."""
+    bn, processes = pretraining.get("bn", "none"), pretraining.get("processes", 1)
+    return "none" if bn == "shuffle" and processes == 1 else bn
+
+
+def _groups(records: list[Record], column: Column, row: Row) -> list[Ours]:
+    """Records by their deviations, the comparable ones first, then the newest first."""
+    newest_first = sorted(records, key=_time, reverse=True)
+    by_deviations: dict[tuple[str, ...], list[Record]] = {}
+    for record in newest_first:
+        by_deviations.setdefault(tuple(_deviations(record, row)), []).append(record)
+    kinds = sorted(by_deviations, key=bool)  # stable: the newest stay first
+    return [_ours(by_deviations[kind], column, list(kind)) for kind in kinds]
+
+
+def _deviations(record: Record, row: Row) -> list[str]:
+    """A record's deviations, but for those that the row itself asks for (the ablations)."""
+    asked = tuple(f"encoder: {key} " for key in (_asked(row.recipe) if row.recipe else {}))
+    return [words for words in record["deviations"] if not (asked and words.startswith(asked))]
+
+
+def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
+    """The newest record, and with it only repeats of the same pretraining, judged in the same way."""
+    assert column.metric and {record["protocol"] for record in records} == {column.protocol}
+    newest = records[0]
+    repeats: dict[Any, Record] = {}
+    for record in records:
+        if _same(record, newest):
+            repeats.setdefault(_seed(record["encoder"]), record)
+    runs = [record.get("run", "") for record in repeats.values()]
+    if len(repeats) > 1:
+        mean, std = mean_and_std([record["metrics"][column.metric] for record in repeats.values()])
+        return Ours(mean, std, len(repeats), "pretrain", runs, deviations)
+    std = newest["std"].get(column.metric)
+    return Ours(newest["metrics"][column.metric], std, len(newest["trials"]), newest["over"], runs, deviations)
+
+
+def _same(record: Record, other: Record) -> bool:
+    fingerprints = [each["dataset"].get("fingerprint") for each in (record, other)]
+    return fingerprints[0] == fingerprints[1] and _settings(record["encoder"]) == _settings(other["encoder"])
+
+
+def _settings(encoder: Record) -> Record | None:
+    """How an encoder was pretrained, its seed and what moves no number aside."""
+    if not encoder["pretraining"]:
+        return None
+    settings = config.flatten(encoder["pretraining"]["config"])
+    return {key: value for key, value in settings.items() if not key.startswith(config.NEUTRAL_KEYS)}
+
+
+def _seed(encoder: Record) -> Any:
+    """What tells repeats apart: the pretraining's seed (one run leaves several files), or the weights."""
+    return encoder["pretraining"]["config"].get("seed") if encoder["pretraining"] else encoder["sha256"]
+
+
+def _time(record: Record) -> float:
+    try:
+        return datetime.strptime(record["environment"]["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (KeyError, ValueError):
+        return 0.0

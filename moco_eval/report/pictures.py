@@ -1,0 +1,86 @@
+"""What the runs drew: views, neighbours, detections."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
+from moco_eval.errors import InputError
+from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
+from moco_eval.report.read import Run, sha_of
+
+PICTURES = 4  # drawn images per encoder
+PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
+DRAWN_BYTES = 60_000  # and so are drawn images, of which there are many
+CLASS_METRICS = ("APbb", "AP50")  # the one shown of each class: COCO's, or VOC's
+
+
+def has(run: Run, name: str) -> bool:
+    return (run.path / name).is_file()
+
+
+def neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list[tuple[str, str]]:
+    found = {
+        names[sha_of(run)]: run.path / "neighbours.png" for run in runs if run.record and has(run, "neighbours.png")
+    }
+    return [(name, image(found[name])) for name in order if name in found]
+
+
+def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list[dict[str, Any]]:
+    """Detection runs by data and protocol, and in each by encoder: drawn images, bars of the classes, losses.
+
+    The images are the same ones in the same order for each encoder; of two runs of an encoder the newer counts.
+    """
+    groups: dict[tuple[str, str], dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
+        if run.record and run.config["command"] == "detect":
+            what = run.record["dataset"]["name"], run.record["protocol"]
+            groups.setdefault(what, {})[names[sha_of(run)]] = run
+    return [
+        {
+            "dataset": dataset,
+            "protocol": protocol,
+            "runs": [_detection(name, found[name]) for name in order if name in found],
+        }
+        for (dataset, protocol), found in groups.items()
+    ]
+
+
+def _detection(name: str, run: Run) -> dict[str, Any]:
+    assert run.record
+    pictures = sorted(run.path.glob("pictures/*.png")) or sorted(run.path.glob("trial_*/pictures/*.png"))
+    per_class = {one: scores for one, scores in (run.record.get("per_class") or {}).items() if isinstance(scores, dict)}
+    metric = next((m for m in CLASS_METRICS if any(scores.get(m) is not None for scores in per_class.values())), None)
+    shades = (TEXT, ACCENT, MUTED)
+    return {
+        "name": name,
+        "images": [image(path, DRAWN_BYTES) for path in pictures[:PICTURES]],
+        "metric": metric,
+        "bars": svg(bars_figure(per_class, metric, shades), f"{metric} of each class") if metric else None,
+        "many": len(per_class) > ROWS,
+        "losses": svg(loss_figure(run.trials, shades), "Losses against iteration") if run.trials else None,
+    }
+
+
+def image(path: Path, limit: int = PICTURE_BYTES) -> str:
+    """A picture as a data address; one of more bytes is made smaller. Raises InputError where it is none."""
+    data, kind = path.read_bytes(), "png"
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if len(data) > limit:
+                data, kind = _smaller(image), "jpeg"
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable picture: {error}") from None
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _smaller(image: Image.Image) -> bytes:
+    image = image.convert("RGB")
+    image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()

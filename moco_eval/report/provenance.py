@@ -1,0 +1,89 @@
+"""Where each number comes from, and how it departs from its protocol."""
+
+from typing import Any
+
+from moco_eval import config, results
+from moco_eval.report.pictures import CLASS_METRICS
+from moco_eval.report.read import Run, sha_of
+
+
+def departures(runs: list[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """By protocol: each departure from it, and the runs that have it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for words in run.record["deviations"] if run.record else ():
+            found.setdefault(run.record["protocol"], {}).setdefault(words, []).append(run.path.name)  # type: ignore[index]
+    return [(protocol, list(departures.items())) for protocol, departures in sorted(found.items())]
+
+
+def provenance(run: Run, names: dict[str, str]) -> dict[str, Any]:
+    """One run's origin, as a heading and pairs of words."""
+    about = run.environment
+    facts = [("command", about.get("command")), ("folder", str(run.path))]
+    facts += _evaluation_facts(run.record) if run.record else _pretraining_facts(run.config)
+    hardware, versions = about.get("hardware") or {}, about.get("versions") or {}
+    gpus = ", ".join(hardware.get("gpus") or ()) or "no GPU"
+    facts += [
+        ("hardware", f"{hardware.get('machine')}, {hardware.get('cpus')} CPU cores, {gpus}"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+        ("commit", about.get("commit") or "not from a clone"),
+        ("written", about.get("time")),
+    ]
+    protocol = run.record["protocol"] if run.record else (run.config.get("config") or {}).get("protocol", "")
+    encoder = names[sha_of(run)] if run.record else ""
+    return {
+        "name": run.path.name,
+        "protocol": protocol,
+        "encoder": encoder,
+        "facts": [f for f in facts if f[1]],
+    }
+
+
+def _evaluation_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    dataset, encoder, cost = record["dataset"], record["encoder"], record["cost"]
+    seeds = ", ".join(str(trial["seed"]) for trial in record["trials"])
+    return [
+        ("data", _data_words(dataset)),
+        ("fingerprint", dataset.get("fingerprint", "")),
+        ("weights", f"{encoder['path']} ({encoder['arch']}, {encoder['origin']})"),
+        ("sha256", encoder["sha256"]),
+        ("trials", f"{results.repeats(record)}, seeds {seeds}" if record["trials"][1:] else f"one, seed {seeds}"),
+        ("selection", record["selection"]),
+        ("equivalences", "; ".join(record["equivalences"])),
+        ("deviations", "; ".join(record["deviations"]) or "none"),
+        ("per class", _per_class(record.get("per_class") or {})),
+        ("cost", f"{cost['seconds']:.0f} s on {cost['device']}, {cost['images']} images"),
+        ("peak memory", f"{cost['peak_memory_MB']:.0f} MB"),
+    ]
+
+
+def _per_class(scores: dict[str, Any]) -> str:
+    """APbb or AP50 of each class, where the record has them."""
+    shown = {}
+    for name, each in scores.items():
+        if isinstance(each, dict):
+            shown[name] = next((each[metric] for metric in CLASS_METRICS if each.get(metric) is not None), None)
+    return ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in shown.items())
+
+
+def _pretraining_facts(values: dict[str, Any]) -> list[tuple[str, str]]:
+    dataset, recipe = values.get("dataset"), config.flatten(values.get("config") or {})
+    words = _data_words(dataset) if isinstance(dataset, dict) else str(dataset)
+    fingerprint = dataset.get("fingerprint", "") if isinstance(dataset, dict) else ""
+    skipped = ("protocol", "expect")
+    recipe = {key: value for key, value in recipe.items() if not key.startswith(skipped) and value is not None}
+    return [
+        ("data", words),
+        ("fingerprint", fingerprint),
+        ("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())),
+    ]
+
+
+def _data_words(dataset: dict[str, Any]) -> str:
+    few = dataset.get("labels_per_class")
+    counts = [f"{dataset[key]} {key}" for key in ("images", "classes") if dataset.get(key)]
+    return " ".join(filter(None, (dataset["name"], dataset.get("split")))) + "".join(
+        f", {words}"
+        for words in (*counts, *([f"{few} labels per class"] if few else []), dataset.get("subset"))
+        if words
+    )

@@ -1,0 +1,147 @@
+"""The result table of a report, and what it says in words."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moco_eval import results
+from moco_eval.report.read import Run, sha_of
+
+METRICS = {"top1": "top-1"} | {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}
+TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection"}
+
+
+@dataclass
+class Score:
+    """A number of the table; `spread` is a standard deviation over `trials` ('5 heads'), `interval` over images."""
+
+    value: float
+    spread: float | None
+    trials: str
+    interval: tuple[float, float] | None
+
+    @property
+    def words(self) -> str:
+        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
+
+    def against(self, other: "Score") -> str:
+        """'ahead of', 'behind' or, where the difference is within the spread, 'level with'."""
+        difference = self.value - other.value
+        if self.spread is not None and other.spread is not None:
+            close = abs(difference) <= max(self.spread, other.spread)
+        elif self.interval and other.interval:
+            close = self.interval[0] <= other.interval[1] and other.interval[0] <= self.interval[1]
+        else:
+            close = difference == 0
+        return "level with" if close else "ahead of" if difference > 0 else "behind"
+
+
+@dataclass
+class Column:
+    """One metric of one protocol on the same data with the same settings, by encoder name."""
+
+    task: str
+    regime: str
+    dataset: str
+    metric: str
+    protocol: str
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        return max(score.value for score in self.scores.values())
+
+
+def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
+    """The columns, fewest labels first; of two runs of the same thing the newer counts."""
+    columns: dict[Any, Column] = {}
+    for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
+        record = run.record
+        for metric in METRICS.keys() & (record["metrics"].keys() if record else ()):
+            assert record
+            column = columns.setdefault(_key(record, metric), _column(record, metric))
+            column.scores[names[sha_of(run)]] = _score(record, metric)
+    order = sorted(columns, key=lambda key: (key[0] or float("inf"), *map(str, key[1:])))
+    return _tell_apart([columns[key] for key in order])
+
+
+def _key(record: dict[str, Any], metric: str) -> tuple:
+    """What a column holds fixed: labels, protocol, data, metric, and the settings that left the protocol."""
+    dataset = record["dataset"]
+    order = list(TASKS).index(record["protocol"].split("/")[0]) if record["protocol"].split("/")[0] in TASKS else 9
+    own = tuple(words for words in record["deviations"] if not words.startswith("encoder: "))
+    where = (dataset["name"], dataset.get("split"), dataset.get("fingerprint"))
+    return (
+        dataset.get("labels_per_class"),
+        order,
+        record["protocol"],
+        where,
+        list(METRICS).index(metric),
+        own,
+        dataset.get("subset", ""),
+    )
+
+
+def _column(record: dict[str, Any], metric: str) -> Column:
+    task, few = record["protocol"].split("/")[0], record["dataset"].get("labels_per_class")
+    regime = f"{few} labels per class" if few else record["dataset"].get("subset", "all labels")
+    return Column(TASKS.get(task, task), regime, record["dataset"]["name"], METRICS[metric], record["protocol"])
+
+
+def _tell_apart(columns: list[Column]) -> list[Column]:
+    """Number the columns that differ only in settings."""
+    seen: Counter = Counter()
+    for column in columns:
+        head = (column.task, column.regime, column.dataset, column.metric, column.protocol)
+        seen[head] += 1
+        if seen[head] > 1:
+            column.regime += f", settings {seen[head]}"
+    return columns
+
+
+def _score(record: dict[str, Any], metric: str) -> Score:
+    interval = record["interval"].get(metric)
+    spread, trials = record["std"].get(metric), results.repeats(record)
+    return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None)
+
+
+def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str]) -> list[str]:
+    """What the table says: the first column in numbers, then where each trained encoder stands in all."""
+    if not columns:
+        return []
+    first = columns[0]
+    reached = ", ".join(f"{name} {first.scores[name].words}" for name in encoders if name in first.scores)
+    what = _what(first)
+    what = what if what.startswith("kNN") else what[0].upper() + what[1:]
+    sentences = [f"{what} on {first.dataset}, in percent: {reached}."]
+    for name in encoders:
+        for rival in encoders:
+            if kinds[name] == "trained" and kinds[rival] != "trained":
+                sentences += _standing(columns, name, rival)
+    return sentences
+
+
+def _what(column: Column) -> str:
+    words = f"{column.task} {column.metric}"
+    return words if column.task == "detection" else f"{words} with {column.regime}"
+
+
+def _standing(columns: Sequence[Column], name: str, rival: str) -> list[str]:
+    """In which columns one encoder is ahead of another, level, or behind; nothing where they never meet."""
+    places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+    for column in columns:
+        if name in column.scores and rival in column.scores:
+            places[column.scores[name].against(column.scores[rival])].append(_what(column))
+    judged = {words: where for words, where in places.items() if where}
+    if not judged:
+        return []
+    if len(judged) == 1 and len(columns) > 1:
+        ((words, where),) = judged.items()
+        return [f"{name} is {words} {rival} in {'all' if where[1:] else 'the'} {_count(where)} they share."]
+    parts = [f"{words} {rival} in {', '.join(where)}" for words, where in judged.items()]
+    return [f"{name} is {'; '.join(parts)}."]
+
+
+def _count(where: list[str]) -> str:
+    return f"{len(where)} measures" if where[1:] else "one measure"
