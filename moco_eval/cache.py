@@ -183,6 +183,34 @@ def missing(source: Source, cache: Path) -> int:
     return sum(entry.bounds[number + 1] - entry.bounds[number] for number in entry.missing())
 
 
+def rows_of(source: Source, cache: Path | None, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Features of a few of those images, float32, on the CPU, without the other processes: out of the cache where all
+    are there, else they pass through the network and are not kept.
+
+    Raises:
+        InputError: an image cannot be read.
+        RunFailed: a feature is not finite.
+    """
+    if cache is not None:
+        entry = _Entry(source, source.folder(cache))
+        if entry.is_there() and not entry.missing():
+            return open_folder(entry.folder)[rows]
+    return _passed(source, rows, device)
+
+
+@torch.no_grad()
+def _passed(source: Source, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    net = network(source.encoder, source.feature).to(device).eval()
+    epoch = source.crops.epoch if source.crops else 0
+    parts = np.array_split(rows, range(source.batch_size, len(rows), source.batch_size))
+    batches = [[(epoch, int(row)) for row in part] for part in parts]
+    found = []
+    for images in pixels(source.images, source.preprocessing, source.crops, batches, device, source.workers):
+        with autocast(device, source.precision):
+            found.append(net(images).flatten(1).float().cpu())
+    return require_finite_features(torch.cat(found), source.title())
+
+
 def line(source: Source, features: Features, cache: Path) -> str:
     """Features in a line: split, crop, shape, dtype, folder, two spaces between them."""
     crop = "clean" if source.crops is None else f"crops-{source.crops.epoch}"

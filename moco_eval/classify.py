@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval import files
-from moco_eval.cache import Features, Source, several_features_of
+from moco_eval import files, health, sample
+from moco_eval.cache import Features, Source, rows_of, several_features_of
 from moco_eval.config import Model
 from moco_eval.data.images import (
     ImageSet,
@@ -29,10 +29,12 @@ from moco_eval.errors import InputError
 from moco_eval.features import Crops, network
 from moco_eval.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results import Cost, Result, deviations, finished, open_run
-from moco_eval.runtime import barrier, from_main, is_main, log, warn
+from moco_eval.runtime import barrier, found_by_main, from_main, is_main, log, warn
 from moco_eval.statistics import intervals
 
 ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
+HEALTH_IMAGES, ALIGNED_IMAGES = 2000, 256  # at most: test images that health is measured on; images cropped twice
+HEALTH_NUMBERS = 2**25  # of their features at most: raw pixels may have 150,000 dimensions
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ def judge(
         _write_predictions(output / "predictions.npz", outcomes, task.test)
     result = _result(task, protocol, outcomes, cost)
     result.extra |= (extra or {}) | (summary(result.trials) if summary else {})
+    if protocol.over != "finetune":  # there the features are not the encoder's any more
+        result.extra["health"] = found_by_main(lambda: look_at_features(task, protocol.config, output, device))
     record = result.write(output)
     if is_main():
         for path in output.glob("trial_*.npz"):  # predictions.npz and result.json hold what counts
@@ -257,6 +261,36 @@ def _write_predictions(path: Path, outcomes: Sequence[tuple[int, Outcome]], test
     with files.atomic(path) as temporary:
         predictions = [one.argmax(1) for one in scores]
         np.savez(temporary, prediction=predictions, label=test.labels, scores=np.stack(kept), **more)
+
+
+def look_at_features(task: Task, config: Any, output: Path, device: torch.device) -> dict[str, Any]:
+    """Write sample.npz, and say how healthy the features of test images are; of the first process alone.
+
+    The trials have left those features in the cache; without one, so few images pass once more.
+    """
+    dimensions = task.encoder.feature_dim or 3 * task.preprocessing.size**2  # of raw pixels
+    rows = sample.evenly(len(task.test), min(HEALTH_IMAGES, HEALTH_NUMBERS // dimensions))
+    features = rows_of(task.source(task.test, config), task.cache, rows, device).numpy()
+    shown = sample.evenly(len(rows), sample.IMAGES)
+    components = sample.principal_components(features[shown])
+    assert task.test.labels is not None
+    labels = task.test.labels[rows[shown]]
+    found = sample.Sample(rows[shown], labels, task.test.classes, *components)
+    sample.write(output / sample.NAME, found)
+    return health.describe(features, _two_crops(task, config, device))
+
+
+def _two_crops(task: Task, config: Any, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features of two training crops of some training images, where the protocol has such crops."""
+    if (augmentation := getattr(config, "augmentation", None)) is None:
+        return None
+    images = task.training_images(config.seed)
+    rows = sample.evenly(len(images), ALIGNED_IMAGES)
+    first, second = (task.source(images, config, Crops(augmentation, config.seed, epoch)) for epoch in (0, 1))
+    return (
+        rows_of(first, task.cache, rows, device).numpy(),
+        rows_of(second, task.cache, rows, device).numpy(),
+    )
 
 
 def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcome]], cost: Cost) -> Result:

@@ -90,6 +90,12 @@ trial_options = options(
     ),
 )
 
+places_options = options(
+    click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Where the results are."),
+    click.option("--data", "folders", multiple=True, metavar="NAME=FOLDER", help="Of a data set; may be repeated."),
+    click.option("--released", is_flag=True, help="Take the authors' checkpoints instead of pretraining."),
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="moco-eval")
@@ -486,29 +492,36 @@ def compare(run_a: Path, run_b: Path) -> None:
 @cli.command()
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--list", "list_tables", is_flag=True, help="Name every table.")
-@click.option("--commands", is_flag=True, help="The command that pretrains each row's encoder.")
-@click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Where our results are.")
-@click.option("--format", "form", type=click.Choice(["text", "markdown", "csv"]), default="text", show_default=True)
-def table(table_id: str | None, list_tables: bool, commands: bool, runs: Path, form: str) -> None:
-    """A paper's table with our runs beside it."""
+@click.option("--commands", is_flag=True, help="Only the commands that are left to run, as a shell script.")
+@places_options
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "latex", "html"]),
+    default="text",
+    show_default=True,
+)
+def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **given: Any) -> None:
+    """A paper's table with our runs beside it, and how to produce what is missing."""
     from moco_eval.papers import tables
 
     if list_tables:
         for name, caption in tables.tables():
             click.echo(f"{name:<24} {caption}")
         return
-    from moco_eval import results
-    from moco_eval.papers import beside, chain, render
-
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
-    published = tables.load_table(table_id)
+    published, places = tables.load_table(table_id), _places(given)
+
+    from moco_eval import results
+    from moco_eval.papers import beside, missing, render
+
+    records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
+    left = missing.find(published, records, places)
     if commands:
-        for step in chain.steps(published, published.rows, chain.Places(runs)):
-            click.echo(f"# {', '.join(dict.fromkeys(label for label, _ in step.cells))}\n{step.command}")
-        return
-    records = results.read(runs) if runs.is_dir() or runs != Path("runs") else []
-    click.echo(render.render(beside.compare(published, records), form))
+        click.echo(missing.script(left))
+    else:
+        click.echo(render.render(beside.compare(published, records), form, left))
 
 
 @cli.command()
@@ -573,6 +586,19 @@ def demo(output: Path, device: str) -> None:
     from moco_eval.demo import run
 
     run(output, device)
+
+
+def _places(given: dict[str, Any]) -> Any:
+    """Where things are, from `places_options` and, where a command has it, --nproc: a chain.Places."""
+    from moco_eval.papers.chain import Places
+
+    data = {}
+    for words in given["folders"]:
+        name, equals, folder = words.partition("=")
+        if not (name and equals and folder):
+            raise InputError(f"--data {words} is not NAME=FOLDER; for example --data imagenet=/datasets/imagenet")
+        data[name] = Path(folder)
+    return Places(given["runs"], data, given.get("nproc", 1), given["released"])
 
 
 def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:

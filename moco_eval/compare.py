@@ -211,16 +211,17 @@ def _table(rows: list[list[str]]) -> list[str]:
 def _verdict(done: Comparison) -> list[str]:
     found, (low, high) = done.over_images, done.over_images.interval
     lines = [
-        f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {_p(found.p)} "
+        f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {p_words(found.p)} "
         f"(paired bootstrap, {RESAMPLES:,} resamples, two-sided)"
     ]
     if done.discordant:
         only_a, only_b, p = done.discordant
-        lines.append(f"McNemar's exact test: {_p(p)} (only A is right on {only_a} images, only B on {only_b})")
+        lines.append(f"McNemar's exact test: {p_words(p)} (only A is right on {only_a} images, only B on {only_b})")
     if found.standard_error == 0:
         return [*lines, "No image tells the runs apart, so this test cannot say what difference it could have seen."]
     return [*lines, f"Such a test sees a difference of {found.detectable:.2f} points or more with 80 % power at 5 %."]
 
 
-def _p(p: float) -> str:
+def p_words(p: float) -> str:
+    """A p value in words."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

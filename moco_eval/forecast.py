@@ -25,7 +25,7 @@ from moco_eval.linear import Classifier
 from moco_eval.neighbours import Neighbours, nearest
 from moco_eval.runtime import autocast
 from moco_eval.suite import Item, Need
-from moco_eval.text import as_text
+from moco_eval.text import as_text, duration
 
 SECONDS, PART, LEAST = 50.0, 10.0, 1.0  # of all parts of the probe together, of one at most, of one at least
 ROWS = 8192  # random features at most
@@ -378,10 +378,3 @@ def _in_all(found: Forecast) -> str:
         f"in all about {found.total / 60:.1f} minutes: a prediction, from a probe of {found.took:.0f} s{several} on "
         f"{where}{rates}"
     )
-
-
-def duration(seconds: float) -> str:
-    """In the unit that fits: 0.2 s, 34 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables and durations as plain text."""
 
 import io
 import shutil
@@ -19,3 +19,13 @@ def as_text(*parts: str | Table) -> str:
     for part in parts:
         console.print(part, markup=False)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits: 0.2 s, 34 s, 12 min, 3.4 h, 53 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
+    hours = seconds / 3600
+    if hours < 100 / 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from moco_eval import config
 from moco_eval.papers.tables import Column, Recipe, Row, Table
@@ -32,18 +32,37 @@ class Ours:
 
 @dataclass
 class Line:
-    """One number of the published table with ours, if any; `mark` points into the footnotes."""
+    """One number of the published table with ours, if any.
+
+    Attributes:
+        published_std: as printed, over `published_n` repeats of `published_over`, where these are printed too.
+        mark: points into the footnotes.
+    """
 
     row: str
     column: Column
     published: float | None
     published_std: float | None
+    published_n: int | None = None
+    published_over: str | None = None
     ours: Ours | None = None
     mark: int | None = None
 
     @property
     def difference(self) -> float | None:
         return None if self.ours is None or self.published is None else self.ours.mean - self.published
+
+    @property
+    def judgement(self) -> Literal["within", "above", "below"] | None:
+        """Where ours lies to the published mean ± std; None unless both are over the same thing, and comparable."""
+        if self.difference is None or self.published_std is None or self.mark:
+            return None
+        assert self.ours is not None
+        if self.ours.over != self.published_over or self.ours.n < self.column.trials:
+            return None
+        if round(abs(self.difference), 9) <= self.published_std:  # 61.0 - 60.8 is 0.2000000000000028
+            return "within"
+        return "above" if self.difference > 0 else "below"
 
 
 @dataclass
@@ -71,7 +90,8 @@ def compare(table: Table, records: Sequence[Record]) -> Comparison:
             found = [record for record in records if _belongs(record, column, row)]
             groups: list[Ours | None] = [*_groups(found, column, row)]
             for ours in groups or [None]:
-                line = Line(row.label, column, published, row.std.get(name), ours)
+                n = len(row.trials.get(name, ())) or (column.trials if column.trials > 1 else None)
+                line = Line(row.label, column, published, row.std.get(name), n, table.over, ours)
                 line.mark = _mark(done.footnotes, ours)
                 done.lines.append(line)
     return done

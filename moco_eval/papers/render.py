@@ -1,4 +1,4 @@
-"""A comparison as text, Markdown or CSV."""
+"""A comparison as text, Markdown or CSV; latex.py and page.py have the other formats."""
 
 import csv
 import io
@@ -11,99 +11,90 @@ from rich.table import Table as RichTable
 
 from moco_eval import config
 from moco_eval.errors import InputError
+from moco_eval.papers import words
 from moco_eval.papers.beside import Comparison, Line, Ours
-from moco_eval.statistics import REPEATS
+from moco_eval.papers.latex import latex
+from moco_eval.papers.missing import Missing, script
+from moco_eval.papers.page import page
 from moco_eval.text import as_text
 
-HEADINGS = ("row", "metric", "published", "ours", "difference")
 CSV_COLUMNS = (
-    *("row", "metric", "protocol", "dataset", "published", "published_std"),
-    *("ours", "ours_std", "n", "over", "difference", "comparable", "deviations"),
+    *("row", "metric", "protocol", "dataset", "published", "published_std", "published_n"),
+    *("ours", "ours_std", "n", "over", "difference", "judgement", "comparable", "deviations"),
+    *("status", "commands", "hours"),
 )
 
 
-def render(comparison: Comparison, form: str) -> str:
-    """The comparison as text, markdown or csv, ending without a newline."""
-    forms: dict[str, Callable[[Comparison], str]] = {"text": _text, "markdown": _markdown, "csv": _csv}
+def render(comparison: Comparison, form: str, missing: Missing | None = None) -> str:
+    """The comparison, and what is missing, as text, markdown, csv, latex or html, ending without a newline."""
+    forms: dict[str, Callable[[Comparison, Missing], str]] = {
+        "text": _text,
+        "markdown": _markdown,
+        "csv": _csv,
+        "latex": latex,
+        "html": page,
+    }
     if form not in forms:
         raise InputError(f"no format {form!r}.{config.did_you_mean(form, forms)}")
-    return forms[form](comparison).rstrip("\n")
+    return forms[form](comparison, missing or Missing()).rstrip("\n")
 
 
-def _cells(line: Line) -> tuple[str, str, str, str, str]:
-    metric = line.column.title + (f" ({line.column.unit})" if line.column.unit else "")
-    return line.row, metric, _published(line), _ours_words(line), _difference(line)
-
-
-def _published(line: Line) -> str:
-    if line.published is None:
-        return "-"
-    return f"{line.published}" + (f" ± {line.published_std}" if line.published_std is not None else "")
-
-
-def _ours_words(line: Line) -> str:
-    if line.ours is None:
-        return "-"
-    ours = line.ours
-    spread = f" ± {ours.std:.2f}" if ours.std is not None else ""
-    repeats = f"n={ours.n}" if ours.n == 1 else f"n={ours.n} {REPEATS.get(ours.over, ours.over)}"
-    mark = f" [{line.mark}]" if line.mark else ""
-    return f"{ours.mean:.2f}{spread} ({repeats}){mark}"
-
-
-def _difference(line: Line) -> str:
-    if line.difference is None:
-        return "-"
-    return f"({line.difference:+.2f})" if line.mark else f"{line.difference:+.2f}"
-
-
-def _below(comparison: Comparison) -> list[str]:
-    marks = [f"[{i}] not comparable: {words}" for i, words in enumerate(comparison.footnotes, 1)]
-    notes = [f"{row.label}: {row.note}" for row in comparison.table.rows if row.note]
-    return [*marks, *notes]
-
-
-def _text(comparison: Comparison) -> str:
+def _text(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in HEADINGS:
-        grid.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for heading in words.HEADINGS:
+        left = heading in words.HEADINGS[:2]
+        grid.add_column(heading, justify="left" if left else "right", overflow="fold")
     before = ""
     for line in comparison.lines:
-        label, *others = (escape(cell) for cell in _cells(line))
+        label, *others = (escape(cell) for cell in words.cells(line))
         grid.add_row("" if label == before else label, *others)
         before = label
-    above = (f"{table.id}: {table.paper}, {table.table}", table.caption)
-    return as_text(*above, grid, *_below(comparison), f"published: {table.source}")
+    parts = [as_text(words.title(table), table.caption, grid, *words.below(comparison))]
+    if missing.steps:  # not through rich, which would break commands at the terminal's width
+        parts += [words.heading(missing), script(missing), missing.total]
+    parts.append("\n".join(words.unobtainable(missing)))
+    return "\n\n".join(filter(None, parts))
 
 
-def _markdown(comparison: Comparison) -> str:
+def _markdown(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
-    rows = [HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(_cells, comparison.lines)]
+    rows = [words.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(words.cells, comparison.lines)]
     grid = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    below = [f"- {words}" for words in (*_below(comparison), f"published: {table.source}")]
-    return "\n".join([f"**{table.id}: {table.paper}, {table.table}.** {table.caption}", "", *grid, "", *below])
+    below = [f"- {one}" for one in (*words.below(comparison), *words.unobtainable(missing))]
+    lines = [f"**{words.title(table)}.** {table.caption}", "", *grid, "", *below]
+    if missing.steps:
+        lines += ["", words.heading(missing), "", "```sh", script(missing), "```", "", missing.total]
+    return "\n".join(lines)
 
 
-def _csv(comparison: Comparison) -> str:
+def _csv(comparison: Comparison, missing: Missing) -> str:
+    names = {column.title: name for name, column in comparison.table.columns.items()}
+    reasons = {label: reason for reason, labels in missing.reasons.items() for label in labels}
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for line in comparison.lines:
-        ours = line.ours
-        writer.writerow(
-            {
-                "row": line.row,
-                "metric": line.column.title,
-                "protocol": line.column.protocol,
-                "dataset": line.column.dataset,
-                "published": line.published,
-                "published_std": line.published_std,
-                "difference": line.difference,
-            }
-            | (_csv_ours(ours) if ours else {})
-        )
+        values = {
+            "row": line.row,
+            "metric": line.column.title,
+            "protocol": line.column.protocol,
+            "dataset": line.column.dataset,
+            "published": line.published,
+            "published_std": line.published_std,
+            "published_n": line.published_n,
+            "difference": line.difference,
+            "judgement": line.judgement,
+            "status": _status(line, reasons),
+        }
+        writer.writerow(values | (_csv_ours(line.ours) if line.ours else {}) | _csv_steps(line, names, missing))
     return out.getvalue()
+
+
+def _status(line: Line, reasons: dict[str, str]) -> str:
+    if line.ours:
+        return "not comparable" if line.mark else "there"
+    return reasons.get(line.row) or ("missing" if line.column.protocol else "not measured")
 
 
 def _csv_ours(ours: Ours) -> dict[str, Any]:
@@ -115,3 +106,13 @@ def _csv_ours(ours: Ours) -> dict[str, Any]:
         "comparable": "no" if ours.deviations else "yes",
         "deviations": "; ".join(ours.deviations),
     }
+
+
+def _csv_steps(line: Line, names: dict[str, str], missing: Missing) -> dict[str, Any]:
+    """The commands of one cell, to be run one after the other, and their hours if all are known."""
+    steps = missing.of(line.row, names[line.column.title])
+    if not steps:
+        return {}
+    known = [cost.seconds for _, cost in steps if cost]
+    hours = round(sum(known) / 3600, 3) if len(known) == len(steps) else None
+    return {"commands": " && ".join(step.command for step, _ in steps), "hours": hours}

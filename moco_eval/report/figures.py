@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moco_eval.report.published import in_steps, published
 from moco_eval.report.read import Run
 
 TEXT, ACCENT, MUTED = "#010203", "#040506", "#070809"  # stand for the page's colours, light or dark
@@ -19,19 +20,26 @@ def curves(run: Run) -> dict[str, Any]:
     chance = next((line for line in run.metrics if "chance" in line), {})
     steps = [line for line in run.metrics if "loss" in line]
     epochs = [line for line in run.metrics if "knn_top1" in line]
+    log = published(run)
+    log_losses = in_steps(log, steps) if log else []
+    log_top1 = [(float(point.epoch), point.knn_top1) for point in log.points] if log else []
     return {
         "name": run.path.name,
-        "loss": _loss_curve(steps, chance.get("chance"), chance.get("queue_full_step")),
+        "loss": _loss_curve(steps, chance.get("chance"), chance.get("queue_full_step"), log_losses),
         "first": steps[0]["loss"],
         "last": steps[-1]["loss"],
         "chance": chance.get("chance"),
-        "knn": _knn_curve(epochs) if epochs else None,
+        "knn": _knn_curve(epochs, log_top1) if epochs else None,
         "knn_last": epochs[-1] if epochs else None,
+        "published": log,
     }
 
 
-def _loss_curve(lines: list[dict[str, Any]], chance: float | None, queue_full: int | None) -> Markup:
+def _loss_curve(
+    lines: list[dict[str, Any]], chance: float | None, queue_full: int | None, log: list[tuple[float, float]]
+) -> Markup:
     figure, axes = axes_of("step", "loss (nats)")
+    _draw_published(axes, log)
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=ACCENT, linewidth=1.4)
     if chance is not None:
         axes.axhline(chance, color=MUTED, linewidth=0.9, linestyle=(0, (5, 3)))
@@ -49,13 +57,22 @@ def _loss_curve(lines: list[dict[str, Any]], chance: float | None, queue_full: i
     return svg(figure, "Training loss against step")
 
 
-def _knn_curve(lines: list[dict[str, Any]]) -> Markup:
+def _knn_curve(lines: list[dict[str, Any]], log: list[tuple[float, float]]) -> Markup:
     figure, axes = axes_of("epoch", "kNN top-1 (%)")
+    _draw_published(axes, log)
     epochs, top1 = [line["epoch"] for line in lines], [line["knn_top1"] for line in lines]
     axes.plot(epochs, top1, color=ACCENT, linewidth=1.4, marker="o", markersize=2.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.12)
     return svg(figure, "kNN accuracy against epoch")
+
+
+def _draw_published(axes: Any, log: list[tuple[float, float]]) -> None:
+    """Published points, muted, behind our curve."""
+    if not log:
+        return
+    axes.plot(*zip(*log), color=MUTED, linewidth=1, linestyle=(0, (4, 2)), marker="o", markersize=2)
+    axes.annotate("published", log[-1], xytext=(0, 5), textcoords="offset points", ha="right", color=MUTED, fontsize=8)
 
 
 def axes_of(x: str, y: str):

@@ -1,12 +1,20 @@
 """The page."""
 
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from moco_eval import __version__, files
+from moco_eval.papers import words
+from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
+from moco_eval.report.health import health
+from moco_eval.report.maps import maps
+from moco_eval.report.paired import paired
+from moco_eval.report.papers import papers
 from moco_eval.report.pictures import detections, has, image, neighbours
 from moco_eval.report.provenance import departures, provenance
 from moco_eval.report.read import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
@@ -14,6 +22,20 @@ from moco_eval.report.scores import result_columns, summary
 from moco_eval.runtime import warn
 
 PAGE_BYTES = 3_000_000
+SECTIONS = (  # anchor, title, and what must be there
+    ("results", "results", "columns"),
+    ("papers", "beside the papers", "columns"),
+    ("training", "training", "curves"),
+    ("views", "views", "views"),
+    ("neighbours", "neighbours", "neighbours"),
+    ("maps", "maps", "maps"),
+    ("health", "health", "health"),
+    ("confusion", "confusion", "confusion"),
+    ("paired", "class by class", "paired"),
+    ("detections", "detections", "detections"),
+    ("departures", "departures", "provenance"),
+    ("provenance", "provenance", "provenance"),
+)
 
 
 def write_report(runs: list[Path], output: Path, title: str = "moco-eval report") -> None:
@@ -26,7 +48,7 @@ def write_report(runs: list[Path], output: Path, title: str = "moco-eval report"
         InputError: a path holds no finished run, a file of a run is damaged, the output cannot be written.
     """
     found = read_runs(runs)
-    page = _template().render(title=title, version=__version__, **_contents(found))
+    page = _template().render(title=title, version=__version__, **_script(), **_contents(found))
     if len(page.encode()) > PAGE_BYTES:
         warn(f"{output} has {len(page.encode()) / 1e6:.1f} MB; report on fewer runs for a lighter page")
     files.write_text(output, page)
@@ -41,21 +63,39 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
+def _script() -> dict[str, str]:
+    """The page's script, and its hash, by which the page allows it and no other."""
+    script = (Path(__file__).parent / "parts" / "page.js").read_text(encoding="utf-8")
+    return {"script": script, "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}
+
+
+def _sections(contents: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Anchor, title, and whether there is anything: the table of contents."""
+    return [(name, title, bool(contents[shown])) for name, title, shown in SECTIONS]
+
+
 def _contents(runs: list[Run]) -> dict[str, Any]:
     """Everything the template shows, section by section."""
     names = encoder_names(runs)
     columns = result_columns(runs, names)
     kinds = {names[sha_of(run)]: kind_of(run.record["encoder"]) for run in runs if run.record}
     order = sorted(kinds, key=lambda name: (KINDS.index(kinds[name]), name))
-    return {
+    contents = {
         "summary": summary(columns, order, kinds),
         "columns": columns,
+        "papers": papers(runs),
+        "words": words,
         "encoders": order,
         "kinds": kinds,
         "curves": [curves(run) for run in runs if any("loss" in line for line in run.metrics)],
         "views": [(run.path.name, image(run.path / "views.png")) for run in runs if has(run, "views.png")],
         "neighbours": neighbours(runs, names, order),
+        "maps": maps(runs, names, order),
+        "health": health(runs, names, order),
+        "confusion": confusion(runs, names, order),
+        "paired": paired(runs, names, order, kinds),
         "detections": detections(runs, names, order),
         "provenance": [provenance(run, names) for run in runs],
         "deviations": departures(runs),
     }
+    return contents | {"sections": _sections(contents)}

@@ -1,0 +1,395 @@
+"""About how long a step takes on this machine, from small timed pieces of its real work on random images.
+
+A piece is timed once and kept in the cache. Left out: loading and decoding images, cutting views, fitting classifiers
+to features that are there.
+"""
+
+import math
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moco_eval import config, files, results
+from moco_eval.config import FinetuneConfig, LinearConfig, PretrainConfig, QuickConfig, SweepConfig, judge_model
+from moco_eval.data import coco, voc
+from moco_eval.data.images import OFFICIAL, preprocessing_for
+from moco_eval.detection.detector import Detector
+from moco_eval.detection.fine_tune import optimizer_for
+from moco_eval.detection.inputs import resized
+from moco_eval.detection.recipe import DetectConfig
+from moco_eval.encoders.build import VisionTransformer, architecture, build_backbone
+from moco_eval.encoders.load import load
+from moco_eval.errors import InputError, RunFailed
+from moco_eval.papers.beside import Record
+from moco_eval.papers.chain import Step
+from moco_eval.papers.tables import Row, Table
+from moco_eval.runtime import autocast, choose_device, log, warn
+from moco_eval.text import duration
+
+SECONDS = 3.0  # of a timed piece at most; smaller ones come before it, to know
+OBJECTS = 4  # boxes of a random image
+DETECTION_TEST = {
+    "voc": voc.OFFICIAL["2007", "test"],
+    "voc07": voc.OFFICIAL["2007", "test"],
+    "coco": coco.OFFICIAL["val2017"],
+}  # test images
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step, and where they are from: a record of this machine, a timed piece, or known to be few."""
+
+    seconds: float
+    basis: str
+
+    @property
+    def words(self) -> str:
+        if self.basis == "small":
+            return "under a minute"
+        return f"about {duration(self.seconds)}" + (f", as in {self.basis}" if self.basis != "timed" else "")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A piece of work: one image through a network.
+
+    Attributes:
+        kind: forward; train (forward and backward); or those of a detector, with its head.
+        size: side of the image in pixels; 0 for a detector, whose recipe says it.
+        batch: images that the real work has in a batch, on one GPU.
+        recipe: of a detector.
+    """
+
+    kind: str
+    arch: str
+    size: int
+    batch: int
+    precision: str
+    recipe: str = ""
+
+    @property
+    def words(self) -> str:
+        what = f"{self.recipe} on {self.arch}" if self.recipe else f"{self.arch} at {self.size} pixels"
+        return f"{what}, {self.kind}, {self.precision}, batch {self.batch}"
+
+
+def machine() -> str:
+    """What the costs are for, in words."""
+    device = choose_device("auto")
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def costs(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list[Cost | None]:
+    """Of each step, all trials together; None where its data have no known number of images."""
+    device = choose_device("auto")
+    rows = {row.label: row for row in table.rows}
+    return [_cost(step, rows[step.cells[0][0]], table, records, device) for step in steps]
+
+
+def _cost(step: Step, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
+    if step.kind not in ("pretrain", "evaluate"):
+        return Cost(30.0, "small")
+    if found := measured(step, row, table, records, device):
+        return found
+    seconds = 0.0
+    for probe, images in work(step, row):
+        each = seconds_per_image(probe, device)
+        if each is None or not images:
+            return None
+        seconds += each * images
+    at_once = _number(step.words, "--nproc") if device.type == "cuda" else 1  # processes share a CPU
+    return Cost(seconds / at_once, "timed")
+
+
+# A record that tells
+
+
+def measured(step: Step, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
+    """What the newest record of the same evaluation of the same architecture took on this machine."""
+    if step.kind == "pretrain":
+        return None  # leaves no record
+    column, arch = table.columns[step.cells[0][1]], _arch(step, row)
+    alike = [
+        record
+        for record in records
+        if record["protocol"] == column.protocol
+        and record["dataset"]["name"] == column.dataset
+        and record["encoder"]["arch"] == arch
+        and _is_whole(record)
+        and _ran_here(record, _number(step.words, "--nproc"), device)
+    ]
+    if not alike:
+        return None
+    newest = max(alike, key=lambda record: record["environment"].get("time", ""))
+    seconds = newest["cost"]["seconds"] / len(newest["trials"]) * _number(step.words, "--trials")
+    return Cost(seconds, newest.get("run", "an earlier run"))
+
+
+def _is_whole(record: Record) -> bool:
+    """Nothing of it came from a cache or was made smaller."""
+    return (
+        record.get("cost", {}).get("seconds", 0) > 0
+        and not record["cost"].get("cached_images")
+        and not {"labels_per_class", "subset"} & record["dataset"].keys()
+        and all(words.startswith("encoder: ") for words in record["deviations"])
+    )
+
+
+def _ran_here(record: Record, processes: int, device: torch.device) -> bool:
+    where = record["environment"]
+    command = shlex.split(where.get("command", ""))
+    return (
+        where.get("hardware") == results.hardware()
+        and record["cost"].get("device", "").startswith(device.type)
+        and _number(command, "--nproc") == processes
+    )
+
+
+def _number(words: Sequence[str], option: str) -> int:
+    """The value of an option in a command; 1 where it is not given."""
+    return int(words[words.index(option) + 1]) if option in words else 1
+
+
+# What a step consists of
+
+
+def work(step: Step, row: Row) -> list[tuple[Probe, float]]:
+    """The pieces of a step, and how many images go through each; 0 where that is not known."""
+    if step.kind == "pretrain":
+        assert row.recipe
+        return list(_pretraining(step, row.recipe.resolved()))
+    trials, arch = _number(step.words, "--trials"), _arch(step, row)
+    kind = step.words[0]
+    if kind == "detect":
+        found = _detection(step, config.load(step.name, "detect", DetectConfig), arch)
+    else:
+        judge = config.load(step.name, kind, judge_model(step.name, kind, ()))
+        found = _classification(step, judge, arch, _side(step, row), trials)
+    return [(probe, trials * images) for probe, images in found]
+
+
+def _pretraining(step: Step, recipe: PretrainConfig) -> Iterator[tuple[Probe, float]]:
+    """A query forward and backward and a key forward for each image, twice if symmetric; and the kNN monitor."""
+    images, epochs = _images(step.dataset, "train"), recipe.schedule.epochs
+    given = step.words[step.words.index("--precision") + 1] if "--precision" in step.words else recipe.precision
+    precision = "bf16" if given == "bf16" else "fp32"
+    batch, size = max(1, recipe.batch_size // _number(step.words, "--nproc")), recipe.views.size
+    train, forward = (Probe(kind, recipe.arch, size, batch, precision) for kind in ("train", "forward"))
+    views = images * epochs * (2 if recipe.symmetric else 1)
+    yield train, views * (2 if recipe.mechanism == "end_to_end" else 1)
+    looks = epochs // recipe.knn.every * (images + _images(step.dataset, "test")) if recipe.knn else 0
+    keys = views if recipe.mechanism == "moco" else 0
+    if keys + looks:
+        yield forward, keys + looks
+
+
+def _classification(step: Step, judge: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:
+    """The images of one trial; features that are extracted once count for all trials together."""
+    train, test = _images(step.dataset, "train"), _images(step.dataset, "test")
+    forward = Probe("forward", arch, size, judge.batch_size, judge.precision)
+    if isinstance(judge, FinetuneConfig):
+        epochs = judge.schedule.epochs
+        yield Probe("train", arch, size, judge.batch_size, judge.precision), train * epochs
+        yield forward, test * max(1, epochs // judge.test_every)
+    elif isinstance(judge, LinearConfig | SweepConfig):
+        yield forward, train * judge.schedule.epochs + test
+    else:
+        crops = judge.crops if isinstance(judge, QuickConfig) else 0
+        yield forward, (train * (1 + crops) + test) / trials
+
+
+def _detection(step: Step, recipe: DetectConfig, arch: str) -> Iterator[tuple[Probe, float]]:
+    """Every image of every iteration, a third of that for precise BN, which has no backward; and the test images."""
+    test = recipe.scenes.test if recipe.scenes else DETECTION_TEST.get(step.dataset, 0)
+    batch = max(1, recipe.batch_size // recipe.accumulate // _number(step.words, "--nproc"))
+    train, forward = (Probe(kind, arch, 0, batch, recipe.precision, step.name) for kind in ("train", "forward"))
+    yield train, (recipe.schedule.iterations + recipe.precise_bn / 3) * recipe.batch_size
+    yield forward, test
+
+
+def _images(dataset: str, split: str) -> int:
+    """How many a published data set has; 0 where there is no such number."""
+    names = {"train": ("train", "trainval"), "test": ("test", "val")}[split]
+    return next((OFFICIAL[dataset, name] for name in names if (dataset, name) in OFFICIAL), 0)
+
+
+def _arch(step: Step, row: Row) -> str:
+    """The architecture of an evaluated encoder."""
+    kind, _, rest = step.words[1].partition(":")
+    if kind == "zoo":
+        from moco_eval import zoo
+
+        return zoo.entry(rest).recipe.arch
+    if row.recipe and step.after:
+        return row.recipe.resolved().arch
+    return rest.split(":")[0]
+
+
+def _side(step: Step, row: Row) -> int:
+    """Of an evaluated image, in pixels."""
+    if row.recipe and step.after:
+        return row.recipe.resolved().views.size
+    return preprocessing_for(step.dataset, None).size
+
+
+# Timing
+
+
+def seconds_per_image(probe: Probe, device: torch.device) -> float | None:
+    """Of one piece, from the cache where it has been timed before; None where memory is too small for it."""
+    path = files.cache_folder("costs.json")
+    key = f"{machine()}; torch {torch.__version__}; {probe.words}"
+    known = _known(path)
+    if key not in known:
+        log(f"timing this machine once: {probe.words}")
+        took = measure(probe, device)
+        if took is None:
+            return None
+        known[key] = took
+        try:
+            files.write_json(path, _known(path) | known)
+        except (InputError, RunFailed) as error:
+            warn(f"the timing is not kept: {error}")
+    return known[key]
+
+
+def _known(path: Path) -> dict[str, float]:
+    """The timings that are there; a damaged file counts as none, and is replaced."""
+    try:
+        values = files.read_json(path)
+    except InputError:
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {key: value for key, value in values.items() if isinstance(value, float) and 0 < value < math.inf}
+
+
+def measure(probe: Probe, device: torch.device) -> float | None:
+    """Seconds for one whole image, from the largest piece that is likely to take no more than SECONDS.
+
+    Pieces grow; each is timed at its second run, or its first if that is long. None where not even the smallest fits
+    into memory.
+    """
+    found = None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for images, run in (_detector_pieces if probe.recipe else _pieces)(probe, device):
+            if found is not None and found * images > SECONDS:
+                break
+            try:
+                took = _timed(run, device)
+                found = (took if took > SECONDS else _timed(run, device)) / images
+            except torch.OutOfMemoryError:
+                break
+    return found
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
+    """Growing batches through an encoder, as parts of whole images; the first of a quarter of their pixels."""
+    training = probe.kind == "train"
+    net = build_backbone(probe.arch).to(device).train(training)
+    if training:
+        net.to(memory_format=torch.channels_last)
+    sizes = sorted({batch for batch in (2, 8, 32, 128) if batch < probe.batch} | {probe.batch})
+    sides = [(2, probe.size)] if isinstance(architecture(probe.arch), VisionTransformer) else [(2, probe.size // 2)]
+    for batch, side in sides + [(batch, probe.size) for batch in sizes]:
+        images = torch.randn(batch, 3, side, side, device=device)
+
+        def run(images: torch.Tensor = images) -> None:
+            with torch.set_grad_enabled(training), autocast(device, probe.precision):
+                out = net(images)
+            if training:
+                out.float().square().mean().backward()
+                net.zero_grad(set_to_none=True)
+
+        yield batch * (side / probe.size) ** 2, run
+
+
+def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
+    """Steps of a detector: on a part of an image's pixels with that part of its regions, then on whole images."""
+    training, encoder = probe.kind == "train", load(f"random:{probe.arch}")
+    recipe = config.load(probe.recipe, "detect", DetectConfig)
+    pieces = [(1 / 16, 1), (1 / 4, 1), (1.0, 1)]
+    pieces += [(1.0, batch) for batch in sorted({2, probe.batch}) if training and 1 < batch <= probe.batch]
+    for share, batch in pieces:
+        less = _smaller(recipe, share)
+        keypoints = 17 if recipe.keypoints else 0
+        net = Detector(encoder, 20, less, keypoints).to(device).train(training)
+        for weights in net.rpn.parameters():
+            nn.init.zeros_(weights)  # proposes every anchor; random ones make few boxes of all
+        optimizer = optimizer_for(net, less)
+        images, targets = _scene(less, share, batch, keypoints, device)
+
+        def run(net: nn.Module = net, given: Any = (images, targets), optimizer: Any = optimizer) -> None:
+            with torch.set_grad_enabled(training), autocast(device, recipe.precision):
+                out = net(*given) if training else net(given[0])
+            if training:
+                optimizer.zero_grad()
+                sum(out.values()).backward()
+                optimizer.step()
+
+        yield batch * share, run
+
+
+def _smaller(recipe: DetectConfig, share: float) -> DetectConfig:
+    """The recipe with a share of the regions."""
+
+    def part(number: int) -> int:
+        return max(1, round(number * share))
+
+    rpn, roi = recipe.rpn, recipe.roi
+    counts = ("pre_nms_train", "post_nms_train", "pre_nms_test", "post_nms_test", "batch_per_image")
+    fewer = {name: part(getattr(rpn, name)) for name in counts}
+    regions = roi.model_copy(update={"batch_per_image": part(roi.batch_per_image)})
+    test = recipe.test.model_copy(update={"detections": part(recipe.test.detections)})
+    return recipe.model_copy(update={"rpn": rpn.model_copy(update=fewer), "roi": regions, "test": test})
+
+
+def _scene(recipe: DetectConfig, share: float, batch: int, keypoints: int, device: torch.device) -> tuple[list, list]:
+    """Random 4:3 images of a share of the pixels, and random objects on them."""
+    sides = sorted(recipe.input.min_size_train)
+    width, height = resized((640, 480), sides[len(sides) // 2], recipe.input.max_size)
+    height, width = (max(32, round(side * math.sqrt(share))) for side in (height, width))
+    images = [torch.randint(256, (3, height, width), dtype=torch.uint8, device=device) for _ in range(batch)]
+    corners = torch.rand(batch, OBJECTS, 2) * 0.5
+    boxes = torch.cat([corners, corners + 0.2 + 0.3 * torch.rand(batch, OBJECTS, 2)], dim=2)
+    boxes = boxes * torch.tensor([width, height, width, height])
+    return images, [_target(one, recipe, keypoints, device) for one in boxes]
+
+
+def _target(boxes: torch.Tensor, recipe: DetectConfig, keypoints: int, device: torch.device) -> dict[str, Any]:
+    target: dict[str, Any] = {"boxes": boxes.to(device), "labels": torch.ones(len(boxes), dtype=torch.long).to(device)}
+    if recipe.masks:
+        target["masks"] = [[np.array([x, y, X, y, X, Y, x, Y])] for x, y, X, Y in boxes.double().tolist()]
+    if keypoints:
+        places = boxes[:, None, :2] + torch.rand(len(boxes), keypoints, 2) * (boxes[:, None, 2:] - boxes[:, None, :2])
+        target["keypoints"] = torch.cat([places, torch.full_like(places[..., :1], 2.0)], dim=2).to(device)
+    return target

@@ -1,0 +1,148 @@
+"""Which classes are taken for which."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from moco_eval import compare, sample
+from moco_eval.errors import InputError
+from moco_eval.report.chosen import by_encoder, by_test_set, has_answers, preference, words
+from moco_eval.report.read import Run
+
+CLASSES = 20  # at most in a matrix; of more, the pairs that are confused most
+PAIRS = 20
+CELL = 24
+
+
+def confusion(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> list[dict[str, Any]]:
+    """A group for each test set: a matrix, or the most confused pairs, for each encoder.
+
+    Of an encoder's runs the linear classifier's on all labels is taken if there is one; else see `preference`.
+
+    Raises:
+        InputError: the predictions or the sample of a run are damaged.
+    """
+    groups = []
+    for data, tested in by_test_set(runs):
+        found = by_encoder([run for run in tested if has_answers(run)], names, order, preference)
+        if found:
+            groups.append({"data": data, "encoders": [_encoder(name, run) for name, run in found.items()]})
+    return groups
+
+
+def _encoder(name: str, run: Run) -> dict[str, Any]:
+    assert run.record
+    counts = count(run)
+    classes = class_names(run, len(counts))
+    trials = len(run.record["trials"])
+    small = len(counts) <= CLASSES
+    return {
+        "name": name,
+        "what": words(run) + (f", mean of {trials} trials" if trials > 1 else ""),
+        "matrix": matrix(counts, classes, f"Confusion matrix of {name}") if small else None,
+        "pairs": [] if small else most_confused(counts, classes),
+    }
+
+
+def count(run: Run) -> np.ndarray:
+    """How many images of each class were taken for each, mean over trials, (classes, classes): rows are the truth.
+
+    Raises:
+        InputError: predictions.npz is damaged.
+    """
+    answers = compare.read_run(run.path).answers
+    assert run.record and answers.predictions is not None
+    predictions, labels = answers.predictions, answers.labels
+    highest = int(max(labels.max(), predictions.max()))
+    classes = run.record["dataset"].get("classes") or highest + 1
+    if min(labels.min(), predictions.min()) < 0 or highest >= classes:
+        raise InputError(
+            f"{run.path / 'predictions.npz'} is damaged: a class is none of {classes}; run the evaluation again into "
+            "another --output"
+        )
+    cells = (labels * classes + predictions).ravel().astype(np.int64)
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes) / len(predictions)
+
+
+def class_names(run: Run, classes: int) -> tuple[str, ...]:
+    """Names of the classes where the run left a sample with them, else their numbers."""
+    path = run.path / sample.NAME
+    held = sample.read(path).classes if path.is_file() else ()
+    return held if len(held) == classes else tuple(map(str, range(classes)))
+
+
+def most_confused(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The pairs of classes that are confused most often, the most frequent first; ties by the share of the class."""
+    wrong = counts * (1 - np.eye(len(counts)))
+    total = counts.sum(axis=1)
+    true, taken = (found.tolist() for found in np.nonzero(wrong))
+    first = sorted(zip(true, taken), key=lambda pair: (-wrong[pair], -wrong[pair] / total[pair[0]], pair))[:PAIRS]
+    return [
+        {
+            "true": classes[i],
+            "taken": classes[j],
+            "count": f"{wrong[i, j]:.3g}",
+            "of": f"{total[i]:g}",
+            "share": 100 * wrong[i, j] / total[i],
+        }
+        for i, j in first
+    ]
+
+
+# Drawing
+
+
+def matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Markup:
+    """The matrix as SVG: the darker a cell, the larger its share of its row; numbers are percent of the row."""
+    n, left = len(counts), 20 + 6.2 * max(len(_short(name)) for name in classes)
+    total = counts.sum(axis=1, keepdims=True)
+    share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
+    cells = [_cell(i, j, left, share[i, j], counts[i, j], total[i, 0], classes) for i in range(n) for j in range(n)]
+    sides = [_names(number, name, left, n) for number, name in enumerate(classes)]
+    bottom = n * CELL + 28 if left < 36 else n * CELL + left + 6  # short names stand upright below their column
+    axes = Markup(
+        '<text x="{:g}" y="{:g}" text-anchor="middle">predicted</text>'
+        '<text text-anchor="middle" transform="translate(9 {:g}) rotate(-90)">true class</text>'
+    ).format(left + n * CELL / 2, bottom - 2, n * CELL / 2)
+    return Markup(
+        '<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}" font-size="10" fill="var(--ink)">'
+        '<rect x="{:g}" width="{:g}" height="{:g}" fill="var(--accent)" fill-opacity="0.05"/>{}{}'
+        '<g fill="var(--muted)">{}</g></svg>'
+    ).format(
+        title, left + n * CELL, bottom, left, n * CELL, n * CELL, Markup("").join(cells), Markup("").join(sides), axes
+    )
+
+
+def _cell(i: int, j: int, left: float, share: float, count: float, total: float, classes: Sequence[str]) -> Markup:
+    if not share:
+        return Markup("")
+    x, y, percent = left + j * CELL, i * CELL, round(100 * share)
+    ink = "var(--paper)" if share > 0.55 else "var(--ink)"
+    number = Markup('<text x="{:g}" y="{:g}" text-anchor="middle" fill="{}">{}</text>').format(
+        x + CELL / 2, y + CELL / 2 + 3.5, ink, percent
+    )
+    return Markup(
+        '<g><title>{} taken for {}: {:.3g} of {:g} ({:.1f} %)</title>'
+        '<rect x="{:g}" y="{:g}" width="{}" height="{}" fill="var(--accent)" fill-opacity="{:.2f}"/>{}</g>'
+    ).format(
+        classes[i], classes[j], count, total, 100 * share, x, y, CELL, CELL, max(0.08, share),
+        number if percent else "",
+    )  # fmt: skip
+
+
+def _names(number: int, name: str, left: float, n: int) -> Markup:
+    """A class's name beside its row and, upright where it is one or two letters, below its column."""
+    middle, below, short = number * CELL + CELL / 2, n * CELL + 12, _short(name)
+    row = Markup('<text x="{:g}" y="{:g}" text-anchor="end">{}</text>').format(left - 5, middle + 3.5, short)
+    x = left + middle
+    if len(short) <= 2:
+        return row + Markup('<text x="{:g}" y="{:g}" text-anchor="middle">{}</text>').format(x, below, short)
+    return row + Markup('<text text-anchor="end" transform="translate({:g} {:g}) rotate(-60)">{}</text>').format(
+        x + 4, below - 4, short
+    )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 12 else name[:11] + "…"

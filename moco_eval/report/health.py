@@ -1,0 +1,25 @@
+"""How healthy each encoder's features are, from the records."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moco_eval.report.chosen import by_encoder, by_test_set, feature
+from moco_eval.report.read import Run
+
+
+def health(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> list[dict[str, Any]]:
+    """A group for each test set and feature: each encoder's newest `health`, one with an alignment before others."""
+    groups = []
+    for data, tested in by_test_set(runs):
+        kept = [run for run in tested if run.record and run.record.get("health")]
+        for one in sorted({feature(run) for run in kept}, key=lambda name: (name != "pooled", name)):
+            found = by_encoder([run for run in kept if feature(run) == one], names, order, _has_alignment)
+            title = data if one == "pooled" else f"{data}, {one} feature"
+            rows = [{"name": name, **run.record["health"]} for name, run in found.items() if run.record]
+            groups.append({"data": title, "rows": rows, "aligned": any(row["alignment"] is not None for row in rows)})
+    return groups
+
+
+def _has_alignment(run: Run) -> bool:
+    assert run.record
+    return run.record["health"]["alignment"] is not None

@@ -1,0 +1,152 @@
+"""Two encoders on the same test images, class by class."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from moco_eval import compare
+from moco_eval.report.chosen import by_encoder, by_test_set, has_answers, preference, what, words
+from moco_eval.report.confusion import class_names
+from moco_eval.report.read import Run
+from moco_eval.statistics import RESAMPLES, percentiles, resampled_means
+
+PAIRS = 4  # at most
+CLASSES = 40  # at most in a drawing, half from each end
+WIDTH, ROW, GAP = 360, 15, 14  # of a drawing, in its own units
+
+
+def paired(
+    runs: Sequence[Run], names: dict[str, str], order: Sequence[str], kinds: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Each trained encoder against the encoders of other kinds, then against the other trained ones, by class.
+
+    Args:
+        kinds: of each encoder name; 'trained' for those that carry their pretraining.
+    Raises:
+        InputError: the answers of a run are damaged.
+    """
+    found = []
+    for data, tested in by_test_set(runs):
+        answered = [run for run in tested if has_answers(run)]
+        for better, rival in pairs(order, kinds):
+            if both := _common(answered, names, better, rival):
+                found.append(_comparison(data, better, rival, *both))
+    return found[:PAIRS]
+
+
+def pairs(order: Sequence[str], kinds: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(encoder, its rival): other kinds first, then the trained ones among themselves."""
+    trained = [name for name in order if kinds[name] == "trained"]
+    yield from ((name, rival) for name in trained for rival in order if kinds[rival] != "trained")
+    yield from ((name, rival) for number, name in enumerate(trained) for rival in trained[number + 1 :])
+
+
+def _common(runs: Sequence[Run], names: dict[str, str], *two: str) -> tuple[Run, Run] | None:
+    """The newest runs of two encoders by one protocol on the same labels: the one that is shown first of those."""
+    for kind in sorted({what(run): preference(run) for run in runs}.items(), key=lambda item: item[1], reverse=True):
+        same = by_encoder([run for run in runs if what(run) == kind[0]], names, two, lambda run: 0)
+        if len(same) == 2:
+            return same[two[0]], same[two[1]]
+    return None
+
+
+def _comparison(data: str, name: str, rival: str, run: Run, rival_run: Run) -> dict[str, Any]:
+    done = compare.compare(rival_run.path, run.path)
+    labels = done.a.answers.labels
+    difference = done.b.answers.right() - done.a.answers.right()
+    rows = by_class(difference, labels, class_names(run, int(labels.max()) + 1))
+    low, high = done.over_images.interval
+    return {
+        "name": name,
+        "rival": rival,
+        "data": data,
+        "what": words(run),
+        "metric": done.metric,
+        "images": len(labels),
+        "difference": f"{done.difference:+.1f}",
+        "interval": f"[{low:+.1f}, {high:+.1f}]",
+        "p": compare.p_words(done.over_images.p),
+        "classes": len(rows),
+        "drawn": min(len(rows), CLASSES),
+        "plot": plot(extremes(rows), f"Difference of accuracy of each class, {name} less {rival}"),
+    }
+
+
+def by_class(
+    difference: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> list[tuple[str, float, float, float]]:
+    """(class, difference of accuracy in points, low, high), the largest difference first.
+
+    The 95 % interval is a paired bootstrap's over the test images of that class alone.
+
+    Args:
+        difference: how much more often each image was classified rightly, -1 to 1, (N,).
+    """
+    rows = []
+    for one in np.unique(labels):
+        own = 100 * difference[labels == one]
+        drawn = resampled_means(own, np.zeros(len(own), dtype=int), RESAMPLES)
+        rows.append((classes[one], float(own.mean()), *percentiles(drawn)))
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def extremes(rows: Sequence[tuple]) -> list[tuple]:
+    """All rows where they can be drawn, else half of as many from each end."""
+    return list(rows) if len(rows) <= CLASSES else [*rows[: CLASSES // 2], *rows[-CLASSES // 2 :]]
+
+
+# Drawing
+
+
+def plot(rows: Sequence[tuple[str, float, float, float]], title: str) -> Markup:
+    """A line for each class: the difference as a dot, its interval as a line; muted where that holds 0."""
+    left = 14 + 6 * max(len(_short(row[0])) for row in rows)
+    low, high = (end(sign, *(bound for row in rows for bound in row[1:])) for end, sign in ((min, -1.0), (max, 1.0)))
+    scale = (WIDTH - GAP - left) / (high - low)
+    zero = left - low * scale
+    lines = [_row(number, row, left, zero, scale) for number, row in enumerate(rows)]
+    bottom = len(rows) * ROW + 4
+    ticks = [_tick(at, zero + at * scale, bottom) for at in ticks_within(low, high)]
+    return Markup(
+        '<svg role="img" aria-label="{}" viewBox="0 0 {} {}" font-size="10" fill="var(--ink)">'
+        '<g stroke="var(--rule)" fill="var(--muted)">{}</g>{}</svg>'
+    ).format(title, WIDTH, bottom + 18, Markup("").join(ticks), Markup("").join(lines))
+
+
+def ticks_within(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, 0 among them, nine at most; low is at most -1 and high at least 1."""
+    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 25, 50) if (high - low) / step < 9)
+    return [step * number for number in range(-int(-low / step), int(high / step) + 1)]
+
+
+def _tick(at: float, x: float, bottom: float) -> Markup:
+    return Markup(
+        '<path d="M{:.1f} 0V{:g}"{}/><text x="{:.1f}" y="{:g}" text-anchor="middle" stroke="none">{}</text>'
+    ).format(
+        x,
+        bottom,
+        Markup(' stroke="var(--muted)"') if at == 0 else "",
+        x,
+        bottom + 13,
+        f"{at:+g}" if at else "0",
+    )
+
+
+def _row(number: int, row: tuple[str, float, float, float], left: float, zero: float, scale: float) -> Markup:
+    name, value, low, high = row
+    y, colour = number * ROW + ROW / 2 + 2, "var(--muted)" if low <= 0 <= high else "var(--accent)"
+    return Markup(
+        '<g><title>{}: {:+.1f} points, [{:+.1f}, {:+.1f}]</title>'
+        '<text x="{:g}" y="{:g}" text-anchor="end">{}</text>'
+        '<path d="M{:.1f} {:g}H{:.1f}" stroke="{}" stroke-width="1.5"/>'
+        '<circle cx="{:.1f}" cy="{:g}" r="3.2" fill="{}"/></g>'
+    ).format(
+        name, value, low, high, left - 8, y + 3.5, _short(name),
+        zero + low * scale, y, zero + high * scale, colour, zero + value * scale, y, colour,
+    )  # fmt: skip
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"

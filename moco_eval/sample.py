@@ -1,0 +1,100 @@
+"""A few test images of an evaluation, as the encoder sees them: what the report's maps are drawn from."""
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moco_eval import files
+from moco_eval.errors import InputError
+
+IMAGES = 1000  # at most
+COMPONENTS = 50  # at most
+NAME = "sample.npz"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some test images, evenly spread over the set.
+
+    Attributes:
+        index: which test images, (n,).
+        label: class of each, (n,); or 1 shown, 0 not, -1 neither of each class, (n, classes).
+        classes: class names.
+        components: their first principal components, (n, at most 50) float32, by falling variance.
+        variance: the share of the features' variance in each of them, 0 to 1.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    classes: tuple[str, ...]
+    components: np.ndarray
+    variance: np.ndarray
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """Indices of at most `most` of `count` things, evenly spread, rising."""
+    taken = min(count, most)
+    return np.arange(taken) * count // max(1, taken)
+
+
+def principal_components(features: np.ndarray, most: int = COMPONENTS) -> tuple[np.ndarray, np.ndarray]:
+    """The first principal components, (N, k) float32, and the share of the variance in each, (k,) float32.
+
+    Each is turned so that its largest value is positive: else its sign would be a matter of chance.
+    """
+    centred = np.asarray(features, dtype=np.float64)
+    centred = centred - centred.mean(axis=0)
+    squared, vectors = np.linalg.eigh(centred @ centred.T)  # images are fewer than a thousand, dimensions may be many
+    count = min(most, *centred.shape)
+    squared, vectors = np.maximum(0, squared[::-1]), vectors[:, ::-1][:, :count]
+    scores = vectors * np.sqrt(squared[:count])
+    largest = scores[np.abs(scores).argmax(axis=0), np.arange(count)]
+    share = squared[:count] / (squared.sum() or 1)
+    return (scores * np.where(largest < 0, -1, 1)).astype(np.float32), share.astype(np.float32)
+
+
+def write(path: Path, sample: Sample) -> None:
+    """Write sample.npz."""
+    label = sample.label.astype(np.int32 if sample.label.ndim == 1 else np.int8)
+    with files.atomic(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            index=sample.index.astype(np.int64),
+            label=label,
+            classes=np.array(sample.classes, dtype=np.str_),
+            components=sample.components.astype(np.float32),
+            variance=sample.variance.astype(np.float32),
+        )
+
+
+def read(path: Path) -> Sample:
+    """Read a sample.npz. Raises InputError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            index, label, classes, components, variance = (
+                held[name] for name in ("index", "label", "classes", "components", "variance")
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}); run the evaluation again into another --output") from None
+    found = Sample(index, label, tuple(map(str, classes.reshape(-1))), components, variance)
+    if trouble := _trouble(found):
+        raise InputError(f"{path} is damaged: {trouble}; run the evaluation again into another --output")
+    return found
+
+
+def _trouble(sample: Sample) -> str | None:
+    """What is wrong with a sample, in words."""
+    index, label, components, variance = sample.index, sample.label, sample.components, sample.variance
+    n, classes = len(sample.index.reshape(-1)), len(sample.classes)
+    if not n or label.shape not in ((n,), (n, classes)) or components.shape != (n, len(variance.reshape(-1))):
+        return f"index {index.shape}, label {label.shape}, components {components.shape}, variance {variance.shape}"
+    if label.dtype.kind not in "iu" or components.dtype.kind != "f" or variance.dtype.kind != "f":
+        return f"label of type {label.dtype}, components of type {components.dtype}"
+    if not np.isfinite(components).all() or not np.isfinite(variance).all():
+        return "a component is not finite"
+    if label.ndim == 1 and not ((label >= 0) & (label < classes)).all():
+        return f"a label is none of its {classes} classes"
+    return None

@@ -1,0 +1,82 @@
+"""The report in a real browser, opened from disk, on a phone and on a desk."""
+
+import re
+
+import pytest
+from browser import browser
+from test_report import write_demo
+
+from moco_eval.report.page import write_report
+
+pytestmark = pytest.mark.browser
+ORDER = "return [...document.querySelectorAll('table.sortable tbody th')].map((cell) => cell.textContent)"
+SECOND = "document.querySelectorAll('table.sortable thead th')[1]"
+BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browser")
+    write_report([write_demo(folder / "demo")], folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def window():
+    with browser(1280) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_opens_whole_without_a_complaint_or_a_request(page_file, width):
+    with browser(width) as window:
+        window.open(page_file)
+        assert window.log() == []
+        assert window.run("return performance.getEntriesByType('resource').length") == 0
+        assert window.run("return document.documentElement.scrollWidth") == width
+        assert window.run("return [...document.images].every((image) => image.naturalWidth > 0)")
+
+
+def test_the_theme_is_switched_and_remembered(page_file, window):
+    window.open(page_file)
+    window.run("localStorage.clear()")
+    window.open(page_file)
+    press = "document.querySelector('button.theme').click()"
+    auto = window.run(BACKGROUND)
+    window.run(press)
+    light = window.run(BACKGROUND)
+    window.run(press)
+    dark = window.run(BACKGROUND)
+    assert dark != light and auto in (light, dark)
+    window.open(page_file)
+    assert window.run(BACKGROUND) == dark
+    window.run(press)
+    assert window.run(BACKGROUND) == auto
+    assert window.run("return document.querySelector('button.theme').textContent") == "theme: auto"
+
+
+def test_a_table_is_sorted_by_its_header(page_file, window):
+    window.open(page_file)
+    column = "return [...document.querySelectorAll('table.sortable tbody tr')].map((row) => row.cells[1].textContent)"
+    press = f"{SECOND}.querySelector('button').click()"
+    before = window.run(ORDER)
+    window.run(press)
+    numbers = [float(re.match(r"[\d.]+", one)[0]) for one in window.run(column) if one.strip() != "-"]
+    assert len(numbers) > 1 and numbers == sorted(numbers, reverse=True)
+    assert window.run(f"return {SECOND}.getAttribute('aria-sort')") == "descending"
+    window.run(press)
+    assert window.run(f"return {SECOND}.getAttribute('aria-sort')") == "ascending"
+    assert [float(re.match(r"[\d.]+", one)[0]) for one in window.run(column) if one.strip() != "-"] == numbers[::-1]
+    last = "document.querySelector('table.sortable thead th:last-child')"
+    window.run(f"{last}.querySelector('button').click()")  # with cells that hold nothing
+    values = window.run(column.replace("cells[1]", "cells[row.cells.length - 1]"))
+    assert values[-1].strip() == "-" and window.run(f"return {SECOND}.getAttribute('aria-sort')") is None
+    assert sorted(window.run(ORDER)) == sorted(before)
+    assert window.log() == []
+
+
+def test_names_stay_words(page_file, window):
+    """A name with markup in it is shown, and runs nothing."""
+    window.open(page_file)
+    assert window.run("return document.scripts.length") == 1
+    assert window.log() == []
