@@ -28,7 +28,7 @@ class Command(NamedTuple):
     @property
     def is_synopsis(self) -> bool:
         """Has options in brackets, alternatives or dots: a form to fill in, as prose and usage lines show it."""
-        return any(re.search(r"[][|]|\.\.\.", word) and "=" not in word for word in self.words)
+        return any(re.search(r"[][|…]|\.\.\.", word) and "=" not in word for word in self.words)
 
     @property
     def has_placeholder(self) -> bool:
