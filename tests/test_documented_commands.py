@@ -21,7 +21,7 @@ import pytest
 import torch
 from checkpoints import mlp, moco
 from commands import ROOT, environment, in_process, moco_eval
-from documented import RECORDS, Command, blocks, commands
+from documented import PAGES, RECORDS, Command, blocks, commands
 from PIL import Image
 
 from moco_eval.cli import cli
@@ -75,10 +75,9 @@ REDUCED: list[tuple[str, str]] = [
     ("detect coco", f"{DETECT} --trials 1"),
     ("detect --trials", f"{DETECT} --trials 2"),
     ("detect", DETECT),
-    *(
-        (name, "")
-        for name in ("inspect", "convert", "table", "report", "compare", "fetch --list", "configs", "datasets")
-    ),
+    ("reproduce", "--dry-run"),  # tests/test_reproduce.py runs whole chains
+    *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
+    *((name, "") for name in ("configs", "datasets")),
 ]
 # A block with one of these takes seconds.
 SLOW = ("suite", "svm", "detect --nproc", "detect coco-folder", "torchrun")
@@ -119,8 +118,9 @@ def options_of(name: str) -> set[str]:
 
 
 def is_complete(command: Command) -> bool:
-    """Not a form such as `moco-eval table ID`, and not the name of a command alone."""
-    if command.is_synopsis or (command.has_placeholder and not command.block):
+    """Not a form such as `moco-eval table ID`, and not, in prose, the name of a command alone."""
+    bare = command.program == "moco-eval" and len(command.words) == 2
+    if command.is_synopsis or (not command.block and (bare or command.has_placeholder)):
         return False
     if command.program != "moco-eval":
         return True
@@ -333,6 +333,12 @@ def boxes(root: Path) -> None:
             path.write_text(re.sub(r"<name>\d", lambda _: f"<name>{next(names)}", path.read_text()))
 
 
+def code_of(page: Path, wanted: str) -> list[str]:
+    """The blocks of one language."""
+    found = blocks(page.read_text(encoding="utf-8"))
+    return ["\n".join(lines) for _, language, lines in found if language == wanted]
+
+
 @pytest.fixture
 def place(made, in_tmp) -> Path:
     """A folder to work in, with what stands for the reader's own."""
@@ -341,6 +347,8 @@ def place(made, in_tmp) -> Path:
     own = {"FOLDER": "imagenet", "mine": "imagenet", "BCCD": "BCCD", "boxes": "BCCD", "masks": "coco"}
     for name, target in own.items():
         Path(name).symlink_to(made / "datasets" / target)
+    for text in [text for page in PAGES for text in code_of(page, "yaml") if text.startswith("id: mine\n")]:
+        Path("mine.yaml").write_text(text)  # the table of one's own that a page shows
     return in_tmp
 
 
@@ -412,7 +420,7 @@ def test_every_command_in_prose_runs(words, place, made, capfd, monkeypatch):
 
 
 def test_the_python_of_the_pages_runs(place, made, capfd, monkeypatch):
-    own, features = (python_of(ROOT / "docs" / name) for name in ("encoders.md", "suite.md"))
+    (own,), (features,) = (code_of(ROOT / "docs" / name, "python") for name in ("encoders.md", "suite.md"))
     Path("mine.pth").unlink()
     exec(compile(own, "docs/encoders.md", "exec"), {})
     out, _ = in_process(capfd, monkeypatch, "inspect", "mine.pth")
@@ -421,26 +429,19 @@ def test_the_python_of_the_pages_runs(place, made, capfd, monkeypatch):
     exec(compile(features.replace("runs/features/0d8e...", str(folder)), "docs/suite.md", "exec"), {})
 
 
-def python_of(page: Path) -> str:
-    (block,) = [
-        "\n".join(lines) for _, language, lines in blocks(page.read_text(encoding="utf-8")) if language == "python"
-    ]
-    return block
-
-
 def test_the_formats_shown_are_read(tmp_path):
     """docs/datasets.md shows all that an XML and a COCO file must hold."""
-    shown = {language: "\n".join(lines) for _, language, lines in blocks((ROOT / "docs/datasets.md").read_text())}
+    (xml,), (json,) = (code_of(ROOT / "docs" / "datasets.md", language) for language in ("xml", "json"))
     for name in ("JPEGImages", "Annotations", "ImageSets/Main", "train2017", "val2017", "annotations"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("001", "002"):
         for folder in ("JPEGImages", "train2017", "val2017"):
             Image.new("RGB", (80, 80), (9 * int(name), 90, 90)).save(tmp_path / folder / f"{name}.jpg")
-        (tmp_path / "Annotations" / f"{name}.xml").write_text(shown["xml"])
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(xml)
     for name, split in (("001", "trainval"), ("002", "test")):
         (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text(name)
     for split in ("train2017", "val2017"):
-        (tmp_path / "annotations" / f"instances_{split}.json").write_text(shown["json"])
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json)
     for data in (voc.read_voc_folder(tmp_path, None, None), coco.read_coco_folder(tmp_path, None, None)):
         assert (data.classes, len(data.train), len(data.test)) == (("cat",), 1, 1)
         np.testing.assert_array_equal(data.train[0].boxes, [[10, 20, 60, 70]])
