@@ -17,7 +17,7 @@ from moco_eval.detection.recipe import DetectConfig
 from moco_eval.papers.tables import Table, load_table
 from moco_eval.papers.tables import tables as shipped_tables
 
-INDEX = ROOT / "docs" / "README.md"
+INDEX, PROTOCOLS = ROOT / "docs" / "README.md", ROOT / "docs" / "protocols"
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 # options of other programs that the pages speak of
 FOREIGN = {
@@ -145,13 +145,14 @@ def test_detection_recipes_carry_the_papers_numbers(name):
                 assert number is None or f"{metric} {number}" in RECIPES[name], f"{name}: {table.id} {metric} {number}"
 
 
-def test_the_page_of_detection_protocols_has_every_recipe():
-    text = TEXTS[ROOT / "docs" / "protocols" / "detection.md"]
-    cells = [[cell.strip(" `") for cell in line.split("|")] for line in text.splitlines()]
-    rows = {row[2]: row[1] for row in cells if len(row) == 8}
-    for name in DETECT:
-        short = name.split("/")[1]
-        assert rows[short] == config.load(short, "detect", DetectConfig).protocol
+@pytest.mark.parametrize("name", [name.split("/")[1] for name in DETECT])
+def test_the_page_of_detection_protocols_has_every_recipe(name):
+    cells = [[cell.strip(" `") for cell in line.split("|")] for line in TEXTS[PROTOCOLS / "detection.md"].splitlines()]
+    rows = {row[2]: row for row in cells if len(row) == 8}
+    recipe = config.load(name, "detect", DetectConfig)
+    numbers = [int(one.replace(",", "").replace("k", "000")) for one in re.findall(r"[\d,]*\d+k?", rows[name][5])]
+    assert rows[name][1] == recipe.protocol
+    assert numbers == [recipe.schedule.iterations, *recipe.schedule.steps]
 
 
 def test_the_index_names_every_protocol_of_classification():
