@@ -37,7 +37,16 @@ setup(
         "timm>=1.0",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "webdataset>=0.2"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.9",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "webdataset>=0.2",
+            "submitit>=1.5",
+        ],
+        "slurm": ["submitit>=1.5"],
         "peers": ["lightly>=1.5", "pytorch-lightning>=2", "omegaconf>=2.3", "transformers>=4.40"],
     },
     entry_points={"console_scripts": ["moco-eval=moco_eval.cli:main"]},

@@ -509,19 +509,61 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
         for name, caption in tables.tables():
             click.echo(f"{name:<24} {caption}")
         return
+    from moco_eval.papers import beside, missing, render
+
     if table_id is None:
         raise InputError("table needs an ID; moco-eval table --list names them")
     published, places = tables.load_table(table_id), _places(given)
-
-    from moco_eval import results
-    from moco_eval.papers import beside, missing, render
-
-    records = results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
+    records = _records(places)
     left = missing.find(published, records, places)
     if commands:
         click.echo(missing.script(left))
     else:
         click.echo(render.render(beside.compare(published, records), form, left))
+
+
+@cli.command()
+@click.argument("table_id", metavar="ID", required=False)
+@click.option("--rows", multiple=True, metavar="LABEL", help="A row's label or a part of it; may be repeated.")
+@places_options
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes of every step.")
+@click.option("--slurm", is_flag=True, help="Submit what is left as SLURM jobs, and end.")
+@click.option("--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan and the commands, do nothing.")
+def reproduce(
+    table_id: str | None, rows: tuple[str, ...], slurm: bool, sbatch: tuple[str, ...], dry_run: bool, **given: Any
+) -> None:
+    """A paper's table from nothing: pretrain, convert and evaluate what is left of its rows, and show it.
+
+    ID is a table (see `moco-eval table --list`) or a YAML file of your own. Running it again goes on where it stopped.
+    """
+    from moco_eval import reproduce as chains
+    from moco_eval import slurm as jobs
+    from moco_eval.papers import beside, render
+
+    if table_id is None:
+        raise InputError(
+            "reproduce needs an ID; for example: moco-eval reproduce cifar10-demo --data cifar10=/datasets"
+        )
+    if sbatch and not slurm:
+        raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
+    places = _places(given)
+    records = _records(places) if places.runs.is_dir() else []
+    plan = chains.plan(table_id, rows, places, records)
+    waiting = jobs.states(places.runs)
+    if dry_run:
+        click.echo(chains.describe(plan, waiting, chains.costs_of(plan, records)))
+        return
+    if slurm and plan.left:
+        with chains.alone(places.runs):
+            for line in jobs.submit(plan.left, places.runs, sbatch):
+                click.echo(line)
+        click.echo(chains.describe(plan, jobs.states(places.runs)))
+        return
+    click.echo(chains.describe(plan, waiting), err=True)
+    with chains.alone(places.runs) as lock:
+        chains.run(plan, waiting, lock)
+    click.echo(render.render(beside.compare(plan.table, _records(places)), "text"))
 
 
 @cli.command()
@@ -599,6 +641,13 @@ def _places(given: dict[str, Any]) -> Any:
             raise InputError(f"--data {words} is not NAME=FOLDER; for example --data imagenet=/datasets/imagenet")
         data[name] = Path(folder)
     return Places(given["runs"], data, given.get("nproc", 1), given["released"])
+
+
+def _records(places: Any) -> list[dict[str, Any]]:
+    """Our results; none where there is no folder of the default name yet."""
+    from moco_eval import results
+
+    return results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
 
 
 def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
@@ -744,6 +793,8 @@ def _print_record(record: dict[str, Any]) -> None:
 
 
 def _interrupt(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # one is enough: a second would break off what the first began
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -403,7 +403,7 @@ def test_one_recipe_is_one_command_in_all_tables():
     assert len(set.union(*by_recipe.values())) == len(by_recipe)
 
 
-def test_the_commands_are_shown(capfd, monkeypatch):
+def test_the_commands_are_shown(capfd, monkeypatch, quick_probe):
     out, _ = in_process(capfd, monkeypatch, "table", "cifar10-demo", "--commands")
     first, command, *_ = out.splitlines()
     assert first == "# asymmetric loss, 200 epochs"
@@ -422,8 +422,8 @@ def test_the_chain_of_a_detection_row_is_pretrain_convert_detect():
     places = chain.Places(Path("here"), {"imagenet": Path("in"), "voc": Path("VOCdevkit")}, processes=8)
     pretrain, convert, detect = chain.steps(table, [row], places)
     assert [step.kind for step in (pretrain, convert, detect)] == ["pretrain", "convert", "evaluate"]
-    assert pretrain.after is None and convert.after is detect.after
-    assert detect.after.words == pretrain.words
+    assert pretrain.after is None
+    assert (convert.after.words, detect.after.words) == (pretrain.words, convert.words)
     last = "here/pretrain-moco_v1_r50-imagenet/checkpoints/last.pth"
     assert convert.words == ("convert", last, "here/pretrain-moco_v1_r50-imagenet/detectron2.pkl", "--to", "detectron2")
     assert detect.words[:6] == ("detect", last, "--dataset", "voc", "--data", "VOCdevkit")

@@ -3,17 +3,20 @@
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from moco_eval import config
+from moco_eval.errors import InputError
 from moco_eval.papers import beside
 from moco_eval.papers.beside import Record
 from moco_eval.papers.tables import Column, Recipe, Row, Table
 
 BUILT_IN = ("digits",)  # data sets that need no folder
+EVALUATIONS = ("knn", "linear", "logistic", "svm", "finetune", "detect")
+CACHED = ("knn", "linear", "logistic", "svm")  # they keep the features they extract
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Step:
         dataset: what it reads.
         name: of its config: what the pretraining or the evaluation is.
         cells: the rows and columns that want it.
-        after: the step whose encoder it takes; None where that is there already, or needs no training.
+        after: the step before it; None where its encoder needs no training.
+        recipe: of a pretraining.
     """
 
     kind: Literal["pretrain", "convert", "evaluate"]
@@ -53,40 +57,64 @@ class Step:
     name: str
     cells: tuple[tuple[str, str], ...]
     after: "Step | None" = None
+    recipe: Recipe | None = None
 
     @property
     def command(self) -> str:
         return shlex.join(("moco-eval", *self.words))
 
+    @property
+    def before(self) -> "list[Step]":
+        """The steps that it needs, the nearest first."""
+        return [self.after, *self.after.before] if self.after else []
+
+    def is_before(self, other: "Step") -> bool:
+        return any(step.words == self.words for step in other.before)
+
 
 def steps(table: Table, rows: Sequence[Row], places: Places) -> list[Step]:
-    """What produces these rows, in an order in which it can run; a step that several rows want is there once."""
+    """What produces these rows, in an order in which it can run; a step that several rows want is there once.
+
+    Raises:
+        InputError: a column's protocol or config is none of ours.
+    """
+    there = _finished(places.runs) if any(row.recipe for row in rows) else []
     found: dict[tuple[str, ...], Step] = {}
     for row in rows:
-        for step in _of_row(table, row, places):
+        for step in _of_row(table, row, places, there):
             before = found.get(step.words)
             cells = (*before.cells, *step.cells) if before else step.cells
-            found[step.words] = Step(**(vars(step) | {"cells": tuple(dict.fromkeys(cells))}))
+            found[step.words] = replace(step, cells=tuple(dict.fromkeys(cells)))
     return list(found.values())
 
 
-def _of_row(table: Table, row: Row, places: Places) -> Iterator[Step]:
-    columns = {name: table.columns[name] for name in row.published if table.columns[name].protocol}
-    if row.unavailable or not (columns or row.recipe):
+def why_none(table: Table, row: Row) -> str | None:
+    """Why nothing of ours produces a row; None where something does."""
+    if row.unavailable or row.recipe or any(table.columns[name].protocol for name in row.published):
+        return row.unavailable
+    return "no protocol of ours measures it"
+
+
+def _of_row(table: Table, row: Row, places: Places, there: Sequence["Run"]) -> Iterator[Step]:
+    if why_none(table, row):
         return
-    trained, checkpoint, name = _encoder(row, places)
+    columns = {name: table.columns[name] for name in row.published if table.columns[name].protocol}
+    trained, checkpoint, name = _encoder(row, places, there)
     if trained:
         yield trained
+    converted = None
     if trained and any(command(column) == "detect" for column in columns.values()):
-        yield _converted(trained, checkpoint, places)
+        converted = _converted(trained, checkpoint)
+        yield converted
     for asked in _evaluations(columns):
-        yield _evaluated(row, {one: columns[one] for one in asked}, checkpoint, name, trained, places)
+        first = converted if converted and command(columns[asked[0]]) == "detect" else trained
+        yield _evaluated(row, {one: columns[one] for one in asked}, checkpoint, name, first, places)
 
 
 # Encoders
 
 
-def _encoder(row: Row, places: Places) -> tuple[Step | None, str, str]:
+def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[Step | None, str, str]:
     """The pretraining that is needed, CHECKPOINT as commands take it, and a name for folders."""
     if row.released and (places.released or not (row.recipe or row.match)):
         return None, f"zoo:{row.released}", row.released
@@ -94,10 +122,10 @@ def _encoder(row: Row, places: Places) -> tuple[Step | None, str, str]:
         weights = {"random": "random:{}", "supervised": "torchvision:{}:IMAGENET1K_V1"}[row.match.weights]
         return None, weights.format(row.match.arch), f"{row.match.weights}-{row.match.arch}"
     assert row.recipe
-    folder = pretrained(row.recipe, places.runs) or places.runs / folder_name(row.recipe)
+    folder = _of(row.recipe, there) or places.runs / folder_name(row.recipe)
     words = (*_pretraining(row.recipe, places), "--output", str(folder))
     cells = tuple((row.label, column) for column in row.published)
-    trained = Step("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells)
+    trained = Step("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
     return trained, str(folder / "checkpoints/last.pth"), folder.name.removeprefix("pretrain-")
 
 
@@ -114,27 +142,57 @@ def folder_name(recipe: Recipe) -> str:
     return "-".join(["pretrain", recipe.config, recipe.dataset, *settings])
 
 
+Run = tuple[Path, Record]  # a finished pretraining: its folder, its config.yaml
+
+
 def pretrained(recipe: Recipe, runs: Path) -> Path | None:
     """A run directory that holds this pretraining, finished; found by what its config says."""
-    for path in sorted(runs.rglob("config.yaml")) if runs.is_dir() else ():
-        values, _ = config.read_yaml(path)
-        if values.get("command") == "pretrain" and _is_finished(path.parent, values) and _is_of(values, recipe):
-            return path.parent
-    return None
+    return _of(recipe, _finished(runs))
+
+
+def _of(recipe: Recipe, there: Sequence[Run]) -> Path | None:
+    return next((folder for folder, values in there if _is_of(values, recipe)), None)
+
+
+def _finished(runs: Path) -> list[Run]:
+    """Every finished pretraining below a folder; other files of that name are passed over."""
+    paths = sorted(runs.rglob("config.yaml")) if runs.is_dir() else []
+    found = [(path.parent, _read(path)) for path in paths if (path.parent / "checkpoints").is_dir()]
+    return [(folder, values) for folder, values in found if _is_finished(folder, values)]
+
+
+def _read(path: Path) -> Record:
+    try:
+        return config.read_yaml(path)[0]
+    except InputError:
+        return {}
 
 
 def _is_finished(folder: Path, values: Record) -> bool:
-    epochs = config.flatten(values.get("config") or {}).get("schedule.epochs")
+    settings = values.get("config")
+    if values.get("command") != "pretrain" or not isinstance(settings, dict):
+        return False
+    epochs = config.flatten(settings).get("schedule.epochs")
     return isinstance(epochs, int) and (folder / "checkpoints" / f"epoch_{epochs:04d}.pth").is_file()
 
 
 def _is_of(values: Record, recipe: Recipe) -> bool:
-    settings = values["config"]
-    about = {**values, "protocol": settings.get("protocol"), "epochs": settings["schedule"]["epochs"]}
-    return beside.is_pretrained({"arch": settings.get("arch"), "pretraining": about}, recipe)
+    """Whether a finished run is this pretraining: nothing in it differs that may move a number."""
+    settings, wanted = config.flatten(values["config"]), recipe.settings()
+    about = {**values, "protocol": settings.get("protocol"), "epochs": settings["schedule.epochs"]}
+    arithmetic = {"fp32", wanted["precision"]}
+    return (
+        beside.is_pretrained({"arch": settings.get("arch"), "pretraining": about}, recipe)
+        and settings.get("precision") in arithmetic
+        and all(
+            settings.get(key) == value
+            for key, value in wanted.items()
+            if not config.is_neutral(key) and key not in ("bn", "precision")
+        )
+    )
 
 
-def _converted(trained: Step, checkpoint: str, places: Places) -> Step:
+def _converted(trained: Step, checkpoint: str) -> Step:
     """The backbone for detectron2, the copy proven, before hours of fine-tuning."""
     out = trained.output / "detectron2.pkl"
     words = ("convert", checkpoint, str(out), "--to", "detectron2")
@@ -152,16 +210,45 @@ def command(column: Column) -> str:
 
 @cache
 def evaluation(protocol: str) -> str:
-    """The shipped config of a protocol: the one of its name, or the only one that follows it."""
-    kind, name = protocol.split("@")[0].split("/")
-    shipped = [one.removeprefix(f"{kind}/") for one in config.shipped(kind)]
-    if name in shipped:
+    """The shipped config of a protocol: the one of its name, or the only one that follows it.
+
+    Raises:
+        InputError: no protocol of ours, or several configs follow it.
+    """
+    kind, _, name = protocol.partition("@")[0].partition("/")
+    followed = _followed(kind)
+    if followed.get(name) == protocol:
         return name
-    following = [
-        one for one in shipped if config.read_yaml(config.folder() / kind / f"{one}.yaml")[0]["protocol"] == protocol
-    ]
-    assert len(following) == 1, f"{protocol} is followed by {following}"
+    following = [one for one, other in followed.items() if other == protocol]
+    if len(following) > 1:
+        raise InputError(f"{protocol} is followed by {', '.join(following)}; the column must say which: `config: ...`")
+    if not following:
+        known = sorted({one for kind in EVALUATIONS for one in _followed(kind).values()})
+        raise InputError(f"no protocol {protocol!r}.{config.did_you_mean(protocol, known)}")
     return following[0]
+
+
+def _followed(kind: str) -> dict[str, str]:
+    """The protocol of each shipped config of a kind."""
+    return {
+        one.partition("/")[2]: config.read_yaml(config.folder() / f"{one}.yaml")[0]["protocol"]
+        for one in config.shipped(kind)
+        if kind in EVALUATIONS
+    }
+
+
+def _config(column: Column) -> str:
+    """The config that evaluates a column; raises InputError where it follows another protocol."""
+    assert column.protocol
+    if column.config is None:
+        return evaluation(column.protocol)
+    protocol = config.merged(column.config, command(column), ()).get("protocol")
+    if protocol != column.protocol:
+        raise InputError(
+            f"column {column.title!r} is of {column.protocol} and its config {column.config} of {protocol}; "
+            "take a config that follows the column's protocol"
+        )
+    return column.config
 
 
 def _evaluations(columns: Mapping[str, Column]) -> list[list[str]]:
@@ -173,19 +260,21 @@ def _evaluations(columns: Mapping[str, Column]) -> list[list[str]]:
 
 
 def _evaluated(
-    row: Row, columns: Mapping[str, Column], checkpoint: str, name: str, trained: Step | None, places: Places
+    row: Row, columns: Mapping[str, Column], checkpoint: str, name: str, after: Step | None, places: Places
 ) -> Step:
     column = next(iter(columns.values()))
-    assert column.protocol and column.dataset
-    kind, asked = command(column), column.config or evaluation(column.protocol)
+    assert column.dataset
+    kind, asked = command(column), _config(column)
     words = [kind, checkpoint, "--dataset", column.dataset, *_data(column.dataset, places)]
     words += ["--recipe" if kind == "detect" else "--protocol", asked]
     trials = max(one.trials for one in columns.values())
     words += ["--trials", str(trials)] if trials > 1 else []
-    output = places.runs / f"{kind}-{name}-{column.dataset}-{asked}"
+    words += ["--cache", str(places.runs / "features")] if kind in CACHED and places.runs != Path("runs") else []
+    folder = [kind, name, column.dataset, Path(asked).stem, *([f"{trials}-trials"] if trials > 1 else [])]
+    output = places.runs / "-".join(folder)
     cells = tuple((row.label, one) for one in columns)
     words += [*_processes(places), "--output", str(output)]
-    return Step("evaluate", tuple(words), output, column.dataset, asked, cells, trained)
+    return Step("evaluate", tuple(words), output, column.dataset, asked, cells, after)
 
 
 def _data(dataset: str, places: Places) -> list[str]:
@@ -199,11 +288,21 @@ def _processes(places: Places) -> list[str]:
 # What is left to do
 
 
+def left(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list[Step]:
+    """What has to run: what is not done, but for encoders that nothing takes which is left."""
+    found: list[Step] = []
+    for step in reversed(steps):
+        takers = [one for one in steps if step.is_before(one)]
+        if not is_done(step, table, records) and (not takers or any(one in found for one in takers)):
+            found.append(step)
+    return found[::-1]
+
+
 def is_done(step: Step, table: Table, records: Sequence[Record]) -> bool:
     """Whether its work is there: in its own place or, of an evaluation, in any comparable record."""
-    if step.kind == "pretrain":
-        values = config.read_yaml(step.output / "config.yaml")[0] if (step.output / "config.yaml").is_file() else {}
-        return bool(values) and _is_finished(step.output, values)
+    if step.recipe:
+        values = _read(step.output / "config.yaml") if (step.output / "config.yaml").is_file() else {}
+        return _is_finished(step.output, values) and _is_of(values, step.recipe)
     if step.kind == "convert":
         return step.output.is_file()
     if (step.output / "result.json").is_file():

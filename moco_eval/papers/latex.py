@@ -1,12 +1,13 @@
 """A comparison as a LaTeX table."""
 
+import re
 from itertools import groupby
 
 from moco_eval.papers import words
 from moco_eval.papers.beside import Comparison, Line
 from moco_eval.papers.missing import Missing, script
 
-LONGEST = 42  # lines that fit on a page; more make a longtable
+LONGEST = 30  # lines that fit on a page; more make a longtable
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -14,7 +15,7 @@ SPECIAL = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "±": r"$\pm$",
     "×": r"$\times$",
     "≥": r"$\geq$",
@@ -28,45 +29,64 @@ SPECIAL = {
     "’": "'",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
+KNOWN = set("àáâãäåçèéêëìíîïñòóôõöùúûüýÿÀÁÂÃÄÅÇÈÉÊËÌÍÎÏÑÒÓÔÕÖÙÚÛÜÝßøØæÆ")  # in each of its encodings
+WIDE = 30  # characters of a label; longer ones are broken
 # A number and its spread are two columns, so that the numbers stand below each other.
-COLUMNS = r"l@{\hskip 1.5em}l r@{\ }l r@{\ }l r@{\ }l"
+NUMBERS = r"l r@{\ }l r@{\ }l r@{\ }l"
 
 
 def latex(comparison: Comparison, missing: Missing) -> str:
     """A table that needs the package booktabs, and longtable where it is long; what is missing as comments."""
     table, long = comparison.table, len(comparison.lines) > LONGEST
+    wide = max(len(line.row) for line in comparison.lines) > WIDE
+    columns = (r"p{0.25\linewidth} " if wide else "l ") + NUMBERS
     packages = r"\usepackage{booktabs}" + (r" and \usepackage{longtable}" if long else "")
     caption = rf"\caption{{{escape(f'{words.title(table)}. {table.caption}')}}}"
-    notes = " ".join(rf"{escape(one)}\par" for one in words.below(comparison))
-    below = rf"\par\medskip\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"
-    heads = [words.HEADINGS[0], words.HEADINGS[1], *(rf"\multicolumn{{2}}{{c}}{{{one}}}" for one in words.HEADINGS[2:])]
-    head, rows = [r"\toprule", rf"{' & '.join(heads)} \\", r"\midrule"], _rows(comparison.lines)
+    head, rows = _head(), _rows(comparison.lines, r"\raggedright " if wide else "")
+    size, below = r"\footnotesize\setlength{\tabcolsep}{3pt}", _below(comparison)
     if long:
-        begin = [r"\begingroup\small", rf"\begin{{longtable}}{{{COLUMNS}}}", rf"{caption} \\", *head, r"\endhead"]
+        begin = [rf"\begingroup{size}", rf"\begin{{longtable}}{{{columns}}}", rf"{caption} \\", *head, r"\endhead"]
         end = [r"\bottomrule", r"\end{longtable}", below, r"\endgroup"]
     else:
-        begin = [r"\begin{table}[htbp]", r"\centering\small", caption, rf"\begin{{tabular}}{{{COLUMNS}}}", *head]
+        begin = [r"\begin{table}[htbp]", rf"\centering{size}", rf"{caption}\medskip"]
+        begin += [rf"\begin{{tabular}}{{{columns}}}", *head]
         end = [r"\bottomrule", r"\end{tabular}", below, r"\end{table}"]
     return "\n".join([f"% needs {packages}", *begin, *rows, *end, *_comments(missing)])
 
 
-def _rows(lines: list[Line]) -> list[str]:
-    """Rows of one label together, the label on the first of them."""
+def _head() -> list[str]:
+    row, metric, *numbers = words.HEADINGS
+    cells = [row, metric, *(rf"\multicolumn{{2}}{{c}}{{{one}}}" for one in numbers)]
+    return [r"\toprule", rf"{' & '.join(cells)} \\", r"\midrule"]
+
+
+def _rows(lines: list[Line], before_label: str) -> list[str]:
+    """Lines of one row together, its label on the first of them."""
+    groups = [(label, list(group)) for label, group in groupby(lines, key=lambda line: line.row)]
+    apart = any(len(group) > 1 for _, group in groups)
     found: list[str] = []
-    for label, group in groupby(lines, key=lambda line: line.row):
-        found += [r"\addlinespace"] if found else []
+    for label, group in groups:
+        found += [r"\addlinespace"] if found and apart else []
         for number, line in enumerate(group):
-            numbers = (part for pair in (words.published, words.ours, words.difference) for part in pair(line))
-            cells = ["" if number else label, words.metric(line), *numbers]
-            found.append(" & ".join(map(escape, cells)) + r" \\")
+            parts = (*words.published(line), *words.ours(line), *words.difference(line))
+            cells = ("" if number else before_label + escape(label), escape(words.metric(line)), *map(_number, parts))
+            found.append(" & ".join(cells) + r" \\")
     return found
+
+
+def _number(text: str) -> str:
+    """With a minus for a hyphen before a number."""
+    return re.sub(r"-(?=\d)", "$-$", escape(text))
+
+
+def _below(comparison: Comparison) -> str:
+    notes = " ".join(rf"{escape(one)}\par" for one in words.below(comparison))
+    return rf"\par\medskip\begin{{minipage}}{{\linewidth}}\raggedright\footnotesize {notes}\end{{minipage}}"
 
 
 def escape(text: str) -> str:
     """Text that LaTeX prints as it is; a character that it may not know becomes a question mark."""
-    found = "".join(
-        SPECIAL.get(one, one if one.isascii() or (one.isalpha() and ord(one) < 0x180) else "?") for one in text
-    )
+    found = "".join(SPECIAL.get(one, one if one.isascii() or one in KNOWN else "?") for one in text)
     return f"{{}}{found}" if found.startswith("[") else found  # not an optional argument of the \\ before it
 
 

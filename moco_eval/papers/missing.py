@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moco_eval import config
+from moco_eval.errors import InputError
 from moco_eval.papers import chain
 from moco_eval.papers.beside import Record
 from moco_eval.papers.chain import Places, Step
@@ -46,38 +48,31 @@ class Missing:
 
 
 def find(table: Table, records: Sequence[Record], places: Places) -> Missing:
-    """Look what is left of a table, and time what it takes; this imports torch, unless nothing is left."""
+    """Look what is left of a table, and time what it takes; this imports torch, unless nothing is left.
+
+    Raises:
+        InputError: a folder is given for data that the table does not read.
+    """
     reasons: dict[str, list[str]] = {}
     for row in table.rows:
-        if row.unavailable:
-            reasons.setdefault(row.unavailable, []).append(row.label)
+        if why := chain.why_none(table, row):
+            reasons.setdefault(why, []).append(row.label)
     unmeasured = [column.title for column in table.columns.values() if column.protocol is None]
-    steps = left(table, records, places)
-    if not steps:
+    steps = chain.steps(table, table.rows, places)
+    _require_read(table, steps, places)
+    left = chain.left(steps, table, records)
+    if not left:
         return Missing(reasons=reasons, unmeasured=unmeasured)
     from moco_eval.papers.cost import costs, machine
 
-    return Missing(list(zip(steps, costs(steps, table, records))), reasons, unmeasured, machine())
+    return Missing(list(zip(left, costs(left, table, records))), reasons, unmeasured, machine())
 
 
-def left(table: Table, records: Sequence[Record], places: Places) -> list[Step]:
-    """The steps that are not done, but for those whose outcome nothing waits for."""
-    steps = chain.steps(table, table.rows, places)
-    todo = [step for step in steps if not chain.is_done(step, table, records)]
-    return [step for step in todo if _is_awaited(step, steps, todo)]
-
-
-def _is_awaited(step: Step, steps: Sequence[Step], todo: Sequence[Step]) -> bool:
-    """An evaluation always; a conversion by a detection; a pretraining by anything, or for its own sake."""
-    if step.kind == "evaluate":
-        return True
-    source = step.words if step.kind == "pretrain" else step.after and step.after.words
-    after = [one for one in steps if one.kind == "evaluate" and one.after and one.after.words == source]
-    if step.kind == "convert":
-        after = [one for one in after if one.words[0] == "detect"]
-    elif not after:
-        return True
-    return any(one.words == other.words for one in after for other in todo)
+def _require_read(table: Table, steps: Sequence[Step], places: Places) -> None:
+    read = sorted({step.dataset for step in steps})
+    for name in places.data:
+        if name not in read:
+            raise InputError(f"--data {name}: {table.id} reads {', '.join(read)}.{config.did_you_mean(name, read)}")
 
 
 def script(missing: Missing) -> str:

@@ -224,12 +224,12 @@ def _names() -> list[str]:
 
 
 def load_table(name: str) -> Table:
-    """A published table by its id.
+    """A published table by its id, or a table of one's own by its file.
 
     Raises:
         InputError: no such table; the message names the nearest.
     """
-    if name not in _names():
+    if not name.endswith((".yaml", ".yml")) and name not in _names():
         raise InputError(f"no table {name!r}.{config.did_you_mean(name, _names())}")
     return config.load(name, "papers", Table)
 
