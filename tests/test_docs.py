@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from moco_eval import config
 from moco_eval.cli import cli
+from moco_eval.data.index import EXTENSIONS
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.papers.tables import Table, load_table
 from moco_eval.papers.tables import tables as shipped_tables
@@ -172,3 +173,8 @@ def test_blocks_of_code_compile(page):
             compile("\n".join(lines), f"{name_of(page)}:{first}", "exec")
         if language == "yaml":
             yaml.safe_load("\n".join(lines))
+
+
+def test_the_endings_of_images_are_those_that_are_read():
+    text = TEXTS[ROOT / "docs" / "datasets.md"].partition("## Your own data")[2].partition("are images:")[0]
+    assert set(re.findall(r"`(\.\w+)`", text)) == set(EXTENSIONS)
