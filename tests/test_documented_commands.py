@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -28,6 +27,7 @@ from moco_eval.cli import cli
 from moco_eval.data import coco, scenes, small, voc
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.small import CIFAR10_FILES
+from moco_eval.papers import cost
 
 
 def launched(command: Command) -> Command:
@@ -39,17 +39,17 @@ def launched(command: Command) -> Command:
 
 COMMANDS = [launched(one) for one in commands()]
 SHOWN = [one for one in COMMANDS if one.page != RECORDS]
-ON_CPU = "--device cpu --workers 0"
+ON_CPU = "--device cpu --workers 0 --nproc 1"
 CLASSES = "--dataset imagefolder"  # ImageNet's layout with three classes
 PRETRAIN = (
-    f"{ON_CPU} --nproc 1 --set arch=resnet18_quarter --set bn_groups=2 --set queue_size=16 --batch-size 4 "
+    f"{ON_CPU} --set arch=resnet18_quarter --set bn_groups=2 --set queue_size=16 --batch-size 4 "
     "--set schedule.epochs=1 --set views.size=32 --set knn.k=2"
 )
 DIGITS = f"{ON_CPU} --set views.size=32 --set schedule.epochs=1 --set knn.every=1"
 ITERATIONS = "--set schedule.iterations=2 --set schedule.steps=[1] --set precise_bn=1"
 SCENES = f"{ON_CPU} --set batch_size=2 {ITERATIONS} --set scenes.train=8 --set scenes.test=4"
 DETECT = (
-    f"{ON_CPU} --nproc 1 --set batch_size=2 --batch-size 2 {ITERATIONS} --set input.min_size_train=[64] "
+    f"{ON_CPU} --set batch_size=2 --batch-size 2 {ITERATIONS} --set input.min_size_train=[64] "
     "--set input.min_size_test=64 --set rpn.pre_nms_train=50 --set rpn.post_nms_train=20 --set rpn.pre_nms_test=50 "
     "--set rpn.post_nms_test=10 --set roi.batch_per_image=8"
 )
@@ -65,8 +65,8 @@ REDUCED: list[tuple[str, str]] = [
     ("knn", f"{CLASSES} {ON_CPU} --set k=2"),
     ("linear digits --trials", f"{ON_CPU} --set schedule.epochs=1 --trials 2"),
     ("linear digits", f"{ON_CPU} --set schedule.epochs=1"),
-    ("linear", f"{CLASSES} {ON_CPU} --nproc 1 --set schedule.epochs=1"),
-    ("finetune", f"{CLASSES} {ON_CPU} --nproc 1 --set schedule.epochs=1 --set batch_size=4"),
+    ("linear", f"{CLASSES} {ON_CPU} --set schedule.epochs=1"),
+    ("finetune", f"{CLASSES} {ON_CPU} --set schedule.epochs=1 --set batch_size=4"),
     ("svm", f"{ON_CPU} --protocol digits"),
     ("suite digits", f"{ON_CPU} --tasks knn,quick"),
     ("suite imagefolder", f"{ON_CPU} --tasks quick"),  # kNN's 200 neighbours want more images
@@ -167,6 +167,7 @@ def test_every_command_plans_as_written(command, place, made, capfd, monkeypatch
     Path("mine").unlink()
     Path("mine").symlink_to(made / "whole" / "imagenet")
     words = [here(word, made, "whole") for word in command.words[1:]]
+    bring([word for word in words if not word.startswith("runs")], made)
     words = ["CHECKPOINT" if word.startswith("runs/") and word.endswith(".pth") else word for word in words]
     out, _ = in_process(capfd, monkeypatch, *words, "--dry-run")
     assert "output" in out and not list(place.glob("runs/*/result.json"))
@@ -262,8 +263,7 @@ def few():
         patch.setattr(small, "digits", lambda split: first(whole(split), lengths[split]))
         patch.setattr(voc, "OFFICIAL", {("2007", "trainval"): 16, ("2012", "trainval"): 16, ("2007", "test"): 8})
         patch.setattr(coco, "OFFICIAL", {"train2017": 16, "val2017": 8})
-        if find_spec("moco_eval.papers.cost"):  # what a step costs is timed at full size
-            patch.setattr("moco_eval.papers.cost.seconds_per_image", lambda *_: 0.01)
+        patch.setattr(cost, "seconds_per_image", lambda *_: 0.01)  # which times full-size networks
         yield
 
 
@@ -348,8 +348,6 @@ def place(made, in_tmp) -> Path:
     own = {"FOLDER": "imagenet", "mine": "imagenet", "BCCD": "BCCD", "boxes": "BCCD", "masks": "coco"}
     for name, target in own.items():
         Path(name).symlink_to(made / "datasets" / target)
-    for text in [text for page in PAGES for text in code_of(page, "yaml") if text.startswith("id: mine\n")]:
-        Path("mine.yaml").write_text(text)  # the table of one's own that a page shows
     return in_tmp
 
 
@@ -359,7 +357,10 @@ def here(word: str, made: Path, sets: str = "datasets") -> str:
 
 
 def bring(words: list[str], made: Path) -> None:
-    """The runs of an earlier block that a command reads."""
+    """The runs of an earlier block that a command reads, and the table of one's own that its page shows."""
+    if "mine.yaml" in words:
+        (text,) = [text for page in PAGES for text in code_of(page, "yaml") if text.startswith("id: mine\n")]
+        Path("mine.yaml").write_text(text)
     for word in ["runs/A" if word == "runs" and not Path(word).exists() else word for word in words]:
         run = Path(*Path(word).parts[:2])
         if not word.startswith("runs/") or run.exists():
