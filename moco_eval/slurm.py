@@ -13,7 +13,8 @@ from moco_eval import files
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.chain import Step
 
-OURS = ("dependency", "kill_on_invalid_dep", "job_name", "output", "error", "open_mode", "signal", "array")
+NAME = "moco-eval-"  # a job's name begins so
+OURS = ("dependency", "kill_on_invalid_dep", "job_name", "output", "error", "open_mode", "signal", "array", "requeue")
 ONE_TASK = ("nodes", "ntasks", "ntasks_per_node")
 DEFAULTS = {"time": "1-00:00:00"}
 REQUEUED = 1000  # times at most that a job whose time is over goes back to the queue
@@ -107,7 +108,7 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _submit(executor: Any, step: Step, parameters: Mapping[str, Any], before: str | None) -> str:
-    more = {**parameters, "job_name": f"moco-eval-{step.words[0]}", "kill_on_invalid_dep": "yes"}
+    more = {**parameters, "job_name": f"{NAME}{step.words[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
     executor.update_parameters(additional_parameters=more | ({"dependency": f"afterok:{before}"} if before else {}))
     try:
         return str(executor.submit(Job(step.words)).job_id)
@@ -128,7 +129,7 @@ def states(runs: Path) -> dict[Path, str]:
     ids = _remembered(runs)
     if not ids:
         return {}
-    asked = ["squeue", "--noheader", "--format=%i %T", f"--jobs={','.join(ids.values())}"]
+    asked = ["squeue", "--noheader", "--format=%i %T %j", f"--jobs={','.join(ids.values())}"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
     except FileNotFoundError:  # jobs of another machine
@@ -137,7 +138,8 @@ def states(runs: Path) -> dict[Path, str]:
         raise RunFailed(f"squeue does not answer: {error}") from None
     if done.returncode and "Invalid job id" not in done.stderr:  # it forgets jobs that have ended
         raise RunFailed(f"squeue does not answer: {done.stderr.strip()}")
-    said = dict(line.split()[:2] for line in done.stdout.splitlines() if len(line.split()) >= 2)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    said = {words[0]: words[1] for words in lines if words[2:] and words[2].startswith(NAME)}  # numbers come again
     return {Path(output): f"job {number}, {said[number].lower()}" for output, number in ids.items() if number in said}
 
 

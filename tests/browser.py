@@ -48,6 +48,11 @@ class Browser:
         """The value of a function body in the page."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": []})
 
+    def press(self, key: str) -> None:
+        """A key, on what has the focus."""
+        pressed = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        self._ask("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": pressed}]})
+
     def log(self) -> list[str]:
         """What the console has said since the last call."""
         return [entry["message"] for entry in self._ask("POST", "/se/log", {"type": "browser"})]

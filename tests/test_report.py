@@ -2,13 +2,15 @@ import base64
 import hashlib
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from moco_eval.errors import InputError
-from moco_eval.report import pictures, provenance, read, scores
+from moco_eval.report import figures, pictures, provenance, read, scores
 from moco_eval.report.page import _contents, write_report
 
 HOSTILE = '<script>alert("x")</script>'
@@ -211,6 +213,52 @@ def test_nothing_is_fetched_and_nothing_runs(page):
     assert len(page) < 3_000_000
 
 
+class Elements(HTMLParser):
+    """The elements of a page: how many, the text of each table's rows, and what was closed that was not open."""
+
+    ALONE = ("meta", "link", "br", "wbr", "img")
+
+    def __init__(self, page):
+        super().__init__()
+        self.count, self.tables, self.wrong, self.open = {}, [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.open += [] if tag in self.ALONE else [tag]
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append("")
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append((tag, self.getpos()))
+
+    def handle_data(self, data):
+        if "tr" in self.open:
+            self.tables[-1][-1] += "".join(data.split())
+
+
+def test_the_page_is_whole_without_its_script(page):
+    found = Elements(page)
+    assert found.wrong == [] and found.open == []
+    (results,) = found.tables
+    assert len(results) == 4 and results[1].startswith("MoCo(epoch60)88.0±1.55labeldraws")
+
+
+def test_what_users_name_is_escaped_wherever_it_stands(tmp_path):
+    encoder = MOCO | {"path": f"{HOSTILE}.pth", "origin": HOSTILE, "pretraining": None}
+    done = record(encoder, 80.0, protocol=f"linear/{HOSTILE}", deviations=[HOSTILE])
+    done["dataset"] |= {"name": HOSTILE, "split": HOSTILE, "subset": HOSTILE}
+    write_run(tmp_path / "runs" / HOSTILE.replace("/", ""), "linear", done)
+    found = read.read_runs([tmp_path / "runs"])
+    assert HOSTILE in found[0].record["encoder"]["path"]
+    write_report([tmp_path / "runs"], tmp_path / "report.html", title=HOSTILE)
+    elements = Elements((tmp_path / "report.html").read_text())
+    assert elements.count["script"] == 1 and elements.wrong == [] and elements.open == []
+
+
 def test_what_users_name_is_escaped(page):
     assert HOSTILE not in page
     assert page.count("&lt;script&gt;") >= 3  # in the title twice, and as a class of the detections
@@ -220,6 +268,21 @@ def test_curves_carry_their_marks_and_take_the_pages_colours(page):
     assert "chance 8.30" in page and "queue full" in page
     assert "var(--accent)" in page and "currentColor" in page and "#010203" not in page
     assert page.count("<svg") == 2 + 4  # of the pretraining, and two of each detection run
+
+
+def test_a_figure_keeps_to_itself():
+    """Two figures share no name, by which one would be cut or marked as the other, and set no style of the page."""
+    drawn = []
+    for top in (1, 2):
+        figure = Figure()
+        axes = figure.add_subplot()
+        axes.plot([0, top], marker="o")
+        drawn.append(figures.svg(figure, "a curve"))
+    names = [set(re.findall(r' id="([^"]+)"', one)) for one in drawn]
+    used = [set(re.findall(r'(?:url\(#|href="#)([^")]+)', one)) for one in drawn]
+    assert names[0] and not names[0] & names[1]
+    assert used[0] and all(wanted <= held for wanted, held in zip(used, names))
+    assert not any("<style" in one for one in drawn)
 
 
 def test_each_class_and_each_loss_is_shown(page):
@@ -275,6 +338,28 @@ def test_other_settings_are_another_column(tmp_path):
     assert {column.regime for column in columns} == {"all labels", "all labels, settings 2"}
 
 
+def test_what_kept_to_the_protocol_comes_first(tmp_path):
+    write_run(tmp_path / "r" / "one", "linear", record(MOCO, 80.0))
+    write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["encoder: batch_size 64"]))
+    runs = read.read_runs([tmp_path / "r"])
+    columns = scores.result_columns(runs, read.encoder_names(runs))
+    assert [list(column.scores) for column in columns] == [["random initialisation"], ["MoCo (epoch 60)"]]
+
+
+def test_departures_of_the_same_runs_stand_together(tmp_path):
+    write_run(tmp_path / "r" / "one", "linear", record(MOCO, 80.0, deviations=["a", "b"]))
+    write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["a", "c", "b"]))
+    found = provenance.departures(read.read_runs([tmp_path / "r"]))
+    assert found == [("linear/moco-lincls@1", [(["a", "b"], ["one", "two"]), (["c"], ["two"])])]
+
+
+def test_detections_that_left_nothing_to_show_have_no_section(tmp_path):
+    write_run(tmp_path / "run", "detect", record(MOCO, 40.0, protocol="detect/x@1", metric="AP50"))
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "detection <span>AP50" in page and "<h2>Detections" not in page and 'href="#detections"' not in page
+
+
 def test_pretraining_alone_makes_a_page(tmp_path):
     write_pretraining(tmp_path / "pretrain")
     write_report([tmp_path / "pretrain"], tmp_path / "report.html")
@@ -321,7 +406,7 @@ def test_a_run_of_a_published_row_stands_beside_it(tmp_path):
     section = page[page.index('<section id="papers">') : page.index('<section id="departures">')]
     assert "moco-v1-2b: MoCo v1" in section and "moco-v1-4" not in section
     row = section[section.index("random init") :]
-    assert row.index(">60.2") < row.index(">61.00<small>(n=1)") < row.index(">+0.80")
+    assert row.index(">60.2") < row.index(">61.00 <small>(n=1)") < row.index(">+0.80")
     assert "AP75" not in section  # this run has no number for that column
 
 

@@ -4,11 +4,12 @@ import re
 
 import pytest
 from browser import browser
-from test_report import write_demo
+from test_report import HOSTILE, Elements, of_a_row, write_demo, write_run
 
 from moco_eval.report.page import write_report
 
 pytestmark = pytest.mark.browser
+ENTER = "\ue007"
 ORDER = "return [...document.querySelectorAll('table.sortable tbody th')].map((cell) => cell.textContent)"
 SECOND = "document.querySelectorAll('table.sortable thead th')[1]"
 BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
@@ -16,8 +17,10 @@ BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
+    """A demo, a run of a published row, and a title with markup in it."""
     folder = tmp_path_factory.mktemp("browser")
-    write_report([write_demo(folder / "demo")], folder / "report.html")
+    write_run(folder / "demo/detect-voc", "detect", of_a_row(61.0))
+    write_report([write_demo(folder / "demo")], folder / "report.html", title=HOSTILE)
     return folder / "report.html"
 
 
@@ -34,6 +37,8 @@ def test_it_opens_whole_without_a_complaint_or_a_request(page_file, width):
         assert window.log() == []
         assert window.run("return performance.getEntriesByType('resource').length") == 0
         assert window.run("return document.documentElement.scrollWidth") == width
+        paper = "const box = document.querySelector('.paper').parentNode; return box.scrollWidth - box.clientWidth"
+        assert window.run(paper) == 0  # a paper's table is seen whole even on a phone
         assert window.run("return [...document.images].every((image) => image.naturalWidth > 0)")
 
 
@@ -75,8 +80,36 @@ def test_a_table_is_sorted_by_its_header(page_file, window):
     assert window.log() == []
 
 
+def test_the_keyboard_sorts_too(page_file, window):
+    window.open(page_file)
+    window.run(f"{SECOND}.querySelector('button').focus()")
+    window.press(ENTER)
+    assert window.run(f"return {SECOND}.getAttribute('aria-sort')") == "descending"
+
+
+def test_the_script_changes_no_table_and_adds_none(page_file, window):
+    """Without it the page has the same tables: the file's own words are those that the browser shows."""
+    window.open(page_file)
+    rows = "[...table.rows].map((row) => row.textContent.replace(/\\s/g, ''))"
+    shown = window.run(f"return [...document.querySelectorAll('table')].map((table) => {rows})")
+    assert len(shown) == 2 and shown == Elements(page_file.read_text(encoding="utf-8")).tables
+
+
 def test_names_stay_words(page_file, window):
     """A name with markup in it is shown, and runs nothing."""
     window.open(page_file)
+    assert window.run("return document.querySelector('h1').textContent") == HOSTILE
     assert window.run("return document.scripts.length") == 1
     assert window.log() == []
+
+
+def test_no_script_but_the_pages_own_would_run(page_file, tmp_path, window):
+    """Even one that had got into the file."""
+    page = page_file.read_text(encoding="utf-8")
+    (tmp_path / "other.html").write_text(
+        page.replace("</body>", "<script>window.ran = true</script></body>"), encoding="utf-8"
+    )
+    window.open(tmp_path / "other.html")
+    assert window.run("return window.ran === undefined && document.scripts.length === 2")
+    (said,) = window.log()
+    assert "Content Security Policy" in said

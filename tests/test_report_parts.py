@@ -132,7 +132,7 @@ def test_class_names_are_text_on_the_page(tmp_path):
 
 
 def dots(svg):
-    return len(re.findall(r"M[\d.]+ [\d.]+h0", svg))
+    return len(re.findall(r"M[\d.]+ [\d.]+h\.01", svg))
 
 
 def test_each_image_is_a_dot_in_both_maps_and_each_class_has_its_name(tmp_path):
@@ -172,7 +172,7 @@ def test_equal_features_make_a_map_of_one_place(tmp_path):
     write_run(tmp_path / "run", held=same)
     (group,) = maps.maps(*read(tmp_path))
     pca = group["encoders"][0]["pca"]
-    assert len(set(re.findall(r"M([\d.]+ [\d.]+)h0", pca))) == 1 and group["encoders"][0]["tsne"] is None
+    assert len(set(re.findall(r"M([\d.]+ [\d.]+)h\.01", pca))) == 1 and group["encoders"][0]["tsne"] is None
 
 
 def test_of_many_classes_the_most_frequent_are_coloured(tmp_path):
@@ -317,7 +317,7 @@ def test_a_trained_encoder_is_set_against_each_other_kind(tmp_path):
     assert "0: +100.0 points, [+100.0, +100.0]" in first["plot"] and "var(--accent)" in first["plot"]
     assert "1: +0.0 points" in second["plot"] and "var(--accent)" not in second["plot"]
     page = page_of(tmp_path)
-    assert "MoCo (epoch 60) less random initialisation" in page and "p &lt; 0.001" in page
+    assert "MoCo (epoch 60) less random initialisation" in page and "p\u00a0&lt;\u00a00.001" in page
 
 
 @pytest.mark.parametrize("other", [{"few": 2}, {"protocol": "knn/instdisc@1"}, {"deviations": ["k 20 instead of 200"]}])

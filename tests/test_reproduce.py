@@ -398,7 +398,7 @@ SBATCH = """#!/bin/sh
 number=$(( $(ls cluster | grep -c sh$) + 1 ))
 cp "$1" cluster/$number.sh
 [ -e cluster/refuse ] && echo "sbatch: error: invalid partition specified: gpus" >&2 && exit 1
-echo "$number PENDING" >> cluster/queue
+echo "$number PENDING moco-eval-step" >> cluster/queue
 echo "Submitted batch job $number"
 """
 SQUEUE = """#!/bin/sh
@@ -448,7 +448,14 @@ def test_steps_become_jobs_that_wait_for_each_other(cluster, in_tmp, capfd, monk
     out, _ = in_process(capfd, monkeypatch, "reproduce", table, "--slurm", *options)
     assert "job 1: moco-eval pretrain digits" in out and "(after job 1)" in out and "job 3, pending" in out
     pretrain, moco, random = ((cluster / f"{number}.sh").read_text().splitlines() for number in (1, 2, 3))
-    wanted = ["partition=gpu", "gpus-per-node=8", "exclusive", "time=1-00:00:00", "job-name=moco-eval-pretrain"]
+    wanted = [
+        "partition=gpu",
+        "gpus-per-node=8",
+        "exclusive",
+        "requeue",
+        "time=1-00:00:00",
+        "job-name=moco-eval-pretrain",
+    ]
     assert {f"#SBATCH --{option}" for option in wanted} <= set(pretrain)
     assert "#SBATCH --dependency=afterok:1" in moco and "#SBATCH --kill-on-invalid-dep=yes" in moco
     assert not [line for line in pretrain + random if "dependency" in line]
@@ -463,7 +470,7 @@ def test_running_it_again_submits_only_what_is_left_and_not_in_the_queue(cluster
         "moco-eval" not in out and "runs/slurm" in out and "job 2, pending" in out and not (cluster / "4.sh").exists()
     )
     assert "scancel the job" in error_line(capfd, monkeypatch, "reproduce", table)
-    (cluster / "queue").write_text("1 RUNNING\n")  # the others have failed
+    (cluster / "queue").write_text("1 RUNNING moco-eval-pretrain\n2 RUNNING another\n")  # others have failed
     out, _ = in_process(capfd, monkeypatch, "reproduce", table, "--slurm")
     assert "job 1, running" in out and "job 4: moco-eval knn" in out and "job 5: moco-eval knn" in out
     assert "(after job 1; job 2 has not done it)" in out

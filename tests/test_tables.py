@@ -1,6 +1,7 @@
 """How a comparison is shown: every format of every table, the spread, what is missing."""
 
 import csv
+import dataclasses
 import io
 import re
 import shlex
@@ -246,6 +247,24 @@ def test_reasons_and_unmeasured_columns_are_told(quick_probe):
     assert "cannot be had (not yet built): Exemplar, R50w3x; RelativePosition, R50w2x; " in text
     assert "no protocol of ours measures: parameters" in text
     assert f"{len(found.steps)} steps, in all about " in text
+
+
+def test_a_label_of_two_lines_is_no_command():
+    step = left(TABLES["moco-v2-2"], [], chain.Places())[0]
+    hard = missing.Missing([(dataclasses.replace(step, cells=(("a\nrm -rf b", "top1"),)), None)], {"why": ["c\nd"]})
+    lines = missing.script(hard).splitlines()
+    assert lines == ["# a rm -rf b", step.command, "# cost unknown"]
+    out = render.render(beside.compare(TABLES["moco-v2-2"], []), "latex", hard).splitlines()
+    assert "% cannot be had (why): c d" in out and "% # a rm -rf b" in out
+
+
+def test_markdown_keeps_its_columns_and_shows_angles():
+    done = judged()
+    done.lines[0].row, done.footnotes[0] = "a | b\nc", "batch <5>"
+    out = render.render(done, "markdown")
+    rows = [line for line in out.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)
+    assert r"| a \| b c |" in out and r"batch \<5>" in out
 
 
 def test_the_total_says_how_many_costs_are_unknown():

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from moco_eval.papers import words
 from moco_eval.papers.beside import Comparison, Line
-from moco_eval.papers.missing import Missing, script
+from moco_eval.papers.missing import Missing, comment, script
 
 LONGEST = 30  # lines that fit on a page; more make a longtable
 SPECIAL = {
@@ -39,7 +39,8 @@ def latex(comparison: Comparison, missing: Missing) -> str:
     """A table that needs the package booktabs, and longtable where it is long; what is missing as comments."""
     table, long = comparison.table, len(comparison.lines) > LONGEST
     wide = max(len(line.row) for line in comparison.lines) > WIDE
-    columns = (r"p{0.25\linewidth} " if wide else "l ") + NUMBERS
+    share = 0.25 if any(line.ours for line in comparison.lines) else 0.4
+    columns = (rf"p{{{share}\linewidth}} " if wide else "l ") + NUMBERS
     packages = r"\usepackage{booktabs}" + (r" and \usepackage{longtable}" if long else "")
     caption = rf"\caption{{{escape(f'{words.title(table)}. {table.caption}')}}}"
     head, rows = _head(), _rows(comparison.lines, r"\raggedright " if wide else "")
@@ -94,4 +95,4 @@ def _comments(missing: Missing) -> list[str]:
     lines = words.unobtainable(missing)
     if missing.steps:
         lines += [words.heading(missing), *script(missing).splitlines(), missing.total]
-    return [f"% {line}" for line in lines]
+    return [comment(line, "%") for line in lines]

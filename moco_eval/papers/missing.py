@@ -80,5 +80,10 @@ def script(missing: Missing) -> str:
     lines = []
     for step, cost in missing.steps:
         rows = dict.fromkeys(label for label, _ in step.cells)
-        lines += [f"# {'; '.join(rows)}", step.command, f"# {cost.words if cost else 'cost unknown'}"]
+        lines += [comment("; ".join(rows)), step.command, comment(cost.words if cost else "cost unknown")]
     return "\n".join(lines)
+
+
+def comment(text: str, sign: str = "#") -> str:
+    """On one line, whatever a label holds: a second line would be a command."""
+    return f"{sign} {' '.join(text.split())}"

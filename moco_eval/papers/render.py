@@ -60,12 +60,17 @@ def _text(comparison: Comparison, missing: Missing) -> str:
 def _markdown(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
     rows = [words.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(words.cells, comparison.lines)]
-    grid = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    below = [f"- {one}" for one in (*words.below(comparison), *words.unobtainable(missing))]
+    grid = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
+    below = [f"- {_plain(one)}" for one in (*words.below(comparison), *words.unobtainable(missing))]
     lines = [f"**{words.title(table)}.** {table.caption}", "", *grid, "", *below]
     if missing.steps:
         lines += ["", words.heading(missing), "", "```sh", script(missing), "```", "", missing.total]
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text on one line that is neither a column's edge nor HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
 
 
 def _csv(comparison: Comparison, missing: Missing) -> str:

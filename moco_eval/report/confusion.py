@@ -41,6 +41,7 @@ def _encoder(name: str, run: Run) -> dict[str, Any]:
     return {
         "name": name,
         "what": words(run) + (f", mean of {trials} trials" if trials > 1 else ""),
+        "classes": len(counts),
         "matrix": matrix(counts, classes, f"Confusion matrix of {name}") if small else None,
         "pairs": [] if small else most_confused(counts, classes),
     }

@@ -1,5 +1,6 @@
 """Figures as SVG in the colours of the page, and the curves of a pretraining."""
 
+import hashlib
 import io
 import re
 from typing import Any
@@ -29,6 +30,7 @@ def curves(run: Run) -> dict[str, Any]:
         "first": steps[0]["loss"],
         "last": steps[-1]["loss"],
         "chance": chance.get("chance"),
+        "queue_full": chance.get("queue_full_step"),
         "knn": _knn_curve(epochs, log_top1) if epochs else None,
         "knn_last": epochs[-1] if epochs else None,
         "published": log,
@@ -87,7 +89,10 @@ def axes_of(x: str, y: str):
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """The figure as inline SVG in the page's own colours and font, without a word about any address."""
+    """The figure as inline SVG in the page's own colours and font, without a word about any address.
+
+    Its names are its own and it brings no style, which would hold for the whole page.
+    """
     out = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
@@ -97,5 +102,9 @@ def svg(figure: Figure, label: str) -> Markup:
     for colour, name in COLOURS.items():
         text = text.replace(colour, name)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', text, count=1)
-    return Markup(text)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}", text)
+    start = rf'<svg class="plot" role="img" aria-label="{label}" \1>'
+    return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', start, text, count=1))

@@ -154,14 +154,14 @@ def _placed(points: np.ndarray) -> np.ndarray:
 
 
 def _dots(places: np.ndarray, colour: str, cap: str, title: str, opacity: float) -> Markup:
-    """Dots as one path of lines without length, whose ends are round or square: a dozen bytes each.
+    """Dots as one path of lines with hardly a length, whose ends are round or square: a dozen bytes each.
 
-    The ends are in `style`, since matplotlib's figures bring a rule that would overrule an attribute.
+    In print, lines without any length have no square ends.
     """
-    path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
+    path = "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in places)
     width = 4.6 if cap == "round" else 4
     return Markup(
-        '<path d="{}" fill="none" stroke="{}" stroke-opacity="{:g}" stroke-width="{:g}" style="stroke-linecap: {}">'
+        '<path d="{}" fill="none" stroke="{}" stroke-opacity="{:g}" stroke-width="{:g}" stroke-linecap="{}">'
         "<title>{}</title></path>"
     ).format(path, colour, opacity, width, cap, title)
 

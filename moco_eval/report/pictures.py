@@ -33,20 +33,19 @@ def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list
     """Detection runs by data and protocol, and in each by encoder: drawn images, bars of the classes, losses.
 
     The images are the same ones in the same order for each encoder; of two runs of an encoder the newer counts.
+    Runs that left none of these are passed over.
     """
     groups: dict[tuple[str, str], dict[str, Run]] = {}
     for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
         if run.record and run.config["command"] == "detect":
             what = run.record["dataset"]["name"], run.record["protocol"]
             groups.setdefault(what, {})[names[sha_of(run)]] = run
-    return [
-        {
-            "dataset": dataset,
-            "protocol": protocol,
-            "runs": [_detection(name, found[name]) for name in order if name in found],
-        }
-        for (dataset, protocol), found in groups.items()
-    ]
+    shown = []
+    for (dataset, protocol), found in groups.items():
+        drawn = [_detection(name, found[name]) for name in order if name in found]
+        if drawn := [one for one in drawn if one["images"] or one["bars"] or one["losses"]]:
+            shown.append({"dataset": dataset, "protocol": protocol, "runs": drawn})
+    return shown
 
 
 def _detection(name: str, run: Run) -> dict[str, Any]:

@@ -7,13 +7,20 @@ from moco_eval.report.pictures import CLASS_METRICS
 from moco_eval.report.read import Run, sha_of
 
 
-def departures(runs: list[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """By protocol: each departure from it, and the runs that have it."""
+def departures(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[str]]]]]:
+    """By protocol: the departures from it, those that the same runs have together, and these runs."""
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
         for words in run.record["deviations"] if run.record else ():
             found.setdefault(run.record["protocol"], {}).setdefault(words, []).append(run.path.name)  # type: ignore[index]
-    return [(protocol, list(departures.items())) for protocol, departures in sorted(found.items())]
+    return [(protocol, _together(found[protocol])) for protocol in sorted(found)]
+
+
+def _together(departures: dict[str, list[str]]) -> list[tuple[list[str], list[str]]]:
+    by_runs: dict[tuple[str, ...], list[str]] = {}
+    for words, runs in departures.items():
+        by_runs.setdefault(tuple(runs), []).append(words)
+    return [(words, list(runs)) for runs, words in by_runs.items()]
 
 
 def provenance(run: Run, names: dict[str, str]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
         record["protocol"],
         where,
         list(METRICS).index(metric),
+        bool(own),  # first those that kept to the protocol
         own,
         dataset.get("subset", ""),
     )
