@@ -80,7 +80,7 @@ REDUCED: list[tuple[str, str]] = [
     *((name, "") for name in ("configs", "datasets")),
 ]
 # A block with one of these takes seconds.
-SLOW = ("suite", "svm", "detect --nproc", "detect --recipe", "torchrun")
+SLOW = ("suite", "svm", "pretrain --profile", "detect --nproc", "detect --recipe", "torchrun")
 # What is not run, and why. No other command is left out.
 NOT_RUN = {
     "make": "each target is a test suite, an installation or the demo, which tests/test_demo.py runs",
