@@ -211,11 +211,12 @@ def steps_per_epoch(images: int, config: FinetuneConfig) -> int:
         raise InputError(
             f"{images} training images make no batch of {config.batch_size}; take --batch-size {images} or smaller"
         )
-    if (rest == 1 and not config.drop_last) or config.batch_size == config.bn_groups:
-        where = "the last batch" if rest == 1 else "each batch or its part in batch norm"
+    alone = rest == 1 and not config.drop_last
+    if alone or config.batch_size == config.bn_groups:
+        where = "the last batch" if alone else "each batch or its part in batch norm"
         raise InputError(
             f"{where} of {images} training images in batches of {config.batch_size} is a single image, which "
-            "batch norm cannot train on; take another --batch-size, or --set drop_last=true"
+            f"batch norm cannot train on; take another --batch-size{', or --set drop_last=true' * alone}"
         )
     return whole + bool(rest and not config.drop_last)
 

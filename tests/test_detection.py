@@ -453,6 +453,14 @@ def test_the_plan_names_engine_schedule_and_shares(tmp_path, capfd, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("plan", [(), ("--dry-run",)])
+def test_the_built_in_scenes_keep_their_splits(plan, tmp_path, capfd, monkeypatch):
+    """To train on the test scenes would leave no trace in the record."""
+    command = ("detect", "random:resnet18_quarter", "--dataset", "digits", "--output", tmp_path / "run", *plan)
+    line = error_line(capfd, monkeypatch, *command, "--train-split", "test")
+    assert "digits has its own splits" in line and not (tmp_path / "run").exists()
+
+
 def test_an_image_damaged_since_it_was_listed_stops_in_one_line(tmp_path):
     data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
     data.train[0].path.write_bytes(data.train[0].path.read_bytes()[:200])

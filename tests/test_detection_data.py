@@ -273,6 +273,22 @@ def test_voc07_is_found_where_classification_finds_it_and_counted(voc, tmp_path,
     assert [len(data.train), len(data.test), data.classes] == [2, 1, ("cat", "dog")]
 
 
+def test_detectron2s_folder_is_taken_where_no_other_is_given(voc, tmp_path, monkeypatch, capfd):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets/VOC2007").symlink_to(voc)
+    monkeypatch.setattr(voc_module, "OFFICIAL", {("2007", "trainval"): 2, ("2007", "test"): 1})
+    monkeypatch.setattr(voc_module, "VOC_CLASSES", ("cat", "dog"))
+    monkeypatch.delenv("MOCO_EVAL_DATA", raising=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    out, _ = in_process(capfd, monkeypatch, "datasets", "check", "voc07")
+    assert "voc07 trainval2007: 2 images" in out and "as classification: voc07 trainval: 2 images" in out
+    detect = ("detect", "random:resnet18_quarter", "--dataset", "voc07", "--dry-run")
+    assert "data: voc07, 2 training and 1 test images" in in_process(capfd, monkeypatch, *detect)[0]
+    monkeypatch.setenv("MOCO_EVAL_DATA", str(tmp_path / "nowhere"))
+    assert "nowhere does not exist" in error_line(capfd, monkeypatch, "datasets", "check", "voc07")
+    assert "nowhere does not exist" in error_line(capfd, monkeypatch, *detect)
+
+
 def test_voc0712_trains_on_both_years(voc, tmp_path, monkeypatch):
     monkeypatch.setattr(voc_module, "OFFICIAL", {("2007", "trainval"): 2, ("2007", "test"): 1, ("2012", "trainval"): 2})
     monkeypatch.setattr(voc_module, "VOC_CLASSES", ("cat", "dog"))

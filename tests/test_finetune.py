@@ -347,6 +347,11 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path):
     ("settings", "rest", "words"),
     [
         (["batch_size=89"], {}, "last batch of 90 training images in batches of 89 is a single image"),
+        (
+            ["batch_size=2", "bn_groups=2", "drop_last=true"],
+            {},
+            "each batch or its part in batch norm of 90 .* single image, .* take another --batch-size$",
+        ),
         (["batch_size=100", "drop_last=true"], {}, "90 training images make no batch of 100; take --batch-size 90"),
         ([], {"encoder": "pixels"}, "pixels has no weights to fine-tune"),
     ],

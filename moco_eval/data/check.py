@@ -1,6 +1,5 @@
 """`datasets check` for detection: all that is wrong with a folder, by the readers that `detect` uses."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +39,6 @@ def check(
     Raises:
         InputError: no folder, or split names for a set whose splits are fixed.
     """
-    if data is None and not os.environ.get("MOCO_EVAL_DATA") and os.environ.get("DETECTRON2_DATASETS"):
-        data = Path(os.environ["DETECTRON2_DATASETS"])
     folder = data_folder(name, data)
     if name in OFFICIAL and (train_split or test_split):
         raise InputError(f"{name} has its own splits; for others take voc-folder or coco-folder")

@@ -39,6 +39,7 @@ IN_MEMORY: dict[str, Callable[[Path, str], ImageSet]] = {
     "stl10": small.stl10,
 }
 UNLABELLED = ("flat", "webdataset")
+WITH_BOXES = ("voc", "voc07", "voc-folder", "coco", "coco-folder")  # which detectron2 has too
 NAMES = ("digits", "imagefolder", "imagenet", *IN_MEMORY, *BENCHMARKS, "voc07", "voc-folder", *UNLABELLED)
 # images of the published splits; a set's first two entries are what is trained on and what is tested on
 OFFICIAL: dict[tuple[str, str], int] = {
@@ -202,9 +203,10 @@ def require_whole(images: ImageSet, limit: int) -> list[str]:
 
 
 def data_folder(name: str, data: Path | None) -> Path:
-    """`data`, or what MOCO_EVAL_DATA names; must be a folder."""
-    if data is None and os.environ.get("MOCO_EVAL_DATA"):
-        data = Path(os.environ["MOCO_EVAL_DATA"])
+    """`data`, or what MOCO_EVAL_DATA names, or for sets with boxes DETECTRON2_DATASETS; must be a folder."""
+    variables = ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS") if name in WITH_BOXES else ("MOCO_EVAL_DATA",)
+    for variable in variables:
+        data = data or (Path(os.environ[variable]) if os.environ.get(variable) else None)
     if data is None:
         raise InputError(
             f"--dataset {name} needs --data FOLDER (or the environment variable MOCO_EVAL_DATA); for example "

@@ -57,6 +57,7 @@ def detect(
         InputError, RunFailed, Interrupted.
     """
     engine = check(encoder, dataset, config, engine, runtime.world_size())
+    _check_splits(dataset, train_split, test_split)
     split_options = (train_split, test_split)
     opened = None if dataset == "digits" else open_data(dataset, data, *split_options, config)
     resolved = {
@@ -99,6 +100,7 @@ def plan(
 ) -> str:
     """What `detect` would do, in a few lines; opens the data and writes nothing. Raises what `detect` does."""
     engine = check(encoder, dataset, config, engine, processes)
+    _check_splits(dataset, train_split, test_split)
     schedule, part = config.schedule, config.batch_size // (processes * config.accumulate)
     if dataset == "digits":
         scenes = config.scenes or Scenes()
@@ -193,13 +195,17 @@ def open_data(
         )
     if not data.is_dir():
         raise InputError(f"--data {data} {'is a file' if data.exists() else 'does not exist'}; give the data's folder")
-    if dataset in ("voc", "voc07", "coco") and (train_split or test_split):
-        other = "coco-folder" if dataset == "coco" else "voc-folder"
-        raise InputError(f"--dataset {dataset} has its own splits; for others take --dataset {other}")
     opened = _read(dataset, data, train_split, test_split, config)
     for split, samples in ((opened.train_split, opened.train), (opened.test_split, opened.test)):
         _check_kinds(config, samples, f"{split} in {data}")
     return opened
+
+
+def _check_splits(dataset: str, train_split: str | None, test_split: str | None) -> None:
+    """Raises InputError where splits are named of a data set whose splits are fixed."""
+    if dataset in ("voc", "voc07", "coco", "digits") and (train_split or test_split):
+        other = "coco-folder" if dataset == "coco" else "voc-folder"
+        raise InputError(f"--dataset {dataset} has its own splits; for others take --dataset {other}")
 
 
 def _check_kinds(config: DetectConfig, samples: Sequence[Sample], where: str) -> None:
