@@ -255,7 +255,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
         raise InputError(f"--runs {folder} does not exist")
     records = []
     for path in sorted(folder.rglob("result.json")):
-        record = files.read_json(path)
+        try:
+            record = files.read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; remove that file, and running the command again makes it anew") from None
         if isinstance(record, dict) and record.get("schema") == SCHEMA:
             records.append(record | {"run": str(path.parent)})
     return records

@@ -1,7 +1,9 @@
 """Published tables as data: the models of configs/papers/*.yaml."""
 
+import difflib
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -230,7 +232,11 @@ def load_table(name: str) -> Table:
         InputError: no such table; the message names the nearest.
     """
     if not name.endswith((".yaml", ".yml")) and name not in _names():
-        raise InputError(f"no table {name!r}.{config.did_you_mean(name, _names())}")
+        near = difflib.get_close_matches(name, _names(), 1)
+        way_out = f"Did you mean {near[0]!r}?" if near else "`moco-eval table --list` names them."
+        raise InputError(f"no table {name!r}. {way_out}")
+    if name not in _names() and not Path(name).is_file():
+        raise InputError(f"table {name} does not exist; `moco-eval table --list` names the shipped ones")
     return config.load(name, "papers", Table)
 
 
