@@ -277,7 +277,10 @@ def look_at_features(task: Task, config: Any, output: Path, device: torch.device
     labels = task.test.labels[rows[shown]]
     found = sample.Sample(rows[shown], labels, task.test.classes, *components)
     sample.write(output / sample.NAME, found)
-    return health.describe(features, _two_crops(task, config, device))
+    healthy = health.describe(features, _two_crops(task, config, device))
+    augmentation = getattr(config, "augmentation", None)
+    healthy["crops"] = augmentation.model_dump(mode="json") if augmentation else None
+    return healthy
 
 
 def _two_crops(task: Task, config: Any, device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:

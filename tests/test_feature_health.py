@@ -212,6 +212,7 @@ def test_knn_leaves_a_sample_and_health_of_the_test_images(cached, encoder, tmp_
     record = knn.evaluate(work, knn_recipe(), tmp_path / "run", CPU)
     clean = naive_features(work, work.test, None, range(30))
     assert record == read_json(tmp_path / "run" / "result.json") and record["health"].pop("alignment") is None
+    assert record["health"].pop("crops") is None
     wanted = health.describe(clean)
     assert record["health"] == pytest.approx({key: wanted[key] for key in record["health"]}, rel=1e-4)
     found = sample.read(tmp_path / "run" / "sample.npz")
@@ -260,5 +261,5 @@ def test_a_real_run_fills_the_reports_new_sections(encoder, tmp_path):
     knn.evaluate(task(encoder), knn_recipe(), tmp_path / "run", CPU)
     write_report([tmp_path], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    for words in ("Maps of features", "digits test (all 30)", "Health of the features", "Which classes are confused"):
+    for words in ("Maps of features", "All 30 test images", "Health of the features", "Which classes are confused"):
         assert words in page

@@ -141,7 +141,7 @@ def test_each_image_is_a_dot_in_both_maps_and_each_class_has_its_name(tmp_path):
     (one,) = group["encoders"]
     assert dots(one["pca"]) == dots(one["tsne"]) == 60
     assert sorted(re.findall(r">([abc])</text>", one["tsne"])) == ["a", "b", "c"]
-    assert "60 of 600, evenly spread" in page_of(tmp_path)
+    assert "60 evenly spread of 600 test images" in page_of(tmp_path)
 
 
 def test_a_map_of_a_thousand_images_is_small(tmp_path, monkeypatch):
@@ -293,9 +293,9 @@ def test_the_difference_of_each_class_is_the_naive_one():
     random = np.random.default_rng(0)
     labels, difference = random.integers(0, 3, 90), random.integers(-1, 2, 90).astype(float)
     rows = paired.by_class(difference, labels, "abc")
-    for name, value, low, high in rows:
+    for name, value, low, high, coloured in rows:
         own = difference[labels == "abc".index(name)]
-        assert value == pytest.approx(100 * own.mean()) and low <= value <= high
+        assert value == pytest.approx(100 * own.mean()) and low <= value <= high and coloured == (not low <= 0 <= high)
         error = 100 * own.std() / len(own) ** 0.5  # the bootstrap's standard error, of a mean
         assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.12)
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
@@ -430,3 +430,77 @@ def test_another_run_has_none(other, tmp_path):
     write_pretraining(tmp_path / "mine", **other)
     (run,) = read_runs([tmp_path])
     assert published.published(run) is None
+
+
+# Runs that must not be mixed
+
+
+def test_confusion_takes_what_the_encoders_share(tmp_path):
+    """Not the newest: a run of another feature or with other settings is passed over where the others have none."""
+    labels = np.arange(60) % 3
+    for encoder in ("trained", "random"):
+        write_run(tmp_path / encoder, encoder, labels, labels, protocol="knn/instdisc@1", time=1)
+    write_run(tmp_path / "stage", "trained", labels, 0 * labels, protocol="knn/instdisc@1", time=2, feature="layer1")
+    other = {"deviations": ["k 1000 instead of 200"]}
+    write_run(tmp_path / "many", "trained", labels, 0 * labels, protocol="knn/instdisc@1", time=3, **other)
+    (group,) = confusion.confusion(*read(tmp_path))
+    assert [one["what"] for one in group["encoders"]] == ["knn/instdisc@1"] * 2
+    assert all(
+        "3 taken for" not in one["matrix"] and one["matrix"].count("<g><title>") == 3 for one in group["encoders"]
+    )
+
+
+def test_a_run_that_stands_alone_says_its_settings(tmp_path):
+    labels = np.arange(60) % 3
+    write_run(tmp_path / "trained", "trained", labels, labels, **{"deviations": ["k 20 instead of 200"]})
+    write_run(tmp_path / "random", "random", labels, labels)
+    (group,) = confusion.confusion(*read(tmp_path))
+    assert sorted(one["what"] for one in group["encoders"]) == [
+        "linear/moco-lincls@1, with k 20 instead of 200",
+        "linear/moco-lincls@1, with the protocol's own settings",
+    ]
+
+
+def test_alignments_of_other_crops_are_left_out(tmp_path):
+    healthy = {"images": 60, "dimensions": 8, "uniformity": -1.0, "effective_rank": 3.0, "dead_dimensions": 0}
+    for encoder, scale in (("trained", 0.7), ("random", 0.7), ("pixels", 0.08)):
+        found = healthy | {"alignment": 0.1, "alignment_images": 60, "crops": {"crop_scale": [scale, 1.0]}}
+        write_run(tmp_path / encoder, encoder, health=found)
+    (group,) = health.health(*read(tmp_path))
+    assert [row["alignment"] for row in group["rows"]] == [0.1, 0.1, None]
+
+
+def test_a_class_of_few_images_and_the_ends_of_many_are_not_coloured():
+    difference = np.concatenate([np.ones(9), np.ones(10)])
+    labels = np.repeat([0, 1], [9, 10])
+    assert [row[4] for row in sorted(paired.by_class(difference, labels, "ab"))] == [False, True]
+    many = [(str(n), 1.0, 0.5, 2.0, True) for n in range(paired.CLASSES + 1)]
+    assert not any(row[4] for row in paired.extremes(many)) and all(row[4] for row in paired.extremes(many[:-1]))
+
+
+def test_pairs_that_are_not_shown_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(paired, "PAIRS", 1)
+    labels = np.arange(60) % 3
+    for encoder in ENCODERS:
+        write_run(tmp_path / encoder, encoder, labels, labels)
+    (one,) = paired.paired(*read(tmp_path), dict(zip(NAMES.values(), ("trained", "random", "pixels"))))
+    assert one["not_shown"] == 1 and "1 more pair of encoders met these images" in page_of(tmp_path)
+
+
+def test_the_summary_says_what_the_paired_difference_says(tmp_path):
+    """Alone the two intervals overlap."""
+    labels = np.arange(60) % 3
+    wrong = np.where(np.arange(60) < 8, (labels + 1) % 3, labels)
+    more = {"interval": {"top1": [80.0, 100.0]}}
+    write_run(tmp_path / "trained", "trained", labels, labels, **more)
+    write_run(tmp_path / "random", "random", labels, wrong, **more)
+    assert "MoCo (epoch 60) is ahead of random initialisation in linear top-1" in page_of(tmp_path)
+
+
+def test_every_metric_that_decides_a_benchmark_is_shown(tmp_path):
+    write_run(tmp_path / "shots", metrics={"mAP_4": 41.0, "mAP_16": 52.0}, protocol="svm/voc07-low-shot@1")
+    write_run(tmp_path / "flowers", metrics={"mean_per_class": 71.0, "top5": 99.0})
+    page = page_of(tmp_path)
+    for words in ("mean per class", "71.0", "mAP, 4 shots", "52.0"):
+        assert words in page
+    assert page.index("mAP, 4 shots") < page.index("mAP, 16 shots") and "99.0" not in page

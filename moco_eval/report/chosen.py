@@ -9,10 +9,10 @@ from moco_eval.report.read import Run, sha_of
 TASKS = ("linear", "knn")  # the protocols whose answers are shown first
 
 
-def by_test_set(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Classifications by the images they were tested on, oldest first, under a name such as 'digits test'."""
+def by_test_set(runs: Sequence[Run], detection: bool = False) -> list[tuple[str, list[Run]]]:
+    """Classifications, or detections, by the images they were tested on, oldest first: ('digits test', runs)."""
     groups: dict[tuple, list[Run]] = {}
-    judged = [run for run in runs if run.record and run.config["command"] != "detect"]
+    judged = [run for run in runs if run.record and (run.config["command"] == "detect") == detection]
     for run in sorted(judged, key=lambda run: run.environment.get("time", "")):
         assert run.record
         dataset = run.record["dataset"]
@@ -48,22 +48,38 @@ def has_answers(run: Run) -> bool:
 
 
 def what(run: Run) -> tuple:
-    """What must be alike for two runs' answers to be set against each other: protocol, labels, own deviations."""
+    """What two runs must share to be set against each other: protocol, labels, feature, deviations of their own."""
     assert run.record
     dataset = run.record["dataset"]
     settings = tuple(said for said in run.record["deviations"] if not said.startswith("encoder: "))
-    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset"), settings
+    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset"), feature(run), settings
 
 
 def preference(run: Run) -> tuple:
-    """All labels before few, then linear before kNN before all others: the higher the better."""
-    protocol, few, subset, _ = what(run)
+    """All labels before few, linear before kNN before all others, pooled features first: the higher the better."""
+    protocol, few, subset, judged, _ = what(run)
     task = protocol.split("/")[0]
-    return few is None and subset is None, -TASKS.index(task) if task in TASKS else -len(TASKS)
+    return few is None and subset is None, -TASKS.index(task) if task in TASKS else -len(TASKS), judged == "pooled"
+
+
+def shared(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> dict[str, Run]:
+    """Of each encoder, in order, one run: of what most encoders were judged by, else of what it was judged by."""
+    kinds = {what(run): preference(run) for run in runs}
+    same = {kind: by_encoder([run for run in runs if what(run) == kind], names, order, lambda run: 0) for kind in kinds}
+    found = by_encoder(runs, names, order, preference)
+    return found | max(same.values(), key=lambda some: (len(some), max(map(preference, some.values()))), default={})
 
 
 def words(run: Run) -> str:
-    """A run's protocol and labels in words."""
-    protocol, few, subset, _ = what(run)
+    """A run's protocol, labels and feature in words."""
+    protocol, few, subset, judged, _ = what(run)
     labels = f"{few} labels per class" if few else subset
-    return ", ".join(filter(None, (protocol, labels)))
+    return ", ".join(filter(None, (protocol, labels, "" if judged == "pooled" else f"{judged} feature")))
+
+
+def unlike(run: Run, others: Sequence[Run]) -> str:
+    """The settings by which a run left its protocol, where others that are shown with it did not leave it so."""
+    settings = what(run)[-1]
+    if all(what(other)[-1] == settings for other in others):
+        return ""
+    return f"with {'; '.join(settings)}" if settings else "with the protocol's own settings"

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from moco_eval import compare, sample
 from moco_eval.errors import InputError
-from moco_eval.report.chosen import by_encoder, by_test_set, has_answers, preference, words
+from moco_eval.report.chosen import by_test_set, has_answers, shared, unlike, words
 from moco_eval.report.read import Run
 
 CLASSES = 20  # at most in a matrix; of more, the pairs that are confused most
@@ -19,20 +19,21 @@ CELL = 24
 def confusion(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> list[dict[str, Any]]:
     """A group for each test set: a matrix, or the most confused pairs, for each encoder.
 
-    Of an encoder's runs the linear classifier's on all labels is taken if there is one; else see `preference`.
+    The runs are of one protocol, labels, feature and settings where the encoders have such runs; see `chosen.shared`.
 
     Raises:
         InputError: the predictions or the sample of a run are damaged.
     """
     groups = []
     for data, tested in by_test_set(runs):
-        found = by_encoder([run for run in tested if has_answers(run)], names, order, preference)
+        found = shared([run for run in tested if has_answers(run)], names, order)
+        shown = list(found.values())
         if found:
-            groups.append({"data": data, "encoders": [_encoder(name, run) for name, run in found.items()]})
+            groups.append({"data": data, "encoders": [_encoder(name, run, shown) for name, run in found.items()]})
     return groups
 
 
-def _encoder(name: str, run: Run) -> dict[str, Any]:
+def _encoder(name: str, run: Run, shown: Sequence[Run]) -> dict[str, Any]:
     assert run.record
     counts = count(run)
     classes = class_names(run, len(counts))
@@ -40,7 +41,7 @@ def _encoder(name: str, run: Run) -> dict[str, Any]:
     small = len(counts) <= CLASSES
     return {
         "name": name,
-        "what": words(run) + (f", mean of {trials} trials" if trials > 1 else ""),
+        "what": ", ".join(filter(None, (words(run), unlike(run, shown), f"mean of {trials} trials" * (trials > 1)))),
         "classes": len(counts),
         "matrix": matrix(counts, classes, f"Confusion matrix of {name}") if small else None,
         "pairs": [] if small else most_confused(counts, classes),

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+import warnings
 from typing import Any
 
 import matplotlib
@@ -65,6 +66,8 @@ def _knn_curve(lines: list[dict[str, Any]], log: list[tuple[float, float]]) -> M
     epochs, top1 = [line["epoch"] for line in lines], [line["knn_top1"] for line in lines]
     axes.plot(epochs, top1, color=ACCENT, linewidth=1.4, marker="o", markersize=2.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(epochs) == 1:
+        axes.set_xlim(0, 2 * epochs[0])
     axes.margins(y=0.12)
     return svg(figure, "kNN accuracy against epoch")
 
@@ -95,7 +98,8 @@ def svg(figure: Figure, label: str) -> Markup:
     """
     out = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # in its own font: the page's has them
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :]

@@ -16,8 +16,17 @@ def health(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> 
             found = by_encoder([run for run in kept if feature(run) == one], names, order, _has_alignment)
             title = data if one == "pooled" else f"{data}, {one} feature"
             rows = [{"name": name, **run.record["health"]} for name, run in found.items() if run.record]
+            _one_alignment(rows)
             groups.append({"data": title, "rows": rows, "aligned": any(row["alignment"] is not None for row in rows)})
     return groups
+
+
+def _one_alignment(rows: list[dict[str, Any]]) -> None:
+    """Leave only alignments by the same crops of as many images: those that most encoders have."""
+    kinds = [(str(row.get("crops")), row.get("alignment_images")) for row in rows if row["alignment"] is not None]
+    for row in rows:
+        if kinds and (str(row.get("crops")), row.get("alignment_images")) != max(kinds, key=kinds.count):
+            row["alignment"] = None
 
 
 def _has_alignment(run: Run) -> bool:

@@ -49,7 +49,7 @@ def _encoder(name: str, run: Run) -> dict[str, Any]:
     return {
         "name": name,
         "feature": feature(run),
-        "images": f"all {count:,}" if total == count else f"{count:,} of {total:,}, evenly spread" if total else count,
+        "images": _how_many(count, total),
         "classes": len(held.classes),
         "coloured": len(shown),
         "several": several,
@@ -57,6 +57,12 @@ def _encoder(name: str, run: Run) -> dict[str, Any]:
         "tsne": None if embedded is None else _map(embedded, label, shown, held.classes, f"t-SNE of {name}"),
         "perplexity": f"{_perplexity(count):g}",
     }
+
+
+def _how_many(count: int, total: int | None) -> str:
+    if total == count:
+        return f"all {count:,}"
+    return f"{count:,} evenly spread of {total:,}" if total else f"{count:,}"
 
 
 def _one_label(held: Sample) -> tuple[np.ndarray, bool]:

@@ -33,7 +33,7 @@ SECTIONS = (  # anchor, title, and what must be there
     ("confusion", "confusion", "confusion"),
     ("paired", "class by class", "paired"),
     ("detections", "detections", "detections"),
-    ("departures", "departures", "provenance"),
+    ("departures", "departures", "evaluated"),
     ("provenance", "provenance", "provenance"),
 )
 
@@ -80,8 +80,9 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
     columns = result_columns(runs, names)
     kinds = {names[sha_of(run)]: kind_of(run.record["encoder"]) for run in runs if run.record}
     order = sorted(kinds, key=lambda name: (KINDS.index(kinds[name]), name))
+    together = paired(runs, names, order, kinds)
     contents = {
-        "summary": summary(columns, order, kinds),
+        "summary": summary(columns, order, kinds, together),
         "columns": columns,
         "papers": papers(runs),
         "words": words,
@@ -93,9 +94,10 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "maps": maps(runs, names, order),
         "health": health(runs, names, order),
         "confusion": confusion(runs, names, order),
-        "paired": paired(runs, names, order, kinds),
+        "paired": together,
         "detections": detections(runs, names, order),
         "provenance": [provenance(run, names) for run in runs],
         "deviations": departures(runs),
+        "evaluated": any(run.record for run in runs),
     }
     return contents | {"sections": _sections(contents)}

@@ -12,7 +12,8 @@ from moco_eval.report.confusion import class_names
 from moco_eval.report.read import Run
 from moco_eval.statistics import RESAMPLES, percentiles, resampled_means
 
-PAIRS = 4  # at most
+PAIRS = 4  # at most, for each test set
+FEWEST = 10  # images of a class whose interval says something
 CLASSES = 40  # at most in a drawing, half from each end
 WIDTH, ROW, GAP = 360, 15, 14  # of a drawing, in its own units
 
@@ -30,10 +31,12 @@ def paired(
     found = []
     for data, tested in by_test_set(runs):
         answered = [run for run in tested if has_answers(run)]
-        for better, rival in pairs(order, kinds):
-            if both := _common(answered, names, better, rival):
-                found.append(_comparison(data, better, rival, *both))
-    return found[:PAIRS]
+        both = [(*two, *same) for two in pairs(order, kinds) if (same := _common(answered, names, *two))]
+        shown = [_comparison(data, *one) for one in both[:PAIRS]]
+        for last in shown[-1:]:
+            last["not_shown"] = len(both) - len(shown)
+        found += shown
+    return found
 
 
 def pairs(order: Sequence[str], kinds: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -66,20 +69,26 @@ def _comparison(data: str, name: str, rival: str, run: Run, rival_run: Run) -> d
         "metric": done.metric,
         "images": len(labels),
         "difference": f"{done.difference:+.1f}",
+        "verdict": "level with" if low <= 0 <= high else "ahead of" if low > 0 else "behind",
         "interval": f"[{low:+.1f}, {high:+.1f}]",
         "p": compare.p_words(done.over_images.p),
         "classes": len(rows),
         "drawn": min(len(rows), CLASSES),
-        "plot": plot(extremes(rows), f"Difference of accuracy of each class, {name} less {rival}"),
+        "not_shown": 0,
+        "plot": plot(
+            extremes(rows),
+            f"Difference of accuracy of each class, {name} less {rival}",
+        ),
     }
 
 
 def by_class(
     difference: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> list[tuple[str, float, float, float]]:
-    """(class, difference of accuracy in points, low, high), the largest difference first.
+) -> list[tuple[str, float, float, float, bool]]:
+    """(class, difference of accuracy in points, low, high, coloured), the largest difference first.
 
-    The 95 % interval is a paired bootstrap's over the test images of that class alone.
+    The 95 % interval is a paired bootstrap's over the test images of that class alone. A class is coloured where that
+    leaves 0 out and rests on ten images at least: with fewer it has hardly a width.
 
     Args:
         difference: how much more often each image was classified rightly, -1 to 1, (N,).
@@ -87,23 +96,28 @@ def by_class(
     rows = []
     for one in np.unique(labels):
         own = 100 * difference[labels == one]
-        drawn = resampled_means(own, np.zeros(len(own), dtype=int), RESAMPLES)
-        rows.append((classes[one], float(own.mean()), *percentiles(drawn)))
+        low, high = percentiles(resampled_means(own, np.zeros(len(own), dtype=int), RESAMPLES))
+        rows.append((classes[one], float(own.mean()), low, high, len(own) >= FEWEST and not low <= 0 <= high))
     return sorted(rows, key=lambda row: -row[1])
 
 
 def extremes(rows: Sequence[tuple]) -> list[tuple]:
-    """All rows where they can be drawn, else half of as many from each end."""
-    return list(rows) if len(rows) <= CLASSES else [*rows[: CLASSES // 2], *rows[-CLASSES // 2 :]]
+    """All rows where they can be drawn, else half of as many from each end.
+
+    The ends of many classes are not coloured: chance alone puts classes there whose interval leaves 0 out.
+    """
+    if len(rows) <= CLASSES:
+        return list(rows)
+    return [(*row[:4], False) for row in (*rows[: CLASSES // 2], *rows[-CLASSES // 2 :])]
 
 
 # Drawing
 
 
-def plot(rows: Sequence[tuple[str, float, float, float]], title: str) -> Markup:
-    """A line for each class: the difference as a dot, its interval as a line; muted where that holds 0."""
+def plot(rows: Sequence[tuple[str, float, float, float, bool]], title: str) -> Markup:
+    """A line for each class: the difference as a dot, its interval as a line."""
     left = 14 + 6 * max(len(_short(row[0])) for row in rows)
-    low, high = (end(sign, *(bound for row in rows for bound in row[1:])) for end, sign in ((min, -1.0), (max, 1.0)))
+    low, high = (end(sign, *(bound for row in rows for bound in row[1:4])) for end, sign in ((min, -1.0), (max, 1.0)))
     scale = (WIDTH - GAP - left) / (high - low)
     zero = left - low * scale
     lines = [_row(number, row, left, zero, scale) for number, row in enumerate(rows)]
@@ -134,9 +148,9 @@ def _tick(at: float, x: float, bottom: float) -> Markup:
     )
 
 
-def _row(number: int, row: tuple[str, float, float, float], left: float, zero: float, scale: float) -> Markup:
-    name, value, low, high = row
-    y, colour = number * ROW + ROW / 2 + 2, "var(--muted)" if low <= 0 <= high else "var(--accent)"
+def _row(number: int, row: tuple[str, float, float, float, bool], left: float, zero: float, scale: float) -> Markup:
+    name, value, low, high, coloured = row
+    y, colour = number * ROW + ROW / 2 + 2, "var(--accent)" if coloured else "var(--muted)"
     return Markup(
         '<g><title>{}: {:+.1f} points, [{:+.1f}, {:+.1f}]</title>'
         '<text x="{:g}" y="{:g}" text-anchor="end">{}</text>'

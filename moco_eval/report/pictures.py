@@ -9,6 +9,7 @@ from PIL import Image
 
 from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
 from moco_eval.errors import InputError
+from moco_eval.report.chosen import by_encoder, by_test_set
 from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
 from moco_eval.report.read import Run, sha_of
 
@@ -22,24 +23,28 @@ def has(run: Run, name: str) -> bool:
     return (run.path / name).is_file()
 
 
-def neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list[tuple[str, str]]:
-    found = {
-        names[sha_of(run)]: run.path / "neighbours.png" for run in runs if run.record and has(run, "neighbours.png")
-    }
-    return [(name, image(found[name])) for name in order if name in found]
+def neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list[dict[str, Any]]:
+    """A group for each test set: the picture of each encoder, of its newest run that drew one."""
+    groups = []
+    for data, tested in by_test_set(runs):
+        found = by_encoder([run for run in tested if has(run, "neighbours.png")], names, order, lambda run: 0)
+        if found:
+            shown = [(name, image(run.path / "neighbours.png")) for name, run in found.items()]
+            groups.append({"data": data, "encoders": shown})
+    return groups
 
 
 def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list[dict[str, Any]]:
-    """Detection runs by data and protocol, and in each by encoder: drawn images, bars of the classes, losses.
+    """Detection runs by test set and protocol, and in each by encoder: drawn images, bars of the classes, losses.
 
     The images are the same ones in the same order for each encoder; of two runs of an encoder the newer counts.
     Runs that left none of these are passed over.
     """
     groups: dict[tuple[str, str], dict[str, Run]] = {}
-    for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
-        if run.record and run.config["command"] == "detect":
-            what = run.record["dataset"]["name"], run.record["protocol"]
-            groups.setdefault(what, {})[names[sha_of(run)]] = run
+    for data, tested in by_test_set(runs, detection=True):
+        for run in tested:
+            assert run.record
+            groups.setdefault((data, run.record["protocol"]), {})[names[sha_of(run)]] = run
     shown = []
     for (dataset, protocol), found in groups.items():
         drawn = [_detection(name, found[name]) for name in order if name in found]

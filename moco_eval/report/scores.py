@@ -8,7 +8,8 @@ from typing import Any
 from moco_eval import results
 from moco_eval.report.read import Run, sha_of
 
-METRICS = {"top1": "top-1"} | {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}
+METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
+METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}
 TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection"}
 
 
@@ -58,12 +59,36 @@ def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
     columns: dict[Any, Column] = {}
     for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
         record = run.record
-        for metric in METRICS.keys() & (record["metrics"].keys() if record else ()):
+        for metric in filter(_rank, record["metrics"] if record else ()):
             assert record
             column = columns.setdefault(_key(record, metric), _column(record, metric))
             column.scores[names[sha_of(run)]] = _score(record, metric)
     order = sorted(columns, key=lambda key: (key[0] or float("inf"), *map(str, key[1:])))
+    _number_data({key: columns[key] for key in order})
     return _tell_apart([columns[key] for key in order])
+
+
+def _number_data(columns: dict[Any, Column]) -> None:
+    """Number data of one name, where their files or splits differ."""
+    seen: dict[str, list[tuple]] = {}
+    for (_, _, _, where, *_), column in columns.items():
+        data = seen.setdefault(column.dataset, [])
+        if where not in data:
+            data.append(where)
+    for (_, _, _, where, *_), column in columns.items():
+        if len(data := seen[column.dataset]) > 1:  # each column is met once, still under its plain name
+            column.dataset = f"{column.dataset}, data {data.index(where) + 1}"
+
+
+def _rank(metric: str) -> int | None:
+    """The place of a metric that is shown, from 1: those of METRICS, then the mAP of so many shots (`mAP_4`)."""
+    if metric.startswith("mAP_") and metric[4:].isdecimal():
+        return len(METRICS) + int(metric[4:])
+    return list(METRICS).index(metric) + 1 if metric in METRICS else None
+
+
+def _title(metric: str) -> str:
+    return METRICS.get(metric) or f"mAP, {metric[4:]} shots"
 
 
 def _key(record: dict[str, Any], metric: str) -> tuple:
@@ -77,7 +102,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
         order,
         record["protocol"],
         where,
-        list(METRICS).index(metric),
+        f"{_rank(metric):03}",
         bool(own),  # first those that kept to the protocol
         own,
         dataset.get("subset", ""),
@@ -87,7 +112,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
 def _column(record: dict[str, Any], metric: str) -> Column:
     task, few = record["protocol"].split("/")[0], record["dataset"].get("labels_per_class")
     regime = f"{few} labels per class" if few else record["dataset"].get("subset", "all labels")
-    return Column(TASKS.get(task, task), regime, record["dataset"]["name"], METRICS[metric], record["protocol"])
+    return Column(TASKS.get(task, task), regime, record["dataset"]["name"], _title(metric), record["protocol"])
 
 
 def _tell_apart(columns: list[Column]) -> list[Column]:
@@ -107,8 +132,14 @@ def _score(record: dict[str, Any], metric: str) -> Score:
     return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None)
 
 
-def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str]) -> list[str]:
-    """What the table says: the first column in numbers, then where each trained encoder stands in all."""
+def summary(
+    columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str], paired: Sequence[dict[str, Any]] = ()
+) -> list[str]:
+    """What the table says: the first column in numbers, then where each trained encoder stands in all.
+
+    Args:
+        paired: comparisons on the same test images, which decide where they were made.
+    """
     if not columns:
         return []
     first = columns[0]
@@ -119,7 +150,7 @@ def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str,
     for name in encoders:
         for rival in encoders:
             if kinds[name] == "trained" and kinds[rival] != "trained":
-                sentences += _standing(columns, name, rival)
+                sentences += _standing(columns, name, rival, paired)
     return sentences
 
 
@@ -128,12 +159,20 @@ def _what(column: Column) -> str:
     return words if column.task == "detection" else f"{words} with {column.regime}"
 
 
-def _standing(columns: Sequence[Column], name: str, rival: str) -> list[str]:
+def _verdict(column: Column, name: str, rival: str, paired: Sequence[dict[str, Any]]) -> str:
+    what = column.protocol + ("" if column.regime == "all labels" else f", {column.regime}")
+    for one in paired if column.metric == METRICS["top1"] else ():
+        if (one["name"], one["rival"], one["what"]) == (name, rival, what) and one["data"].split()[0] == column.dataset:
+            return one["verdict"]
+    return column.scores[name].against(column.scores[rival])
+
+
+def _standing(columns: Sequence[Column], name: str, rival: str, paired: Sequence[dict[str, Any]]) -> list[str]:
     """In which columns one encoder is ahead of another, level, or behind; nothing where they never meet."""
     places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
     for column in columns:
         if name in column.scores and rival in column.scores:
-            places[column.scores[name].against(column.scores[rival])].append(_what(column))
+            places[_verdict(column, name, rival, paired)].append(_what(column))
     judged = {words: where for words, where in places.items() if where}
     if not judged:
         return []
