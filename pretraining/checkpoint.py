@@ -52,7 +52,7 @@ def save(
         "unreadable": sorted(unreadable),
         "format": FORMAT,
         **about,
-        "pretraining": {**about["pretraining"], "epochs": epoch},
+        "pretraining": {**about["pretraining"], "epochs": epoch, "steps": step},
     }
     last = folder / "last.pth"
     whole = step_in_epoch == 0

@@ -240,8 +240,9 @@ def _deviations(run: Plan) -> list[str]:
         differ.append(f"bn {run.bn} on {run.processes} process(es), which does not protect from leaking")
     if run.bn == "sync" and config.mechanism == "memory_bank":
         differ.append("bn sync instead of statistics per GPU")
-    if run.bn == "split" and config.bn_groups != canonical.bn_groups:
-        differ.append(f"bn_groups {config.bn_groups} instead of {canonical.bn_groups}")
+    groups = run.processes * config.accumulate * (config.bn_groups if run.bn == "split" else 1)
+    if run.bn in ("split", "shuffle") and not leaks and groups != canonical.bn_groups:
+        differ.append(f"batch norm in {groups} groups instead of {canonical.bn_groups}")
     return differ
 
 

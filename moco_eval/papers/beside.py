@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from moco_eval import config
+from moco_eval import config, zoo
 from moco_eval.papers.tables import Column, Recipe, Row, Table
 from moco_eval.statistics import mean_and_std
 
@@ -58,7 +58,7 @@ class Line:
         if self.difference is None or self.published_std is None or self.mark:
             return None
         assert self.ours is not None
-        if self.ours.over != self.published_over or self.ours.n < self.column.trials:
+        if self.ours.over != self.published_over or self.ours.n < (self.published_n or self.column.trials):
             return None
         if round(abs(self.difference), 9) <= self.published_std:  # 61.0 - 60.8 is 0.2000000000000028
             return "within"
@@ -117,23 +117,36 @@ def _belongs(record: Record, column: Column, row: Row) -> bool:
     )
 
 
+def is_of(record: Record, column: Column, row: Row) -> bool:
+    """Whether a record is of this cell, from as many trials as the published number."""
+    return _belongs(record, column, row) and len(record["trials"]) >= column.trials
+
+
 def is_comparable(record: Record, column: Column, row: Row) -> bool:
-    """Whether a record is of this cell, from as many trials as the published number, without deviations."""
-    return _belongs(record, column, row) and len(record["trials"]) >= column.trials and not _deviations(record, row)
+    """Whether it is that, without deviations."""
+    return is_of(record, column, row) and not _deviations(record, row)
 
 
 def _is_encoder(encoder: Record, row: Row) -> bool:
-    if row.released and encoder["path"] == f"zoo:{row.released}":
-        return True  # the zoo has verified the file
+    if row.released and encoder["path"] == f"zoo:{row.released}":  # the zoo has verified the file
+        arch = zoo.entry(row.released).recipe.arch
+        return not arch.startswith("resnet") or encoder["arch"].removesuffix("_msra") == arch  # not another --arch
     if row.recipe:
         return is_pretrained(encoder, row.recipe)
     if row.match is None or encoder["arch"] != row.match.arch:
         return False
     if row.match.weights == "random":
-        return encoder["origin"].startswith("random") or (encoder["pretraining"] or {}).get("epochs") == 0
+        return encoder["origin"].startswith("random") or is_untrained(encoder)
     # a converted checkpoint has torchvision's layout too: the name decides
     named = encoder["path"].endswith("_V1") or encoder["origin"].endswith("_V1")
     return encoder["path"].startswith("torchvision:") and named
+
+
+def is_untrained(encoder: Record) -> bool:
+    """Whether it is the first checkpoint of a pretraining of ours; earlier ones told its steps by their name alone."""
+    pretraining = encoder["pretraining"] or {}
+    steps = pretraining.get("steps", 0 if encoder["path"].endswith("epoch_0000.pth") else None)
+    return pretraining.get("protocol") is not None and pretraining.get("epochs") == steps == 0
 
 
 def is_pretrained(encoder: Record, recipe: Recipe) -> bool:
@@ -168,8 +181,8 @@ def _bn(pretraining: Record) -> str:
 
 
 def _groups(records: list[Record], column: Column, row: Row) -> list[Ours]:
-    """Records by their deviations, the comparable ones first, then the newest first."""
-    newest_first = sorted(records, key=_time, reverse=True)
+    """Records by their deviations, the comparable ones first, then those of enough trials, then the newest."""
+    newest_first = sorted(records, key=lambda one: (len(one["trials"]) >= column.trials, _time(one)), reverse=True)
     by_deviations: dict[tuple[str, ...], list[Record]] = {}
     for record in newest_first:
         by_deviations.setdefault(tuple(_deviations(record, row)), []).append(record)
@@ -178,19 +191,25 @@ def _groups(records: list[Record], column: Column, row: Row) -> list[Ours]:
 
 
 def _deviations(record: Record, row: Row) -> list[str]:
-    """A record's deviations, but for those that the row itself asks for (the ablations)."""
-    asked = tuple(f"encoder: {key} " for key in (_asked(row.recipe) if row.recipe else {}))
-    return [words for words in record["deviations"] if not (asked and words.startswith(asked))]
+    """A record's deviations, but for what the row's own recipe does as well (the ablations)."""
+    if not row.recipe:
+        return record["deviations"]
+    wanted, found = row.recipe.settings(), config.flatten(_config(record["encoder"]) or {})
+    asked = tuple(f"encoder: {key} " for key, value in wanted.items() if key in found and found[key] == value)
+    return [words for words in record["deviations"] if not words.startswith(asked)]
 
 
 def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
-    """The newest record, and with it only repeats of the same pretraining, judged in the same way."""
+    """The first record; with it only repeats of the same pretraining of ours, judged in the same way.
+
+    Not where the published number is a mean over trials of one encoder.
+    """
     assert column.metric and {record["protocol"] for record in records} == {column.protocol}
     newest = records[0]
     repeats: dict[Any, Record] = {}
-    for record in records:
+    for record in records if column.trials == 1 and _config(newest["encoder"]) else [newest]:
         if _same(record, newest):
-            repeats.setdefault(_seed(record["encoder"]), record)
+            repeats.setdefault(_settings(record["encoder"])["seed"], record)
     runs = [record.get("run", "") for record in repeats.values()]
     if len(repeats) > 1:
         mean, std = mean_and_std([record["metrics"][column.metric] for record in repeats.values()])
@@ -200,21 +219,27 @@ def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
 
 
 def _same(record: Record, other: Record) -> bool:
-    fingerprints = [each["dataset"].get("fingerprint") for each in (record, other)]
-    return fingerprints[0] == fingerprints[1] and _settings(record["encoder"]) == _settings(other["encoder"])
+    return _kind(record) == _kind(other)
 
 
-def _settings(encoder: Record) -> Record | None:
-    """How an encoder was pretrained, its seed and what moves no number aside."""
-    if not encoder["pretraining"]:
-        return None
-    settings = config.flatten(encoder["pretraining"]["config"])
-    return {key: value for key, value in settings.items() if not key.startswith(config.NEUTRAL_KEYS)}
+def _kind(record: Record) -> list[Any]:
+    """What repeats share: the data, the trials, and the whole pretraining but its seed and what moves no number."""
+    pretraining = record["encoder"]["pretraining"] or {}
+    data = [record["dataset"].get("fingerprint"), (pretraining.get("dataset") or {}).get("fingerprint")]
+    settings = _settings(record["encoder"]) if _config(record["encoder"]) else {}
+    settings = {key: value for key, value in settings.items() if not key.startswith(config.NEUTRAL_KEYS)}
+    return [data, len(record["trials"]), pretraining.get("bn"), pretraining.get("processes"), settings]
 
 
-def _seed(encoder: Record) -> Any:
-    """What tells repeats apart: the pretraining's seed (one run leaves several files), or the weights."""
-    return encoder["pretraining"]["config"].get("seed") if encoder["pretraining"] else encoder["sha256"]
+def _settings(encoder: Record) -> Record:
+    """How an encoder of ours was pretrained, with dotted keys."""
+    settings = config.flatten(_config(encoder) or {})
+    return settings | {"seed": settings.get("seed")}
+
+
+def _config(encoder: Record) -> Record | None:
+    """The config of a pretraining of ours; others' checkpoints carry none."""
+    return (encoder["pretraining"] or {}).get("config")
 
 
 def _time(record: Record) -> float:

@@ -126,7 +126,8 @@ def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[Step | N
     words = (*_pretraining(row.recipe, places), "--output", str(folder))
     cells = tuple((row.label, column) for column in row.published)
     trained = Step("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
-    return trained, str(folder / "checkpoints/last.pth"), folder.name.removeprefix("pretrain-")
+    place = folder.relative_to(places.runs).parts if folder.is_relative_to(places.runs) else folder.parts[-2:]
+    return trained, str(folder / "checkpoints/last.pth"), "-".join(place).removeprefix("pretrain-")
 
 
 def _pretraining(recipe: Recipe, places: Places) -> tuple[str, ...]:
@@ -173,7 +174,8 @@ def _is_finished(folder: Path, values: Record) -> bool:
     if values.get("command") != "pretrain" or not isinstance(settings, dict):
         return False
     epochs = config.flatten(settings).get("schedule.epochs")
-    return isinstance(epochs, int) and (folder / "checkpoints" / f"epoch_{epochs:04d}.pth").is_file()
+    names = ("last.pth", f"epoch_{epochs:04d}.pth") if isinstance(epochs, int) else ()
+    return bool(names) and all((folder / "checkpoints" / name).is_file() for name in names)
 
 
 def _is_of(values: Record, recipe: Recipe) -> bool:
@@ -305,10 +307,13 @@ def is_done(step: Step, table: Table, records: Sequence[Record]) -> bool:
         return _is_finished(step.output, values) and _is_of(values, step.recipe)
     if step.kind == "convert":
         return step.output.is_file()
-    if (step.output / "result.json").is_file():
-        return True
     rows = {row.label: row for row in table.rows}
-    return all(
-        any(beside.is_comparable(record, table.columns[name], rows[label]) for record in records)
-        for label, name in step.cells
+    return all(_is_there(step, table.columns[name], rows[label], records) for label, name in step.cells)
+
+
+def _is_there(step: Step, column: Column, row: Row, records: Sequence[Record]) -> bool:
+    """Whether a record gives a cell: one in the step's own place also with deviations, which its config may have."""
+    own = [one for one in records if Path(one.get("run", "")) == step.output]
+    return any(beside.is_of(one, column, row) for one in own) or any(
+        beside.is_comparable(one, column, row) for one in records
     )

@@ -203,6 +203,9 @@ class Table(Model):
         titles = [column.title for column in self.columns.values()]
         if len(set(titles)) < len(titles):
             raise ValueError("two columns of one title: a column holds one metric of one protocol")
+        labels = [row.label for row in self.rows]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two rows of one label")
         for row in self.rows:
             for name in (*row.published, *row.std, *row.trials):
                 if name not in self.columns:
