@@ -56,7 +56,7 @@ class _Trial(_Expected):
 class _Cost(_Expected):
     seconds: float
     images: int
-    peak_memory_MB: float
+    peak_memory: float = Field(alias="peak_memory_MB")
     device: Words
 
 
@@ -154,7 +154,7 @@ def require(model: type[_Expected], value: Any, path: Path | str) -> None:
         model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("_"))  # but for a union's models
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("_"))  # our models' names
         said = SAID.get(first["type"]) or first["msg"].removeprefix("Value error, ").replace(
             "Input should", "it should"
         )

@@ -70,7 +70,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _name(runs: Sequence[Run]) -> None:
     """Give runs that share a name as many of the folders above as tell them apart."""
-    deepest = max(len(run.path.resolve().parts) for run in runs)
+    deepest = max((len(run.path.resolve().parts) for run in runs), default=0)
     for count in range(2, deepest + 1):
         often = Counter(run.name for run in runs)
         for run in runs:
@@ -91,6 +91,8 @@ def _read(folder: Path) -> Run | None:
         return None
     try:
         run = Run(folder, values, files.read_json(folder / "environment.json"), results.finished(folder))
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:  # an endless number, or one bracket in another
         raise InputError(f"a file of {folder} is not readable JSON: {error}; {expected.WAY_OUT}") from None
     expected.require(expected.Environment, run.environment, folder / "environment.json")
