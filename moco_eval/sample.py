@@ -1,7 +1,7 @@
 """A few test images of an evaluation, as the encoder sees them: what the report's maps are drawn from."""
 
+import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from moco_eval.errors import InputError
 IMAGES = 1000  # at most
 COMPONENTS = 50  # at most
 NAME = "sample.npz"
+ARRAYS = ("index", "label", "classes", "components", "variance")
+MOST_BYTES = 100_000_000  # unpacked
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,57 @@ def write(path: Path, sample: Sample) -> None:
 def read(path: Path) -> Sample:
     """Read a sample.npz. Raises InputError where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as held:
-            index, label, classes, components, variance = (
-                held[name] for name in ("index", "label", "classes", "components", "variance")
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}); run the evaluation again into another --output") from None
-    found = Sample(index, label, tuple(map(str, classes.reshape(-1))), components, variance)
+        held = _arrays(path)
+        classes = tuple(map(str, held["classes"].reshape(-1)))
+    except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
+        said = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({said}); run the evaluation again into another --output") from None
+    found = Sample(held["index"], held["label"], classes, held["components"], held["variance"])
     if trouble := _trouble(found):
         raise InputError(f"{path} is damaged: {trouble}; run the evaluation again into another --output")
     return found
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the archive, none read before its size is known to be what its header says, and not too large."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.getinfo(f"{name}.npy") for name in ARRAYS}
+        total = sum(member.file_size for member in members.values())
+        if total > MOST_BYTES:
+            raise ValueError(f"{total:,} bytes unpacked, more than any sample has")
+        return {name: _array(archive, member) for name, member in members.items()}
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename} is of a version of .npy that is never written here")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        wanted = file.tell() + math.prod(shape) * dtype.itemsize
+    if wanted != member.file_size:
+        raise ValueError(f"{member.filename} of shape {shape} has {member.file_size} bytes instead of {wanted}")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
 def _trouble(sample: Sample) -> str | None:
     """What is wrong with a sample, in words."""
     index, label, components, variance = sample.index, sample.label, sample.components, sample.variance
-    n, classes = len(sample.index.reshape(-1)), len(sample.classes)
-    if not n or label.shape not in ((n,), (n, classes)) or components.shape != (n, len(variance.reshape(-1))):
+    n, k, classes = index.size, variance.size, len(sample.classes)
+    shapes = index.shape == (n,) and variance.shape == (k,) and components.shape == (n, k)
+    if not n or not k or not shapes or label.shape not in ((n,), (n, classes)):
         return f"index {index.shape}, label {label.shape}, components {components.shape}, variance {variance.shape}"
-    if label.dtype.kind not in "iu" or components.dtype.kind != "f" or variance.dtype.kind != "f":
-        return f"label of type {label.dtype}, components of type {components.dtype}"
-    if not np.isfinite(components).all() or not np.isfinite(variance).all():
+    if label.dtype.kind != "i" or index.dtype.kind != "i" or {components.dtype, variance.dtype} != {np.dtype("f4")}:
+        return (
+            f"index of type {index.dtype}, label of type {label.dtype}, components of type {components.dtype}, "
+            f"variance of type {variance.dtype}"
+        )
+    if not np.isfinite(components).all():
         return "a component is not finite"
+    if not ((variance >= 0) & (variance < 1.001)).all():  # but for rounding
+        return "a share of the variance is not between 0 and 1"
     if label.ndim == 1 and not ((label >= 0) & (label < classes)).all():
         return f"a label is none of its {classes} classes"
+    if label.ndim == 2 and not np.isin(label, (-1, 0, 1)).all():
+        return "a label is none of 1, 0 and -1"
     return None

@@ -1,8 +1,10 @@
 import base64
 import hashlib
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -386,6 +388,218 @@ def test_what_is_no_run_is_refused(tmp_path, runs):
     with pytest.raises(InputError, match="not a readable picture"):
         write_report([runs], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def damaged(change):
+    """result.json of a run after a change to its record."""
+
+    def damage(folder):
+        done = json.loads((folder / "result.json").read_text())
+        change(done)
+        (folder / "result.json").write_text(json.dumps(done))
+
+    return damage
+
+
+def put(name, text):
+    return lambda folder: (folder / name).write_bytes(text)
+
+
+HEALTH = {"images": 5, "dimensions": 3, "uniformity": -1.0, "alignment": None, "effective_rank": 2.0}
+DAMAGED = {
+    "environment is a list": (put("environment.json", b"[]"), r"environment\.json is damaged: it is \[\], no mapping"),
+    "hardware is a word": (
+        put("environment.json", b'{"hardware": "x"}'),
+        r"environment\.json is damaged: hardware is 'x', no mapping",
+    ),
+    "nothing but the schema": (
+        put("result.json", b'{"schema": "moco-eval/result@1"}'),
+        r"result\.json is damaged: it lacks protocol",
+    ),
+    "a bracket in another": (put("result.json", b"[" * 100_000), r"is not readable JSON"),
+    "an endless number": (put("environment.json", b"9" * 5000), r"is not readable JSON"),
+    "no top-1": (damaged(lambda done: done["metrics"].update(top1=None)), r"metrics\.top1 is None, no number"),
+    "top-1 in words": (damaged(lambda done: done["metrics"].update(top1="80")), r"metrics\.top1 is '80', no number"),
+    "an infinite top-1": (damaged(lambda done: done["metrics"].update(top1=float("inf"))), "metrics.top1 is inf"),
+    "half an interval": (damaged(lambda done: done["interval"].update(top1=[78.0])), r"interval\.top1 is \[78\.0\]"),
+    "no trial": (damaged(lambda done: done.update(trials=[])), r"trials is \[\]"),
+    "health is a list": (damaged(lambda done: done.update(health=[1])), r"health is \[1\], no mapping"),
+    "health without a key": (damaged(lambda done: done.update(health=HEALTH)), "it lacks health.dead_dimensions"),
+    "classes in a list": (damaged(lambda done: done.update(per_class=[1])), r"per_class is \[1\], no mapping"),
+    "no time": (damaged(lambda done: done.update(environment={"time": 5})), "environment.time is 5, no text"),
+    "encoder is a word": (
+        put("config.yaml", b"command: knn\nencoder: hello"),
+        r"config\.yaml is damaged: encoder is 'hello', no mapping",
+    ),
+    "command is a list": (put("config.yaml", b"command: [1]"), r"config\.yaml is damaged: command is \[1\], no text"),
+}
+
+
+def refused(folder, output, words):
+    """A report is refused in one line with the way out, and none is written."""
+    with pytest.raises(InputError, match=words) as error:
+        write_report([folder], output)
+    assert "\n" not in str(error.value) and "; leave that run out, or run it again" in str(error.value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_evaluation_is_told_in_a_line(name, tmp_path):
+    damage, words = DAMAGED[name]
+    folder = write_run(tmp_path / "run", "linear", record(MOCO, 80.0))
+    damage(folder)
+    refused(folder, tmp_path / "report.html", words)
+
+
+NEEDED = ("protocol", "dataset", "encoder", "metrics", "std", "trials", "over", "selection", "equivalences")
+
+
+@pytest.mark.parametrize("key", [*NEEDED, "deviations", "cost"])
+def test_a_record_without_a_key_is_told_in_a_line(key, tmp_path):
+    folder = write_run(tmp_path / "run", "linear", record(MOCO, 80.0))
+    damaged(lambda done: done.pop(key))(folder)
+    refused(folder, tmp_path / "report.html", rf"result\.json is damaged: it lacks {key};")
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path):
+    folder = write_run(tmp_path / "run", "linear", record(MOCO, 80.0))
+    damaged(lambda done: [done.pop(key) for key in ("interval", "environment")])(folder)
+    assert "health" not in json.loads((folder / "result.json").read_text())
+    write_report([folder], tmp_path / "report.html")
+    assert "80.0" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (b'{"step": 1, "epoch": 1, "loss": 1}\n\xff\n{}\n', "line 2 is not JSON"),
+        (b"12\n", "line 1 is damaged: it is 12, no mapping"),
+        (b'{"epoch": 1, "loss": 1}\n', "line 1 is damaged: it lacks step"),
+        (b'{"step": 1, "epoch": 1, "loss": null}\n', "line 1 is damaged: loss is None, no number"),
+        (b'{"step": 1, "epoch": 1, "loss": "x"}\n', "line 1 is damaged: loss is 'x', no number"),
+        (b'{"step": 1, "epoch": 0, "loss": 1}\n', "line 1 is damaged: .* a loss before the first step"),
+        (b'{"step": 1, "epoch": 1, "knn_top1": null}\n', "line 1 is damaged: knn_top1 is None"),
+    ],
+)
+def test_a_damaged_line_of_a_pretraining_is_told(lines, words, tmp_path):
+    folder = write_pretraining(tmp_path / "pretrain")
+    (folder / "metrics.jsonl").write_bytes(lines)
+    refused(folder, tmp_path / "report.html", rf"metrics\.jsonl {words}")
+
+
+def test_half_a_character_at_the_end_is_still_being_written(tmp_path):
+    folder = write_pretraining(tmp_path / "pretrain")
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes() + b'{"alarms": ["\xc3')
+    assert read.read_runs([folder])[0].metrics[-1]["knn_top1"] == 70.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("command: pretrain\nconfig: 3", "config is 3, no mapping"),
+        ("command: pretrain\ndataset: {images: 3}", r"it lacks dataset\.name"),
+        ("command: pretrain\ndataset: 3", "dataset is 3, no mapping"),
+    ],
+)
+def test_a_damaged_config_of_a_pretraining_is_told(text, words, tmp_path):
+    folder = write_pretraining(tmp_path / "pretrain")
+    (folder / "config.yaml").write_text(text)
+    refused(folder, tmp_path / "report.html", rf"config\.yaml is damaged: {words}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("3", "it is 3"), ('{"loss": 1}', "it lacks iteration"), ('{"iteration": 1, "loss": "x"}', "loss")],
+)
+def test_a_damaged_line_of_a_fine_tuning_is_told(line, words, tmp_path):
+    folder = write_run(tmp_path / "run", "detect", record(MOCO, 40.0, protocol="detect/x@1", metric="AP50"))
+    (folder / "metrics.jsonl").write_text(f"{line}\n")
+    refused(folder, tmp_path / "report.html", rf"metrics\.jsonl line 1 is damaged: {words}")
+
+
+def test_a_folder_is_no_page(tmp_path):
+    folder = write_pretraining(tmp_path / "pretrain")
+    with pytest.raises(InputError, match=r"pages is a folder; name a file in it, such as .*pages/report\.html"):
+        (tmp_path / "pages").mkdir()
+        write_report([folder], tmp_path / "pages")
+
+
+# Names and times
+
+
+def test_a_folder_whose_name_is_no_utf8_is_shown_with_backslashes(tmp_path):
+    folder = tmp_path / os.fsdecode(b"r\xff")
+    done = record(MOCO | {"path": os.fsdecode(b"w\xfe.pth"), "pretraining": None}, 80.0)
+    write_run(folder, "linear", done)
+    assert read.read_runs([folder])[0].name == r"r\xff"
+    write_report([folder], folder / "report.html")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert r"w\udcfe" in page and r"r\udcff" in page  # the folder, as it was given
+
+
+def test_runs_of_one_folder_name_are_told_apart(tmp_path, monkeypatch):
+    for name in ("a/knn", "b/knn", "c/b/knn", "c/linear"):
+        write_run(tmp_path / name, "knn", record(MOCO, 80.0))
+    monkeypatch.chdir(tmp_path / "a" / "knn")
+    assert [run.name for run in read.read_runs([Path()])] == ["knn"]
+    names = {run.path.relative_to(tmp_path).as_posix(): run.name for run in read.read_runs([tmp_path])}
+    above = tmp_path.name
+    assert names == {
+        "a/knn": "a/knn",
+        "b/knn": f"{above}/b/knn",
+        "c/b/knn": "c/b/knn",
+        "c/linear": "linear",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1970-01-01T02:30:00+0200", 1800.0),
+        ("1970-01-01T01:50:00+0000", 6600.0),  # later, though its words come first
+        ("yesterday", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_times_of_two_zones_are_compared_as_times(text, seconds, tmp_path):
+    folder = write_run(tmp_path / "run", "linear", record(MOCO, 80.0))
+    (folder / "environment.json").write_text(json.dumps({} if text is None else {"time": text}))
+    assert read.read_runs([folder])[0].time == seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "MoCo (epoch 60)"),
+        ({"pretraining": {"protocol": "pretrain/cifar10-demo@1", "epochs": 9}, "origin": "other"}, "MoCo (epoch 9)"),
+        ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo (epoch 200)"),
+        ({"pretraining": {"epochs": 200}, "origin": "moco-eval safetensors, from facebookresearch/moco v1"}, "MoCo"),
+        ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/simsiam"}, "pretrain"),
+        ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/dino", "path": "my/dino.pth"}, "dino"),
+        ({"pretraining": {"epochs": 100}, "origin": "moco-eval safetensors, from facebookresearch/dino"}, "pretrain"),
+        ({"pretraining": {"protocol": "pretrain/moco-v2@1"}}, "MoCo"),
+        ({"pretraining": {"deviations": []}, "origin": "other", "path": "checkpoints/last.pth"}, "last"),
+    ],
+)
+def test_only_what_moco_trained_is_named_moco(changes, name, tmp_path):
+    write_run(tmp_path / "run", "linear", record(MOCO | changes, 80.0))
+    (run,) = read.read_runs([tmp_path / "run"])
+    found = read.encoder_names([run])[read.sha_of(run)]
+    assert found.startswith(name) and found.startswith("MoCo") == name.startswith("MoCo")
+    assert read.kind_of(run.record["encoder"]) == "trained"
+
+
+def test_query_and_key_encoder_of_a_file_are_two(tmp_path):
+    write_run(tmp_path / "runs" / "query", "linear", record(MOCO | {"which": "query"}, 80.0))
+    write_run(tmp_path / "runs" / "key", "linear", record(MOCO | {"which": "key"}, 70.0))
+    runs = read.read_runs([tmp_path / "runs"])
+    assert read.encoder_names(runs) == {
+        MOCO["sha256"]: "MoCo (epoch 60)",
+        f"{MOCO['sha256']}:key": "MoCo (epoch 60), key encoder",
+    }
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    rows = Elements((tmp_path / "report.html").read_text()).tables[0]
+    assert any(row.startswith("MoCo(epoch60),keyencoder") and "70.0" in row for row in rows)
 
 
 # Beside the papers

@@ -1,7 +1,9 @@
 """The report's maps, confusion, paired differences, feature health and published logs, each on small invented runs."""
 
+import io
 import json
 import re
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -116,6 +118,62 @@ def test_a_damaged_file_is_named(name, tmp_path):
     (tmp_path / "run" / name).write_bytes(b"PK nothing")
     with pytest.raises(InputError, match=rf"{name} cannot be read"):
         page_of(tmp_path)
+
+
+def damage_sample(folder, **arrays):
+    """sample.npz with other arrays in place of its own."""
+    with np.load(folder / sample.NAME) as held:
+        kept = dict(held)
+    np.savez(folder / sample.NAME, **(kept | arrays))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"variance": np.zeros((2, 4), np.float32)}, "is damaged: .*variance"),
+        ({"variance": np.full(8, 9, np.float32)}, "a share of the variance is not between 0 and 1"),
+        ({"variance": np.zeros(8)}, "variance of type float64"),
+        ({"variance": np.zeros(0, np.float32), "components": np.zeros((60, 0), np.float32)}, "is damaged: index"),
+        ({"components": np.zeros((60, 8), int)}, "components of type int64"),
+        ({"components": np.full((60, 8), np.nan, np.float32)}, "a component is not finite"),
+        ({"components": np.array([{}] * 60)}, "cannot be read"),  # objects, which no one unpickles
+        ({"index": np.zeros((60, 1), int)}, r"is damaged: index \(60, 1\)"),
+        ({"index": np.zeros(60)}, "index of type float64"),
+        ({"label": np.zeros(60, np.uint64)}, "label of type uint64"),
+        ({"label": np.full((60, 3), 7)}, "a label is none of 1, 0 and -1"),
+        ({"label": np.full(60, 3)}, "a label is none of its 3 classes"),
+        ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("U1")}, "cannot be read"),  # no characters
+    ],
+)
+def test_a_damaged_sample_is_told_in_a_line(arrays, words, tmp_path):
+    write_run(tmp_path / "run", held=blobs())
+    damage_sample(tmp_path / "run", **arrays)
+    with pytest.raises(InputError, match=rf"sample\.npz .*{words}.*; run the evaluation again") as error:
+        page_of(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "report.html").exists()
+
+
+def test_a_sample_that_is_one_array_is_told(tmp_path):
+    write_run(tmp_path / "run", held=blobs())
+    with (tmp_path / "run" / sample.NAME).open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InputError, match=r"sample\.npz cannot be read"):
+        page_of(tmp_path)
+
+
+def test_a_sample_is_not_made_as_large_as_it_says(tmp_path):
+    """Neither where its header says more than it holds, nor where it holds more than any sample."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**13,)})
+    for content, words in (
+        (header.getvalue(), r"index\.npy of shape \(10000000000000,\) has 128 bytes"),
+        (bytes(sample.MOST_BYTES // 5 + 1), "bytes unpacked, more than any sample has"),
+    ):
+        with zipfile.ZipFile(tmp_path / "sample.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in sample.ARRAYS:
+                archive.writestr(f"{name}.npy", content)
+        with pytest.raises(InputError, match=words):
+            sample.read(tmp_path / "sample.npz")
 
 
 def test_class_names_are_text_on_the_page(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from moco_eval import __version__, files
+from moco_eval.errors import InputError
 from moco_eval.papers import words
 from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
@@ -47,11 +48,14 @@ def write_report(runs: list[Path], output: Path, title: str = "moco-eval report"
     Raises:
         InputError: a path holds no finished run, a file of a run is damaged, the output cannot be written.
     """
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; name a file in it, such as {output / 'report.html'}")
     found = read_runs(runs)
     page = _template().render(title=title, version=__version__, **_script(), **_contents(found))
-    if len(page.encode()) > PAGE_BYTES:
-        warn(f"{output} has {len(page.encode()) / 1e6:.1f} MB; report on fewer runs for a lighter page")
-    files.write_text(output, page)
+    written = page.encode("utf-8", "backslashreplace")  # a folder's name may be no UTF-8
+    if len(written) > PAGE_BYTES:
+        warn(f"{output} has {len(written) / 1e6:.1f} MB; report on fewer runs for a lighter page")
+    files.write_text(output, written.decode("utf-8"))
 
 
 def _template() -> jinja2.Template:
@@ -89,7 +93,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "encoders": order,
         "kinds": kinds,
         "curves": [curves(run) for run in runs if any("loss" in line for line in run.metrics)],
-        "views": [(run.path.name, image(run.path / "views.png")) for run in runs if has(run, "views.png")],
+        "views": [(run.name, image(run.path / "views.png")) for run in runs if has(run, "views.png")],
         "neighbours": neighbours(runs, names, order),
         "maps": maps(runs, names, order),
         "health": health(runs, names, order),
