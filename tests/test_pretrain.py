@@ -255,7 +255,7 @@ def test_a_run_without_its_last_checkpoint_does_not_start_again(tmp_path):
         ("precision=bf16", "precision bf16 instead of fp32"),
         ("bn=none", "bn none on 1 process"),
         ("bn=shuffle", "bn shuffle on 1 process"),
-        ("bn_groups=2", "bn_groups 2 instead of 8"),
+        ("bn_groups=2", "batch norm in 2 groups instead of 8"),
     ],
 )
 def test_what_may_move_a_number_is_a_deviation(setting, words):

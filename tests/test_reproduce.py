@@ -59,6 +59,24 @@ def planned(path, *rows, runs="runs", records=(), **places):
     return reproduce.plan(str(path), rows, chain.Places(Path(runs), **places), records)
 
 
+def record_of(step, row, **changes):
+    """As an evaluation of the row's own encoder leaves it in the step's place; a fixture, not a measurement."""
+    encoder = {"path": "random:resnet18_quarter", "origin": "random", "arch": "resnet18_quarter", "pretraining": None}
+    if row.recipe:
+        settings = row.recipe.resolved().model_dump(mode="json")
+        about = {
+            "protocol": settings["protocol"],
+            "dataset": {"name": row.recipe.dataset},
+            "bn": "split",
+            "processes": 1,
+        }
+        about |= {"epochs": settings["schedule"]["epochs"], "config": settings}
+        encoder = {"path": "last.pth", "origin": "moco-eval/1", "arch": settings["arch"], "pretraining": about}
+    values = {"protocol": "knn/instdisc@1", "dataset": {"name": step.dataset}, "encoder": encoder}
+    values |= {"metrics": {"top1": 1.0}, "trials": [{}], "deviations": ["k 20 instead of 200"], "run": str(step.output)}
+    return values | changes
+
+
 def metrics(runs):
     """Of every record below, by the folder's name."""
     return {path.parent.name: files.read_json(path)["metrics"] for path in Path(runs).rglob("result.json")}
@@ -234,21 +252,30 @@ def test_steps_are_left_begun_and_done(in_tmp):
     run = {"command": "pretrain", "dataset": {"name": "digits"}, "processes": 1, "bn": "split"}
     settings = pretrain.recipe.resolved().model_dump(mode="json") | {"precision": "fp32"}
     files.write_text(pretrain.output / "config.yaml", yaml.safe_dump(run | {"config": settings}))
-    files.write_text(random.output / "result.json", "{}")
-    assert [state for _, state in states(planned(table))] == ["begun", "left", "done"]
-    assert planned(table).left == [pretrain, moco]
-    files.write_text(pretrain.output / "checkpoints/epoch_0001.pth", "")
-    assert [state for _, state in states(planned(table))] == ["done", "left", "done"]
+    done = [record_of(random, tables.load_table(str(table)).rows[1])]
+    assert [state for _, state in states(planned(table, records=done))] == ["begun", "left", "done"]
+    assert planned(table, records=done).left == [pretrain, moco]
+    for name in ("last.pth", "epoch_0001.pth"):
+        files.write_text(pretrain.output / "checkpoints" / name, "")
+    assert [state for _, state in states(planned(table, records=done))] == ["done", "left", "done"]
     other = yaml.safe_dump(run | {"config": settings | {"temperature": 0.5}})
     files.write_text(pretrain.output / "config.yaml", other)  # finished, but of another recipe
-    assert planned(table).left == [pretrain, moco]
+    assert planned(table, records=done).left == [pretrain, moco]
+
+
+@pytest.mark.parametrize("change", [{"protocol": "knn/grid@1"}, {"dataset": {"name": "cifar10"}}, {"trials": []}])
+def test_only_a_record_of_the_row_makes_a_step_done(in_tmp, change):
+    table = write_table(in_tmp)
+    step, (moco, random) = planned(table).steps[2], tables.load_table(str(table)).rows
+    assert step not in planned(table, records=[record_of(step, random)]).left
+    assert step in planned(table, records=[record_of(step, random, **change)]).left
+    assert step in planned(table, records=[record_of(step, moco)]).left  # of another row's encoder
 
 
 def test_an_encoder_is_not_trained_again_for_evaluations_that_are_done(in_tmp):
     table = write_table(in_tmp)
     moco = planned(table).steps[1]
-    files.write_text(moco.output / "result.json", "{}")
-    plan = planned(table, "MoCo")
+    plan = planned(table, "MoCo", records=[record_of(moco, tables.load_table(str(table)).rows[0])])
     assert plan.left == [] and [state for _, state in states(plan)] == ["not needed", "done"]
 
 
@@ -258,8 +285,9 @@ def test_an_encoder_is_trained_for_a_detection_although_its_copy_is_there(in_tmp
     pretrain, convert, detect = steps = chain.steps(table, [table.rows[2]], places)
     files.write_text(convert.output, "")
     assert chain.left(steps, table, []) == [pretrain, detect]
-    files.write_text(detect.output / "result.json", "{}")
-    assert chain.left(steps, table, []) == []
+    found = {"protocol": "detect/voc-r50-c4-24k@1", "metrics": dict.fromkeys(("AP", "AP50", "AP75"), 1.0)}
+    assert chain.left(steps, table, [record_of(detect, table.rows[2], **found)]) == [pretrain, detect]  # one of five
+    assert chain.left(steps, table, [record_of(detect, table.rows[2], **found, trials=[{}] * 5)]) == []
 
 
 def test_a_pretraining_with_another_setting_is_not_taken_and_foreign_files_are_passed_over(tmp_path):
@@ -272,7 +300,8 @@ def test_a_pretraining_with_another_setting_is_not_taken_and_foreign_files_are_p
         ("c", {"workers": 3, "seed": 5}),
     ):
         files.write_text(tmp_path / name / "config.yaml", yaml.safe_dump(run | {"config": settings | change}))
-        files.write_text(tmp_path / name / "checkpoints/epoch_0002.pth", "")
+        for file in ("last.pth", f"epoch_{recipe.resolved().schedule.epochs:04}.pth"):
+            files.write_text(tmp_path / name / "checkpoints" / file, "")
     for name, text in (("0", "[not, ours]"), ("1", "{a: "), ("2", "config: 3\ncommand: pretrain")):
         files.write_text(tmp_path / name / "config.yaml", text)
         files.write_text(tmp_path / name / "checkpoints/x", "")

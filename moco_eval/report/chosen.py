@@ -13,7 +13,7 @@ def by_test_set(runs: Sequence[Run], detection: bool = False) -> list[tuple[str,
     """Classifications, or detections, by the images they were tested on, oldest first: ('digits test', runs)."""
     groups: dict[tuple, list[Run]] = {}
     judged = [run for run in runs if run.record and (run.config["command"] == "detect") == detection]
-    for run in sorted(judged, key=lambda run: run.environment.get("time", "")):
+    for run in sorted(judged, key=lambda run: run.time):
         assert run.record
         dataset = run.record["dataset"]
         groups.setdefault(tuple(dataset.get(key) for key in ("name", "split", "fingerprint", "images")), []).append(run)

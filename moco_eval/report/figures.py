@@ -26,7 +26,7 @@ def curves(run: Run) -> dict[str, Any]:
     log_losses = in_steps(log, steps) if log else []
     log_top1 = [(float(point.epoch), point.knn_top1) for point in log.points] if log else []
     return {
-        "name": run.path.name,
+        "name": run.name,
         "loss": _loss_curve(steps, chance.get("chance"), chance.get("queue_full_step"), log_losses),
         "first": steps[0]["loss"],
         "last": steps[-1]["loss"],

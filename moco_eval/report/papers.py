@@ -13,7 +13,7 @@ from moco_eval.report.read import Run
 
 def papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each published table of which one of these runs has a number: the columns they have, whole."""
-    records = [run.record | {"run": run.path.name} for run in runs if run.record]
+    records = [run.record | {"run": run.name} for run in runs if run.record]
     found = (beside.compare(load_table(name), records) for name, _ in tables()) if records else ()
     return [_shown(comparison) for comparison in found if any(_meets(line) for line in comparison.lines)]
 

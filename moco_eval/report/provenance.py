@@ -12,7 +12,7 @@ def departures(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[st
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
         for words in run.record["deviations"] if run.record else ():
-            found.setdefault(run.record["protocol"], {}).setdefault(words, []).append(run.path.name)  # type: ignore[index]
+            found.setdefault(run.record["protocol"], {}).setdefault(words, []).append(run.name)  # type: ignore[index]
     return [(protocol, _together(found[protocol])) for protocol in sorted(found)]
 
 
@@ -39,7 +39,7 @@ def provenance(run: Run, names: dict[str, str]) -> dict[str, Any]:
     protocol = run.record["protocol"] if run.record else (run.config.get("config") or {}).get("protocol", "")
     encoder = names[sha_of(run)] if run.record else ""
     return {
-        "name": run.path.name,
+        "name": run.name,
         "protocol": protocol,
         "encoder": encoder,
         "facts": [f for f in facts if f[1]],

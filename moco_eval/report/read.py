@@ -146,7 +146,9 @@ def kind_of(encoder: dict[str, Any]) -> str:
     pretraining = encoder["pretraining"]
     if encoder["arch"] == "pixels":
         return "pixels"
-    if encoder["origin"].startswith("random") or (pretraining and pretraining.get("epochs") == 0):
+    if encoder["origin"].startswith("random") or (
+        pretraining and pretraining.get("epochs") == 0 and not pretraining.get("steps")
+    ):
         return "random"
     return "trained" if pretraining else "other"
 

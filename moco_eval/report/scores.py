@@ -57,7 +57,7 @@ class Column:
 def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
     """The columns, fewest labels first; of two runs of the same thing the newer counts."""
     columns: dict[Any, Column] = {}
-    for run in sorted(runs, key=lambda run: run.environment.get("time", "")):
+    for run in sorted(runs, key=lambda run: run.time):
         record = run.record
         for metric in filter(_rank, record["metrics"] if record else ()):
             assert record
