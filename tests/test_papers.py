@@ -47,7 +47,7 @@ PROMISED += [
     "digits",
 ]
 # sha256 over every published number and statement, in order; recompute it only for a correction checked with the paper
-PUBLISHED_SHA256 = "5bada2817fcf41219774fdb32cb9fd864e6a19cbfc5099c76dc1ef1af1fa6e82"
+PUBLISHED_SHA256 = "b2faaf69fc98f6785ad694846c71d9966c103df873ec179163e614935b9b7990"
 
 
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):
