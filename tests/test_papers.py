@@ -47,7 +47,7 @@ PROMISED += [
 ]
 # sha256 over every published number, column and way to have a row, in order; recompute it only for a correction checked
 # with the paper
-PUBLISHED_SHA256 = "8fad8ccbb02ce8b7a4d7e8ea9c4089c0972aabc5f6d6d2436337c923256759fa"
+PUBLISHED_SHA256 = "793dba927012aa4b9c3146a23c454417e05a376428a3ce95e6d1ee457a4a6291"
 
 
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):
