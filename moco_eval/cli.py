@@ -94,6 +94,7 @@ places_options = options(
     click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Where the results are."),
     click.option("--data", "folders", multiple=True, metavar="NAME=FOLDER", help="Of a data set; may be repeated."),
     click.option("--released", is_flag=True, help="Take the authors' checkpoints instead of pretraining."),
+    click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes of every step."),
 )
 
 
@@ -526,7 +527,6 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
 @click.argument("table_id", metavar="ID", required=False)
 @click.option("--rows", multiple=True, metavar="LABEL", help="A row's label or a part of it; may be repeated.")
 @places_options
-@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes of every step.")
 @click.option("--slurm", is_flag=True, help="Submit what is left as SLURM jobs, and end.")
 @click.option("--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan and the commands, do nothing.")
@@ -553,6 +553,11 @@ def reproduce(
     waiting = jobs.states(places.runs)
     if dry_run:
         click.echo(chains.describe(plan, waiting, chains.costs_of(plan, records)))
+    if plan.left:
+        from pretraining.plan import plan as could_start
+
+        chains.check(plan, _as_given(), could_start)
+    if dry_run:
         return
     if slurm and plan.left:
         with chains.alone(places.runs):
@@ -631,7 +636,7 @@ def demo(output: Path, device: str) -> None:
 
 
 def _places(given: dict[str, Any]) -> Any:
-    """Where things are, from `places_options` and, where a command has it, --nproc: a chain.Places."""
+    """Where things are, from `places_options`: a chain.Places."""
     from moco_eval.papers.chain import Places
 
     data = {}
@@ -640,7 +645,12 @@ def _places(given: dict[str, Any]) -> Any:
         if not (name and equals and folder):
             raise InputError(f"--data {words} is not NAME=FOLDER; for example --data imagenet=/datasets/imagenet")
         data[name] = Path(folder)
-    return Places(given["runs"], data, given.get("nproc", 1), given["released"])
+    return Places(given["runs"], data, given["nproc"], given["released"])
+
+
+def _as_given() -> list[str]:
+    """The command line of this process, as one types it."""
+    return ["moco-eval", *sys.argv[1:]]
 
 
 def _records(places: Any) -> list[dict[str, Any]]:

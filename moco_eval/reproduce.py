@@ -1,15 +1,17 @@
 """A published table from nothing: plan the chain of its rows, run what is left of it, step after step."""
 
+import difflib
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
@@ -20,11 +22,20 @@ from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import chain, tables
 from moco_eval.papers.beside import Record
 from moco_eval.papers.chain import Places, Step
+from moco_eval.papers.missing import total
 from moco_eval.papers.tables import Row, Table
 from moco_eval.text import as_text
 
+if TYPE_CHECKING:
+    from moco_eval.papers.cost import Cost
+
 AGAIN = "run the same command to go on"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Where the pages keep data: VOC of both years in one folder, what torchvision fetches side by side, others by name.
+USUAL = {
+    **dict.fromkeys(("voc", "voc07"), "/datasets/VOCdevkit"),
+    **dict.fromkeys(("cifar10", "cifar100", "stl10", "flowers102", "pets", "food101", "dtd"), "/datasets"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,33 +43,40 @@ class Plan:
     """The chain of a table's rows.
 
     Attributes:
-        name: the table's id or file, as it was given.
         steps: in an order in which they can run.
         left: those that have to run.
         left_out: rows that cannot be had, each with the reason.
     """
 
-    name: str
     table: Table
     places: Places
     steps: list[Step]
     left: list[Step]
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def reading(self) -> list[Step]:
+        """The steps that are left and read data of a folder."""
+        return [step for step in self.left if step.kind != "convert" and step.dataset not in chain.BUILT_IN]
+
+    @property
+    def lacking(self) -> list[str]:
+        """Data sets whose folder is needed and was not named."""
+        names = dict.fromkeys(step.dataset for step in self.reading)
+        return [name for name in names if name not in self.places.data]
+
 
 def plan(name: str, asked: Sequence[str], places: Places, records: Sequence[Record]) -> Plan:
     """What produces the rows that are asked for, all that can be had where none are, and what of it is left.
 
     Raises:
-        InputError: no such table or row, a row that cannot be had, data that are not named or not there.
+        InputError: no such table or row, a row that cannot be had, a data set that there is not.
     """
     table = tables.load_table(name)
     rows, left_out = choose(table, asked)
     places = replace(places, data=_folders(places))
     steps = chain.steps(table, rows, places)
-    found = Plan(name, table, places, steps, chain.left(steps, table, records), left_out)
-    _check_data(found)
-    return found
+    return Plan(table, places, steps, chain.left(steps, table, records), left_out)
 
 
 # Which rows
@@ -72,13 +90,13 @@ def choose(table: Table, asked: Sequence[str]) -> tuple[list[Row], list[tuple[st
     Raises:
         InputError: a part that is in no label; only rows that cannot be had; nothing in the table can be had.
     """
-    wanted = [row for part in asked for row in _named(table, part)] if asked else list(table.rows)
-    chosen = [row for row in table.rows if row in wanted]
-    reasons = [(row.label, why) for row in chosen if (why := chain.why_none(table, row))]
-    without = {label for label, _ in reasons}
-    if len(without) == len(chosen):
-        raise InputError(f"no row of {table.id} can be had: {reasons[0][0]}: {reasons[0][1]}")
-    return [row for row in chosen if row.label not in without], reasons
+    parts = [_named(table, part) for part in asked] or [list(table.rows)]
+    chosen = [row for row in table.rows if any(row in part for part in parts)]
+    reasons = {row.label: why for row in chosen if (why := chain.why_none(table, row))}
+    refused = [row for part in parts if all(row.label in reasons for row in part) for row in part]
+    if refused:
+        raise InputError(f"cannot be had of {table.id}: {_with_reasons(refused, reasons)}")
+    return [row for row in chosen if row.label not in reasons], list(reasons.items())
 
 
 def _named(table: Table, part: str) -> list[Row]:
@@ -86,11 +104,16 @@ def _named(table: Table, part: str) -> list[Row]:
     found = [row for row in table.rows if row.label.lower() == part.lower()]
     found = found or [row for row in table.rows if part.lower() in row.label.lower()]
     if not found:
-        raise InputError(f"no row of {table.id} has {part!r} in its label.{config.did_you_mean(part, labels)}")
-    reasons = [chain.why_none(table, row) for row in found]
-    if all(reasons):
-        raise InputError(f"row {found[0].label!r} of {table.id} cannot be had: {reasons[0]}")
+        near = difflib.get_close_matches(part, labels, 1)
+        way_out = f"Did you mean {near[0]!r}?" if near else f"Its rows: {', '.join(map(repr, labels))}."
+        raise InputError(f"no row of {table.id} has {part!r} in its label. {way_out}")
     return found
+
+
+def _with_reasons(rows: Sequence[Row], reasons: Mapping[str, str], shown: int = 5) -> str:
+    """The labels, each with why there is nothing of ours."""
+    words = [f"{label!r} ({reasons[label]})" for label in dict.fromkeys(row.label for row in rows)]
+    return ", ".join(words[:shown]) + (f", and {len(words) - shown} more" if words[shown:] else "")
 
 
 # Data
@@ -108,70 +131,79 @@ def _folders(places: Places) -> Mapping[str, Path]:
     return (dict.fromkeys(known, Path(everywhere)) if everywhere else {}) | dict(places.data)
 
 
-def _check_data(found: Plan) -> None:
-    """Raises InputError where a step that is left lacks its data."""
-    steps = [step for step in found.left if step.kind != "convert" and step.dataset not in chain.BUILT_IN]
-    names = list(dict.fromkeys(step.dataset for step in steps))
-    if missing := [name for name in names if name not in found.places.data]:
-        given = "".join(f" --data {name}={found.places.data.get(name, f'/datasets/{name}')}" for name in names)
+def check(found: Plan, asked: Sequence[str], could_start: Callable[..., object]) -> None:
+    """Look whether every step that is left could start, as far as its data tell.
+
+    Args:
+        asked: the words of the command, to be shown with what they lack.
+        could_start: `pretraining.plan.plan`, which checks a config, a data set, its folder and a number of processes.
+    Raises:
+        InputError: data that are not named, not there, or too few for a pretraining.
+    """
+    if found.lacking:
+        more = [word for name in found.lacking for word in ("--data", f"{name}={USUAL.get(name, f'/datasets/{name}')}")]
         raise InputError(
-            f"{found.table.id} needs the folder of {' and of '.join(missing)}; for example: "
-            f"moco-eval reproduce {found.name}{given}"
+            f"{found.table.id} needs the folder of {' and of '.join(found.lacking)}; for example: "
+            f"{shlex.join((*asked, *more))}"
         )
     looked_at = set()
-    for step in steps:
+    for step in found.left:
         what = (step.dataset, step.words[0], step.name if step.words[0] == "detect" else "")
-        if what not in looked_at:
-            _open(step, found.places.data[step.dataset])
+        if step.recipe or (step in found.reading and what not in looked_at):
+            _check(step, found.places, could_start)
         looked_at.add(what)
 
 
-def _open(step: Step, folder: Path) -> None:
+def _check(step: Step, places: Places, could_start: Callable[..., object]) -> None:
     """Open a step's data as the step will. Raises InputError."""
-    from moco_eval.data.images import open_images, open_splits
+    from moco_eval.data.images import open_splits
     from moco_eval.detection.detect import open_data
     from moco_eval.detection.recipe import DetectConfig
 
+    folder = places.data.get(step.dataset)
     try:
-        if step.kind == "pretrain":
-            open_images(step.dataset, folder, "pretrain")
+        if step.recipe:
+            could_start(step.recipe.resolved(), step.dataset, folder, places.processes)
         elif step.words[0] == "detect":
             open_data(step.dataset, folder, None, None, config.load(step.name, "detect", DetectConfig))
         else:
             open_splits(step.dataset, folder)
     except InputError as error:
-        raise InputError(f"{step.dataset}: {error}") from None
+        raise InputError(f"{_title(step)}: {error}") from None
 
 
 # The plan in words
 
 
-def costs_of(found: Plan, records: Sequence[Record]) -> list[str]:
+def costs_of(found: Plan, records: Sequence[Record]) -> "list[Cost | None]":
     """About how long each step that is left takes on this machine; imports torch and times it, where anything is."""
     if not found.left:
         return []
     from moco_eval.papers.cost import costs
 
-    return [cost.words if cost else "not known" for cost in costs(found.left, found.table, records)]
+    return costs(found.left, found.table, records)
 
 
-def describe(found: Plan, jobs: Mapping[Path, str], costs: Sequence[str] | None = None) -> str:
+def describe(found: Plan, jobs: Mapping[Path, str], costs: "Sequence[Cost | None] | None" = None) -> str:
     """Each step with its state, and the rows that are left out; with the costs also the commands that are left.
 
     Args:
         jobs: what SLURM says of a step, by its output.
-        costs: of the steps that are left, in words.
+        costs: of the steps that are left; None where nothing tells one.
     """
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("step", "rows", "state", *(["takes here"] if costs else [])):
         grid.add_column(heading)
-    takes = dict(zip((step.words for step in found.left), costs or []))
+    takes = {step.words: cost.words if cost else "not known" for step, cost in zip(found.left, costs or [])}
     for step in found.steps:
         rows = "; ".join(dict.fromkeys(label for label, _ in step.cells))
         cells = (_title(step), rows, _state(step, found, jobs), takes.get(step.words, ""))
         grid.add_row(*(escape(cell) for cell in cells[: len(grid.columns)]))
-    out = [f"left out: {label}: {why}" for label, why in found.left_out]
-    return as_text(grid, *out, *([step.command for step in found.left] if costs else []))
+    shown = as_text(grid, *(f"left out: {label}: {why}" for label, why in found.left_out))
+    if not costs:
+        return shown
+    # not through rich, which would break commands at the terminal's width
+    return "\n".join(filter(None, (shown, *(step.command for step in found.left), total(costs))))
 
 
 def _title(step: Step) -> str:
@@ -186,6 +218,8 @@ def _state(step: Step, found: Plan, jobs: Mapping[Path, str]) -> str:
         return "done" if done else "not needed"  # all that it is for is done
     if step.output in jobs:
         return jobs[step.output]
+    if step in found.reading and step.dataset in found.lacking:
+        return f"data missing: {step.dataset}"
     return "begun" if step.output.exists() else "left"
 
 

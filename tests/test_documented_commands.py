@@ -361,6 +361,8 @@ def bring(words: list[str], made: Path) -> None:
     if "mine.yaml" in words:
         (text,) = [text for page in PAGES for text in code_of(page, "yaml") if text.startswith("id: mine\n")]
         Path("mine.yaml").write_text(text)
+        Path("FOLDER").unlink()
+        Path("FOLDER").symlink_to(made / "whole" / "imagenet")  # enough images for a batch of its recipe
     for word in ["runs/A" if word == "runs" and not Path(word).exists() else word for word in words]:
         run = Path(*Path(word).parts[:2])
         if not word.startswith("runs/") or run.exists():

@@ -17,6 +17,7 @@ from moco_eval.config import judge_model
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import chain, tables
+from pretraining.plan import plan as could_start
 
 STATED = {"arch": "resnet18_quarter", "data": "digits", "epochs": 1, "batch": 64, "K": 1024, "m": 0.995, "tau": 0.2}
 SMALL = {"schedule.epochs": 1, "views.size": 32, "checkpoints.steps": 1}
@@ -166,7 +167,7 @@ def test_rows_by_their_labels_or_parts_of_them():
 
 
 def test_rows_that_are_refused():
-    with pytest.raises(InputError, match=r"row 'MoCo, IG-1B' of moco-v1-2b cannot be had: data never public"):
+    with pytest.raises(InputError, match=r"cannot be had of moco-v1-2b: 'MoCo, IG-1B' \(data never public\)"):
         labels("IG-1B")
     with pytest.raises(InputError, match=r"has 'MoCo, IN-1N' in its label. Did you mean 'MoCo, IN-1M'\?"):
         labels("MoCo, IN-1N")
@@ -181,7 +182,7 @@ def test_rows_that_are_refused():
         (
             ["moco-v1-2b"],
             "moco-v1-2b needs the folder of voc and of imagenet; for example: moco-eval reproduce moco-v1-2b "
-            "--data voc=/datasets/voc --data imagenet=/datasets/imagenet",
+            "--data voc=/datasets/VOCdevkit --data imagenet=/datasets/imagenet",
         ),
         (["moco-v1-2b", "--data", "voc=here"], "needs the folder of imagenet; for example: moco-eval reproduce"),
         (["moco-v1-2b", "--rows", "random", "--data", "voc=here"], "voc: --data here does not exist"),
@@ -195,10 +196,30 @@ def test_what_is_refused_before_anything_is_written(arguments, words, in_tmp, ca
     assert not list(in_tmp.iterdir())
 
 
+def test_a_plan_without_its_data_is_shown_before_it_is_refused(in_tmp, capfd, monkeypatch):
+    monkeypatch.setattr("moco_eval.papers.cost.costs", lambda steps, *_: [None] * len(steps))
+    out, err = in_process(
+        capfd, monkeypatch, "reproduce", "moco-v1-2b", "--rows", "random", "--nproc", "2", "--dry-run", code=2
+    )
+    assert "data missing: voc" in out and "moco-eval detect random:resnet50" in out
+    given = "moco-eval reproduce moco-v1-2b --rows random --nproc 2 --dry-run --data voc=/datasets/VOCdevkit"
+    assert given in err and not list(in_tmp.iterdir())
+
+
+def test_too_few_images_are_refused_before_anything_runs(in_tmp, capfd, monkeypatch):
+    """As the pretraining itself would, had its turn come."""
+    values = {"config": "digits", "dataset": "digits", "set": {"batch_size": 2048, "queue_size": 8192}}
+    rows = [{"label": "large", "published": {"knn": None}, "recipe": values}]
+    rows[0]["states"] = STATED | {"epochs": 20, "batch": 2048, "K": 8192}
+    line = error_line(capfd, monkeypatch, "reproduce", write_table(in_tmp, rows=rows))
+    assert "digits has 1297 images, less than one batch of 2048" in line
+    assert [path.name for path in in_tmp.iterdir()] == ["mini.yaml"]
+
+
 def test_the_environment_says_where_all_data_are(in_tmp, monkeypatch):
     monkeypatch.setenv("MOCO_EVAL_DATA", "/everything")
     with pytest.raises(InputError, match="cifar10: --data /everything does not exist"):
-        planned("cifar10-demo")
+        reproduce.check(planned("cifar10-demo"), ["moco-eval", "reproduce"], could_start)
 
 
 @pytest.mark.parametrize(

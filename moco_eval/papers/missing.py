@@ -41,10 +41,16 @@ class Missing:
     @property
     def total(self) -> str:
         """The costs together, in words."""
-        known = [cost.seconds for _, cost in self.steps if cost]
-        unknown = len(self.steps) - len(known)
-        more = f", and {unknown} of unknown cost" if unknown else ""
-        return f"{len(self.steps)} steps, in all about {duration(sum(known))}{more}" if known else ""
+        return total([cost for _, cost in self.steps])
+
+
+def total(costs: "Sequence[Cost | None]") -> str:
+    """Of so many steps together, in words; empty where nothing is known."""
+    known = [cost.seconds for cost in costs if cost]
+    unknown = len(costs) - len(known)
+    more = f", and {unknown} of unknown cost" if unknown else ""
+    steps = f"{len(costs)} step{'s' if costs[1:] else ''}"
+    return f"{steps}, in all about {duration(sum(known))}{more}" if known else ""
 
 
 def find(table: Table, records: Sequence[Record], places: Places) -> Missing:
