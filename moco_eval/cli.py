@@ -518,7 +518,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, **
     records = _records(places)
     left = missing.find(published, records, places)
     if commands:
-        click.echo(missing.script(left))
+        click.echo(missing.stopping_script(left))
     else:
         click.echo(render.render(beside.compare(published, records), form, left))
 

@@ -485,8 +485,8 @@ def test_one_recipe_is_one_command_in_all_tables():
 
 def test_the_commands_are_shown(capfd, monkeypatch, quick_probe):
     out, _ = in_process(capfd, monkeypatch, "table", "cifar10-demo", "--commands")
-    first, command, *_ = out.splitlines()
-    assert first == "# asymmetric loss, 200 epochs"
+    stop, folder, first, _, command, *_ = out.splitlines()
+    assert (stop, first) == ("set -e", "# asymmetric loss, 200 epochs") and "in place of FOLDER" in folder
     assert command == (
         "moco-eval pretrain cifar10 --dataset cifar10 --data FOLDER --precision fp32 "
         "--output runs/pretrain-cifar10-cifar10"

@@ -245,7 +245,7 @@ def test_reasons_and_unmeasured_columns_are_told(quick_probe):
     assert "BigBiGAN, R50" in found.reasons["not yet built"] and found.unmeasured == ["parameters"]
     text = render.render(beside.compare(TABLES["moco-v1-1"], []), "text", found)
     assert "cannot be had (not yet built): Exemplar, R50w3x; RelativePosition, R50w2x; " in text
-    assert "no protocol of ours measures: parameters" in text
+    assert "of no protocol of ours: parameters" in text
     assert f"{len(found.steps)} steps, in all about " in text
 
 
@@ -253,7 +253,7 @@ def test_a_label_of_two_lines_is_no_command():
     step = left(TABLES["moco-v2-2"], [], chain.Places())[0]
     hard = missing.Missing([(dataclasses.replace(step, cells=(("a\nrm -rf b", "top1"),)), None)], {"why": ["c\nd"]})
     lines = missing.script(hard).splitlines()
-    assert lines == ["# a rm -rf b", step.command, "# cost unknown"]
+    assert lines == ["# a rm -rf b", "# cost unknown", step.command]
     out = render.render(beside.compare(TABLES["moco-v2-2"], []), "latex", hard).splitlines()
     assert "% cannot be had (why): c d" in out and "% # a rm -rf b" in out
 
@@ -279,11 +279,13 @@ def test_commands_are_a_shell_script(monkeypatch, in_tmp, quick_probe, capfd):
     out, _ = in_process(capfd, monkeypatch, "table", "moco-v1-2b", "--commands", *given)
     lines = out.splitlines()
     commands = [shlex.split(line) for line in lines if not line.startswith("#")]
-    assert len(commands) == 5 and all(command[0] == "moco-eval" for command in commands)
+    assert commands.pop(0) == ["set", "-e"] and len(commands) == 5
+    assert all(command[0] == "moco-eval" for command in commands)
     folders = {value for command in commands for option, value in pairwise(command) if option == "--data"}
     assert folders == {"/my data/in", "/v"}
-    assert lines[:3] == ["# random init", shlex.join(commands[0]), lines[2]] and lines[2].startswith("# about ")
-    assert lines[lines.index(shlex.join(commands[3])) + 1] == "# under a minute"
+    assert lines[:2] == ["set -e", "# random init"] and lines[3] == shlex.join(commands[0])
+    assert lines[2].startswith("# about ") and lines[lines.index(shlex.join(commands[3])) - 1] == "# under a minute"
+    assert lines.count("# MoCo, IN-1M") == 1  # of three steps
 
 
 def test_csv_has_the_commands_and_hours_of_each_cell(monkeypatch, in_tmp, quick_probe, capfd):

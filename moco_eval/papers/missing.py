@@ -82,12 +82,23 @@ def _require_read(table: Table, steps: Sequence[Step], places: Places) -> None:
 
 
 def script(missing: Missing) -> str:
-    """The commands as a shell script: what each is for, the command, what it costs."""
-    lines = []
+    """The commands in order: the rows that they are for and what each costs, then the command."""
+    lines, before = [], None
     for step, cost in missing.steps:
-        rows = dict.fromkeys(label for label, _ in step.cells)
-        lines += [comment("; ".join(rows)), step.command, comment(cost.words if cost else "cost unknown")]
+        rows = "; ".join(dict.fromkeys(label for label, _ in step.cells))
+        lines += [] if rows == before else [comment(rows)]
+        lines += [comment(cost.words if cost else "cost unknown"), step.command]
+        before = rows
     return "\n".join(lines)
+
+
+def stopping_script(missing: Missing) -> str:
+    """The same as a shell script that ends with the first command that fails."""
+    if not missing.steps:
+        return comment("nothing is left to run")
+    unnamed = any("FOLDER" in step.words for step, _ in missing.steps)
+    way_out = [comment("put the data set's folder in place of FOLDER, or name it: --data NAME=...")] if unnamed else []
+    return "\n".join(("set -e", *way_out, script(missing)))
 
 
 def comment(text: str, sign: str = "#") -> str:

@@ -70,5 +70,5 @@ def heading(missing: Missing) -> str:
 def unobtainable(missing: Missing) -> list[str]:
     """Rows and columns of which nothing of ours can be had, by their reason."""
     rows = [f"cannot be had ({reason}): {'; '.join(labels)}" for reason, labels in missing.reasons.items()]
-    columns = [f"no protocol of ours measures: {', '.join(missing.unmeasured)}"] if missing.unmeasured else []
+    columns = [f"of no protocol of ours: {', '.join(missing.unmeasured)}"] if missing.unmeasured else []
     return [*rows, *columns]
