@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from commands import environment, error_line, in_process, moco_eval
 from test_papers import cifar_record
 
+from moco_eval.errors import InputError
 from moco_eval.papers import beside, chain, latex, missing, render, tables
 from moco_eval.papers.cost import Cost
 
@@ -234,10 +236,23 @@ def test_a_cell_with_a_comparable_number_needs_neither_evaluation_nor_pretrainin
     assert [step.words for step in marked] == [step.words for step in before]
 
 
-def test_a_pretraining_for_its_own_sake_is_left_although_no_evaluation_waits():
-    table = TABLES["cifar10-demo"]
-    alone = [step for step in left(table, [], chain.Places()) if "bn_permute=false" in step.command]
-    assert [step.kind for step in alone] == ["pretrain"]
+def test_a_pretraining_that_fills_no_cell_is_not_asked_for():
+    """Training curves stand in no record: the table says so instead."""
+    table = TABLES["moco-v1-a1"]
+    found = missing.find(table, [], chain.Places(Path("none")))
+    labels = [row.label for row in table.rows]
+    assert found.steps == [] and found.reasons == {chain.why_none(table, table.rows[0]): labels}
+
+
+def test_a_table_that_cannot_be_shown_is_refused(tmp_path):
+    values = {"id": "x", "paper": "p", "table": "t", "caption": "c", "source": "s", "reference": []}
+    column = {"metric": "top1", "protocol": "knn/instdisc@1", "dataset": "digits"}
+    two = {"a": {"title": "a", **column}, "b": {"title": "b", **column, "config": "digits"}}
+    row = {"label": "r", "published": {"a": 1.0}, "unavailable": "not yet built"}
+    for columns, rows, words in (({}, [], "rows"), (two, [row], "each would show the other's runs")):
+        (tmp_path / "x.yaml").write_text(json.dumps({**values, "columns": columns, "rows": rows}))
+        with pytest.raises(InputError, match=words):
+            tables.load_table(str(tmp_path / "x.yaml"))
 
 
 def test_reasons_and_unmeasured_columns_are_told(quick_probe):

@@ -90,7 +90,7 @@ def steps(table: Table, rows: Sequence[Row], places: Places) -> list[Step]:
 
 def why_none(table: Table, row: Row) -> str | None:
     """Why nothing of ours produces a row; None where something does."""
-    if row.unavailable or row.recipe or any(table.columns[name].protocol for name in row.published):
+    if row.unavailable or any(table.columns[name].protocol for name in row.published):
         return row.unavailable
     return "no protocol of ours measures it"
 

@@ -87,7 +87,8 @@ def _below(comparison: Comparison) -> str:
 
 def escape(text: str) -> str:
     """Text that LaTeX prints as it is; a character that it may not know becomes a question mark."""
-    found = "".join(SPECIAL.get(one, one if one.isascii() or one in KNOWN else "?") for one in text)
+    one_line = " ".join(text.split())  # an empty line would end a caption
+    found = "".join(SPECIAL.get(one, one if one.isascii() or one in KNOWN else "?") for one in one_line)
     return f"{{}}{found}" if found.startswith("[") else found  # not an optional argument of the \\ before it
 
 

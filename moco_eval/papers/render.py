@@ -62,7 +62,7 @@ def _markdown(comparison: Comparison, missing: Missing) -> str:
     rows = [words.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(words.cells, comparison.lines)]
     grid = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
     below = [f"- {_plain(one)}" for one in (*words.below(comparison), *words.unobtainable(missing))]
-    lines = [f"**{words.title(table)}.** {table.caption}", "", *grid, "", *below]
+    lines = [f"**{_plain(words.title(table))}.** {_plain(table.caption)}", "", *grid, "", *below]
     if missing.steps:
         lines += ["", words.heading(missing), "", "```sh", script(missing), "```", "", missing.total]
     return "\n".join(lines)

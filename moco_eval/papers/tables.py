@@ -128,7 +128,7 @@ class Row(Model):
     """
 
     label: str
-    published: dict[str, int | float | None]
+    published: dict[str, int | float | None] = Field(min_length=1)
     std: dict[str, float] = Field({})
     trials: dict[str, tuple[float, ...]] = Field({})
     note: str = ""
@@ -194,7 +194,7 @@ class Table(Model):
     source: str
     reference: tuple[str, ...]
     columns: dict[str, Column]
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = Field(min_length=1)
     over: Over | None = None
     curve: Curve | None = None
 
@@ -203,6 +203,9 @@ class Table(Model):
         titles = [column.title for column in self.columns.values()]
         if len(set(titles)) < len(titles):
             raise ValueError("two columns of one title: a column holds one metric of one protocol")
+        held = [(one.metric, one.protocol, one.dataset) for one in self.columns.values() if one.protocol]
+        if len(set(held)) < len(held):
+            raise ValueError("two columns of one metric, protocol and data set: each would show the other's runs")
         labels = [row.label for row in self.rows]
         if len(set(labels)) < len(labels):
             raise ValueError("two rows of one label")
@@ -220,7 +223,8 @@ def tables() -> list[tuple[str, str]]:
 
 def _line(values: dict[str, Any]) -> str:
     rows = values["rows"]
-    had = len(rows) - sum("unavailable" in row for row in rows)
+    measured = {name for name, column in values["columns"].items() if "protocol" in column}
+    had = sum("unavailable" not in row and bool(measured & row["published"].keys()) for row in rows)
     return f"{values['caption']} {len(rows)} row{'s' if rows[1:] else ''}, {had or 'none'} to be had."
 
 
