@@ -562,3 +562,15 @@ def test_every_metric_that_decides_a_benchmark_is_shown(tmp_path):
     for words in ("mean per class", "71.0", "mAP, 4 shots", "52.0"):
         assert words in page
     assert page.index("mAP, 4 shots") < page.index("mAP, 16 shots") and "99.0" not in page
+
+
+def test_data_of_one_name_are_numbered_among_their_own_kind(tmp_path):
+    def data(fingerprint):
+        return {"name": "shapes", "split": "test", "fingerprint": fingerprint, "images": 6, "classes": 3}
+
+    write_run(tmp_path / "one", dataset=data("a"))
+    write_run(tmp_path / "scenes", dataset=data("s"), protocol="detect/voc-r50-c4-24k@1", metrics={"AP50": 3.0})
+    assert "shapes, data" not in page_of(tmp_path)
+    write_run(tmp_path / "two", "random", dataset=data("b"))
+    page = page_of(tmp_path)
+    assert "shapes, data 1" in page and "shapes, data 2" in page and "shapes, data 3" not in page

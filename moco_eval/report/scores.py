@@ -69,15 +69,15 @@ def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
 
 
 def _number_data(columns: dict[Any, Column]) -> None:
-    """Number data of one name, where their files or splits differ."""
-    seen: dict[str, list[tuple]] = {}
-    for (_, _, _, where, *_), column in columns.items():
-        data = seen.setdefault(column.dataset, [])
-        if where not in data:
-            data.append(where)
-    for (_, _, _, where, *_), column in columns.items():
-        if len(data := seen[column.dataset]) > 1:  # each column is met once, still under its plain name
-            column.dataset = f"{column.dataset}, data {data.index(where) + 1}"
+    """Number data of one name, where their files or splits differ; scenes are not the images of a classification."""
+    seen: dict[tuple[str, bool], list[tuple]] = {}
+    names = {key: (column.dataset, column.task == TASKS["detect"]) for key, column in columns.items()}
+    for key, name in names.items():
+        seen.setdefault(name, []).append(key[3])
+    for key, column in columns.items():
+        data = list(dict.fromkeys(seen[names[key]]))
+        if len(data) > 1:
+            column.dataset += f", data {data.index(key[3]) + 1}"
 
 
 def _rank(metric: str) -> int | None:
