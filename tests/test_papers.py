@@ -663,12 +663,32 @@ def test_five_trials_are_shown_before_a_newer_single_one():
 
 
 def test_repeats_share_their_batch_norm_and_their_data():
-    first, second, third, fourth = (cifar_record(80.0 + seed, seed=seed) for seed in range(4))
+    first, second, third, fourth, five = (cifar_record(80.0 + seed, seed=seed) for seed in range(5))
+    five["trials"] = five["trials"] * 5
     second["encoder"]["pretraining"]["processes"] = 8
     third["encoder"]["pretraining"]["dataset"]["fingerprint"] = "of other images"
     assert [line.ours.n for line in ours([first, second])] == [1]
     assert [line.ours.n for line in ours([first, third])] == [1]
     assert [line.ours.n for line in ours([first, fourth])] == [2]
+    assert [line.ours.over for line in ours([first, five])] == ["head"]  # five heads and one are no two pretrainings
+
+
+def test_pretrainings_in_folders_of_one_name_are_judged_in_places_of_their_own(tmp_path):
+    table = tables.load_table("cifar10-demo")
+    rows = [row for row in table.rows if row.label in ("asymmetric loss, 200 epochs", "asymmetric loss, 400 epochs")]
+    for row in rows:
+        settings = row.recipe.resolved().model_dump(mode="json") | {"precision": "fp32"}
+        epochs, about = settings["schedule"]["epochs"], {"command": "pretrain", "dataset": {"name": "cifar10"}}
+        folder = tmp_path / f"e{epochs}" / "run"
+        (folder / "checkpoints").mkdir(parents=True)
+        text = yaml.safe_dump(about | {"processes": 1, "bn": "split", "config": settings})
+        (folder / "config.yaml").write_text(text)
+        for name in ("last.pth", f"epoch_{epochs:04}.pth"):
+            (folder / "checkpoints" / name).write_bytes(b"")
+    steps = chain.steps(table, rows, chain.Places(tmp_path))
+    found = [step.output for step in steps if step.kind == "evaluate"]
+    assert [step.output.parent.name for step in steps if step.recipe] == ["e200", "e400"]
+    assert len(found) == len(set(found)) == 2
 
 
 def test_a_run_without_shuffling_is_not_the_row_with_it():

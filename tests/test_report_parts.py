@@ -14,7 +14,7 @@ from moco_eval import config, sample
 from moco_eval.config import PretrainConfig
 from moco_eval.errors import InputError
 from moco_eval.papers import tables
-from moco_eval.report import confusion, health, maps, paired, published
+from moco_eval.report import confusion, health, maps, paired, pictures, published
 from moco_eval.report.page import write_report
 from moco_eval.report.read import encoder_names, read_runs
 
@@ -574,3 +574,13 @@ def test_data_of_one_name_are_numbered_among_their_own_kind(tmp_path):
     write_run(tmp_path / "two", "random", dataset=data("b"))
     page = page_of(tmp_path)
     assert "shapes, data 1" in page and "shapes, data 2" in page and "shapes, data 3" not in page
+
+
+def test_detections_of_other_images_stand_in_groups_of_their_own(tmp_path):
+    for name, fingerprint in (("trained", "a"), ("random", "b")):
+        data = {"name": "scenes", "split": "test", "fingerprint": fingerprint, "images": 6, "classes": 3}
+        more = {"dataset": data, "metrics": {"AP50": 3.0}, "per_class": {"a": {"AP50": 3.0}, "b": {"AP50": 2.0}}}
+        write_run(tmp_path / name, name, protocol="detect/voc-r50-c4-24k@1", **more)
+    groups = pictures.detections(*read(tmp_path))
+    assert sorted([one["name"] for one in group["runs"]] for group in groups) == [[NAMES["trained"]], [NAMES["random"]]]
+    assert len({group["dataset"] for group in groups}) == 2
