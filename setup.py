@@ -49,5 +49,5 @@ setup(
         "slurm": ["submitit>=1.5"],
         "peers": ["lightly>=1.5", "pytorch-lightning>=2", "omegaconf>=2.3", "transformers>=4.40"],
     },
-    entry_points={"console_scripts": ["moco-eval=moco_eval.cli:main"]},
+    entry_points={"console_scripts": ["moco-eval=moco_eval.cli.main:main"]},
 )

@@ -1,3 +1,3 @@
-from moco_eval.cli import main
+from moco_eval.cli.main import main
 
 main()

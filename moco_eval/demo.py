@@ -6,16 +6,17 @@ Only the command line and this walk know both packages; `pretraining` is importe
 import time
 from pathlib import Path
 
-from moco_eval import config, knn, linear
-from moco_eval.classify import Task
-from moco_eval.config import KnnConfig, LinearConfig, PretrainConfig
-from moco_eval.data.images import open_splits
+from moco_eval.classification import knn, linear
+from moco_eval.classification.judge import Task
+from moco_eval.config import load as configs
+from moco_eval.config.load import KnnConfig, LinearConfig, PretrainConfig
+from moco_eval.data.catalogue import open_splits
 from moco_eval.detection.detect import detect
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.report.page import write_report
-from moco_eval.runtime import log, processes
+from moco_eval.runtime.device import log, processes
 
 FEW, DRAWS = 10, 5  # labels per class in the few-label regime, and how often they are drawn
 
@@ -28,7 +29,7 @@ def run(output: Path, device: str) -> None:
     started = time.perf_counter()
     with processes(device) as chosen:
         log("1/5 pretrain: MoCo on 1,297 handwritten digits, labels unused")
-        recipe = config.load("digits", "pretrain", PretrainConfig)
+        recipe = configs.load("digits", "pretrain", PretrainConfig)
         last = pretrain(plan(recipe, "digits", None, 1), output / "pretrain", chosen)
         encoders = {
             "moco": load(str(last)),
@@ -37,7 +38,7 @@ def run(output: Path, device: str) -> None:
         }
         _classify(encoders, output, chosen)
         log("5/5 detection: Faster R-CNN R50-C4 layout on scenes of digits")
-        scenes = config.load("digits_r50_c4", "detect", DetectConfig)
+        scenes = configs.load("digits_r50_c4", "detect", DetectConfig)
         for name in ("moco", "random"):
             place = output / f"detect-{name}"
             detect(encoders[name], "digits", output / "scenes", scenes, place, chosen, engine="torchvision")
@@ -48,15 +49,15 @@ def run(output: Path, device: str) -> None:
 def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:
     training, test = open_splits("digits", None)
     log(f"2/5 kNN of {', '.join(encoders)}")
-    nearest = config.load("digits", "knn", KnnConfig)
+    nearest = configs.load("digits", "knn", KnnConfig)
     for name, encoder in encoders.items():
         knn.evaluate(Task(encoder, training, test), nearest, output / f"knn-{name}", device)
     log(f"3/5 linear, {FEW} labels per class, {DRAWS} draws")
-    few = config.load("digits_few", "linear", LinearConfig)
+    few = configs.load("digits_few", "linear", LinearConfig)
     for name, encoder in encoders.items():
         task = Task(encoder, training, test, labels_per_class=FEW, trials=DRAWS)
         linear.evaluate(task, few, output / f"linear-{FEW}-{name}", device)
     log("4/5 linear, all labels")
-    everything = config.load("digits", "linear", LinearConfig)
+    everything = configs.load("digits", "linear", LinearConfig)
     for name, encoder in encoders.items():
         linear.evaluate(Task(encoder, training, test), everything, output / f"linear-{name}", device)

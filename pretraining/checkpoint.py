@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from moco_eval import files
-from moco_eval.config import KeepCheckpoints
+from moco_eval.config.load import KeepCheckpoints
 from moco_eval.errors import InputError
-from moco_eval.runtime import is_main, union
+from moco_eval.runtime import files
+from moco_eval.runtime.device import is_main, union
 from pretraining.mechanisms import Mechanism
 from pretraining.plan import Plan
 

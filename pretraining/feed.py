@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco_eval.data.augment.steps import fusing
 from moco_eval.data.loader import Batches, beside, loader, resident
-from moco_eval.data.steps import fusing
-from moco_eval.runtime import to_device
+from moco_eval.runtime.device import to_device
 from pretraining.plan import Plan
 from pretraining.views import Batch, two_views
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from pretraining.bn import Pixels, encode_shuffled, unit
+from pretraining.shuffle_bn import Pixels, encode_shuffled, unit
 from pretraining.views import Batch
 
 

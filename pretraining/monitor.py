@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from moco_eval import knn
-from moco_eval.data.images import ImageSet, open_splits, require_single_label
+from moco_eval.classification import knn
+from moco_eval.data.catalogue import ImageSet, open_splits, require_single_label
 from moco_eval.errors import InputError
-from moco_eval.runtime import broadcast_, log
+from moco_eval.runtime.device import broadcast_, log
 from pretraining.plan import Plan
 from pretraining.views import preprocessing
 

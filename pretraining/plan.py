@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from moco_eval import config as configs
-from moco_eval.config import PretrainConfig
-from moco_eval.data.images import ImageSet, departures, open_images, require_whole
-from moco_eval.encoders.build import resnet
+from moco_eval.config import load as configs
+from moco_eval.config.load import PretrainConfig
+from moco_eval.data.catalogue import ImageSet, departures, open_images, require_whole
+from moco_eval.encoders.architectures import resnet
 from moco_eval.errors import InputError
 from pretraining.views import preprocessing
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from moco_eval.bottleneck import Parts, of_a_worker, seconds, wait_for
 from moco_eval.errors import InputError
-from moco_eval.runtime import all_sum, gather, to_device, world_size
-from pretraining.bn import permutation, shuffle
+from moco_eval.runtime.device import all_sum, gather, to_device, world_size
+from pretraining.bottleneck import Parts, of_a_worker, seconds, wait_for
 from pretraining.plan import Plan
+from pretraining.shuffle_bn import permutation, shuffle
 from pretraining.train import Trainer
 from pretraining.views import Batch
 

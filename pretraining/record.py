@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from moco_eval import files
 from moco_eval.errors import RunFailed
-from moco_eval.runtime import all_sum, gather, is_main, log, rank, tell, to_host, union, warn, world_size
-from pretraining.health import PATIENCE, alarms
+from moco_eval.runtime import files
+from moco_eval.runtime.device import all_sum, gather, is_main, log, rank, tell, to_host, union, warn, world_size
+from pretraining.alarms import PATIENCE, alarms
 from pretraining.moco import Step
 from pretraining.plan import Plan
 

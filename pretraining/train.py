@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moco_eval.config.learning_rate import learning_rate
 from moco_eval.data.loader import draw_seed
 from moco_eval.errors import Interrupted, RunFailed
-from moco_eval.results import open_run
-from moco_eval.runtime import (
+from moco_eval.results.record import open_run
+from moco_eval.runtime.device import (
     Stop,
     autocast,
     barrier,
@@ -25,7 +26,6 @@ from moco_eval.runtime import (
     require_finite_weights,
     same_on_all_ranks,
 )
-from moco_eval.schedule import learning_rate
 from pretraining import checkpoint
 from pretraining.feed import Feed
 from pretraining.mechanisms import Mechanism, build, prepare, settle

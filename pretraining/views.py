@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moco_eval.config import PretrainConfig, Views
-from moco_eval.data.images import SMALL, ImageSet
-from moco_eval.data.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe
-from moco_eval.data.two_views import TwoViews
+from moco_eval.config.load import PretrainConfig, Views
+from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe
+from moco_eval.data.augment.two_views import TwoViews
+from moco_eval.data.catalogue import SMALL, ImageSet
 from moco_eval.encoders.encoder import Preprocessing
 
 # moco_v1: grey before an always-on strong jitter. moco_v2: jitter with probability 0.8, grey, blur. cifar10: small

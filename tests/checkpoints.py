@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco_eval.encoders.build import build_resnet, build_transformer
+from moco_eval.encoders.architectures import build_resnet, build_transformer
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 

@@ -51,7 +51,7 @@ def moco_eval(*arguments: str | Path, code: int = 0, cwd: Path | None = None) ->
 
 def in_process(capfd, monkeypatch, *arguments: str | Path, code: int = 0) -> tuple[str, str]:
     """The same through `main` in this process, which spares the seconds of importing torch."""
-    from moco_eval.cli import main
+    from moco_eval.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["moco-eval", *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as tv
 
-from moco_eval.data.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe, Solarize, Step
+from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe, Solarize, Step
 
 
 def photos(size: tuple[int, int], count: int) -> list[Image.Image]:

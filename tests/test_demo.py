@@ -3,7 +3,7 @@
 import pytest
 from commands import moco_eval
 
-from moco_eval import results
+from moco_eval.results import record as results
 
 
 @pytest.mark.slow

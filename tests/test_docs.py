@@ -11,8 +11,8 @@ from commands import ROOT
 from documented import PAGES, anchors, blocks, links, name_of, prose
 from pydantic import BaseModel
 
-from moco_eval import config
-from moco_eval.cli import cli
+from moco_eval.cli.main import cli
+from moco_eval.config import load as configs
 from moco_eval.data.index import EXTENSIONS
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.papers.tables import Table, load_table
@@ -65,7 +65,7 @@ def test_options_named_exist(page):
     assert named <= ours | FOREIGN, f"{name_of(page)} names {sorted(named - ours - FOREIGN)}"
 
 
-MODELS = [one for one in vars(config).values() if isinstance(one, type) and issubclass(one, config.Model)]
+MODELS = [one for one in vars(configs).values() if isinstance(one, type) and issubclass(one, configs.Model)]
 
 
 def keys(model: type[BaseModel]) -> set[str]:
@@ -108,13 +108,13 @@ def rows_of(page: Path) -> dict[str, str]:
 
 RECIPES = rows_of(ROOT / "docs" / "recipes.md")
 KINDS = ("pretrain", "linear", "knn", "logistic", "svm", "finetune", "detect")
-SHIPPED = [name for name in config.shipped() if name.split("/")[0] in KINDS]
+SHIPPED = [name for name in configs.shipped() if name.split("/")[0] in KINDS]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_config_is_on_the_page_of_recipes_with_its_published_numbers(name):
     assert name in RECIPES, f"docs/recipes.md has no row for {name}"
-    expect = yaml.safe_load((config.folder() / f"{name}.yaml").read_text(encoding="utf-8")).get("expect") or []
+    expect = yaml.safe_load((configs.folder() / f"{name}.yaml").read_text(encoding="utf-8")).get("expect") or []
     for one in expect if isinstance(expect, list) else [expect]:
         for number in one["metrics"].values():
             assert re.search(rf"(?<![\d.]){number:g}0?(?![\d])", RECIPES[name]), f"{name}: {number} is not in its row"
@@ -137,7 +137,7 @@ DETECT = [name for name in SHIPPED if name.startswith("detect/")]
 @pytest.mark.parametrize("name", DETECT)
 def test_detection_recipes_carry_the_papers_numbers(name):
     """Those of MoCo on ImageNet-1M, where a shipped table has a column of the recipe's protocol."""
-    protocol = config.load(name.split("/")[1], "detect", DetectConfig).protocol
+    protocol = configs.load(name.split("/")[1], "detect", DetectConfig).protocol
     for table in tables():
         columns = {key: one.metric for key, one in table.columns.items() if one.protocol == protocol}
         for row in [one for one in table.rows if one.label == "MoCo, IN-1M"]:
@@ -150,7 +150,7 @@ def test_detection_recipes_carry_the_papers_numbers(name):
 def test_the_page_of_detection_protocols_has_every_recipe(name):
     cells = [[cell.strip(" `") for cell in line.split("|")] for line in TEXTS[PROTOCOLS / "detection.md"].splitlines()]
     rows = {row[2]: row for row in cells if len(row) == 8}
-    recipe = config.load(name, "detect", DetectConfig)
+    recipe = configs.load(name, "detect", DetectConfig)
     numbers = [int(one.replace(",", "").replace("k", "000")) for one in re.findall(r"[\d,]*\d+k?", rows[name][5])]
     assert rows[name][1] == recipe.protocol
     assert numbers == [recipe.schedule.iterations, *recipe.schedule.steps]
@@ -158,7 +158,7 @@ def test_the_page_of_detection_protocols_has_every_recipe(name):
 
 def test_the_index_names_every_protocol_of_classification():
     protocols = {
-        yaml.safe_load((config.folder() / f"{name}.yaml").read_text(encoding="utf-8"))["protocol"]
+        yaml.safe_load((configs.folder() / f"{name}.yaml").read_text(encoding="utf-8"))["protocol"]
         for name in SHIPPED
         if not name.startswith("detect/")
     }

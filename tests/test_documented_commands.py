@@ -23,10 +23,11 @@ from commands import ROOT, environment, in_process, moco_eval
 from documented import PAGES, RECORDS, Command, blocks, commands
 from PIL import Image
 
-from moco_eval.cli import cli
-from moco_eval.data import coco, scenes, small, voc
+from moco_eval.cli.main import cli
+from moco_eval.data import in_memory
+from moco_eval.data.boxes import coco, scenes, voc
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.small import CIFAR10_FILES
+from moco_eval.data.in_memory import CIFAR10_FILES
 from moco_eval.papers import cost
 
 
@@ -75,7 +76,7 @@ REDUCED: list[tuple[str, str]] = [
     ("detect coco", f"{DETECT} --trials 1"),
     ("detect --trials", f"{DETECT} --trials 2"),
     ("detect", DETECT),
-    ("reproduce", "--dry-run"),  # tests/test_reproduce.py runs whole chains
+    ("reproduce", "--dry-run"),  # tests/papers/test_reproduce.py runs whole chains
     *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
     *((name, "") for name in ("configs", "datasets")),
 ]
@@ -85,7 +86,7 @@ SLOW = ("suite", "svm", "pretrain --profile", "detect --nproc", "detect --recipe
 NOT_RUN = {
     "make": "each target is a test suite, an installation or the demo, which tests/test_demo.py runs",
     "pip": "fetches several GB",
-    "sbatch": "wants SLURM; tests/test_resume.py runs the script with stand-ins",
+    "sbatch": "wants SLURM; tests/pretraining/test_resume.py runs the script with stand-ins",
 }
 
 
@@ -259,8 +260,8 @@ def test_nothing_is_left_out():
 def few():
     """The built-in digits cut short, and official splits as small as those made here."""
     with pytest.MonkeyPatch.context() as patch:
-        whole, lengths = small.digits, {"train": 220, "test": 40}
-        patch.setattr(small, "digits", lambda split: first(whole(split), lengths[split]))
+        whole, lengths = in_memory.digits, {"train": 220, "test": 40}
+        patch.setattr(in_memory, "digits", lambda split: first(whole(split), lengths[split]))
         patch.setattr(voc, "OFFICIAL", {("2007", "trainval"): 16, ("2012", "trainval"): 16, ("2007", "test"): 8})
         patch.setattr(coco, "OFFICIAL", {"train2017": 16, "val2017": 8})
         patch.setattr(cost, "seconds_per_image", lambda *_: 0.01)  # which times full-size networks

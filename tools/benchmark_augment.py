@@ -19,9 +19,9 @@ import torch
 from race import Run, race, report
 from torchvision.transforms import v2
 
-from moco_eval.bottleneck import wait_for
-from moco_eval.data.steps import fusing, unfused
-from moco_eval.runtime import choose_device
+from moco_eval.data.augment.steps import fusing, unfused
+from moco_eval.runtime.device import choose_device
+from pretraining.bottleneck import wait_for
 from pretraining.views import RECIPES
 
 

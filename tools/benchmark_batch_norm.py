@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import torch
 from torch import nn
 
-from moco_eval.batch_norm import SplitBatchNorm2d
+from moco_eval.runtime.batch_norm import SplitBatchNorm2d
 
 SHAPES = [(64, 64, 56, 56), (64, 256, 28, 28), (64, 512, 14, 14)]  # of a ResNet-50, for 64 images
 

@@ -28,22 +28,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 import torch
 
-from moco_eval import config
-from moco_eval.config import dump
-from moco_eval.data.boxes import DetectionData
-from moco_eval.data.voc import read_voc_folder
+from moco_eval.config import load as configs
+from moco_eval.config.load import dump
+from moco_eval.data.boxes.samples import DetectionData
+from moco_eval.data.boxes.voc import read_voc_folder
 from moco_eval.detection import inputs
 from moco_eval.detection.detect import open_digits
 from moco_eval.detection.recipe import DetectConfig, Scenes
 from moco_eval.encoders.load import load
-from moco_eval.results import Cost, hardware, peak_memory_mb
+from moco_eval.results.record import Cost, hardware, peak_memory_mb
 
 WARM_UP = 2  # iterations that are not counted
 
 
 def measure(engine: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds per iteration (median) and peak memory in MB of one engine, in this process."""
-    recipe = config.load(given.recipe, "detect", DetectConfig, given.set)
+    recipe = configs.load(given.recipe, "detect", DetectConfig, given.set)
     data = read_voc_folder(given.data, None, None, clip=True) if given.data else open_digits(folder, SCENES, None, None)
     step = (ours if engine == "torchvision" else theirs)(given, recipe, data, folder)
     device, seconds = torch.device(given.device), []
@@ -66,9 +66,9 @@ SCENES = Scenes(train=64, test=2)
 
 def ours(given: argparse.Namespace, recipe: DetectConfig, data: DetectionData, folder: Path) -> Callable[[], Any]:
     """One iteration of the torchvision engine."""
-    from moco_eval.batch_norm import share_statistics
     from moco_eval.detection.detector import build_detector
     from moco_eval.detection.fine_tune import Trainer
+    from moco_eval.runtime.batch_norm import share_statistics
 
     device = torch.device(given.device)
     detector = build_detector(load(given.encoder), len(data.classes), recipe, len(data.keypoints))
@@ -124,7 +124,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(given.engine, given, Path(folder) / "scenes")))
         return
-    recipe = config.load(given.recipe, "detect", DetectConfig, given.set)
+    recipe = configs.load(given.recipe, "detect", DetectConfig, given.set)
     engines = ("detectron2", "torchvision") if find_spec("detectron2") else ("torchvision",)
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in repeat(None, given.repeats):

@@ -128,8 +128,8 @@ def main(folder: Path | None, gigabytes: float, repeats: int, json_file: Path | 
             table.add_row(kind, cache, *(f"{figures[what]:.4g}" for what in ("seconds", "peak_mb", "anonymous_mb")))
     Console(file=sys.stdout, width=100).print(table)
     if json_file is not None:
-        from moco_eval.files import write_json
-        from moco_eval.results import environment
+        from moco_eval.results.record import environment
+        from moco_eval.runtime.files import write_json
 
         about = {"gigabytes": gigabytes, "repeats": repeats, "environment": environment()}
         write_json(json_file, {"inspect": found} | about)

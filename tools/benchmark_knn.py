@@ -35,9 +35,9 @@ from rich.table import Table
 from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
-from moco_eval.files import write_json
-from moco_eval.neighbours import AT_ONCE, aligned, blocks, nearest
-from moco_eval.results import environment
+from moco_eval.classification.neighbours import AT_ONCE, aligned, blocks, nearest
+from moco_eval.results.record import environment
+from moco_eval.runtime.files import write_json
 
 CLASSES = 1000
 PART = 4096  # rows drawn together

@@ -29,22 +29,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval import config as configs
-from moco_eval import linear, quick, sweep
-from moco_eval.classify import Task
-from moco_eval.config import LinearConfig, QuickConfig, SweepConfig
-from moco_eval.data.images import ImageSet, open_splits
+from moco_eval.classification import linear, linear_quick, linear_sweep
+from moco_eval.classification.judge import Task
+from moco_eval.config import load as configs
+from moco_eval.config.load import LinearConfig, QuickConfig, SweepConfig
+from moco_eval.data.catalogue import ImageSet, open_splits
 from moco_eval.encoders.load import load
-from moco_eval.files import write_json
-from moco_eval.results import environment
-from moco_eval.runtime import choose_device
+from moco_eval.results.record import environment
+from moco_eval.runtime.device import choose_device
+from moco_eval.runtime.files import write_json
 
 ONE = ("learning_rates=[1]", "weight_decays=[0]", "batch_norm=[false]")
 ROWS: dict[str, tuple[Any, str, type, tuple[str, ...]]] = {
     "moco-lincls": (linear, "moco-lincls", LinearConfig, ()),
-    "quick": (quick, "quick", QuickConfig, ()),
-    "one head": (sweep, "sweep", SweepConfig, ONE),
-    "forty heads": (sweep, "sweep", SweepConfig, ()),
+    "quick": (linear_quick, "quick", QuickConfig, ()),
+    "one head": (linear_sweep, "sweep", SweepConfig, ONE),
+    "forty heads": (linear_sweep, "sweep", SweepConfig, ()),
 }
 
 

@@ -22,9 +22,9 @@ import torch
 from race import Run, race, report
 from torchvision import transforms
 
-from moco_eval.data.cut import photo
-from moco_eval.data.images import ImageSet, open_images
-from moco_eval.data.two_views import TwoViews
+from moco_eval.data.augment.decode import photo
+from moco_eval.data.augment.two_views import TwoViews
+from moco_eval.data.catalogue import ImageSet, open_images
 from pretraining.views import RECIPES
 
 BATCH = 32

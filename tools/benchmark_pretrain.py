@@ -32,12 +32,12 @@ from torch import nn
 from torch.nn.functional import batch_norm, cross_entropy, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from moco_eval import config as configs
-from moco_eval.batch_norm import replace_batch_norm
-from moco_eval.bottleneck import seconds, wait_for
-from moco_eval.config import PretrainConfig
+from moco_eval.config import load as configs
+from moco_eval.config.load import PretrainConfig
+from moco_eval.data.augment.steps import fusing
 from moco_eval.data.loader import Normalise
-from moco_eval.data.steps import fusing
+from moco_eval.runtime.batch_norm import replace_batch_norm
+from pretraining.bottleneck import seconds, wait_for
 from pretraining.mechanisms import build_encoder
 from pretraining.plan import Plan, plan
 from pretraining.train import Trainer
@@ -285,7 +285,7 @@ def main(
     recipe: str, device: str, batch_size: int | None, steps: int | None, repeats: int, only: tuple[str, ...], json_file
 ) -> None:
     """Images per second of a training step of RECIPE (moco_v2_r50, moco_v1_r50, cifar10), data in place."""
-    from moco_eval.runtime import choose_device
+    from moco_eval.runtime.device import choose_device
 
     where = choose_device(device)
     steps = steps or (10 if where.type == "cuda" else 1)

@@ -31,12 +31,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval import config as configs
-from moco_eval.bottleneck import seconds
-from moco_eval.config import PretrainConfig
-from moco_eval.files import write_json
-from moco_eval.results import environment
-from moco_eval.runtime import choose_device
+from moco_eval.config import load as configs
+from moco_eval.config.load import PretrainConfig
+from moco_eval.results.record import environment
+from moco_eval.runtime.device import choose_device
+from moco_eval.runtime.files import write_json
+from pretraining.bottleneck import seconds
 from pretraining.mechanisms import build_encoder
 from pretraining.plan import shuffle_bytes
 

@@ -25,9 +25,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval.data.images import open_images
+from moco_eval.data.augment.two_views import TwoViews
+from moco_eval.data.catalogue import open_images
 from moco_eval.data.loader import Batches, loader
-from moco_eval.data.two_views import TwoViews
 from pretraining.views import RECIPES
 
 ORIGINALS, CLASSES = 48, 100

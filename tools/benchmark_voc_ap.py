@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 import numpy as np
 
-from moco_eval.data.boxes import Sample
-from moco_eval.data.voc import VOC_CLASSES
+from moco_eval.data.boxes.samples import Sample
+from moco_eval.data.boxes.voc import VOC_CLASSES
 from moco_eval.detection.average_precision import Detections, voc_ap
 
 SIDE = 500  # pixels of an image

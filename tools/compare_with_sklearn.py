@@ -22,15 +22,15 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from benchmark_linear import some  # isort: skip
-from moco_eval.data.images import open_splits, preprocessing_for
+from moco_eval.classification.knn import vote
+from moco_eval.classification.logistic import Fit, Settings, fit_sklearn, fit_torch, loss, scores
+from moco_eval.classification.neighbours import Neighbours, nearest
+from moco_eval.data.catalogue import open_splits, preprocessing_for
 from moco_eval.encoders.load import load
-from moco_eval.features import extract
-from moco_eval.files import write_json
-from moco_eval.knn import vote
-from moco_eval.logistic import Fit, Settings, fit_sklearn, fit_torch, loss, scores
-from moco_eval.metrics import accuracy
-from moco_eval.neighbours import Neighbours, nearest
-from moco_eval.results import environment
+from moco_eval.features.extract import extract
+from moco_eval.results.metrics import accuracy
+from moco_eval.results.record import environment
+from moco_eval.runtime.files import write_json
 
 COSTS = (0.001, 0.01, 0.1, 1.0)
 TIE = 1e-6

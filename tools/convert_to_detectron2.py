@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from moco_eval.encoders.export import convert
+from moco_eval.encoders.export.convert import convert
 from moco_eval.errors import InputError, RunFailed
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval.files import write_json
-from moco_eval.results import environment
+from moco_eval.results.record import environment
+from moco_eval.runtime.files import write_json
 
 Run = Callable[[], object]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moco_eval.data import voc
+from moco_eval.data.boxes import voc
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import fingerprint, packed
 from moco_eval.errors import InputError

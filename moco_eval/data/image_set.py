@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moco_eval.data import labels as choices
+from moco_eval.data import label_subsets as choices
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError

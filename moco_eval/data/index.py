@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moco_eval import files
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.runtime import warn
+from moco_eval.runtime import files
+from moco_eval.runtime.device import warn
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 KEPT_FROM = 10_000  # files; fewer are listed in less time than an index is worth

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco_eval import files
 from moco_eval.data.index import EXTENSIONS, cache_folder, fingerprint, say_not_kept, scan
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.runtime import progress
+from moco_eval.runtime import files
+from moco_eval.runtime.device import progress
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 BLOCK = 512

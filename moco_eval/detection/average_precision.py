@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moco_eval.data.boxes import DetectionData, Sample
-from moco_eval.runtime import log
+from moco_eval.data.boxes.samples import DetectionData, Sample
+from moco_eval.runtime.device import log
 
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # divided, as an overlap of exactly 0.55 is compared
 LEVELS = np.arange(0.0, 1.1, 0.1)  # recalls of the 11-point rule; the fourth is a little more than 0.3

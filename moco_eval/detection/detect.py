@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from moco_eval import files, results, runtime
-from moco_eval.config import did_you_mean
-from moco_eval.data.boxes import DetectionData, Sample
-from moco_eval.data.coco import read_coco, read_coco_folder
-from moco_eval.data.scenes import DIGITS, write_scenes
-from moco_eval.data.voc import read_voc, read_voc07, read_voc_folder
+from moco_eval.config.load import did_you_mean
+from moco_eval.data.boxes.coco import read_coco, read_coco_folder
+from moco_eval.data.boxes.samples import DetectionData, Sample
+from moco_eval.data.boxes.scenes import DIGITS, write_scenes
+from moco_eval.data.boxes.voc import read_voc, read_voc07, read_voc_folder
 from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.detector import check_architecture
@@ -22,12 +21,18 @@ from moco_eval.detection.plots import loss_curves, per_class_bars
 from moco_eval.detection.recipe import DetectConfig, Scenes, departures
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
-from moco_eval.statistics import mean_and_std
+from moco_eval.results import record as results
+from moco_eval.results.statistics import mean_and_std
+from moco_eval.runtime import device as runtime
+from moco_eval.runtime import files
 
 DATASETS = ("voc", "voc07", "coco", "voc-folder", "coco-folder", "digits")
 OFFICIAL = {"voc": read_voc, "voc07": read_voc07}
 BOXES_ONLY = ("voc", "voc07", "voc-folder", "digits")
-PARITY = "engine torchvision: features, losses and five SGD steps equal detectron2's (tests/test_detectron2_parity.py)"
+PARITY = (
+    "engine torchvision: features, losses and five SGD steps equal detectron2's "
+    "(tests/detection/test_detectron2_parity.py)"
+)
 
 
 def detect(

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_eval import runtime
 from moco_eval.data.loader import swap_colours
 from moco_eval.detection.backbones import BACKBONES, C4
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.proposals import ProposalNetwork, Size
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.detection.regions import RegionHeads
-from moco_eval.encoders.build import ARCHITECTURES
+from moco_eval.encoders.architectures import ARCHITECTURES
 from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError
+from moco_eval.runtime import device
 
 
 class Detector(nn.Module):
@@ -87,5 +87,5 @@ def build_detector(encoder: Encoder, classes: int, recipe: DetectConfig, keypoin
     ours, theirs = model.encoder_tensors(), encoder.backbone.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name].cpu(), tensor.cpu()) for name, tensor in theirs.items())
-    runtime.log(f"detector: {len(ours)} of {len(theirs)} backbone tensors of {encoder.source}, bit for bit")
+    device.log(f"detector: {len(ours)} of {len(theirs)} backbone tensors of {encoder.source}, bit for bit")
     return model

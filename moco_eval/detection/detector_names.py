@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor
 
-from moco_eval.encoders.detectron2 import from_detectron2, to_detectron2
+from moco_eval.encoders.export.detectron2 import from_detectron2, to_detectron2
 from moco_eval.errors import InputError
 
 _BODY, _LAYER4, _BOTTOM_UP, _RES5 = "backbone.body.", "heads.box_head.layer4.", "backbone.bottom_up.", "roi_heads.res5."

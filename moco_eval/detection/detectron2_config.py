@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import moco_eval.detection.extra_norm  # noqa: F401 (registers the head)
 from moco_eval.detection.backbones import DilatedC5
 from moco_eval.detection.recipe import DetectConfig
-from moco_eval.encoders.detectron2 import settings_of
 from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.export.detectron2 import settings_of
 
 NORMS = {"naive_sync": "naiveSyncBN", "sync": "SyncBN", "local": "BN"}
 REDUCED_C5 = "build_reduced_c5_backbone"

@@ -26,18 +26,19 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from torch import nn
 
-from moco_eval import files, runtime
-from moco_eval.data.boxes import UNREADABLE, DetectionData, Sample
+from moco_eval.data.boxes.samples import UNREADABLE, DetectionData, Sample
 from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detectron2_config import config_of
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.masks import decoded, encoded
 from moco_eval.detection.recipe import DetectConfig, learning_rate
-from moco_eval.encoders.detectron2 import to_detectron2
 from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.export.detectron2 import to_detectron2
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.results import Cost
+from moco_eval.results.record import Cost
+from moco_eval.runtime import device as runtime
+from moco_eval.runtime import files
 
 RESNET = re.compile(r"(backbone\.(bottom_up\.)?(stem|res\d)|roi_heads\.res5\.\d)\.")
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torchvision.models.resnet import BasicBlock
 
-from moco_eval import runtime
-from moco_eval.data.boxes import DetectionData
+from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import torchvision_engine
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.recipe import DetectConfig
-from moco_eval.encoders.build import ARCHITECTURES
-from moco_eval.encoders.detectron2 import settings_of
+from moco_eval.encoders.architectures import ARCHITECTURES
 from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.export.detectron2 import settings_of
 from moco_eval.errors import InputError, message_of
-from moco_eval.results import Cost
+from moco_eval.results.record import Cost
+from moco_eval.runtime import device as runtime
 
 
 def choose(engine: str, encoder: Encoder, recipe: DetectConfig) -> str:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_eval import files, runtime
-from moco_eval.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
-from moco_eval.data.boxes import DetectionData
+from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import inputs, state
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.recipe import DetectConfig, learning_rate
-from moco_eval.results import Cost
+from moco_eval.results.record import Cost
+from moco_eval.runtime import device as runtime
+from moco_eval.runtime import files
+from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
 

@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from moco_eval import files
-from moco_eval.data.boxes import DetectionData, Sample, read_image
+from moco_eval.data.boxes.samples import DetectionData, Sample, read_image
 from moco_eval.detection.average_precision import Detections
+from moco_eval.runtime import files
 
 SIDE = 400  # pixels that the longer side of each half may have
 GAP = 6

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moco_eval import files
 from moco_eval.detection.average_precision import Scores
+from moco_eval.runtime import files
 
 ROWS = 30  # bars that one column takes; more are shared by two
 ROW, WIDTH = 0.19, 4.6  # inches of a bar and of a column

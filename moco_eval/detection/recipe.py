@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from moco_eval import config
-from moco_eval.config import Expect, Model, Sgd
+from moco_eval.config import load as configs
+from moco_eval.config.load import Expect, Model, Sgd
 from moco_eval.errors import InputError
-from moco_eval.results import deviations
+from moco_eval.results.record import deviations
 
 FPN_LEVELS = 5  # p2 to p6
 Count = Annotated[int, Field(gt=0)]
@@ -196,7 +196,7 @@ def departures(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:
     if recipe.protocol not in PROTOCOLS:
         return [f"protocol {recipe.protocol} is not one of moco-eval's"]
     protocol = PROTOCOLS[recipe.protocol]
-    canonical = config.load(protocol.recipe, "detect", DetectConfig)
+    canonical = configs.load(protocol.recipe, "detect", DetectConfig)
     words = []
     followed = rescaled(canonical, recipe.batch_size)
     if recipe.batch_size != canonical.batch_size and _rates(recipe) == _rates(followed):

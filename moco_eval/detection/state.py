@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moco_eval import files, runtime
 from moco_eval.errors import InputError
-from moco_eval.results import Cost
+from moco_eval.results.record import Cost
+from moco_eval.runtime import device, files
 
 FORMAT = "moco-eval/detect@1"
 
@@ -18,8 +18,8 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: i
     Args:
         done: iterations so far; `finished`: with precise BN behind them.
     """
-    runtime.require_finite_weights(model, done)
-    if runtime.is_main():
+    device.require_finite_weights(model, done)
+    if device.is_main():
         state = {
             "format": FORMAT,
             "iteration": done,
@@ -31,7 +31,7 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: i
         }
         with files.atomic(path) as temporary:
             torch.save(state, temporary)
-    runtime.barrier()
+    device.barrier()
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost) -> tuple[int, bool]:
@@ -51,5 +51,5 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: C
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not readable ({reason}); delete it to start this run again") from None
-    runtime.log(f"going on from iteration {done} of {path}")
+    device.log(f"going on from iteration {done} of {path}")
     return done, finished

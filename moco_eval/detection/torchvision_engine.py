@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moco_eval import runtime
-from moco_eval.batch_norm import share_statistics
-from moco_eval.data.boxes import DetectionData
+from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detector import Detector, build_detector
@@ -15,7 +13,9 @@ from moco_eval.detection.fine_tune import train
 from moco_eval.detection.masks import paste
 from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.results import Cost
+from moco_eval.results.record import Cost
+from moco_eval.runtime import device as runtime
+from moco_eval.runtime.batch_norm import share_statistics
 
 
 def fine_tune_and_detect(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from moco_eval.encoders.build import ARCHITECTURES, TRANSFORMERS, Architecture, build_backbone
+from moco_eval.encoders.architectures import ARCHITECTURES, TRANSFORMERS, Architecture, build_backbone
 from moco_eval.errors import InputError
 
 OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from moco_eval.encoders.fingerprint import activations_sha256, probe_features
 from moco_eval.encoders.head import head_shape
 from moco_eval.encoders.load import load
-from moco_eval.encoders.probe import activations_sha256, probe_features
 
 
 def describe(source: str, arch: str | None = None, encoder: str | None = None) -> dict[str, Any]:

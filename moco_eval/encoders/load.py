@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 from torchvision.models.resnet import Bottleneck
 
-from moco_eval import files, zoo
-from moco_eval.config import did_you_mean
-from moco_eval.encoders.beside import Settings, of_timm, settings_beside
-from moco_eval.encoders.build import (
+from moco_eval.config.load import did_you_mean
+from moco_eval.encoders import zoo
+from moco_eval.encoders.architectures import (
     ARCHITECTURES,
     Architecture,
     VisionTransformer,
@@ -26,16 +25,18 @@ from moco_eval.encoders.build import (
     names,
 )
 from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.fingerprint import probe_image
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
 from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
-from moco_eval.encoders.parts import Parts, rename, split
-from moco_eval.encoders.probe import probe_image
 from moco_eval.encoders.prove import doubts, prove
-from moco_eval.encoders.read import SUFFIXES
 from moco_eval.encoders.recognise import Checkpoint, recognise
+from moco_eval.encoders.settings_files import Settings, of_timm, settings_beside
+from moco_eval.encoders.split import Parts, rename, split
 from moco_eval.errors import InputError
-from moco_eval.opcodes import shown
+from moco_eval.runtime import files
+from moco_eval.untrusted.pickle_scan import shown
+from moco_eval.untrusted.read import SUFFIXES
 
 # what Caffe's ResNets take, and detectron2's configurations for them say
 MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="BGR", range=255)

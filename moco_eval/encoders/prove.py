@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from moco_eval.encoders.build import Architecture, architecture, build_backbone
+from moco_eval.encoders.architectures import Architecture, architecture, build_backbone
 from moco_eval.encoders.infer import OPTIONAL, expected, nearest, structure
 from moco_eval.errors import InputError
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
-from moco_eval.encoders.read import read
 from moco_eval.errors import InputError
-from moco_eval.opcodes import shown
-from moco_eval.pickles import NETWORK, StandIn
+from moco_eval.untrusted.pickle_read import NETWORK, StandIn
+from moco_eval.untrusted.pickle_scan import shown
+from moco_eval.untrusted.read import read
 
 # Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model")

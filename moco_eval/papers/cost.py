@@ -17,22 +17,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco_eval import config, files, results, zoo
-from moco_eval.config import FinetuneConfig, LinearConfig, PretrainConfig, QuickConfig, SweepConfig, judge_model
-from moco_eval.data import coco, voc
-from moco_eval.data.images import OFFICIAL, preprocessing_for
+from moco_eval.config import load as configs
+from moco_eval.config.load import FinetuneConfig, LinearConfig, PretrainConfig, QuickConfig, SweepConfig, judge_model
+from moco_eval.data.boxes import coco, voc
+from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
 from moco_eval.detection.recipe import DetectConfig
-from moco_eval.encoders.build import VisionTransformer, architecture, build_backbone
+from moco_eval.encoders import zoo
+from moco_eval.encoders.architectures import VisionTransformer, architecture, build_backbone
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.papers.beside import Record
-from moco_eval.papers.chain import Step
+from moco_eval.papers.match import Record
+from moco_eval.papers.steps import Step
 from moco_eval.papers.tables import Row, Table
-from moco_eval.runtime import autocast, choose_device, log, warn
-from moco_eval.text import duration
+from moco_eval.results import record as results
+from moco_eval.runtime import files
+from moco_eval.runtime.device import autocast, choose_device, log, warn
+from moco_eval.runtime.text import duration
 
 CPU_BATCH = 32  # images at once at most: a CPU gains nothing by more
 SECONDS = 3.0  # of a timed piece at most; smaller ones come before it, to know
@@ -182,9 +185,9 @@ def work(step: Step, row: Row) -> list[tuple[Probe, float]]:
     trials, arch = _number(step.words, "--trials"), _arch(step, row)
     kind = step.words[0]
     if kind == "detect":
-        found = _detection(step, config.load(step.name, "detect", DetectConfig), arch)
+        found = _detection(step, configs.load(step.name, "detect", DetectConfig), arch)
     else:
-        judge = config.load(step.name, kind, judge_model(step.name, kind, ()))
+        judge = configs.load(step.name, kind, judge_model(step.name, kind, ()))
         found = _classification(step, judge, arch, _side(step, row), trials)
     return [(probe, trials * images) for probe, images in found]
 
@@ -341,7 +344,7 @@ def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callabl
 def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
     """Steps of a detector: on a part of an image's pixels with that part of its regions, then on whole images."""
     training, encoder = probe.kind == "train", load(f"random:{probe.arch}")
-    recipe = config.load(probe.recipe, "detect", DetectConfig)
+    recipe = configs.load(probe.recipe, "detect", DetectConfig)
     pieces = [(1 / 16, 1), (1 / 4, 1), (1.0, 1)]
     pieces += [(1.0, batch) for batch in sorted({2, probe.batch}) if training and 1 < batch <= probe.batch]
     for share, batch in pieces:

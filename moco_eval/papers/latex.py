@@ -3,9 +3,9 @@
 import re
 from itertools import groupby
 
-from moco_eval.papers import words
-from moco_eval.papers.beside import Comparison, Line
-from moco_eval.papers.missing import Missing, comment, script
+from moco_eval.papers import cells as words
+from moco_eval.papers.match import Comparison, Line
+from moco_eval.papers.todo import Missing, comment, script
 
 LONGEST = 30  # lines that fit on a page; more make a longtable
 SPECIAL = {

@@ -9,14 +9,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from moco_eval import config
+from moco_eval.config import load as configs
 from moco_eval.errors import InputError
-from moco_eval.papers import words
-from moco_eval.papers.beside import Comparison, Line, Ours
+from moco_eval.papers import cells
+from moco_eval.papers.html import page
 from moco_eval.papers.latex import latex
-from moco_eval.papers.missing import Missing, script
-from moco_eval.papers.page import page
-from moco_eval.text import as_text
+from moco_eval.papers.match import Comparison, Line, Ours
+from moco_eval.papers.todo import Missing, script
+from moco_eval.runtime.text import as_text
 
 CSV_COLUMNS = (
     *("row", "metric", "protocol", "dataset", "published", "published_std", "published_n"),
@@ -35,36 +35,36 @@ def render(comparison: Comparison, form: str, missing: Missing | None = None) ->
         "html": page,
     }
     if form not in forms:
-        raise InputError(f"no format {form!r}.{config.did_you_mean(form, forms)}")
+        raise InputError(f"no format {form!r}.{configs.did_you_mean(form, forms)}")
     return forms[form](comparison, missing or Missing()).rstrip("\n")
 
 
 def _text(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in words.HEADINGS:
-        left = heading in words.HEADINGS[:2]
+    for heading in cells.HEADINGS:
+        left = heading in cells.HEADINGS[:2]
         grid.add_column(heading, justify="left" if left else "right", overflow="fold")
     before = ""
     for line in comparison.lines:
-        label, *others = (escape(cell) for cell in words.cells(line))
+        label, *others = (escape(cell) for cell in cells.cells(line))
         grid.add_row("" if label == before else label, *others)
         before = label
-    parts = [as_text(words.title(table), table.caption, grid, *words.below(comparison))]
+    parts = [as_text(cells.title(table), table.caption, grid, *cells.below(comparison))]
     if missing.steps:  # not through rich, which would break commands at the terminal's width
-        parts += [words.heading(missing), script(missing), missing.total]
-    parts.append("\n".join(words.unobtainable(missing)))
+        parts += [cells.heading(missing), script(missing), missing.total]
+    parts.append("\n".join(cells.unobtainable(missing)))
     return "\n\n".join(filter(None, parts))
 
 
 def _markdown(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
-    rows = [words.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(words.cells, comparison.lines)]
+    rows = [cells.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(cells.cells, comparison.lines)]
     grid = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
-    below = [f"- {_plain(one)}" for one in (*words.below(comparison), *words.unobtainable(missing))]
-    lines = [f"**{_plain(words.title(table))}.** {_plain(table.caption)}", "", *grid, "", *below]
+    below = [f"- {_plain(one)}" for one in (*cells.below(comparison), *cells.unobtainable(missing))]
+    lines = [f"**{_plain(cells.title(table))}.** {_plain(table.caption)}", "", *grid, "", *below]
     if missing.steps:
-        lines += ["", words.heading(missing), "", "```sh", script(missing), "```", "", missing.total]
+        lines += ["", cells.heading(missing), "", "```sh", script(missing), "```", "", missing.total]
     return "\n".join(lines)
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from moco_eval import config, zoo
-from moco_eval.config import Expect, Model, PretrainConfig
+from moco_eval.config import load as configs
+from moco_eval.config.load import Expect, Model, PretrainConfig
+from moco_eval.encoders import zoo
 from moco_eval.errors import InputError
 
 Over = Literal["head", "labels", "finetune", "pretrain"]
@@ -76,15 +77,15 @@ class Recipe(Model):
 
     def settings(self) -> dict[str, Any]:
         """The same with dotted keys, as a result record holds it."""
-        return config.flatten(self.resolved().model_dump(mode="json"))
+        return configs.flatten(self.resolved().model_dump(mode="json"))
 
 
 @cache
 def _resolved(name: str, overrides: tuple[str, ...]) -> PretrainConfig:
-    shipped = [path.removeprefix("pretrain/") for path in config.shipped("pretrain")]
+    shipped = [path.removeprefix("pretrain/") for path in configs.shipped("pretrain")]
     if name not in shipped:
-        raise InputError(f"no shipped pretraining config named {name!r}.{config.did_you_mean(name, shipped)}")
-    return config.load(name, "pretrain", PretrainConfig, overrides)
+        raise InputError(f"no shipped pretraining config named {name!r}.{configs.did_you_mean(name, shipped)}")
+    return configs.load(name, "pretrain", PretrainConfig, overrides)
 
 
 def _as_yaml(value: Any) -> str:
@@ -218,7 +219,7 @@ class Table(Model):
 
 def tables() -> list[tuple[str, str]]:
     """Id of every shipped table, its caption, and how many of its rows can be had; read without being checked."""
-    return [(name, _line(config.read_yaml(config.folder() / "papers" / f"{name}.yaml")[0])) for name in _names()]
+    return [(name, _line(configs.read_yaml(configs.folder() / "papers" / f"{name}.yaml")[0])) for name in _names()]
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -229,7 +230,7 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def _names() -> list[str]:
-    return [name.removeprefix("papers/") for name in config.shipped("papers")]
+    return [name.removeprefix("papers/") for name in configs.shipped("papers")]
 
 
 def load_table(name: str) -> Table:
@@ -244,7 +245,7 @@ def load_table(name: str) -> Table:
         raise InputError(f"no table {name!r}. {way_out}")
     if name not in _names() and not Path(name).is_file():
         raise InputError(f"table {name} does not exist; `moco-eval table --list` names the shipped ones")
-    return config.load(name, "papers", Table)
+    return configs.load(name, "papers", Table)
 
 
 # How a row's encoder is pretrained

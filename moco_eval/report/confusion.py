@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from moco_eval import compare, sample
 from moco_eval.errors import InputError
-from moco_eval.report.chosen import by_test_set, has_answers, shared, unlike, words
-from moco_eval.report.read import Run
+from moco_eval.features import sample
+from moco_eval.report.pick import by_test_set, has_answers, shared, unlike, words
+from moco_eval.report.runs import Run
+from moco_eval.results import compare
 
 CLASSES = 20  # at most in a matrix; of more, the pairs that are confused most
 PAIRS = 20

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moco_eval.report.published import in_steps, published
-from moco_eval.report.read import Run
+from moco_eval.report.runs import Run
 
 TEXT, ACCENT, MUTED = "#010203", "#040506", "#070809"  # stand for the page's colours, light or dark
 COLOURS = {TEXT: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)"}

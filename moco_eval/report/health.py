@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moco_eval.report.chosen import by_encoder, by_test_set, feature
-from moco_eval.report.read import Run
+from moco_eval.report.pick import by_encoder, by_test_set, feature
+from moco_eval.report.runs import Run
 
 
 def health(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from moco_eval import sample
-from moco_eval.report.chosen import by_encoder, by_test_set, feature
-from moco_eval.report.read import Run
-from moco_eval.sample import Sample
+from moco_eval.features import sample
+from moco_eval.features.sample import Sample
+from moco_eval.report.pick import by_encoder, by_test_set, feature
+from moco_eval.report.runs import Run
 
 # Of the classes, which are round and square in turn. Chosen so that two of one shape differ by at least 25 (CIELAB)
 # for normal, protanopic and deuteranopic eyes, and each stands out (2.3 : 1) from light and dark paper.

@@ -7,9 +7,9 @@ from typing import Any
 
 import jinja2
 
-from moco_eval import __version__, files
+from moco_eval import __version__
 from moco_eval.errors import InputError
-from moco_eval.papers import words
+from moco_eval.papers import cells
 from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
 from moco_eval.report.health import health
@@ -18,9 +18,10 @@ from moco_eval.report.paired import paired
 from moco_eval.report.papers import papers
 from moco_eval.report.pictures import detections, has, image, neighbours
 from moco_eval.report.provenance import departures, provenance
-from moco_eval.report.read import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
+from moco_eval.report.runs import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
 from moco_eval.report.scores import result_columns, summary
-from moco_eval.runtime import warn
+from moco_eval.runtime import files
+from moco_eval.runtime.device import warn
 
 PAGE_BYTES = 3_000_000
 SECTIONS = (  # anchor, title, and what must be there
@@ -89,7 +90,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "summary": summary(columns, order, kinds, together),
         "columns": columns,
         "papers": papers(runs),
-        "words": words,
+        "words": cells,
         "encoders": order,
         "kinds": kinds,
         "curves": [curves(run) for run in runs if any("loss" in line for line in run.metrics)],

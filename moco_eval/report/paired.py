@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from moco_eval import compare
-from moco_eval.report.chosen import by_encoder, by_test_set, has_answers, preference, what, words
 from moco_eval.report.confusion import class_names
-from moco_eval.report.read import Run
-from moco_eval.statistics import RESAMPLES, percentiles, resampled_means
+from moco_eval.report.pick import by_encoder, by_test_set, has_answers, preference, what, words
+from moco_eval.report.runs import Run
+from moco_eval.results import compare
+from moco_eval.results.statistics import RESAMPLES, percentiles, resampled_means
 
 PAIRS = 4  # at most, for each test set
 FEWEST = 10  # images of a class whose interval says something

@@ -9,9 +9,9 @@ from PIL import Image
 
 from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
 from moco_eval.errors import InputError
-from moco_eval.report.chosen import by_encoder, by_test_set
 from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
-from moco_eval.report.read import Run, sha_of
+from moco_eval.report.pick import by_encoder, by_test_set
+from moco_eval.report.runs import Run, sha_of
 
 PICTURES = 4  # drawn images per encoder
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller

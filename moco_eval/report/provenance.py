@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from moco_eval import config, results
+from moco_eval.config import load as configs
 from moco_eval.report.pictures import CLASS_METRICS
-from moco_eval.report.read import Run, sha_of
+from moco_eval.report.runs import Run, sha_of
+from moco_eval.results import record as results
 
 
 def departures(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[str]]]]]:
@@ -74,7 +75,7 @@ def _per_class(scores: dict[str, Any]) -> str:
 
 
 def _pretraining_facts(values: dict[str, Any]) -> list[tuple[str, str]]:
-    dataset, recipe = values.get("dataset"), config.flatten(values.get("config") or {})
+    dataset, recipe = values.get("dataset"), configs.flatten(values.get("config") or {})
     words = _data_words(dataset) if isinstance(dataset, dict) else str(dataset)
     fingerprint = dataset.get("fingerprint", "") if isinstance(dataset, dict) else ""
     skipped = ("protocol", "expect")

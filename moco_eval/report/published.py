@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from moco_eval import config
-from moco_eval.papers.beside import is_pretrained
+from moco_eval.config import load as configs
+from moco_eval.papers.match import is_pretrained
 from moco_eval.papers.tables import Curve, Recipe, load_table, tables
-from moco_eval.report.read import Run
+from moco_eval.report.runs import Run
 
 
 def published(run: Run) -> Curve | None:
@@ -23,7 +23,7 @@ def published(run: Run) -> Curve | None:
 
 def _follows(values: dict[str, Any], recipe: Recipe) -> bool:
     settings = values.get("config") or {}
-    about = {**values, "protocol": settings.get("protocol"), "epochs": config.flatten(settings).get("schedule.epochs")}
+    about = {**values, "protocol": settings.get("protocol"), "epochs": configs.flatten(settings).get("schedule.epochs")}
     if not isinstance(values.get("dataset"), dict):
         return False
     return is_pretrained({"arch": settings.get("arch"), "pretraining": about}, recipe)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco_eval import results
-from moco_eval.report.read import Run, sha_of
+from moco_eval.report.runs import Run, sha_of
+from moco_eval.results import record as results
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
 METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}

@@ -1,0 +1,146 @@
+"""Weighted k-nearest-neighbour classification on frozen features.
+
+Source: Wu et al. 2018 (InstDisc), arXiv:1805.01978, Sec. 3.4; facebookresearch/moco, CIFAR-10 demo notebook.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moco_eval.classification.judge import Outcome, Protocol, Task, judge
+from moco_eval.classification.neighbours import Neighbours, nearest_by_ranks, require_enough
+from moco_eval.config import load as configs
+from moco_eval.config.load import KnnConfig
+from moco_eval.data.catalogue import ImageSet
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.features.extract import extract
+from moco_eval.results.metrics import accuracy
+from moco_eval.runtime import files
+from moco_eval.runtime.device import is_main
+
+EPSILON = 1e-5  # solo-learn's
+
+
+def weights(neighbours: Neighbours, temperature: float | None) -> torch.Tensor:
+    """What each neighbour adds to its class, (queries, k), nearest first.
+
+    exp(similarity / temperature) of a cosine similarity, up to a factor that a query's neighbours share, so that the
+    nearest adds 1; 1 / (distance + 1e-5) of a Euclidean distance, which has no temperature.
+
+    Source: Wu et al. 2018, Sec. 3.4; vturrisi/solo-learn@9187ea3, solo/utils/knn.py, for the Euclidean one.
+    """
+    if neighbours.distance == "euclidean":
+        return 1 / (EPSILON - neighbours.similarity)
+    assert temperature is not None
+    return ((neighbours.similarity - neighbours.similarity[:, :1]) / temperature).exp()
+
+
+def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float | None = None) -> torch.Tensor:
+    """Class scores, (queries, classes): each neighbour adds its weight to its own class.
+
+    Args:
+        labels: class of each image in the bank, (B,).
+    """
+    votes = weights(neighbours, temperature)
+    return votes.new_zeros((len(votes), classes)).scatter_add_(1, labels[neighbours.index], votes)
+
+
+def monitor(
+    net: nn.Module,
+    train: ImageSet,
+    test: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    k: int,
+    temperature: float,
+    workers: int,
+) -> float:
+    """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back.
+
+    Collective: every rank has all features and searches for its share of the queries.
+    An unreadable image is named and counts as a grey one: a monitor must not end a run, least of all on one rank.
+    """
+    assert train.labels is not None and test.labels is not None
+    training = net.training
+    net.eval()
+    bank, queries = (
+        extract(net, images, preprocessing, device, workers=workers, title="kNN", tolerant=True)
+        for images in (train, test)
+    )
+    net.train(training)
+    scores = vote(
+        nearest_by_ranks(queries, bank, min(k, len(bank)), device=device),
+        torch.as_tensor(train.labels, device=device),
+        len(train.classes),
+        temperature,
+    )
+    return accuracy(scores.cpu(), torch.as_tensor(test.labels))
+
+
+def evaluate(task: Task, config: KnnConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does.
+
+    The feature is the config's: the CIFAR-10 demo's protocol has the head's.
+    """
+    task = replace(task, feature=config.feature)
+    check(task, config)
+    canonical = configs.load(config.protocol.split("/")[1].split("@")[0], "knn", KnnConfig)
+    selection = "none: nothing is trained or chosen"
+    protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
+
+    def trial(seed: int, _state: Path) -> Outcome:
+        images = task.training_images(seed)
+        bank, queries = (task.features(one, config, device) for one in (images, task.test))
+        found = nearest_by_ranks(queries, bank, config.k, memory=in_bytes(config.memory), device=device)
+        return outcome(found, images, task.test, config.temperature, output)
+
+    return judge(task, protocol, output, device, trial)
+
+
+def check(task: Task, config: KnnConfig) -> None:
+    """Raises InputError where there are too few training images."""
+    require_enough(config.k, len(task.training_images(config.seed)))
+
+
+def in_bytes(gigabytes: float | None) -> float | None:
+    return None if gigabytes is None else 1e9 * gigabytes
+
+
+def outcome(
+    found: Neighbours, train: ImageSet, test: ImageSet, temperature: float | None, output: Path, **notes: Any
+) -> Outcome:
+    """What the neighbours of the test images say of their classes, and a picture of some of them in the run directory.
+
+    Collective in so far as every process has the same neighbours; the first one draws.
+    """
+    labels = torch.as_tensor(train.labels, device=found.index.device)
+    scores = vote(found, labels, len(train.classes), temperature).cpu()
+    if is_main():
+        draw_neighbours(train, test, found.index.cpu(), output / "neighbours.png")
+    first = {"neighbour": found.index[:, :10].cpu().numpy()}
+    return Outcome(scores, len(train) + len(test), notes, arrays=first)
+
+
+def draw_neighbours(train: ImageSet, test: ImageSet, neighbours: torch.Tensor, path: Path, rows: int = 8) -> None:
+    """A picture: each row a test image and its five nearest training images, at 64 pixels.
+
+    Args:
+        neighbours: training images of each test image, nearest first, (test images, k).
+    """
+    from PIL import Image
+
+    shown = np.linspace(0, len(test) - 1, min(rows, len(test))).astype(int)
+    width = min(5, neighbours.shape[1])
+    sheet = Image.new("RGB", (64 * (width + 1) + 16, 64 * len(shown)), "white")
+    for y, query in enumerate(shown):
+        sheet.paste(test.image(int(query)).resize((64, 64)), (0, 64 * y))
+        for x in range(width):
+            neighbour = train.image(int(neighbours[query, x]))
+            sheet.paste(neighbour.resize((64, 64)), (64 * (x + 1) + 16, 64 * y))
+    with files.atomic(path) as temporary:
+        sheet.save(temporary)

@@ -1,0 +1,155 @@
+"""knn/grid@1: k, temperature and distance of the kNN classifier, chosen by leave-one-out on the training images.
+
+One search per distance at the largest k answers every point of the grid.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moco_eval.classification.judge import Outcome, Protocol, Task, judge
+from moco_eval.classification.knn import in_bytes, outcome, weights
+from moco_eval.classification.neighbours import Distance, Neighbours, Rows, nearest_by_ranks, require_enough
+from moco_eval.config import load as configs
+from moco_eval.config.load import KnnGridConfig
+from moco_eval.runtime.device import log
+
+VOTING = 2**26  # class scores held at once
+
+
+def evaluate(task: Task, config: KnnGridConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
+    task = replace(task, feature=config.feature)
+    check(task, config)
+    canonical = configs.load("grid", "knn", KnnGridConfig)
+    selection = "leave-one-out on train"
+    protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
+
+    def trial(seed: int, _state: Path) -> Outcome:
+        return run_trial(task, config, seed, output, device)
+
+    return judge(task, protocol, output, device, trial)
+
+
+def check(task: Task, config: KnnGridConfig) -> None:
+    """Raises InputError where there are too few training images for the smallest k."""
+    require_enough(min(config.k), len(task.training_images(config.seed)) - 1)
+
+
+def run_trial(task: Task, config: KnnGridConfig, seed: int, output: Path, device: torch.device) -> Outcome:
+    """Choose on the training images, then classify the test images once."""
+    images = task.training_images(seed)
+    bank, queries = (task.features(one, config, device) for one in (images, task.test))
+    chosen = choose(bank, torch.as_tensor(images.labels), len(images.classes), config, seed, device)
+    if chosen.left_out:
+        log(f"k {', '.join(map(str, chosen.left_out))} left out: an image has {len(images) - 1} others")
+    best = chosen.best
+    memory = in_bytes(config.memory)
+    found = nearest_by_ranks(queries, bank, best.k, distance=best.distance, memory=memory, device=device)
+    return outcome(found, images, task.test, best.temperature, output, grid=chosen.record())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the classifier; Euclidean votes have no temperature."""
+
+    distance: Distance
+    k: int
+    temperature: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The leave-one-out accuracy of every point, in percent, and the best; `left_out`: the k that the bank is too
+    small for."""
+
+    best: Point
+    accuracy: dict[Point, float]
+    queries: int
+    left_out: tuple[int, ...]
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "chosen": asdict(self.best),
+            "queries": self.queries,
+            "left_out_k": list(self.left_out),
+            "points": [asdict(point) | {"top1": top1} for point, top1 in self.accuracy.items()],
+        }
+
+
+def choose(
+    features: Rows,
+    labels: torch.Tensor,
+    classes: int,
+    config: KnnGridConfig,
+    seed: int,
+    device: torch.device,
+) -> Choice:
+    """Classify training images by all the others, at every point of the grid. Collective.
+
+    Of equally good points the one with the smallest k is taken, cosine before Euclidean, then the largest temperature.
+
+    Args:
+        features: (N, D) of the training images; labels: their classes, (N,).
+    Raises:
+        InputError: not even the smallest k has as many other images.
+    """
+    others = len(features) - 1
+    require_enough(min(config.k), others)
+    ks = sorted(k for k in config.k if k <= others)
+    own = left_out(len(features), config.queries, seed)
+    queries = features if len(own) == len(features) else features[own.numpy()]
+    right = dict[Point, int]()
+    for distance in config.distance:
+        options = {"distance": distance, "memory": in_bytes(config.memory), "device": device}
+        found = nearest_by_ranks(queries, features, ks[-1], own=own, **options)
+        right |= _right(found, labels.to(device), labels[own].to(device), classes, ks, _temperatures(config, distance))
+    best = min(right, key=lambda point: (-right[point], point.k, point.distance, -(point.temperature or 0)))
+    top1 = {point: 100 * count / len(own) for point, count in right.items()}
+    return Choice(best, top1, len(own), tuple(k for k in config.k if k > others))
+
+
+def left_out(images: int, most: int, seed: int) -> torch.Tensor:
+    """Which training images are left out in turn: all, or `most` of them drawn from the seed; ascending."""
+    if images <= most:
+        return torch.arange(images)
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(images, most, replace=False)))
+
+
+def _temperatures(config: KnnGridConfig, distance: Distance) -> Sequence[float | None]:
+    return config.temperature if distance == "cosine" else (None,)
+
+
+def _right(
+    found: Neighbours,
+    labels: torch.Tensor,
+    truth: torch.Tensor,
+    classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float | None],
+) -> dict[Point, int]:
+    """How many queries each point classifies rightly; labels (B,) of the bank, truth (Q,) of the queries."""
+    right = {Point(found.distance, k, temperature): 0 for k in ks for temperature in temperatures}
+    for part in torch.arange(len(truth)).split(max(1, VOTING // classes)):
+        here = slice(int(part[0]), int(part[-1]) + 1)
+        some = Neighbours(found.similarity[here], found.index[here], found.distance)
+        for temperature in temperatures:
+            for k, predictions in predicted(some, labels, classes, ks, temperature):
+                right[Point(found.distance, k, temperature)] += int((predictions == truth[here]).sum())
+    return right
+
+
+def predicted(
+    found: Neighbours, labels: torch.Tensor, classes: int, ks: Sequence[int], temperature: float | None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The classes that the k nearest vote for, (queries,), for each k of an ascending sequence."""
+    votes, voters = weights(found, temperature), labels[found.index]
+    scores, done = votes.new_zeros((len(votes), classes)), 0
+    for k in ks:
+        scores.scatter_add_(1, voters[:, done:k], votes[:, done:k])
+        done = k
+        yield k, scores.argmax(dim=1)

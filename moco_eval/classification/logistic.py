@@ -1,0 +1,475 @@
+"""Multinomial logistic regression on frozen features: a path over C on a held-out part, one refit, one test.
+
+The objective is scikit-learn's, divided by C and the number of images: the mean cross entropy of N images in nats plus
+|W|^2 / (2 C N); the intercepts are free. Two solvers reach the same optimum: scikit-learn's, and torch's L-BFGS on any
+device, a block of images at a time, in coordinates in which the features are uncorrelated: there it needs a tenth of
+the iterations.
+
+Source: Kornblith et al. 2019, arXiv:1805.08974, appendix; linusericsson/ssl-transfer@416913f, linear.py.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+
+from moco_eval.classification.judge import Outcome, Protocol, Task, judge
+from moco_eval.config import load as configs
+from moco_eval.config.load import LogisticConfig
+from moco_eval.data.label_subsets import held_out
+from moco_eval.errors import InputError
+from moco_eval.results.metrics import accuracy, mean_per_class
+from moco_eval.runtime.device import is_main, warn
+
+Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to percent
+CPU = torch.device("cpu")
+BLOCK = 65536  # images whose logits are held at a time
+RESIDENT = 4 * 2**30  # bytes of features that are kept in a CPU's memory in float64; more are read block by block
+SUBPATH = 9  # values of C that start from one another; fixed, so that the number of processes moves no number
+
+
+# The protocol
+
+
+def evaluate(task: Task, config: LogisticConfig, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
+    canonical = configs.load("lbfgs", "logistic", LogisticConfig)
+    selection = "held-out training images; then all of them"
+    protocol = Protocol("logistic", config, canonical, "head", selection, free=("solver", "batch_size"))
+
+    def trial(seed: int, _state: Path) -> Outcome | None:
+        images = task.training_images(seed)
+        train, test = (task.features(one, config, device) for one in (images, task.test))
+        if not is_main():
+            return None
+        assert images.labels is not None
+        measure = mean_per_class if images.metric == "mean_per_class" else accuracy
+        return on_features(train, images.labels, test, config, seed, device, measure)
+
+    return judge(task, protocol, output, device, trial)
+
+
+def check(task: Task, config: LogisticConfig) -> None:
+    """Raises InputError where a class has no image, or none has one to spare for the choice of C."""
+    labels = task.training_images(config.seed).labels
+    assert labels is not None
+    if absent := [name for label, name in enumerate(task.train.classes) if not (labels == label).any()]:
+        raise InputError(
+            f"class {absent[0]!r} has no training image ({len(absent)} such classes); logistic regression needs one of "
+            "each"
+        )
+    if config.path.count > 1:
+        _require_some(held_out(labels, config.held_out, config.seed)[1])
+
+
+def on_features(
+    train: "Rows",
+    labels: np.ndarray,
+    test: "Rows",
+    config: LogisticConfig,
+    seed: int,
+    device: torch.device,
+    measure: Measure = accuracy,
+) -> Outcome:
+    """The protocol on features that are there: choose C on held-out images, refit on all, score the test images.
+
+    Args:
+        train, test: (N, D); labels: (N,), each class at least once.
+        measure: of the held-out images, by which C is chosen.
+    Raises:
+        InputError: no class has an image to spare for the choice of C.
+    """
+    settings = Settings(config.tolerance, config.max_iterations)
+    path = costs(config.path.low, config.path.high, config.path.count)
+    points = _points(train, labels, path, config.solver, config.held_out, seed, device, settings, measure)
+    best = choose(points)
+    everything = resident(train, device if config.solver == "torch" else CPU)
+    fit = fit_by(config.solver, everything, labels, best.C, device, settings)
+    notes: dict[str, Any] = {
+        "chosen": {"C": best.C},
+        "solver": config.solver,
+        "path": [asdict(point) for point in points],
+    }
+    notes["loss"] = loss(everything, labels, fit, device)
+    if troubles := _troubles(points, best, fit, settings):
+        notes["deviations"] = troubles
+    return Outcome(scores(test, fit, device), len(labels) + test.shape[0], notes)
+
+
+def _points(
+    train: "Rows",
+    labels: np.ndarray,
+    path: np.ndarray,
+    solver: Literal["sklearn", "torch"],
+    share: float,
+    seed: int,
+    device: torch.device,
+    settings: "Settings",
+    measure: Measure,
+) -> list["Point"]:
+    """The path over C on a part of the training images; a single C needs none."""
+    from joblib import cpu_count
+
+    if len(path) == 1:
+        return [Point(float(path[0]), None, 0, True)]
+    kept, held = held_out(labels, share, seed)
+    _require_some(held)
+    place = device if solver == "torch" else CPU
+    fit, choice = ((resident(Taken(train, rows), place), labels[rows]) for rows in (kept, held))
+    return follow(fit, choice, path, solver, device, settings, cpu_count(), measure)
+
+
+def _require_some(held: np.ndarray) -> None:
+    if not len(held):
+        raise InputError(
+            "every class has one training image, none to spare for the choice of C; take more labels, or one C alone: "
+            "--set path.count=1 --set path.low=1.0"
+        )
+
+
+def _troubles(points: Sequence["Point"], best: "Point", fit: "Fit", settings: "Settings") -> list[str]:
+    """In words, and as warnings: fits that were stopped early; a C at the end of its path only warns."""
+    late = sum(not point.converged for point in points)
+    ends = f"stopped after {settings.max_iterations} iterations, before the tolerance {settings.tolerance:g}"
+    troubles = [f"{late} of {len(points)} fits of the path over C {ends}"] if late else []
+    troubles += [] if fit.converged else [f"the fit at the chosen C {fit.C:.3g} {ends}"]
+    for words in troubles:
+        warn(f"{words}; --set max_iterations={10 * settings.max_iterations} lets it go on")
+    if best.C in (points[0].C, points[-1].C) and len(points) > 1:
+        warn(f"the chosen C {best.C:.3g} is at the end of its path; widen --set path.low=... or path.high=...")
+    return troubles
+
+
+# Features
+
+
+class Rows(Interface):
+    """(N, D) features by slice: an array, a tensor, or a memory-mapped cache."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    def __getitem__(self, rows: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Some rows of features that are too many to copy."""
+
+    features: Rows
+    index: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, D)."""
+        return len(self.index), self.features.shape[1]
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self.features[self.index[rows]]
+
+
+def resident(features: Rows, device: torch.device) -> Rows:
+    """The features in the memory and arithmetic of a device where they fit; else as they are."""
+    numbers = features.shape[0] * features.shape[1]
+    if device.type == "cpu":
+        return np.asarray(features[:], dtype=np.float64) if 8 * numbers <= RESIDENT else features
+    free, _ = torch.cuda.mem_get_info(device)
+    if 4 * numbers > free / 2:
+        return features
+    held = torch.empty(*features.shape, device=device)
+    for part, rows in _blocks(features, device, BLOCK):
+        held[part] = rows
+    return held
+
+
+# One fit
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One classifier: `weight` (classes, D) and `bias` (classes,), float64, and how the solver ended.
+
+    `converged`: the gradient is within the tolerance, or the objective no longer falls in the arithmetic used.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    C: float
+    iterations: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on the path over C: the metric of its held-out images in percent (None where there is no choice), and how
+    its fit ended."""
+
+    C: float
+    held_out: float | None
+    iterations: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a solver stops: at a gradient whose largest entry is within `tolerance`, or after so many iterations.
+
+    scikit-learn takes the gradient by weights, torch's by the uncorrelated coordinates.
+    """
+
+    tolerance: float = 1e-5
+    max_iterations: int = 1000
+
+
+def costs(low: float, high: float, count: int) -> np.ndarray:
+    """`count` values of C, evenly spaced in their logarithm, from strong to weak regularisation."""
+    return np.geomspace(low, high, count)
+
+
+def scores(features: Rows, fit: Fit, device: torch.device = CPU) -> torch.Tensor:
+    """Logits on the CPU, (N, classes) float32."""
+    weight, bias = (torch.as_tensor(array, dtype=torch.float32, device=device) for array in (fit.weight, fit.bias))
+    return torch.cat([torch.addmm(bias, rows.float(), weight.T).cpu() for _, rows in _blocks(features, device, BLOCK)])
+
+
+def loss(features: Rows, labels: np.ndarray, fit: Fit, device: torch.device = CPU, block: int = BLOCK) -> float:
+    """The objective of a classifier: mean cross entropy in nats plus |W|^2 / (2 C N)."""
+    weight, bias, y = (torch.as_tensor(array, device=device) for array in (fit.weight, fit.bias, labels))
+    return loss_and_gradient(features, y, weight, bias, fit.C, block)[0].item()
+
+
+def loss_and_gradient(
+    features: Rows,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    C: float,
+    block: int = BLOCK,
+    mean: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The objective and its gradient, accumulated in float64 over blocks of images.
+
+    Args:
+        features: (N, D); a block at a time goes to the weights' device.
+        labels: (N,) int64, there.
+        weight: (classes, D) and bias: (classes,), float64. Products are in float64 on a CPU, in float32 on a GPU.
+        mean: subtracted from each image's features, (D,); `bias` then belongs to the centred features.
+    Returns:
+        The objective, and its gradient by weight and by bias, float64.
+    """
+    arithmetic = _arithmetic(weight.device)
+    W, b = weight.to(arithmetic), bias.to(arithmetic)
+    value, by_weight, by_bias = weight.square().sum() / (2 * C), weight / C, torch.zeros_like(bias)
+    for part, rows in _blocks(features, weight.device, block):
+        X, y = rows.to(arithmetic), labels[part, None]
+        X = X if mean is None else X - mean.to(arithmetic)
+        log_p = torch.addmm(b, X, W.T).log_softmax(dim=1)
+        value = value - log_p.gather(1, y).sum(dtype=torch.float64)
+        error = log_p.exp_().scatter_add_(1, y, X.new_full(y.shape, -1.0))  # probabilities minus one-hot labels
+        by_weight = by_weight + error.T @ X
+        by_bias = by_bias + error.sum(dim=0, dtype=torch.float64)
+    N = features.shape[0]
+    return value / N, by_weight / N, by_bias / N
+
+
+def _arithmetic(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def _blocks(features: Rows, device: torch.device, block: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Consecutive rows on a device, and where they stand."""
+    for start in range(0, features.shape[0], block):
+        part = slice(start, min(start + block, features.shape[0]))
+        yield part, torch.as_tensor(features[part]).to(device, non_blocking=True)
+
+
+def fit_sklearn(
+    features: np.ndarray, labels: np.ndarray, C: float, start: Fit | None = None, settings: Settings = Settings()
+) -> Fit:
+    """Minimise the objective by scikit-learn's LogisticRegression (L-BFGS).
+
+    Args:
+        features: (N, D) float64; in float32 scikit-learn stops early.
+        labels: (N,), every class of 0 ... classes - 1 at least once.
+        C: the inverse of the regularisation of the summed cross entropy.
+        start: the solution at another C.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    two = labels.max() == 1  # then it fits one vector w, for the softmax's -w/2 and w/2: half the penalty
+    model = LogisticRegression(
+        C=2 * C if two else C, tol=settings.tolerance, max_iter=settings.max_iterations, warm_start=start is not None
+    )
+    centre = features.mean(axis=0)  # the same objective; away from the origin the intercept would hardly move
+    if start is not None:
+        places = (start.weight, start.bias + start.weight @ centre)
+        model.coef_, model.intercept_ = (one[1:] - one[:1] if two else one.copy() for one in places)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(features - centre, labels)
+    weight, bias = model.coef_, model.intercept_ - model.coef_ @ centre
+    if two:
+        weight, bias = (np.concatenate([-one / 2, one / 2]) for one in (weight, bias))
+    stopped = any(issubclass(one.category, ConvergenceWarning) for one in caught)
+    return Fit(weight, bias, C, int(model.n_iter_.max()), converged=not stopped)
+
+
+@dataclass(frozen=True)
+class Uncorrelated:
+    """Coordinates in which features are centred and uncorrelated: (x - mean) @ vectors has variances `values`."""
+
+    mean: torch.Tensor
+    vectors: torch.Tensor
+    values: torch.Tensor
+
+    def scale(self, C: float, images: int, classes: int) -> torch.Tensor:
+        """Of each coordinate, (D,), so that the objective's curvature is about one at even probabilities."""
+        return (self.values * (1 - 1 / classes) / classes + 1 / (C * images)).rsqrt()
+
+
+def uncorrelated(features: Rows, device: torch.device = CPU, block: int = BLOCK) -> Uncorrelated:
+    """The eigenvectors of the covariance, float64, in two passes over blocks of rows."""
+    N, arithmetic = features.shape[0], _arithmetic(device)
+    mean = sum(rows.sum(dim=0, dtype=torch.float64) for _, rows in _blocks(features, device, block)) / N
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
+    for _, rows in _blocks(features, device, block):
+        centred = rows.to(arithmetic) - mean.to(arithmetic)
+        covariance += centred.T @ centred
+    values, vectors = torch.linalg.eigh(covariance / N)
+    return Uncorrelated(mean, vectors, values.clamp(min=0))
+
+
+def fit_torch(
+    features: Rows,
+    labels: np.ndarray,
+    C: float,
+    device: torch.device,
+    start: Fit | None = None,
+    settings: Settings = Settings(),
+    axes: Uncorrelated | None = None,
+    block: int = BLOCK,
+) -> Fit:
+    """Minimise the same objective by torch's L-BFGS (strong Wolfe) on a device, `block` images at a time.
+
+    Args: as `fit_sklearn`, but features of any precision, which may be larger than the memory.
+        axes: of these features, where the caller has them already.
+    """
+    classes, y = int(labels.max()) + 1, torch.as_tensor(labels, device=device)
+    axes = axes or uncorrelated(features, device, block)
+    scale = axes.scale(C, features.shape[0], classes)
+    basis = axes.vectors * scale
+    place = torch.zeros(classes, len(scale), dtype=torch.float64, device=device)  # the weight is place @ basis.T
+    bias = place.new_zeros(classes)  # of the centred features
+    if start is not None:
+        weight = torch.as_tensor(start.weight, device=device)
+        place = weight @ axes.vectors / scale
+        bias = torch.as_tensor(start.bias, device=device) + weight @ axes.mean
+
+    def closure() -> torch.Tensor:
+        value, by_weight, bias.grad = loss_and_gradient(features, y, place @ basis.T, bias, C, block, axes.mean)
+        place.grad = by_weight @ basis
+        return value
+
+    iterations, converged = _minimise([place, bias], closure, settings)
+    weight = place @ basis.T
+    return Fit(weight.cpu().numpy(), (bias - weight @ axes.mean).cpu().numpy(), C, iterations, converged)
+
+
+def _minimise(places: list[torch.Tensor], closure: Callable[[], torch.Tensor], settings: Settings) -> tuple[int, bool]:
+    """L-BFGS in place; how many iterations it took, and whether it ended before it was stopped."""
+    evaluations = 2 * settings.max_iterations
+    exact = places[0].device.type == "cpu"  # elsewhere products are in float32, and a loss is known to 1e-9
+    optimizer = torch.optim.LBFGS(
+        places,
+        max_iter=settings.max_iterations,
+        max_eval=evaluations,
+        tolerance_grad=settings.tolerance,
+        tolerance_change=64 * torch.finfo(torch.float64).eps if exact else 1e-9,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    optimizer.step(closure)
+    state = optimizer.state[places[0]]
+    steepest = max(place.grad.abs().max().item() for place in places if place.grad is not None)
+    stopped = state["n_iter"] >= settings.max_iterations or state["func_evals"] >= evaluations
+    return int(state["n_iter"]), not stopped or steepest <= settings.tolerance
+
+
+def fit_by(
+    solver: Literal["sklearn", "torch"],
+    features: Rows,
+    labels: np.ndarray,
+    C: float,
+    device: torch.device,
+    settings: Settings = Settings(),
+    start: Fit | None = None,
+    axes: Uncorrelated | None = None,
+) -> Fit:
+    """The optimum by either solver."""
+    if solver == "torch":
+        return fit_torch(features, labels, C, device, start, settings, axes)
+    return fit_sklearn(np.asarray(features[:], dtype=np.float64), labels, C, start, settings)
+
+
+# The path over C
+
+
+def follow(
+    train: tuple[Rows, np.ndarray],
+    held: tuple[Rows, np.ndarray],
+    path: np.ndarray,
+    solver: Literal["sklearn", "torch"],
+    device: torch.device = CPU,
+    settings: Settings = Settings(),
+    processes: int = 1,
+    measure: Measure = accuracy,
+) -> list[Point]:
+    """Fit at each C and measure on the held-out images.
+
+    Contiguous parts of the path, each from strong to weak regularisation and each fit from the one before, run in
+    `processes` processes on a CPU, which share the features by memory-map; the parts are the same for any number.
+
+    Args:
+        train, held: features and labels that fit, and that measure.
+    """
+    from joblib import Parallel, delayed
+
+    axes = uncorrelated(train[0], device) if solver == "torch" else None
+    run = partial(_subpath, train, held, solver=solver, device=device, settings=settings, axes=axes, measure=measure)
+    parts = [path[i : i + SUBPATH] for i in range(0, len(path), SUBPATH)]
+    jobs = min(processes, len(parts)) if device.type == "cpu" else 1
+    return [point for points in Parallel(n_jobs=jobs)(delayed(run)(part) for part in parts) for point in points]
+
+
+def _subpath(
+    train: tuple[Rows, np.ndarray],
+    held: tuple[Rows, np.ndarray],
+    path: np.ndarray,
+    *,
+    solver: Literal["sklearn", "torch"],
+    device: torch.device,
+    settings: Settings,
+    axes: Uncorrelated | None,
+    measure: Measure,
+) -> list[Point]:
+    """Each fit starts from the one before."""
+    points, fit = [], None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a memory-map, which we only read
+        for C in path:
+            fit = fit_by(solver, *train, float(C), device, settings, fit, axes)
+            value = measure(scores(held[0], fit, device), torch.as_tensor(held[1]))
+            points.append(Point(fit.C, value, fit.iterations, fit.converged))
+    return points
+
+
+def choose(points: Sequence[Point]) -> Point:
+    """The best on held-out images; of equals the most regularised."""
+    return max(points, key=lambda point: (point.held_out or 0.0, -point.C))

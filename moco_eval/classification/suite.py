@@ -1,0 +1,263 @@
+"""Several protocols on one extraction: each image goes through the network once for each kind of crop.
+
+The protocols are those of the commands of their own, with the same run directories and the same numbers.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from moco_eval.classification import knn, knn_grid, linear_quick, logistic, svm
+from moco_eval.classification.judge import Task, resolved
+from moco_eval.config import load as configs
+from moco_eval.config.load import QuickConfig, SvmConfig, did_you_mean, judge_model
+from moco_eval.data.catalogue import require_single_label
+from moco_eval.errors import InputError, message_of
+from moco_eval.features.cache import Source, features_of, missing
+from moco_eval.features.extract import network
+from moco_eval.results.record import finished, holds, repeats
+from moco_eval.runtime.device import barrier, log
+from moco_eval.runtime.text import as_text
+
+BATCH = 256  # images in a step of the extraction
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A protocol that judges extracted features.
+
+    Attributes:
+        short: other names for it.
+        evaluate: (task, config, output, device) to its record.
+        check: (task, config); raises InputError where it cannot be done on these images.
+    """
+
+    short: tuple[str, ...]
+    evaluate: Callable[[Task, Any, Path, torch.device], dict[str, Any]]
+    check: Callable[[Task, Any], None] | None = None
+
+
+JUDGES = {
+    "knn/instdisc@1": Judge(("knn", "instdisc"), knn.evaluate, knn.check),
+    "knn/grid@1": Judge(("grid",), knn_grid.evaluate, knn_grid.check),
+    "linear/quick@1": Judge(("quick",), linear_quick.evaluate),
+    "logistic/lbfgs@1": Judge(("logistic", "lbfgs"), logistic.evaluate, logistic.check),
+    "svm/voc07@1": Judge(("svm", "voc07"), svm.evaluate, svm.check),
+    "svm/voc07-low-shot@1": Judge(("low-shot", "voc07-low-shot"), svm.evaluate, svm.check),
+}
+
+
+def protocols(names: str | None, multi_label: bool) -> list[str]:
+    """The protocols that --tasks names, in its order; by default those that fit the labels.
+
+    Args:
+        names: full or short names between commas.
+    Raises:
+        InputError: an unknown name, or a protocol named twice.
+    """
+    if names is None:
+        names = "svm" if multi_label else "knn,quick,logistic"
+    known = {short: protocol for protocol, judge in JUDGES.items() for short in (protocol, *judge.short)}
+    found: list[str] = []
+    for name in (one.strip() for one in names.split(",")):
+        if name not in known:
+            raise InputError(f"--tasks {names!r}: {name!r} judges no extracted features.{did_you_mean(name, known)}")
+        if known[name] in found:
+            raise InputError(f"--tasks {names!r} names {known[name]} twice; take one of them away")
+        found.append(known[name])
+    return found
+
+
+@dataclass(frozen=True)
+class Item:
+    """One task of a suite: a protocol's config, what it judges, and its run directory."""
+
+    protocol: str
+    config: Any
+    task: Task
+    output: Path
+
+    @property
+    def command(self) -> str:
+        """The command of its own, which is also the folder of its config."""
+        return self.protocol.split("/")[0]
+
+    @property
+    def done(self) -> bool:
+        """Whether its record is there."""
+        return finished(self.output) is not None
+
+    @property
+    def judged(self) -> Task:
+        """The task with as many trials as the protocol makes of it."""
+        return svm.repeated(self.task, self.config) if isinstance(self.config, SvmConfig) else self.task
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """The features that it needs; of trials on the same images once."""
+        task, config = self.judged, self.config
+        crops = linear_quick.crops(config) if isinstance(config, QuickConfig) else []
+        found = [task.source(task.test, config)]
+        trials = range(config.seed, config.seed + (task.trials if task.labels_per_class else 1))
+        for images in map(task.training_images, trials):
+            found += [task.source(images, config, one) for one in (None, *crops)]
+        return found
+
+
+def items(task: Task, names: Sequence[str], output: Path, overrides: Sequence[str] = ()) -> list[Item]:
+    """The tasks of a suite, each by its protocol as it is shipped.
+
+    Args:
+        task: what all of them judge.
+        names: protocols, in full.
+        overrides: of every config: precision, workers, seed.
+    """
+    return [_item(task, name, output, overrides) for name in names]
+
+
+def _item(task: Task, protocol: str, output: Path, overrides: Sequence[str]) -> Item:
+    kind, _, name = protocol.removesuffix("@1").partition("/")
+    if kind == "knn":
+        overrides = (*overrides, f"feature={task.feature}")
+        if not task.labels_per_class:
+            task = replace(task, trials=1)  # nothing in it is drawn
+    config = configs.load(name, kind, judge_model(name, kind), overrides)
+    return Item(protocol, config, task, output / f"{kind}-{name}")
+
+
+def check(suite: Sequence[Item]) -> None:
+    """Look at every task before anything is done.
+
+    Raises:
+        InputError: a task cannot be done on these images or with this encoder, or its directory holds another run.
+    """
+    for item in suite:
+        network(item.task.encoder, item.task.feature)
+        try:
+            _check(item)
+        except InputError as error:
+            raise InputError(
+                f"{item.protocol}: {message_of(error)}; --set belongs to `moco-eval {item.command}`, here leave the "
+                "protocol out of --tasks"
+            ) from None
+        holds(item.output, resolved(item.judged, item.command, item.config))
+
+
+def _check(item: Item) -> None:
+    if item.command != "svm":
+        require_single_label(item.task.test)
+    if own := JUDGES[item.protocol].check:
+        own(item.task, item.config)
+    assert item.sources  # the labels of every trial can be drawn
+
+
+# What is extracted
+
+
+@dataclass(frozen=True)
+class Need:
+    """Features that tasks need: `protocols` say which, `images` how many of them are not in the cache."""
+
+    source: Source
+    protocols: tuple[str, ...]
+    images: int
+
+
+def needs(suite: Sequence[Item], cache: Path, batch_size: int = BATCH) -> list[Need]:
+    """The features that tasks which are not done need, each once, to be extracted in batches of that many images."""
+    wanted: dict[Path, list[tuple[Source, str]]] = {}
+    for item in suite:
+        for source in [] if item.done else item.sources:
+            asked = replace(source, batch_size=batch_size)
+            wanted.setdefault(source.folder(cache), []).append((asked, item.protocol))
+    return [
+        Need(found[0][0], tuple(dict.fromkeys(protocol for _, protocol in found)), missing(found[0][0], cache))
+        for found in wanted.values()
+    ]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How many images went through the network, how many were in the cache, and the seconds."""
+
+    images: int
+    cached: int
+    seconds: float
+
+    def words(self) -> str:
+        """For a line of its own."""
+        if not self.images:
+            return "extraction: nothing was missing"
+        rate = self.images / max(self.seconds, 1e-9)
+        had = f"; {self.cached:,} more were in the cache" if self.cached else ""
+        return f"extraction: {self.images:,} images and crops in {self.seconds:.1f} s, {rate:,.0f} a second{had}"
+
+
+def run(
+    suite: Sequence[Item], cache: Path, device: torch.device, batch_size: int = BATCH
+) -> tuple[list[dict[str, Any]], Extraction]:
+    """Extract what is missing, then do every task that is not done. Collective.
+
+    Args:
+        batch_size: of the extraction, over all processes; the protocols keep their own.
+    Returns:
+        The record of each task, and what was extracted.
+    Raises:
+        InputError, RunFailed, Interrupted: as `cache.features_of` and `classify.judge` do.
+    """
+    wanted = needs(suite, cache, batch_size)
+    barrier()  # every process has looked
+    began = time.perf_counter()
+    for need in wanted:
+        features_of(need.source, cache, device)
+    images = sum(need.images for need in wanted)
+    total = sum(len(need.source.images) for need in wanted)
+    extraction = Extraction(images, total - images, time.perf_counter() - began)
+    records = []
+    for number, item in enumerate(suite, 1):
+        log(f"{number}/{len(suite)} {item.protocol}")
+        records.append(JUDGES[item.protocol].evaluate(item.task, item.config, item.output, device))
+    return records, extraction
+
+
+# How it is shown
+
+HEADINGS = ("protocol", "metric", "value", "95 % interval", "seconds")
+
+
+def table(records: Sequence[dict[str, Any]], extraction: Extraction) -> str:
+    """The numbers of all records as text, deviations in footnotes."""
+    data, footnotes = records[0]["dataset"], list[str]()
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in HEADINGS:
+        grid.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for record in records:
+        for words in record["deviations"]:
+            if words not in footnotes:
+                footnotes.append(words)
+        marks = "".join(f" [{footnotes.index(words) + 1}]" for words in record["deviations"])
+        for number, name in enumerate(record["metrics"]):
+            first = (record["protocol"] + marks, f"{record['cost']['seconds']:.1f}") if number == 0 else ("", "")
+            grid.add_row(escape(first[0]), *(escape(cell) for cell in _cells(record, name)), first[1])
+    return as_text(
+        f"{records[0]['encoder']['path']} on {data['name']}, {data['images']:,} test images; in percent",
+        grid,
+        *(f"[{number}] not comparable with published numbers: {words}" for number, words in enumerate(footnotes, 1)),
+        "interval: over test images; ±: over the repetitions named; seconds: without the extraction",
+        extraction.words(),
+    )
+
+
+def _cells(record: dict[str, Any], name: str) -> tuple[str, str, str]:
+    std, interval = record["std"].get(name), record["interval"].get(name)
+    spread = f" ± {std:.2f} ({repeats(record)})" if std is not None else ""
+    bounds = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "-"
+    return name, f"{record['metrics'][name]:.2f}{spread}", bounds

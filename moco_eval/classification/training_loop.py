@@ -1,0 +1,139 @@
+"""The supervised training loop of the evaluations: crops of labelled images, an epoch at a time, resumable anywhere."""
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moco_eval.config.load import Augmentation
+from moco_eval.data.catalogue import ImageSet
+from moco_eval.data.loader import Batches, Examples, crop_transform, loader
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.runtime import files
+from moco_eval.runtime.device import Stop, all_sum, is_main, progress, require_finite, warn, world_size
+
+
+class Epochs(Protocol):
+    """What the loop reads of a schedule; the rates are the learner's."""
+
+    epochs: int
+
+
+class Settings(Protocol):
+    """What the loop reads of a config."""
+
+    batch_size: int
+    augmentation: Augmentation
+    workers: int
+
+    @property
+    def schedule(self) -> Epochs: ...
+
+
+class Learner(Protocol):
+    """What is trained."""
+
+    def train_step(self, views: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int) -> torch.Tensor:
+        """One step on this process's share of a batch of `batch` images; returns the share's part of the mean loss."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Called by every process after each epoch, before the state is kept."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Loop:
+    """Train a learner on crops of a set of images; each draw comes from (seed, epoch, image).
+
+    Attributes:
+        state: where its state is kept after each epoch, and where it is stopped.
+        drop_last: leave out the images of an epoch that make no whole batch.
+        losses: of the epoch under way, (steps,), this process's shares.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        images: ImageSet,
+        config: Settings,
+        preprocessing: Preprocessing,
+        seed: int,
+        state: Path,
+        device: torch.device,
+        drop_last: bool = False,
+    ):
+        self.learner, self.images, self.config, self.seed = learner, images, config, seed
+        self.preprocessing, self.state, self.device, self.drop_last = preprocessing, state, device, drop_last
+        self.losses: list[torch.Tensor] = []
+        self.began, self.earlier = time.perf_counter(), 0.0
+
+    def run(self, title: str, way_out: str = "a smaller --set optimizer.lr may help") -> float:
+        """Train to the end of the schedule; returns the seconds of earlier sessions.
+
+        Args:
+            way_out: what may help where the loss is not finite.
+
+        Raises:
+            RunFailed: the loss is not finite.
+            Interrupted: stopped by a signal; its state is kept.
+        """
+        epochs, done, self.way_out = self.config.schedule.epochs, self._restore(), way_out
+        batches = Batches(
+            len(self.images), self.config.batch_size, self.seed, range(epochs), shuffle=True, drop_last=self.drop_last
+        )
+        first_epoch, first_step = divmod(done, batches.steps_per_epoch)
+        batches = replace(batches, epochs=range(first_epoch, epochs), first_step=first_step)
+        augmentation = self.config.augmentation
+        crops = crop_transform(self.preprocessing, augmentation.crop_scale, augmentation.flip)
+        examples = Examples(self.images, crops, self.seed)
+        total = epochs * batches.steps_per_epoch
+        with Stop() as stop, progress(title, total, self.config.batch_size, done) as advance:
+            for views, labels, _ in loader(examples, batches, self.config.workers, self.device):
+                epoch, step = divmod(done, batches.steps_per_epoch)
+                mine, batch = batches.mine(step), batches.size(step)
+                views, labels = views[:mine].to(self.device), labels[:mine].to(self.device)
+                self.losses.append(self.learner.train_step(views, labels, epoch, batch))
+                done += 1
+                advance()
+                self._after_step(done, total, batches.steps_per_epoch, stop)
+        return self.earlier
+
+    def _after_step(self, done: int, total: int, per_epoch: int, stop: Stop) -> None:
+        """At the end of each epoch check the loss and keep the state; stop where asked to."""
+        epoch_ends = done % per_epoch == 0
+        asked = (world_size() == 1 or done % 50 == 0 or epoch_ends) and stop.requested()
+        if not epoch_ends and not asked:
+            return
+        loss = all_sum(torch.stack(self.losses).mean()).item() / world_size()
+        self.losses = []
+        require_finite(loss, f"epoch {(done - 1) // per_epoch}", self.way_out)
+        if epoch_ends:
+            self.learner.end_epoch((done - 1) // per_epoch)
+        self._save(done)
+        if asked:
+            stop.check(f"step {done} of {total} is saved: run the same command to go on")
+
+    def _save(self, done: int) -> None:
+        if is_main():
+            state = {"step": done, "seconds": self.earlier + time.perf_counter() - self.began}
+            with files.atomic(self.state) as path:
+                torch.save(state | {"learner": self.learner.state_dict()}, path)
+
+    def _restore(self) -> int:
+        if not self.state.is_file():
+            return 0
+        fresh = copy.deepcopy(self.learner.state_dict())
+        try:
+            state = torch.load(self.state, map_location=self.device, weights_only=True)
+            self.learner.load_state_dict(state["learner"])
+        except Exception as error:  # whatever a damaged file makes torch raise
+            warn(f"{self.state} cannot be resumed from ({str(error).splitlines()[0]}); this trial starts again")
+            self.learner.load_state_dict(fresh)  # it may have taken a part
+            return 0
+        self.earlier = float(state["seconds"])
+        return int(state["step"])

@@ -1,0 +1,1 @@
+"""Every schema and its loading, free of torch."""

@@ -1,0 +1,132 @@
+"""Two views of each image of a data set: cut by loader workers, or made from device memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.utils import save_image
+
+from moco_eval.data.augment.decode import cut, photo
+from moco_eval.data.augment.steps import Crop, Fuse, Recipe, unfused
+from moco_eval.data.catalogue import ImageSet
+from moco_eval.data.loader import draw_seed, drawing
+from moco_eval.errors import InputError
+from moco_eval.runtime import files
+
+
+@dataclass
+class TwoViews(Dataset):
+    """(views, index, substitute, numbers) of a list of (epoch, index) items: two independent draws of a recipe.
+
+    The draws depend on (seed, epoch, index) alone. An unreadable image is replaced by the next readable one, so that
+    every rank keeps its share; `substitute` is then the index that took its place, otherwise -1.
+
+    Attributes:
+        images: in memory, or files.
+        recipe: the augmentation.
+        size: of a view, in pixels.
+        seed: of the run.
+        reference: by the published PIL pipeline, image after image.
+        finished: otherwise views of files are only cut, and `finish` does the other steps by the image's `numbers`;
+            a recipe that does not start with a crop is always finished.
+        count: 2, or 1 where only the first view is looked at.
+    """
+
+    images: ImageSet
+    recipe: Recipe
+    size: int
+    seed: int
+    reference: bool = False
+    finished: bool = True
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        first = self.recipe.steps[0]
+        self.crop = first if isinstance(first, Crop) else None
+        self.finished = self.finished or self.reference or self.crop is None
+        self.published = transforms.Compose([self.recipe.reference(self.size), transforms.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views (count, N, 3, size, size) uint8; index and substitute (N,); numbers (count, N, D)."""
+        epoch, index = np.ascontiguousarray(np.array(items).T)
+        numbers = self.numbers(epoch, index)
+        substitute = torch.full((len(items),), -1)
+        if self.reference:
+            views = self._published(items, substitute)
+        elif self.images.pixels is not None:
+            pixels = torch.from_numpy(self.images.pixels[index]).permute(0, 3, 1, 2)
+            views = self.of_pixels(pixels, numbers)
+        else:
+            views = self._of_files(index, numbers, substitute)
+        return views, torch.from_numpy(index), substitute, torch.from_numpy(numbers)
+
+    def numbers(self, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """The uniform numbers behind each view, (count, N, D)."""
+        return np.stack([self.recipe.uniforms(self.seed, epoch, index, view) for view in range(self.count)])
+
+    def of_pixels(self, pixels: Tensor, numbers: np.ndarray, fuse: Fuse = unfused) -> Tensor:
+        """Views of whole images of one size, (N, 3, H, W) uint8, on their device."""
+        return torch.stack([self.recipe.apply(pixels, u, self.size, fuse=fuse) for u in numbers])
+
+    def finish(self, views: Tensor, numbers: np.ndarray, fuse: Fuse = unfused) -> Tensor:
+        """All steps after the cut, on the views' device."""
+        return torch.stack([self.recipe.apply(view, u, self.size, 1, fuse) for view, u in zip(views, numbers)])
+
+    def _published(self, items: list[tuple[int, int]], substitute: Tensor) -> Tensor:
+        views = self._room(len(items))
+        for n, (epoch, index) in enumerate(items):
+            image, substitute[n] = self.decoded(index)
+            with drawing(draw_seed(self.seed, epoch, index)):
+                for view in views:
+                    view[n] = self.published(image)
+        return views
+
+    def _of_files(self, index: np.ndarray, numbers: np.ndarray, substitute: Tensor) -> Tensor:
+        views = self._room(len(index))
+        for n, one in enumerate(index.tolist()):
+            image, substitute[n] = self.decoded(one)
+            for view, one_of_two in zip(views, self._of_photo(image, numbers[:, n])):
+                view[n] = one_of_two
+        return self.finish(views, numbers) if self.finished and self.crop else views
+
+    def _of_photo(self, image: Tensor, numbers: np.ndarray) -> Sequence[Tensor] | Tensor:
+        """Views of one image, (3, size, size) each: cut, or made whole where something comes before the cut."""
+        if self.crop is None:
+            return self.of_pixels(image[None], numbers[:, None])[:, 0]
+        sides = (np.full(self.count, side) for side in image.shape[1:])
+        return [cut(image, box, self.size) for box in self.crop.boxes(numbers, *sides)]
+
+    def _room(self, count: int) -> Tensor:
+        """For views, in the order of bytes in which they are cut: a pixel's colours beside each other."""
+        return torch.empty(self.count, count, self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+
+    def decoded(self, index: int) -> tuple[Any, int]:
+        """An image as the backend takes it, or the next readable one and its index; -1 where it is the image itself.
+
+        Raises:
+            InputError: none can be read.
+        """
+        for step in range(len(self)):
+            other = (index + step) % len(self)
+            try:
+                image = self.images.image(other) if self.reference else photo(self.images, other)
+                return image, (other if step else -1)
+            except InputError:
+                continue
+        raise InputError(f"none of the {len(self)} images of {self.images.name} can be read")
+
+    def draw(self, path: Path, pairs: int = 8) -> None:
+        """A picture of what the network sees: first views above second ones, one image a column."""
+        chosen = range(0, len(self), max(1, len(self) // pairs))[:pairs]
+        views, *_ = self.__getitems__([(0, index) for index in chosen])
+        with files.atomic(path) as temporary:
+            save_image(views.flatten(0, 1) / 255, temporary, nrow=len(chosen), padding=2, pad_value=1.0)

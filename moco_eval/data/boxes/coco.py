@@ -1,0 +1,441 @@
+"""COCO format: annotations/instances_<split>.json, images in <split>/ or images/, any categories."""
+
+import contextlib
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco_eval.data.boxes.samples import (
+    DetectionData,
+    Findings,
+    Objects,
+    Sample,
+    fingerprint,
+    image_sizes,
+    inside,
+    make_sample,
+    one_line,
+    require_objects,
+)
+from moco_eval.data.boxes.segmentation import read_mask
+from moco_eval.errors import InputError
+
+OFFICIAL = {"train2017": 118287, "val2017": 5000}
+SLACK = 1.0  # pixels; COCO's own boxes reach past their image by rounding
+KEYS = ("images", "annotations", "categories")
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The categories trained on: their ids in rising order, their names, and keypoints where they are asked for."""
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    keypoints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """An object of a COCO file, checked; `keypoints`: (K, 3)."""
+
+    image_id: Any
+    label: int
+    corners: tuple[float, ...]
+    area: float
+    crowd: bool
+    mask: Any
+    keypoints: np.ndarray | None
+
+
+def read_coco_folder(
+    root: Path,
+    train_split: str | None,
+    test_split: str | None,
+    clip: bool = False,
+    name: str = "coco-folder",
+    keypoints: bool = False,
+    findings: Findings | None = None,
+) -> DetectionData:
+    """Any data in COCO format; the classes are the training json's categories in the order of their ids.
+
+    Args:
+        root: holds annotations/instances_<split>.json, and the images in <split>/ or images/.
+        train_split, test_split: by default train2017 and val2017.
+        clip: cut boxes to their image and pass over unknown classes, which are refused otherwise.
+        name: the dataset's name in the record.
+        keypoints: read annotations/person_keypoints_<split>.json, where it is there, and the keypoints.
+        findings: where `datasets check` collects all that is wrong.
+    Raises:
+        InputError: what is missing, damaged or contradictory, with its file.
+    """
+    with _uncollected():
+        return _open(root, train_split, test_split, clip, name, keypoints, findings or Findings())
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: it would go over millions of numbers in no cycle, a third of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _open(
+    root: Path,
+    train_split: str | None,
+    test_split: str | None,
+    clip: bool,
+    name: str,
+    keypoints: bool,
+    findings: Findings,
+) -> DetectionData:
+    train_split, test_split = train_split or "train2017", test_split or "val2017"
+    paths = {split: _path(root, split, keypoints) for split in (train_split, test_split)}
+    values = {split: _load(path, split, findings) for split, path in paths.items()}
+    if name == "coco":
+        _check_counts(root, values, findings)
+    categories = _categories(values[train_split], paths[train_split], train_split, keypoints, findings)
+    objects = Objects(categories.names, clip, findings)
+    train, _ = _read(root, paths[train_split], values[train_split], train_split, categories, objects, keep=False)
+    test, kept = _read(root, paths[test_split], values[test_split], test_split, categories, objects, keep=True)
+    if findings.refusal is None:
+        require_objects(train, train_split, paths[train_split], findings)
+    findings.tell()
+    listed = [{"id": key, "name": label} for key, label in zip(categories.ids, categories.names)]
+    return DetectionData(
+        name=name,
+        classes=categories.names,
+        train=train,
+        test=test,
+        train_split=train_split,
+        test_split=test_split,
+        fingerprint=fingerprint(root, [sample.path for sample in train + test] + list(paths.values())),
+        coco={"images": values[test_split]["images"], "annotations": kept, "categories": listed},
+        category_ids=categories.ids,
+        keypoints=categories.keypoints,
+        keypoint_pairs=mirrored(categories.keypoints),
+    )
+
+
+def read_coco(root: Path, keypoints: bool = False, findings: Findings | None = None) -> DetectionData:
+    """The official COCO, train2017 to val2017, its counts checked; boxes that reach outside are cut.
+
+    Args:
+        root: holds annotations/, or is the folder that holds such a coco/.
+    """
+    if not (root / "annotations").is_dir() and (root / "coco" / "annotations").is_dir():
+        root = root / "coco"
+    return read_coco_folder(root, None, None, clip=True, name="coco", keypoints=keypoints, findings=findings)
+
+
+def _check_counts(root: Path, values: dict[str, dict[str, Any]], findings: Findings) -> None:
+    for split, count in OFFICIAL.items():
+        if (found := len(values[split]["images"])) != count:
+            findings.begin(split)
+            findings.refuse(
+                "splits of another size than the official one",
+                split,
+                f"{root} {split} lists {found} images and the official split {count}; "
+                f"for other data take --dataset coco-folder --data {root}",
+            )
+
+
+# The file
+
+
+def _path(root: Path, split: str, keypoints: bool) -> Path:
+    """The annotation file of a split. Raises InputError where there is none."""
+    folder = root / "annotations"
+    path = folder / f"instances_{split}.json"
+    people = folder / f"person_keypoints_{split}.json"
+    if keypoints and people.is_file():
+        return people
+    if not path.is_file():
+        there = sorted(p.stem.removeprefix("instances_") for p in folder.glob("instances_*.json"))
+        raise InputError(
+            f"{path} does not exist; COCO format is annotations/instances_<split>.json below --data"
+            + (f", the splits there are {', '.join(there)}" if there else "")
+        )
+    return path
+
+
+def _load(path: Path, split: str, findings: Findings) -> dict[str, Any]:
+    """The images, annotations and categories of a file, lists of objects with an id each."""
+    findings.begin(split)
+    values: dict[str, Any] = {key: [] for key in KEYS}
+    with findings.catching("files that cannot be used", str(path)):
+        values = _parse(path)
+        if not values["images"]:
+            raise InputError(f"{path} lists no images; export it again")
+    for key in KEYS:
+        findings.refuse_twice((item["id"] for item in values[key]), f"ids of {key}", str(path))
+    return values
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}; fetch or export it again") from None
+    except RecursionError:
+        raise InputError(f"{path} is JSON nested too deeply for an annotation file; export it again") from None
+    if not isinstance(values, dict) or not all(_have_ids(values.get(key), key) for key in KEYS):
+        raise InputError(
+            f"{path} is no COCO annotation file: it needs lists of images, annotations and categories, with ids that "
+            "are numbers; export it again"
+        )
+    return {key: values[key] for key in KEYS}
+
+
+def _have_ids(items: object, key: str) -> bool:
+    """Whether these are objects with an id each; an image's may also be text."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return False
+    kinds = {type(item.get("id")) for item in items}
+    return kinds <= {int} or (key != "categories" and kinds == {str})
+
+
+# Categories and keypoints
+
+
+def _categories(values: dict[str, Any], path: Path, split: str, keypoints: bool, findings: Findings) -> Categories:
+    findings.begin(split)
+    found = {}
+    for item in sorted(values["categories"], key=lambda item: item["id"]):
+        name = item.get("name")
+        if not isinstance(name, str) or not name.strip() or one_line(name) != name:
+            message = f"{path}: category {item['id']} has no name of one line; give it one"
+            findings.refuse("categories without a name", str(item["id"]), message)
+        else:
+            found[item["id"]] = name
+    findings.refuse_twice(found.values(), "names of categories", str(path))
+    if not found:
+        findings.refuse("files without categories", str(path), f"{path} has no categories; export it again")
+    names: tuple[str, ...] = ()
+    if keypoints:
+        with findings.catching("files without keypoints", str(path)):
+            names = _keypoint_names(values["categories"], path)
+    return Categories(tuple(found), tuple(found.values()), names)
+
+
+def _keypoint_names(categories: list[dict[str, Any]], path: Path) -> tuple[str, ...]:
+    """Those of the categories that have keypoints, which must be the same for all of them."""
+    lists = [item["keypoints"] for item in categories if item.get("keypoints")]
+    if not lists:
+        raise InputError(f"{path}: no category has keypoints; take a recipe without keypoints, or other data")
+    if not isinstance(lists[0], list) or not all(isinstance(name, str) for name in lists[0]):
+        raise InputError(f"{path}: the keypoints of a category are no list of names; correct the file")
+    if any(other != lists[0] for other in lists):
+        raise InputError(f"{path}: its categories have different keypoints; keep those of one category")
+    return tuple(lists[0])
+
+
+def mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """The keypoints that a mirror exchanges, left_x with right_x, as indices."""
+    place = {name: i for i, name in enumerate(names)}
+    pairs = ((name, f"right_{name.removeprefix('left_')}") for name in names if name.startswith("left_"))
+    return tuple((place[left], place[right]) for left, right in pairs if right in place)
+
+
+# Annotations
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the annotations of one split are checked against.
+
+    `images`: path and size of each image that can be used; `listed`: the ids of all; `names`: of its categories.
+    """
+
+    path: Path
+    images: dict[Any, tuple[Path, tuple[int, int]]]
+    listed: frozenset[Any]
+    names: dict[int, Any]
+    categories: Categories
+    objects: Objects
+
+
+def _read(
+    root: Path,
+    path: Path,
+    values: dict[str, Any],
+    split: str,
+    categories: Categories,
+    objects: Objects,
+    keep: bool,
+) -> tuple[list[Sample], list[dict[str, Any]]]:
+    """The samples of a split; where `keep`, its annotations that were read, as pycocotools takes them."""
+    objects.findings.begin(split)
+    images = _images(root, path, values["images"], split, objects.findings)
+    listed = frozenset(item["id"] for item in values["images"])
+    names = {item["id"]: item.get("name") for item in values["categories"]}
+    part = Part(path, images, listed, names, categories, objects)
+    found: dict[Any, list[Annotated]] = {image_id: [] for image_id in images}
+    kept: list[dict[str, Any]] = []
+    for item in values["annotations"]:
+        one = _annotated(item, part)
+        if one is None:
+            continue
+        found[one.image_id].append(one)
+        if keep:
+            kept.append(_for_pycocotools(len(kept) + 1, item, one, categories))
+    return [_sample(key, *images[key], found[key], len(categories.keypoints)) for key in images], kept
+
+
+def _annotated(item: dict[str, Any], part: Part) -> Annotated | None:
+    """An annotation, checked; None where it is refused or dropped."""
+    where, findings = f"{part.path} annotation {item['id']}", part.objects.findings
+    try:
+        image_id, category = item["image_id"], item["category_id"]
+        x, y, width, height = map(float, item["bbox"])
+        area = width * height if item.get("area") is None else float(item["area"])
+        known, name = image_id in part.listed, part.names.get(category)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        message = f"{where}: it needs image_id, category_id, bbox with four numbers, and no area but a number"
+        findings.refuse("annotations without image_id, category_id or four numbers", where, f"{message}; correct it")
+        return None
+    if not known:
+        message = f"{where}: its image {image_id!r} is not among the images; remove the one or add the other"
+        findings.refuse("annotations of images that are not listed", where, message)
+    if image_id not in part.images:  # refused, now or before
+        return None
+    size = part.images[image_id][1]
+    label = part.objects.label(str(name or category), where)
+    corners = part.objects.box((x, y, x + width, y + height), size, SLACK, where)
+    if label is None or corners is None:
+        return None
+    mask, points = _shape(item, size, len(part.categories.keypoints), where, findings)
+    return Annotated(image_id, label, corners, area, bool(item.get("iscrowd", 0)), mask, points)
+
+
+def _shape(
+    item: dict[str, Any], size: tuple[int, int], count: int, where: str, findings: Findings
+) -> tuple[Any, np.ndarray | None]:
+    """Mask and `count` keypoints of an annotation; None for a mask that is not there, and where count is 0."""
+    mask, points = None, np.zeros((count, 3)) if count else None
+    with findings.catching("masks and keypoints that are wrong", where):
+        mask, dropped = read_mask(item.get("segmentation"), size, where)
+        if dropped:
+            findings.note("polygons of fewer than three points, or a number too many, dropped", where)
+        if count:
+            points = _points(item.get("keypoints"), count, where)
+    return mask, points
+
+
+def _points(value: Any, count: int, where: str) -> np.ndarray:
+    """Keypoints, (K, 3), half a pixel added to x and y: COCO counts whole pixels. All 0 where the object has none."""
+    if value is None:
+        return np.zeros((count, 3))
+    try:
+        points = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        points = np.zeros(0)
+    if points.shape != (3 * count,) or not np.isfinite(points).all() or not np.isin(points[2::3], (0, 1, 2)).all():
+        raise InputError(
+            f"{where}: its keypoints are not {count} times x, y and 0, 1 or 2; correct the file, or remove them"
+        )
+    return points.reshape(count, 3) + np.array([0.5, 0.5, 0])
+
+
+def _sample(image_id: Any, path: Path, size: tuple[int, int], found: list[Annotated], points: int) -> Sample:
+    rows = [(one.corners, one.label, False, one.crowd) for one in found]
+    masks = [one.mask for one in found] if any(one.mask is not None for one in found) else []
+    keypoints = None
+    if points:
+        keypoints = np.array([one.keypoints for one in found], dtype=np.float64).reshape(-1, points, 3)
+    return make_sample(image_id, path, size, rows, masks, keypoints)
+
+
+def _for_pycocotools(number: int, item: dict[str, Any], one: Annotated, categories: Categories) -> dict[str, Any]:
+    """An annotation under a new number from 1 on: pycocotools takes a match with annotation 0 for none."""
+    x0, y0, x1, y1 = one.corners
+    box = [x0, y0, x1 - x0, y1 - y0]
+    kept = {
+        "id": number,
+        "image_id": one.image_id,
+        "category_id": categories.ids[one.label],
+        "bbox": box,
+        "area": one.area,
+        "iscrowd": int(one.crowd),
+    }
+    if one.mask is not None:
+        kept["segmentation"] = one.mask if isinstance(one.mask, dict) else [part.tolist() for part in one.mask]
+    if one.keypoints is not None:
+        kept["keypoints"] = item.get("keypoints") or [0] * one.keypoints.size
+        kept["num_keypoints"] = int((one.keypoints[:, 2] > 0).sum())
+    return kept
+
+
+# Images
+
+
+def _images(
+    root: Path, json_path: Path, items: list[dict[str, Any]], split: str, findings: Findings
+) -> dict[Any, tuple[Path, tuple[int, int]]]:
+    """Path and size of each image id; each file is there, is an image and has the size that the json says."""
+    folder = root / split if (root / split).is_dir() else root / "images"
+    if not folder.is_dir():
+        message = f"neither {root / split} nor {folder} exists; the images of {split} belong there"
+        findings.refuse("folders of images that are missing", str(folder), message)
+        return {}
+    there = [item for item in items if _inside(item.get("file_name"), item["id"], json_path, findings)]
+    there = _present(there, len(items), folder, json_path, findings)
+    paths = [folder / item["file_name"] for item in there]
+    images = {}
+    for item, path, size in zip(there, paths, image_sizes(paths, findings)):
+        if size is None:
+            continue
+        told = (item.get("width", size[0]), item.get("height", size[1]))
+        if told != size:
+            findings.refuse(
+                "images of another size than the json says",
+                str(path),
+                f"{json_path} says {told[0]}x{told[1]} for {path} of {size[0]}x{size[1]} pixels "
+                "(after EXIF rotation); correct the one that is wrong",
+            )
+        else:
+            images[item["id"]] = (path, size)
+    return images
+
+
+def _inside(name: object, image_id: Any, json_path: Path, findings: Findings) -> bool:
+    """Whether an image's file_name is one, and leads nowhere else."""
+    if isinstance(name, str) and name and inside(name):
+        return True
+    findings.refuse(
+        "file names that are none, or lead out of the folder",
+        f"image {image_id}",
+        f"{json_path} image {image_id}: its file_name {name!r} is no name inside the folder of images; correct it",
+    )
+    return False
+
+
+def _present(
+    items: list[dict[str, Any]], count: int, folder: Path, json_path: Path, findings: Findings
+) -> list[dict[str, Any]]:
+    """The images whose file is there; `datasets check` lists the others, `detect` refuses them all at once."""
+    names = {path.name for path in folder.iterdir()}
+
+    def there(item: dict[str, Any]) -> bool:
+        name = item["file_name"]
+        return name in names or ("/" in name and (folder / name).is_file())
+
+    present = [item for item in items if there(item)]
+    missing = [item for item in items if not there(item)]
+    for item in missing:
+        findings.refuse(
+            "images that are missing",
+            item["file_name"],
+            f"{len(missing)} of {count} images of {json_path} are not in {folder}: {item['file_name']}; "
+            "add them, or take them out of the file",
+        )
+    return present

@@ -1,0 +1,354 @@
+"""Images with boxes: what the VOC and COCO readers return, and the checks that both make."""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from moco_eval.errors import InputError
+from moco_eval.runtime.device import log
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"))
+EXIF_ORIENTATION = 0x0112
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on damaged files
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its boxes, in pixels of the image after its EXIF rotation.
+
+    Attributes:
+        image_id: the image's name (VOC) or its id in the json (COCO).
+        size: width and height.
+        boxes: (N, 4) float64: x0, y0, x1, y1; pixel i covers i to i + 1, so VOC's xmin and ymin are one less.
+        labels: (N,) int64, indices into the data's classes.
+        difficult: (N,) bool; trained on, neither counted nor held against a detector by VOC AP.
+        crowd: (N,) bool; COCO's regions of many objects, not trained on.
+        masks: of each object, as COCO writes it: a list of polygons (arrays of x0, y0, x1, y1, ... in pixels), a dict
+            with size and counts (run-length encoded), or None for an object without; empty where no object has one.
+        keypoints: (N, K, 3) float64: x, y and 0 (not labelled), 1 (hidden) or 2 (seen), on the scale of the boxes: the
+            middle of pixel i is i + 0.5, half a pixel more than COCO writes; None where the data have none.
+    """
+
+    image_id: str | int
+    path: Path
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    crowd: np.ndarray
+    masks: tuple[Any, ...] = ()
+    keypoints: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class DetectionData:
+    """A training and a test split of images with boxes.
+
+    Attributes:
+        classes: their names; a label is an index into them.
+        fingerprint: of relative paths and sizes of all images and annotation files.
+        coco: the test split's annotations as pycocotools takes them; None for data in VOC format.
+        category_ids: COCO's id of each class; empty for data in VOC format.
+        keypoints: names of the keypoints of the one class that has them; `keypoint_pairs`: (left, right) indices of
+            those that a mirror exchanges.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: list[Sample]
+    test: list[Sample]
+    train_split: str
+    test_split: str
+    fingerprint: str
+    coco: dict[str, Any] | None = None
+    category_ids: tuple[int, ...] = ()
+    keypoints: tuple[str, ...] = ()
+    keypoint_pairs: tuple[tuple[int, int], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The `dataset` part of a result record."""
+        return {
+            "name": self.name,
+            "split": self.test_split,
+            "train_split": self.train_split,
+            "fingerprint": self.fingerprint,
+            "images": len(self.test),
+            "train_images": len(self.train),
+            "classes": len(self.classes),
+        }
+
+
+class Findings:
+    """What is wrong with a data set, and what is only worth saying.
+
+    `detect` refuses the data at the first thing that is wrong; `datasets check` goes on and lists all.
+
+    Attributes:
+        refusal: what `detect` says about the data; None where it takes them.
+        refused: places by (split, kind).
+    """
+
+    def __init__(self, go_on: bool = False):
+        self.go_on = go_on
+        self.refusal: str | None = None
+        self.refused: dict[tuple[str, str], list[str]] = {}
+        self._notes: dict[tuple[str, str], list[str]] = {}
+        self._split = ""
+
+    def begin(self, split: str) -> None:
+        """What follows belongs to this split."""
+        self._split = split
+
+    def refuse(self, kind: str, place: str, message: str) -> None:
+        """Raises InputError with the message, or keeps it when going on."""
+        message = one_line(message)
+        if not self.go_on:
+            raise InputError(message)
+        self.refusal = self.refusal or message
+        self.refused.setdefault((self._split, kind), []).append(one_line(place))
+
+    @contextlib.contextmanager
+    def catching(self, kind: str, place: str) -> Iterator[None]:
+        """An InputError from inside is refused under `kind`."""
+        try:
+            yield
+        except InputError as error:
+            self.refuse(kind, place, str(error))
+
+    def refuse_twice(self, names: Iterable[Any], what: str, place: str) -> None:
+        """Refuse names that stand there more than once."""
+        for name, times in Counter(names).items():
+            if times > 1:
+                message = f"{place}, {what}: {name!r} stands there {times} times; keep one"
+                self.refuse(f"{what} that stand there twice", f"{name} in {place}", message)
+
+    def note(self, kind: str, place: str) -> None:
+        """Keep what does not stop `detect`."""
+        self._notes.setdefault((self._split, kind), []).append(one_line(place))
+
+    def notes(self) -> list[str]:
+        """A line for each kind of note, with the first places."""
+        return grouped(self._notes)
+
+    def tell(self) -> None:
+        """The notes on stderr; `datasets check` prints them itself."""
+        for line in [] if self.go_on else self.notes():
+            log(line)
+
+
+def one_line(text: str) -> str:
+    """Text from a file, in one line and in characters that can be printed."""
+    return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
+
+
+def grouped(found: dict[tuple[str, str], list[str]]) -> list[str]:
+    """A line for each kind: how many, and the first five places."""
+    lines = []
+    for (split, kind), places in found.items():
+        different = list(dict.fromkeys(places))
+        more = ", ..." if len(different) > 5 else ""
+        lines.append(f"{split}: {len(places)} {kind}: {', '.join(different[:5])}{more}")
+    return lines
+
+
+class Objects:
+    """Checks the boxes of one split; `clip` cuts boxes to their image and passes over unknown classes."""
+
+    def __init__(self, classes: Sequence[str], clip: bool, findings: Findings):
+        self.clip = clip
+        self.findings = findings
+        self._index = {name: i for i, name in enumerate(classes)}
+
+    def label(self, name: str, where: str) -> int | None:
+        """The class index; None where the class is unknown: refused, or passed over with `clip`."""
+        if name in self._index:
+            return self._index[name]
+        if self.clip:
+            self.findings.note("objects of unknown classes passed over", f"{name} in {where}")
+        else:
+            self.findings.refuse(
+                "objects of classes that are not trained on",
+                f"{name} in {where}",
+                f"{where}: class {name!r} is not among the {len(self._index)} classes trained on "
+                f"({', '.join(sorted(self._index)[:25])}); --set data.clip=true passes over such objects",
+            )
+        return None
+
+    def box(
+        self, corners: tuple[float, ...], size: tuple[int, int], slack: float, where: str
+    ) -> tuple[float, ...] | None:
+        """Check one box: refused are one not finite, upside down, or outside its image and not clipped.
+
+        Args:
+            corners: x0, y0, x1, y1 in the file's own convention.
+            size: width and height of its image.
+            slack: how far beyond the image a box may reach, in pixels.
+            where: the file, for messages.
+        Returns:
+            The corners, or None for a box that is refused or has no area, which is dropped and noted.
+        """
+        x0, y0, x1, y1 = corners
+        if not math.isfinite(x0 + y0 + x1 + y1):
+            self._refuse("boxes that are not finite", corners, where, "is not finite; correct the file")
+            return None
+        if x1 < x0 or y1 < y0:
+            self._refuse("inverted boxes", corners, where, "is not min before max; correct the file")
+            return None
+        width, height = size
+        if x0 < -slack or y0 < -slack or x1 > width + slack or y1 > height + slack:
+            if not self.clip:
+                out = f"lies outside its {width}x{height} image; "
+                way = "correct the file, or --set data.clip=true cuts such boxes"
+                self._refuse("boxes outside their image", corners, where, out + way)
+                return None
+            self.findings.note("boxes cut to their image", where)
+            x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
+            y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
+        if x1 <= x0 or y1 <= y0:
+            self.findings.note("boxes of zero area dropped", where)
+            return None
+        return x0, y0, x1, y1
+
+    def _refuse(self, kind: str, corners: tuple[float, ...], where: str, words: str) -> None:
+        self.findings.refuse(kind, where, f"{where}: box {_show(corners)} {words}")
+
+
+def _show(corners: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in corners) + ")"
+
+
+def require_objects(train: Sequence[Sample], split: str, where: Path, findings: Findings) -> None:
+    """Refuse training images none of which has an object; crowd regions are not trained on."""
+    if all(sample.crowd.all() for sample in train):
+        findings.begin(split)
+        message = f"{where}: none of the {len(train)} training images of {split} has an object to train on; add some"
+        findings.refuse("training splits without objects", split, message)
+
+
+def make_sample(
+    image_id: str | int,
+    path: Path,
+    size: tuple[int, int],
+    rows: Sequence[tuple[tuple[float, ...], int, bool, bool]],
+    masks: Sequence[Any] = (),
+    keypoints: np.ndarray | None = None,
+) -> Sample:
+    """A sample from rows of (corners, label, difficult, crowd); masks and keypoints as in `Sample`."""
+    return Sample(
+        image_id=image_id,
+        path=path,
+        size=size,
+        boxes=np.array([row[0] for row in rows], dtype=np.float64).reshape(-1, 4),
+        labels=np.array([row[1] for row in rows], dtype=np.int64),
+        difficult=np.array([row[2] for row in rows], dtype=bool),
+        crowd=np.array([row[3] for row in rows], dtype=bool),
+        masks=tuple(masks),
+        keypoints=keypoints,
+    )
+
+
+def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
+    """Width and height after EXIF rotation, from the file's header; `decode` reads the pixels too, to see if they can.
+
+    Raises:
+        InputError: missing, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+            if decode:
+                image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
+                image.load()
+    except UNREADABLE as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
+    return (height, width) if turned else (width, height)
+
+
+def image_sizes(paths: Sequence[Path], findings: Findings) -> Iterator[tuple[int, int] | None]:
+    """The sizes of many images; None for one that is refused. `datasets check` decodes them too, on several threads.
+
+    Headers alone take 35 us each, three times that on threads, which wait for each other.
+    """
+    for path, found in zip(paths, _decoded(paths) if findings.go_on else map(_size_or_error, paths)):
+        if isinstance(found, InputError):
+            findings.refuse("images that cannot be read", str(path), str(found))
+            yield None
+        else:
+            yield found
+
+
+def _decoded(paths: Sequence[Path]) -> Iterator[tuple[int, int] | InputError]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), 1024):
+            yield from pool.map(functools.partial(_size_or_error, decode=True), paths[start : start + 1024])
+
+
+def _size_or_error(path: Path, decode: bool = False) -> tuple[int, int] | InputError:
+    try:
+        return image_size(path, decode)
+    except InputError as error:
+        return error
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as 8-bit RGB, EXIF rotation applied; 16-bit grey is scaled to 8.
+
+    Raises:
+        InputError: missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except UNREADABLE as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    words = getattr(error, "strerror", None) or str(error)
+    return "it is no image" if "cannot identify" in words else " ".join(words.split())
+
+
+def images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The image files of a folder under their names without suffix; none where there is no folder."""
+    found: dict[str, list[Path]] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:  # noqa: PTH208 (twice as fast)
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122
+        if suffix.lower() in IMAGE_SUFFIXES:
+            found.setdefault(stem, []).append(folder / name)
+    return found
+
+
+def inside(name: str) -> bool:
+    """Whether a name from a file can be that of a file below its folder, and does not lead out of it."""
+    parts = re.split(r"[/\\]", name)
+    absolute = name.startswith(("/", "\\")) or PureWindowsPath(name).drive != ""
+    short = len(name) < 1024 and all(len(os.fsencode(one_line(part))) < 256 for part in parts)
+    return short and not absolute and ".." not in parts and "\0" not in name
+
+
+def fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over the sorted relative paths and sizes of the files."""
+    entries = sorted((_relative(path, f"{root}{os.sep}", root), path.stat().st_size) for path in set(files))
+    return hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in entries).encode()).hexdigest()
+
+
+def _relative(path: Path, prefix: str, root: Path) -> str:
+    name = str(path)
+    return name[len(prefix) :] if name.startswith(prefix) else os.path.relpath(path, root)

@@ -1,0 +1,379 @@
+"""Pascal VOC format: JPEGImages/, Annotations/*.xml, ImageSets/Main/<split>.txt, with any list of classes."""
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moco_eval.config.load import did_you_mean
+from moco_eval.data.boxes.samples import (
+    DetectionData,
+    Findings,
+    Objects,
+    Sample,
+    fingerprint,
+    image_sizes,
+    images_by_stem,
+    inside,
+    make_sample,
+    require_objects,
+)
+from moco_eval.errors import InputError
+
+VOC_CLASSES = (
+    *(
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+    ),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+# images of the official splits: (year, split) to count
+OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "test"): 4952}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a split with its XML file."""
+
+    name: str
+    image: Path
+    xml: Path
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What an XML file says: its image's size (None where it says nothing) and the objects.
+
+    An object: its class, (xmin, ymin, xmax, ymax), and whether it is difficult.
+    """
+
+    size: tuple[int, int] | None
+    objects: list[tuple[str, tuple[float, ...], bool]]
+
+
+# Data sets
+
+
+def read_voc_folder(
+    root: Path,
+    train_split: str | None,
+    test_split: str | None,
+    clip: bool = False,
+    name: str = "voc-folder",
+    classes: tuple[str, ...] = (),
+    findings: Findings | None = None,
+) -> DetectionData:
+    """Any data in VOC format.
+
+    Args:
+        root: holds JPEGImages, Annotations and ImageSets/Main.
+        train_split: a file of ImageSets/Main; by default trainval where there is a test split, else train.
+        test_split: by default test, else val.
+        clip: cut boxes to their image and pass over unknown classes, which are refused otherwise.
+        name: the dataset's name in the record.
+        classes: by default those of the training split, sorted.
+        findings: where `datasets check` collects all that is wrong.
+    Raises:
+        InputError: what is missing, damaged or contradictory, with its file.
+    """
+    findings = findings or Findings()
+    train_split, test_split = find_splits(root, train_split, test_split)
+    train, test = (read_entries(root, split, findings) for split in (train_split, test_split))
+    return _read(name, root, {train_split: train}, {test_split: test}, classes, clip, findings)
+
+
+def read_voc(root: Path, findings: Findings | None = None) -> DetectionData:
+    """The official VOC07+12: trainval2007 and trainval2012 to test2007, its counts checked.
+
+    Args:
+        root: VOCdevkit, or the folder that holds it.
+    Raises:
+        InputError: another number of images than the official splits have.
+    """
+    findings = findings or Findings()
+    root = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
+    for year in ("2007", "2012"):
+        if not (root / f"VOC{year}").is_dir():
+            raise InputError(f"{root} has no VOC{year}; --dataset voc is VOC07+12, for other data take voc-folder")
+    train = _official(root / "VOC2007", "2007", "trainval", findings)
+    train |= _official(root / "VOC2012", "2012", "trainval", findings)
+    test = _official(root / "VOC2007", "2007", "test", findings)
+    return replace(_read("voc", root, train, test, VOC_CLASSES, True, findings), train_split="trainval07+12")
+
+
+def read_voc07(root: Path, findings: Findings | None = None) -> DetectionData:
+    """The official VOC07: trainval2007 to test2007, its counts checked.
+
+    Args:
+        root: VOC2007, VOCdevkit, or the folder that holds it.
+    Raises:
+        InputError: another number of images than the official splits have.
+    """
+    findings = findings or Findings()
+    root = voc07_folder(root)
+    train, test = (_official(root, "2007", split, findings) for split in ("trainval", "test"))
+    return _read("voc07", root, train, test, VOC_CLASSES, True, findings)
+
+
+def voc07_folder(folder: Path) -> Path:
+    """VOC2007 itself, in a folder that is it or holds it. Raises InputError where it is not there."""
+    for root in (folder, folder / "VOC2007", folder / "VOCdevkit" / "VOC2007"):
+        if all((root / part).is_dir() for part in ("JPEGImages", "Annotations", "ImageSets/Main")):
+            return root
+    raise InputError(
+        f"{folder} has no VOC2007 with JPEGImages/, Annotations/ and ImageSets/Main/; give VOCdevkit or VOC2007 "
+        "itself (published at http://host.robots.ox.ac.uk/pascal/VOC/voc2007/); for other data take voc-folder"
+    )
+
+
+def _official(root: Path, year: str, split: str, findings: Findings) -> dict[str, list[Entry]]:
+    """A split of an official year under its name, its count checked."""
+    find_splits(root, split, split)
+    entries, count = read_entries(root, split, findings), OFFICIAL[year, split]
+    if len(entries) != count:
+        findings.refuse(
+            "splits of another size than the official one",
+            str(root),
+            f"{root} {split} lists {len(entries)} images and the official split {count}; "
+            f"for other data take --dataset voc-folder --data {root}",
+        )
+    return {f"{split}{year}": entries}
+
+
+def _read(
+    name: str,
+    root: Path,
+    train: dict[str, list[Entry]],
+    test: dict[str, list[Entry]],
+    classes: tuple[str, ...],
+    clip: bool,
+    findings: Findings,
+) -> DetectionData:
+    """The data from the entries of each split; several training splits are one."""
+    drawn = {split: _annotations(entries, split, findings) for split, entries in (train | test).items()}
+    if not classes:
+        with findings.catching("training splits without objects", " and ".join(train)):
+            names = (one[0] for split in train for annotation in drawn[split] for one in annotation.objects)
+            classes = class_names(names, [entry for entries in train.values() for entry in entries])
+    objects = Objects(classes, clip, findings)
+    samples = {split: _samples(entries, drawn[split], split, objects) for split, entries in (train | test).items()}
+    trained = [sample for split in train for sample in samples[split]]
+    tested = [sample for split in test for sample in samples[split]]
+    train_split, test_split = " and ".join(train), " and ".join(test)
+    if findings.refusal is None:
+        require_objects(trained, train_split, root, findings)
+    findings.tell()
+    listed = [entry for entries in (train | test).values() for entry in entries]
+    return DetectionData(
+        name=name,
+        classes=classes,
+        train=trained,
+        test=tested,
+        train_split=train_split,
+        test_split=test_split,
+        fingerprint=fingerprint(root, [path for entry in listed for path in (entry.image, entry.xml)]),
+    )
+
+
+# Splits
+
+
+def find_splits(root: Path, train: str | None, test: str | None) -> tuple[str, str]:
+    """The names of the splits, chosen where None. Raises InputError where a folder or a list is missing."""
+    lists = root / "ImageSets" / "Main"
+    for folder in (root, root / "JPEGImages", root / "Annotations", lists):
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} does not exist; VOC format is JPEGImages/, Annotations/ and ImageSets/Main/ below --data"
+            )
+    there = {path.stem for path in lists.glob("*.txt")}
+    if test is None:
+        test = "test" if "test" in there else "val"
+    if train is None:  # trainval holds val, which must not be both trained on and tested
+        train = "trainval" if "trainval" in there and (test != "val" or "train" not in there) else "train"
+    for option, split in (("--train-split", train), ("--test-split", test)):
+        if split not in there:
+            raise InputError(
+                f"{lists / (split + '.txt')} does not exist ({option}).{did_you_mean(split, sorted(there))}"
+            )
+    return train, test
+
+
+def read_entries(root: Path, split: str, findings: Findings | None = None) -> list[Entry]:
+    """The images that a split lists; refused are an empty list, one named twice, a file that is missing."""
+    findings = findings or Findings()
+    findings.begin(split)
+    path = root / "ImageSets" / "Main" / f"{split}.txt"
+    lines = _lines(path, findings)
+    folders = {line.rpartition("/")[0] for line in lines}
+    images = {
+        f"{folder}/{stem}" if folder else stem: found
+        for folder in folders
+        if inside(folder)
+        for stem, found in images_by_stem(root / "JPEGImages" / folder).items()
+    }
+    # a list of one class has a second column, its presence; a name may itself hold a space
+    names = [line if line in images else line.split()[0] for line in lines]
+    findings.refuse_twice(names, "images", str(path))
+    entries = []
+    for name in dict.fromkeys(names):
+        with findings.catching("images or XML files that are missing", name):
+            entries.append(Entry(name, _image(images, name, root, path), _xml(root, name)))
+    return entries
+
+
+def _lines(path: Path, findings: Findings) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        findings.refuse("lists that cannot be read", str(path), f"cannot read {path}: {error}; save it as UTF-8 text")
+        return []
+    if not lines:
+        findings.refuse("lists without images", str(path), f"{path} lists no images; name one in each line")
+    return lines
+
+
+def _image(images: dict[str, list[Path]], name: str, root: Path, split: Path) -> Path:
+    if not inside(name):
+        raise InputError(f"{split} lists {name!r}, which is no name inside {root / 'JPEGImages'}; correct the list")
+    found = images.get(name, [])
+    if not found:
+        raise InputError(
+            f"{root / 'JPEGImages'} has no image {name} (any suffix), which {split} lists; add it or take it off"
+        )
+    if len(found) > 1:
+        raise InputError(f"{root / 'JPEGImages'} has {' and '.join(path.name for path in found)}; keep one")
+    return found[0]
+
+
+def _xml(root: Path, name: str) -> Path:
+    path = root / "Annotations" / f"{name}.xml"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; every image of a split needs one (without objects if it has none)")
+    return path
+
+
+# Objects
+
+
+def class_names(names: Iterable[str], entries: Sequence[Entry]) -> tuple[str, ...]:
+    """The classes of the objects of these images, sorted. Raises InputError where there is no object."""
+    classes = tuple(sorted(set(names)))
+    if not classes:
+        first = f" ({entries[0].xml} and the others)" if entries else ""
+        raise InputError(f"none of the {len(entries)} training images has an object{first}; add some")
+    return classes
+
+
+def _samples(entries: list[Entry], drawn: list[Annotation], split: str, objects: Objects) -> list[Sample]:
+    objects.findings.begin(split)
+    sizes = image_sizes([entry.image for entry in entries], objects.findings)
+    samples = []
+    for entry, annotation, size in zip(entries, drawn, sizes):
+        if size is None or (annotation.size and not _same_size(annotation.size, size, entry, objects.findings)):
+            continue
+        samples.append(_sample(entry, annotation, size, objects))
+    return samples
+
+
+def _sample(entry: Entry, annotation: Annotation, size: tuple[int, int], objects: Objects) -> Sample:
+    where, rows = str(entry.xml), []
+    for name, drawn, difficult in annotation.objects:
+        label = objects.label(name, where)
+        # VOC counts pixels from 1, labelling tools from 0 or 1: both lie within 0..width
+        corners = objects.box(drawn, size, slack=0, where=where)
+        if label is None or corners is None:
+            continue
+        x0, y0, x1, y1 = corners
+        rows.append(((x0 - 1, y0 - 1, x1, y1), label, difficult, False))
+    return make_sample(entry.name, entry.image, size, rows)
+
+
+def _same_size(told: tuple[int, int], size: tuple[int, int], entry: Entry, findings: Findings) -> bool:
+    """A wrong size means boxes on another scale."""
+    if told != size:
+        findings.refuse(
+            "images of another size than their XML says",
+            str(entry.image),
+            f"{entry.xml} says {told[0]}x{told[1]} and {entry.image.name} has {size[0]}x{size[1]} pixels "
+            "(after EXIF rotation); correct the one that is wrong",
+        )
+    return told == size
+
+
+# XML
+
+
+def _annotations(entries: list[Entry], split: str, findings: Findings) -> list[Annotation]:
+    findings.begin(split)
+    return [_annotation(entry.xml, findings) for entry in entries]
+
+
+def _annotation(path: Path, findings: Findings) -> Annotation:
+    size, objects = None, []
+    with findings.catching("XML files that are damaged", str(path)):
+        tree = read_xml(path)
+        size = _size(tree, path)
+        for item in tree.iter("object"):
+            with findings.catching("objects without a class or four numbers", str(path)):
+                objects.append((text_of(item, "name", path), _corners(item, path), is_difficult(item)))
+    return Annotation(size, objects)
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """An annotation file, without name spaces. Raises InputError where it is damaged, or declares entities."""
+    try:
+        data = path.read_bytes()
+        if b"<!ENTITY" in data.replace(b"\0", b""):  # in any encoding; entities of entities can grow without end
+            raise InputError(f"{path} declares XML entities, which no annotation needs; take them out")
+        tree = ElementTree.fromstring(data)
+    except (ElementTree.ParseError, OSError, LookupError) as error:
+        raise InputError(f"{path} is not readable XML: {error}; export it again") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not readable XML: {error}; save it as UTF-8") from None
+    for element in tree.iter():
+        if "}" in element.tag:
+            element.tag = element.tag.rpartition("}")[2]
+    return tree
+
+
+def text_of(item: ElementTree.Element, key: str, path: Path) -> str:
+    """What an object says of itself. Raises InputError where it says nothing."""
+    text = (item.findtext(key) or "").strip()
+    if not text:
+        raise InputError(f"{path}: an object has no <{key.replace('/', '><')}>; add it, or take the object out")
+    return text
+
+
+def is_difficult(item: ElementTree.Element) -> bool:
+    """Whether an object is marked so; it is not where nothing is said."""
+    return (item.findtext("difficult") or "0").strip() not in ("0", "")
+
+
+def _size(tree: ElementTree.Element, path: Path) -> tuple[int, int] | None:
+    """Width and height; an XML may leave its image's size out, or zero."""
+    try:
+        width, height = (round(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    except (ValueError, OverflowError):
+        raise InputError(f"{path}: its size is no number; correct it, or take it out") from None
+    return (width, height) if width and height else None
+
+
+def _corners(item: ElementTree.Element, path: Path) -> tuple[float, ...]:
+    values = [text_of(item, f"bndbox/{key}", path) for key in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        return tuple(float(value) for value in values)
+    except ValueError:
+        raise InputError(f"{path}: box {', '.join(values)} is not four numbers; correct the file") from None

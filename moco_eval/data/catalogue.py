@@ -1,0 +1,258 @@
+"""Image data sets by name: built in, in memory, in class folders, flat, in tar shards, as published, in VOC format."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moco_eval.config.load import did_you_mean
+from moco_eval.data import in_memory
+from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
+from moco_eval.data.image_set import ImageSet, decode_bytes, require_single_label
+from moco_eval.data.index import list_images
+from moco_eval.data.label_subsets import is_published
+from moco_eval.data.shards import open_shards
+from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.errors import InputError
+
+__all__ = [
+    "NAMES",
+    "OFFICIAL",
+    "SMALL",
+    "ImageSet",
+    "check",
+    "data_folder",
+    "decode_bytes",
+    "departures",
+    "known",
+    "open_images",
+    "open_splits",
+    "preprocessing_departures",
+    "preprocessing_for",
+    "require_single_label",
+    "require_whole",
+]
+
+IN_MEMORY: dict[str, Callable[[Path, str], ImageSet]] = {
+    "cifar10": in_memory.cifar10,
+    "cifar100": in_memory.cifar100,
+    "stl10": in_memory.stl10,
+}
+UNLABELLED = ("flat", "webdataset")
+WITH_BOXES = ("voc", "voc07", "voc-folder", "coco", "coco-folder")  # which detectron2 has too
+NAMES = ("digits", "imagefolder", "imagenet", *IN_MEMORY, *BENCHMARKS, "voc07", "voc-folder", *UNLABELLED)
+# images of the published splits; a set's first two entries are what is trained on and what is tested on
+OFFICIAL: dict[tuple[str, str], int] = {
+    ("digits", "train"): in_memory.DIGITS_TRAIN,
+    ("digits", "test"): 500,
+    ("cifar10", "train"): 50_000,
+    ("cifar10", "test"): 10_000,
+    ("cifar100", "train"): 50_000,
+    ("cifar100", "test"): 10_000,
+    ("stl10", "train"): 5_000,
+    ("stl10", "test"): 8_000,
+    ("stl10", "pretrain"): 105_000,
+    ("imagenet", "train"): 1_281_167,
+    ("imagenet", "val"): 50_000,
+    ("voc07", "trainval"): 5_011,
+    ("voc07", "test"): 4_952,
+    **{(name, split): count for name, one in BENCHMARKS.items() for split, count in one.images.items()},
+}
+
+METRICS = {"voc07": "mAP", "voc-folder": "mAP", **{name: one.metric for name, one in BENCHMARKS.items()}}
+LAYOUTS = {
+    "imagefolder": "train/CLASS/*.jpg -> val/CLASS/*.jpg",
+    "voc-folder": "JPEGImages, Annotations, ImageSets/Main",
+    "flat": "any images, for pretraining only",
+    "webdataset": "tar files, for pretraining only",
+}
+
+CIFAR_STATISTICS: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+# weiaicunzai/pytorch-cifar100@1b42089, conf/global_settings.py
+CIFAR100_STATISTICS: dict[str, Any] = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
+SMALL: dict[str, Preprocessing] = {
+    "cifar10": Preprocessing(size=32, resize=32, **CIFAR_STATISTICS),
+    "cifar100": Preprocessing(size=32, resize=32, **CIFAR100_STATISTICS),
+    "stl10": Preprocessing(size=96, resize=96),
+    "digits": Preprocessing(size=64, resize=64, mean=(0.305, 0.305, 0.305), std=(0.335, 0.335, 0.335)),
+}
+
+
+def open_images(name: str, data: Path | None, split: str) -> ImageSet:
+    """Open a data set.
+
+    Args:
+        name: one of NAMES.
+        data: its folder; None for built-in ones, or where MOCO_EVAL_DATA says it.
+        split: 'train' or 'test' (an imagefolder's `val/`), or 'pretrain', which is 'train' but for STL-10, where it
+            is the labelled and unlabelled images together, without labels.
+    Raises:
+        InputError: unknown name, missing or empty folder, a class without images, an incomplete copy.
+    """
+    if name not in NAMES:
+        raise InputError(f"Invalid value for '--dataset': {name!r}.{did_you_mean(name, NAMES)}")
+    if split == "pretrain" and name != "stl10":
+        split = "train"
+    if name == "digits":
+        return in_memory.digits(split)
+    folder = data_folder(name, data)
+    if name in IN_MEMORY:
+        return IN_MEMORY[name](folder, split)
+    if name in BENCHMARKS:
+        return read_benchmark(name, folder, split)
+    if name == "voc07":
+        return read_voc07(folder, split)
+    if name == "voc-folder":
+        return dict(zip(("train", "test"), read_voc_folder(folder)))[split]
+    if name in UNLABELLED:
+        return _unlabelled(name, folder, split)
+    return _imagefolder(name, folder, split)
+
+
+def open_splits(
+    name: str, data: Path | None, train_split: str | None = None, test_split: str | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """Training and test images, of the same classes.
+
+    Args:
+        train_split, test_split: files of ImageSets/Main, of voc-folder only.
+    Raises:
+        InputError: as `open_images`; the classes differ; split names for a set whose splits are fixed.
+    """
+    if name == "voc-folder":
+        return read_voc_folder(data_folder(name, data), train_split, test_split)
+    if train_split or test_split:
+        raise InputError(f"--train-split and --test-split are for --dataset voc-folder; the splits of {name} are fixed")
+    train, test = (open_images(name, data, split) for split in ("train", "test"))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        if not odd:
+            raise InputError(f"{name}: its two splits number their classes differently; fetch the data set again")
+        raise InputError(f"{name}: {len(odd)} classes are in one split only (first: {odd[0]!r}); mend train/ or val/")
+    return train, test
+
+
+def departures(*images: ImageSet) -> list[str]:
+    """In words, where a split of a known data set has not the number of images it was published with.
+
+    Also where a list file chose the training images and is none that was published. Of a subset, its whole is counted.
+    """
+    whole = [one.whole or one for one in images]
+    counts = [
+        f"{one.name} {one.split} of {len(one)} images instead of {OFFICIAL[one.name, one.split]}"
+        for one in whole
+        if len(one) != OFFICIAL.get((one.name, one.split), len(one))
+    ]
+    listed = [one for one in images if one.subset and one.labels_per_class is None]
+    return counts + [f"{one.name} {one.split}: {one.subset}" for one in listed if not is_published(one.subset)]
+
+
+def known() -> list[str]:
+    """A line about each data set: its name, its splits, its metric."""
+    lines = []
+    for name in NAMES:
+        counts = [count for (owner, _), count in OFFICIAL.items() if owner == name][:2]
+        splits = " -> ".join(f"{count:,}" for count in counts) or LAYOUTS[name]
+        metric = "" if name in UNLABELLED else METRICS.get(name, "top1")
+        lines.append(f"{name:<12} {splits:<42} {metric}".rstrip())
+    return lines
+
+
+def check(name: str, data: Path | None, train_split: str | None = None, test_split: str | None = None) -> list[str]:
+    """What a copy of a data set holds and where it departs from the published one, in lines.
+
+    Raises:
+        InputError: as `open_splits`.
+    """
+    if name in UNLABELLED:
+        splits: tuple[ImageSet, ...] = (open_images(name, data, "train"),)
+    else:
+        splits = open_splits(name, data, train_split, test_split)
+    lines = [f"{one.name} {one.split}: {len(one):,} images, fingerprint {one.fingerprint}" for one in splits]
+    if splits[0].classes:
+        several = ", several in an image" if splits[0].multi_label else ""
+        lines.append(f"{len(splits[0].classes)} classes{several}; metric {splits[0].metric}")
+    lines += [f"not as published: {words}" for words in departures(*splits)]
+    return lines + [f"damaged: {words}" for one in splits for words in one.damaged]
+
+
+def check_too(name: str, data: Path | None, train_split: str | None, test_split: str | None) -> list[str]:
+    """The lines of `check` for a detection data set that also tells which classes an image shows; else none."""
+    if name not in NAMES:
+        return []
+    try:
+        lines = check(name, data, train_split, test_split)
+    except InputError as error:
+        lines = [f"refused: {error}"]
+    return [f"as classification: {line}" for line in lines]
+
+
+def require_whole(images: ImageSet, limit: int) -> list[str]:
+    """What could not be listed, as a warning in words; none where all is whole.
+
+    Raises:
+        InputError: it is more than `limit` (bad_images).
+    """
+    if not images.damaged:
+        return []
+    several = ", ..." if len(images.damaged) > 5 else ""
+    words = f"{len(images.damaged)} damaged in {images.name}: {', '.join(images.damaged[:5])}{several}"
+    if len(images.damaged) > limit:
+        raise InputError(f"{words}; mend them, or allow for them by --set bad_images={len(images.damaged)}")
+    return [f"{words}; the images before each damage are used"]
+
+
+def data_folder(name: str, data: Path | None) -> Path:
+    """`data`, or what MOCO_EVAL_DATA names, or for sets with boxes DETECTRON2_DATASETS; must be a folder."""
+    variables = ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS") if name in WITH_BOXES else ("MOCO_EVAL_DATA",)
+    for variable in variables:
+        data = data or (Path(os.environ[variable]) if os.environ.get(variable) else None)
+    if data is None:
+        raise InputError(
+            f"--dataset {name} needs --data FOLDER (or the environment variable MOCO_EVAL_DATA); for example "
+            f"--dataset {name} --data /datasets/{name}, or try the built-in --dataset digits, which needs none"
+        )
+    if not data.exists():
+        raise InputError(f"--data {data} does not exist")
+    if not data.is_dir():
+        raise InputError(f"--data {data} is a file; give the folder of the data set")
+    return data
+
+
+def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
+    directory = {"train": "train", "test": "val"}[split]
+    root = folder / directory
+    if not root.is_dir():
+        raise InputError(
+            f"{folder} has no {directory}/ folder; an imagefolder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
+        )
+    found = list_images(folder, directory)
+    if name == "imagenet" and len(found.classes) != 1000:
+        raise InputError(
+            f"{folder} has {len(found.classes)} class folders, ImageNet has 1000; for other data take "
+            "--dataset imagefolder"
+        )
+    return ImageSet(name, directory, found.classes, found.labels, found.fingerprint, files=found.files)
+
+
+def _unlabelled(name: str, folder: Path, split: str) -> ImageSet:
+    if split != "train":
+        raise InputError(f"--dataset {name} has no labels: it is for pretraining only; take imagefolder to evaluate")
+    if name == "flat":
+        found = list_images(folder, None)
+        return ImageSet("flat", "train", (), None, found.fingerprint, files=found.files)
+    shards, fingerprint, damaged = open_shards(folder)
+    return ImageSet("webdataset", "train", (), None, fingerprint, files=shards, damaged=damaged)
+
+
+def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Preprocessing:
+    """The encoder's own contract; where it has none (`random:`, `pixels`), the data set's."""
+    return encoder_says or SMALL.get(dataset, Preprocessing())
+
+
+def preprocessing_departures(dataset: str, used: Preprocessing) -> list[str]:
+    """In words, where images are cut to another size than the data set's protocols do (224 of 256; 32 for CIFAR)."""
+    usual = SMALL.get(dataset, Preprocessing())
+    if (used.size, used.resize) == (usual.size, usual.resize):
+        return []
+    return [f"images of {used.size} pixels (resized to {used.resize}) instead of {usual.size} ({usual.resize})"]

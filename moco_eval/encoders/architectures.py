@@ -1,0 +1,215 @@
+"""The networks we train and load: torchvision's ResNets, their wider, narrower and CIFAR forms, and timm's ViTs."""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from moco_eval.config.load import did_you_mean
+from moco_eval.errors import InputError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A ResNet: its block, blocks per stage, width against the standard 64, groups of the 3x3 convolutions, and stem.
+
+    `width` widens every layer (R50w2x and R50w4x of the MoCo v1 paper), unlike torchvision's wide_resnet50_2, which
+    widens the 3x3 convolutions alone.
+    `groups` and `group_width`: ResNeXt's; 32x8d is 32 groups of 8 channels in the first stage.
+    `cifar_stem`: 3x3 convolution of stride 1 and no max-pooling, for 32-pixel images; `stem_padding` is its padding, 1
+    as a rule and 2 in solo-learn, which the shapes do not tell.
+    `stride_in_1x1`: a bottleneck strides in its first convolution, as MSRA's original weights do; torchvision's
+    strides in the 3x3. The shapes do not tell.
+    """
+
+    block: type[BasicBlock] | type[Bottleneck]
+    layers: tuple[int, int, int, int]
+    width: float = 1.0
+    cifar_stem: bool = False
+    stem_padding: int = 1
+    groups: int = 1
+    group_width: int = 64
+    stride_in_1x1: bool = False
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of the pooled feature."""
+        return int(512 * self.width) * self.block.expansion
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("layer1", "layer2", "layer3", "layer4")
+
+
+@dataclass(frozen=True)
+class VisionTransformer:
+    """A ViT with a class token, whose normalised last value is the pooled feature.
+
+    Attributes:
+        dim, depth, heads: of the tokens, blocks and attention. The shapes do not tell the heads.
+        patch, size: pixels along one side of a patch and of the image.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    patch: int
+    size: int
+
+    @property
+    def feature_dim(self) -> int:
+        return self.dim
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(f"blocks.{i}" for i in range(self.depth))
+
+
+def _resnets() -> dict[str, Architecture]:
+    depths: dict[str, tuple[type, tuple[int, int, int, int]]] = {
+        "resnet18": (BasicBlock, (2, 2, 2, 2)),
+        "resnet34": (BasicBlock, (3, 4, 6, 3)),
+        "resnet50": (Bottleneck, (3, 4, 6, 3)),
+        "resnet101": (Bottleneck, (3, 4, 23, 3)),
+        "resnet152": (Bottleneck, (3, 8, 36, 3)),
+        "resnet200": (Bottleneck, (3, 24, 36, 3)),
+    }
+    family = {name: Architecture(block, layers) for name, (block, layers) in depths.items()}
+    for name, (block, layers) in depths.items():
+        family[f"{name}_cifar"] = Architecture(block, layers, cifar_stem=True)
+        family[f"{name}_cifar_pad2"] = Architecture(block, layers, cifar_stem=True, stem_padding=2)
+    for name in ("resnet18", "resnet50"):
+        block, layers = depths[name]
+        family[f"{name}_quarter"] = Architecture(block, layers, width=0.25)
+        family[f"{name}_quarter_cifar"] = Architecture(block, layers, width=0.25, cifar_stem=True)
+    for width in (2, 4, 5):  # 5: SwAV's
+        family[f"resnet50_w{width}"] = Architecture(*depths["resnet50"], width=float(width))
+    family["resnet200_w2"] = Architecture(*depths["resnet200"], width=2.0)  # VICReg's
+    for name in ("resnet50", "resnet101"):
+        family[f"wide_{name}_2"] = Architecture(*depths[name], group_width=128)
+        family[f"{name}_msra"] = Architecture(*depths[name], stride_in_1x1=True)
+    # 50_32x8d is RX50 of the MoCo v1 paper, which torchvision does not have
+    for depth, groups, width in (("50", 32, 4), ("50", 32, 8), ("101", 32, 8), ("101", 64, 4)):
+        plain = family[f"resnet{depth}"]
+        family[f"resnext{depth}_{groups}x{width}d"] = replace(plain, groups=groups, group_width=width)
+    return family
+
+
+ARCHITECTURES = _resnets()
+# dim, depth, heads: DeiT's, DINO's and timm's; MoCo v3 has 12 heads in each. The narrow ones are for trials.
+TRANSFORMERS = {
+    "narrow": (48, 2, 3),
+    "narrow_12h": (48, 2, 12),
+    "tiny": (192, 12, 3),
+    "tiny_12h": (192, 12, 12),
+    "small": (384, 12, 6),
+    "small_12h": (384, 12, 12),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_VIT = re.compile(rf"vit_({'|'.join(TRANSFORMERS)})_patch(\d{{1,2}})_(\d{{2,4}})")
+
+
+def names() -> list[str]:
+    """Every ResNet, and each ViT at 224 pixels with its usual patches; others go by the same pattern."""
+    return [*ARCHITECTURES, *(f"vit_{size}_patch{patch}_224" for size in TRANSFORMERS for patch in (8, 14, 16, 32))]
+
+
+def architecture(name: str) -> Architecture | VisionTransformer:
+    """Raises InputError for an unknown name, with the nearest known one."""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if not (found := _VIT.fullmatch(name)):
+        raise InputError(f"unknown architecture {name!r}.{did_you_mean(name, names())}")
+    patch, size = int(found[2]), int(found[3])
+    if not 0 < patch <= size or size % patch or size > 1024:
+        raise InputError(f"{name}: {size} pixels (at most 1024) must divide into patches of {patch}")
+    return VisionTransformer(*TRANSFORMERS[found[1]], patch, size)
+
+
+def resnet(name: str) -> Architecture:
+    """Raises InputError where the name is no ResNet's."""
+    found = architecture(name)
+    if not isinstance(found, Architecture):
+        raise InputError(f"{name} is a vision transformer; this takes a ResNet: {', '.join(ARCHITECTURES)}")
+    return found
+
+
+class _WidthResNet(ResNet):
+    """torchvision's ResNet with every layer's width multiplied; the stem is replaced by `build_resnet`."""
+
+    def __init__(self, arch: Architecture, num_classes: int):
+        self._arch = arch
+        super().__init__(arch.block, list(arch.layers), num_classes=num_classes)
+        stem = int(64 * arch.width)
+        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.fc = nn.Linear(arch.feature_dim, num_classes)
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:
+            self.inplanes = int(64 * self._arch.width)
+        return super()._make_layer(block, int(planes * self._arch.width), *args, **kwargs)
+
+
+def build_resnet(name: str, num_classes: int = 1000) -> ResNet:
+    """A randomly initialised ResNet with torchvision's module names and initialisation.
+
+    Args:
+        name: a key of ARCHITECTURES.
+        num_classes: width of `fc`, an ordinary linear layer on the pooled feature.
+    """
+    arch = resnet(name)
+    if arch.width == 1.0:
+        shape = {"groups": arch.groups, "width_per_group": arch.group_width}
+        net = ResNet(arch.block, list(arch.layers), num_classes=num_classes, **shape)
+    else:
+        net = _WidthResNet(arch, num_classes)
+    if arch.cifar_stem:
+        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, stride=1, padding=arch.stem_padding, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    if arch.stride_in_1x1:
+        for block in net.modules():
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return net
+
+
+def build_transformer(name: str, num_classes: int = 0) -> nn.Module:
+    """A randomly initialised timm VisionTransformer; without classes its output is the pooled feature.
+
+    Raises:
+        InputError: the name is no ViT's.
+    """
+    from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+
+    arch = architecture(name)
+    if not isinstance(arch, VisionTransformer):
+        raise InputError(f"{name} is no vision transformer")
+    return TimmTransformer(
+        img_size=arch.size,
+        patch_size=arch.patch,
+        embed_dim=arch.dim,
+        depth=arch.depth,
+        num_heads=arch.heads,
+        num_classes=num_classes,
+    )
+
+
+def build_backbone(name: str, fork: bool = True) -> nn.Module:
+    """A network whose output is the pooled feature, (N, feature_dim); a ResNet's `fc` is the identity.
+
+    Args:
+        fork: draw from a copy of torch's generator, so that it is as before afterwards.
+    """
+    with torch.random.fork_rng(devices=[], enabled=fork):
+        if isinstance(architecture(name), VisionTransformer):
+            return build_transformer(name)
+        net = build_resnet(name)
+    net.fc = nn.Identity()
+    return net

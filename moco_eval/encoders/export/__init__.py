@@ -1,0 +1,1 @@
+"""An encoder in another library's format, with proof."""

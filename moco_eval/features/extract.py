@@ -1,0 +1,254 @@
+"""Features of a whole data set, in order, from however many processes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moco_eval.config.load import Augmentation
+from moco_eval.data.augment.steps import Crop, Flip, Recipe
+from moco_eval.data.augment.two_views import TwoViews
+from moco_eval.data.catalogue import ImageSet
+from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident
+from moco_eval.encoders.architectures import architecture
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.errors import InputError, RunFailed
+from moco_eval.runtime.device import autocast, gather, progress, rank, to_device, world_size
+
+# Networks
+
+
+def network(encoder: Encoder, feature: str) -> nn.Module:
+    """What gives a feature: (N, 3, H, W) to (N, D).
+
+    Args:
+        feature: `pooled`, the backbone's output; `head`, the projection head's; or a stage of the network, averaged
+            over its places (`layer3` of a ResNet) or its normalised class token (`blocks.8` of a ViT).
+    Raises:
+        InputError: a head or stage that the encoder does not have.
+    """
+    if feature == "pooled":
+        return encoder.backbone
+    if feature != "head":
+        return _Stage(encoder, feature)
+    if encoder.head is None:
+        raise InputError(
+            f"{encoder.source} has no projection head ({encoder.origin}); evaluate its pooled feature instead "
+            "(--feature pooled)"
+        )
+    return nn.Sequential(encoder.backbone, encoder.head)
+
+
+class _Stage(nn.Module):
+    """The backbone up to one of its stages."""
+
+    def __init__(self, encoder: Encoder, stage: str):
+        super().__init__()
+        _require_stage(encoder, stage)
+        self.backbone, self.stage = encoder.backbone, stage
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.stage.startswith("blocks."):
+            block = int(self.stage.partition(".")[2])
+            return self.backbone.get_intermediate_layers(images, n=[block], return_prefix_tokens=True, norm=True)[0][1][
+                :, 0
+            ]
+        x = images
+        for name, module in self.backbone.named_children():
+            x = module(x)
+            if name == self.stage:
+                break
+        return x.mean(dim=(2, 3))
+
+
+def _require_stage(encoder: Encoder, stage: str) -> None:
+    stages = architecture(encoder.arch).stages if encoder.tensors_loaded else ()
+    if stage not in stages:
+        has = f"it has pooled, head and {', '.join(stages)}" if stages else "it has pooled alone"
+        raise InputError(f"--feature {stage!r} is no stage of {encoder.arch}; {has}")
+
+
+class Several(nn.Module):
+    """Several features in one pass of the network: (N, 3, H, W) to a list of (N, D), each as `network` gives it.
+
+    Raises:
+        InputError: as `network` does.
+    """
+
+    def __init__(self, encoder: Encoder, features: Sequence[str]):
+        super().__init__()
+        self.backbone, self.head, self.features = encoder.backbone, encoder.head, tuple(features)
+        for feature in self.features:
+            network(encoder, feature)
+        self.stages = {feature for feature in self.features if feature not in ("pooled", "head")}
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        hooks = [
+            self.backbone.get_submodule(stage).register_forward_hook(self._note(found, stage)) for stage in self.stages
+        ]
+        try:
+            found["pooled"] = self.backbone(images).flatten(1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if "head" in self.features:
+            assert self.head is not None
+            found["head"] = self.head(found["pooled"])
+        return [found[feature] for feature in self.features]
+
+    def _note(self, found: dict[str, torch.Tensor], stage: str) -> Callable:
+        def hook(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+            is_block = stage.startswith("blocks.")
+            found[stage] = self.backbone.norm(output)[:, 0] if is_block else output.mean(dim=(2, 3))
+
+        return hook
+
+
+# Pixels
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The training crops of one epoch: random-resized crop and flip, drawn from (seed, epoch, image)."""
+
+    augmentation: Augmentation
+    seed: int
+    epoch: int
+
+    def recipe(self) -> Recipe:
+        """The same as main_lincls.py's training transform, to PIL's pixels; see docs/protocols/views.md."""
+        flip = (Flip(),) if self.augmentation.flip else ()
+        return Recipe((Crop(self.augmentation.crop_scale), *flip))
+
+
+Rows = Iterable[list[tuple[int, int]]]  # (epoch, index) of each image of each batch
+
+
+def pixels(
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    crops: Crops | None,
+    batches: Rows,
+    device: torch.device,
+    workers: int,
+    tolerant: bool = False,
+) -> Iterator[torch.Tensor]:
+    """What the network takes of each batch: (N, 3, H, W) on the device.
+
+    Args:
+        crops: of training; None for the clean crop.
+        tolerant: put a grey image in the place of one that cannot be read (clean crops only).
+    Raises:
+        InputError: an image cannot be read; it names the file.
+    """
+    if crops is not None:
+        return _cropped(images, preprocessing, crops, batches, device, workers)
+    if _fits_as_it_is(images, preprocessing):
+        return _in_memory(images, preprocessing, batches, device)
+    return _loaded(images, preprocessing, batches, device, workers, tolerant)
+
+
+def _fits_as_it_is(images: ImageSet, preprocessing: Preprocessing) -> bool:
+    """Whether the images are in memory and neither resized nor cropped."""
+    side = preprocessing.size
+    return images.pixels is not None and images.pixels.shape[1:3] == (side, side) and preprocessing.resize == side
+
+
+def _in_memory(
+    images: ImageSet, preprocessing: Preprocessing, batches: Rows, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Normalised images of each batch, from the device's memory."""
+    held, normalise = resident(images, device), Normalise(preprocessing)
+    for items in batches:
+        yield normalise(held[to_device(torch.tensor([index for _, index in items]), device)])
+
+
+def _loaded(
+    images: ImageSet, preprocessing: Preprocessing, batches: Rows, device: torch.device, workers: int, tolerant: bool
+) -> Iterator[torch.Tensor]:
+    """Resized, cropped and normalised images of each batch, from loader workers."""
+    examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant)
+    for views, _, _ in loader(examples, batches, workers, device):
+        yield views.to(device, non_blocking=True)
+
+
+def _cropped(
+    images: ImageSet, preprocessing: Preprocessing, crops: Crops, batches: Rows, device: torch.device, workers: int
+) -> Iterator[torch.Tensor]:
+    """Training crops of each batch: cut from device memory, or cut by loader workers and flipped on the device."""
+    normalise = Normalise(preprocessing)
+    cuts = TwoViews(images, crops.recipe(), preprocessing.size, crops.seed, finished=False, count=1)
+    if images.pixels is not None:
+        held = resident(images, device)
+        for items in batches:
+            epoch, index = torch.tensor(items).T.contiguous()
+            numbers = cuts.numbers(epoch.numpy(), index.numpy())
+            yield normalise(cuts.of_pixels(held[to_device(index, device)], numbers)[0])
+        return
+    for views, index, substitute, numbers in loader(cuts, batches, workers, device):
+        if (substitute >= 0).any():
+            raise InputError(images.trouble_with(int(index[substitute >= 0][0])))
+        yield normalise(cuts.finish(to_device(views, device), numbers.numpy())[0])
+
+
+# Features
+
+
+@torch.no_grad()
+def extract(
+    net: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    title: str = "features",
+    tolerant: bool = False,
+    crops: Crops | None = None,
+) -> torch.Tensor:
+    """Features of all images, (images, D) float32 on the CPU, in the data set's order, on every rank.
+
+    Args:
+        net: (N, 3, H, W) to (N, D), in evaluation mode.
+        batch_size: images per step, over all processes.
+        tolerant: put a grey image in the place of one that cannot be read.
+        crops: training crops instead of the clean one.
+    Raises:
+        InputError: an image cannot be read; it names the file.
+        RunFailed: a feature is not finite.
+    """
+    epoch = 0 if crops is None else crops.epoch
+    batches = Batches(len(images), batch_size, 0, range(epoch, epoch + 1), shuffle=False, drop_last=False)
+    rows = []
+    with progress(title, len(batches), batch_size) as advance:
+        for step, views in enumerate(pixels(images, preprocessing, crops, batches, device, workers, tolerant)):
+            with autocast(device, precision):
+                mine = net(views).flatten(1).float()[: batches.mine(step)]
+            rows.append(in_order(mine, batches.size(step)).cpu())
+            advance()
+    return require_finite_features(torch.cat(rows), title)
+
+
+def require_finite_features(features: torch.Tensor, title: str) -> torch.Tensor:
+    """The features; raises RunFailed where one is not finite."""
+    if not features.isfinite().all():
+        raise RunFailed(f"{title}: the encoder gives features that are not finite; are its BN statistics damaged?")
+    return features
+
+
+def in_order(mine: torch.Tensor, batch: int) -> torch.Tensor:
+    """All rows of a batch from the ranks' contiguous shares of it; see `data.loader.share`."""
+    ranks = world_size()
+    if ranks == 1:
+        return mine
+    bounds = [batch * r // ranks for r in range(ranks + 1)]
+    longest = max(bounds[r + 1] - bounds[r] for r in range(ranks))
+    assert len(mine) == bounds[rank() + 1] - bounds[rank()]
+    padded = mine.new_zeros((longest, *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    everyone = gather(padded)
+    return torch.cat([everyone[r * longest : r * longest + bounds[r + 1] - bounds[r]] for r in range(ranks)])

@@ -1,0 +1,152 @@
+"""The steps of a chain as SLURM jobs, by submitit: each waits for the one before it, and resumes where it was ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moco_eval.errors import InputError, RunFailed
+from moco_eval.papers.steps import Step
+from moco_eval.runtime import files
+
+NAME = "moco-eval-"  # a job's name begins so
+OURS = ("dependency", "kill_on_invalid_dep", "job_name", "output", "error", "open_mode", "signal", "array", "requeue")
+ONE_TASK = ("nodes", "ntasks", "ntasks_per_node")
+DEFAULTS = {"time": "1-00:00:00"}
+REQUEUED = 1000  # times at most that a job whose time is over goes back to the queue
+GRACE = 900  # seconds between a preempted job's SIGTERM and what comes next, at most
+
+
+class Job:
+    """A step on a compute node. submitit calls it, and `checkpoint` when SLURM is about to end the job."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = tuple(words)
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self) -> None:
+        command = [sys.executable, "-m", "moco_eval", *self.words]
+        self.process = subprocess.Popen(command, preexec_fn=_leave_to_submitit)
+        code = self.process.wait()
+        if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
+            time.sleep(GRACE)
+        if code:
+            raise RuntimeError(f"exit code {code}: moco-eval {' '.join(self.words)}")
+
+    def checkpoint(self) -> Any:
+        """Let the step save what it does; the job that goes on with it. Called from a signal's handler."""
+        from submitit.helpers import DelayedSubmission
+
+        process = self.process
+        if process and process.returncode is None:
+            try:  # not process.wait(), which the handler may have interrupted
+                os.kill(process.pid, signal.SIGTERM)
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            except (ProcessLookupError, ChildProcessError):
+                pass  # it has ended
+        return DelayedSubmission(Job(self.words))
+
+
+def _leave_to_submitit() -> None:
+    """SLURM sends SIGUSR2 to all processes of a job, and it would end those that do not expect it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+# Submitting
+
+
+def submit(steps: Sequence[Step], runs: Path, given: Sequence[str]) -> list[str]:
+    """Submit steps that are not in the queue; returns a line about each.
+
+    Args:
+        given: sbatch's options, KEY=VALUE or KEY.
+    Raises:
+        InputError: no submitit, no SLURM, an option that is ours to set.
+        RunFailed: sbatch refuses.
+    """
+    executor, parameters = _executor(runs), _parameters(given)
+    ids, waiting, lines = _remembered(runs), states(runs), []
+    for step in steps:
+        if step.output in waiting:
+            continue
+        before = next((ids[str(one.output)] for one in steps[::-1] if one.is_before(step)), None)
+        number, earlier = _submit(executor, step, parameters, before), ids.get(str(step.output))
+        ids[str(step.output)] = number
+        files.write_json(_jobs(runs), ids)
+        notes = [f"after job {before}"] if before else []
+        notes += [f"job {earlier} has not done it"] if earlier else []
+        lines.append(f"job {number}: {step.command}" + (f" ({'; '.join(notes)})" if notes else ""))
+    return [*lines, f"what they print: {_jobs(runs).parent}"]
+
+
+def _executor(runs: Path) -> Any:
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("--slurm needs submitit; pip install 'moco-eval[slurm]'") from None
+    try:
+        return submitit.SlurmExecutor(runs / "slurm", max_num_timeout=REQUEUED)
+    except RuntimeError:
+        raise InputError("--slurm: there is no srun here; run it where SLURM's commands are") from None
+
+
+def _parameters(given: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = dict(DEFAULTS)
+    for words in given:
+        key, equals, value = words.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if key in OURS or not key:
+            raise InputError(f"--sbatch {words!r}: reproduce sets that itself; for example --sbatch partition=gpu")
+        if key in ONE_TASK:
+            raise InputError(f"--sbatch {words!r}: a step is one task on one machine; --nproc says its processes")
+        found[key] = value if equals else True
+    return found
+
+
+def _submit(executor: Any, step: Step, parameters: Mapping[str, Any], before: str | None) -> str:
+    more = {**parameters, "job_name": f"{NAME}{step.words[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
+    executor.update_parameters(additional_parameters=more | ({"dependency": f"afterok:{before}"} if before else {}))
+    try:
+        return str(executor.submit(Job(step.words)).job_id)
+    except Exception as error:  # submitit has its own for each way in which sbatch can fail
+        said = str(error).strip().splitlines()
+        raise RunFailed(f"sbatch refuses {step.command}: {said[-1] if said else type(error).__name__}") from None
+
+
+# What SLURM says
+
+
+def states(runs: Path) -> dict[Path, str]:
+    """What SLURM says of each step that is in its queue, by the step's output: 'job 12, pending'.
+
+    Raises:
+        RunFailed: squeue does not answer.
+    """
+    ids = _remembered(runs)
+    if not ids:
+        return {}
+    asked = ["squeue", "--noheader", "--format=%i %T %j", f"--jobs={','.join(ids.values())}"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    except FileNotFoundError:  # jobs of another machine
+        return {}
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RunFailed(f"squeue does not answer: {error}") from None
+    if done.returncode and "Invalid job id" not in done.stderr:  # it forgets jobs that have ended
+        raise RunFailed(f"squeue does not answer: {done.stderr.strip()}")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    said = {words[0]: words[1] for words in lines if words[2:] and words[2].startswith(NAME)}  # numbers come again
+    return {Path(output): f"job {number}, {said[number].lower()}" for output, number in ids.items() if number in said}
+
+
+def _jobs(runs: Path) -> Path:
+    return runs / "slurm/jobs.json"
+
+
+def _remembered(runs: Path) -> dict[str, str]:
+    """The job of each step that was ever submitted, by the step's output."""
+    return files.read_json(_jobs(runs)) if _jobs(runs).is_file() else {}

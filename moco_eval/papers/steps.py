@@ -1,0 +1,319 @@
+"""The steps behind the rows of a table, each a command of ours: pretrain, convert, evaluate."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from moco_eval.config import load as configs
+from moco_eval.errors import InputError
+from moco_eval.papers import match
+from moco_eval.papers.match import Record
+from moco_eval.papers.tables import Column, Recipe, Row, Table
+
+BUILT_IN = ("digits",)  # data sets that need no folder
+EVALUATIONS = ("knn", "linear", "logistic", "svm", "finetune", "detect")
+CACHED = ("knn", "linear", "logistic", "svm")  # they keep the features they extract
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are, and how the commands are started.
+
+    Attributes:
+        runs: the folder of the run directories.
+        data: the folder of each data set, by name; FOLDER stands in commands for those that are not named.
+        processes: `--nproc` of every command.
+        released: take the authors' checkpoint instead of pretraining, where there is one.
+    """
+
+    runs: Path = Path("runs")
+    data: Mapping[str, Path] = field(default_factory=dict)
+    processes: int = 1
+    released: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        words: after `moco-eval`.
+        output: the run directory, or the file, that it leaves.
+        dataset: what it reads.
+        name: of its config: what the pretraining or the evaluation is.
+        cells: the rows and columns that want it.
+        after: the step before it; None where its encoder needs no training.
+        recipe: of a pretraining.
+    """
+
+    kind: Literal["pretrain", "convert", "evaluate"]
+    words: tuple[str, ...]
+    output: Path
+    dataset: str
+    name: str
+    cells: tuple[tuple[str, str], ...]
+    after: "Step | None" = None
+    recipe: Recipe | None = None
+
+    @property
+    def command(self) -> str:
+        return shlex.join(("moco-eval", *self.words))
+
+    @property
+    def before(self) -> "list[Step]":
+        """The steps that it needs, the nearest first."""
+        return [self.after, *self.after.before] if self.after else []
+
+    def is_before(self, other: "Step") -> bool:
+        return any(step.words == self.words for step in other.before)
+
+
+def steps(table: Table, rows: Sequence[Row], places: Places) -> list[Step]:
+    """What produces these rows, in an order in which it can run; a step that several rows want is there once.
+
+    Raises:
+        InputError: a column's protocol or config is none of ours.
+    """
+    there = _finished(places.runs) if any(row.recipe for row in rows) else []
+    found: dict[tuple[str, ...], Step] = {}
+    for row in rows:
+        for step in _of_row(table, row, places, there):
+            before = found.get(step.words)
+            cells = (*before.cells, *step.cells) if before else step.cells
+            found[step.words] = replace(step, cells=tuple(dict.fromkeys(cells)))
+    return list(found.values())
+
+
+def why_none(table: Table, row: Row) -> str | None:
+    """Why nothing of ours produces a row; None where something does."""
+    if row.unavailable or any(table.columns[name].protocol for name in row.published):
+        return row.unavailable
+    return "no protocol of ours measures it"
+
+
+def _of_row(table: Table, row: Row, places: Places, there: Sequence["Run"]) -> Iterator[Step]:
+    if why_none(table, row):
+        return
+    columns = {name: table.columns[name] for name in row.published if table.columns[name].protocol}
+    trained, checkpoint, name = _encoder(row, places, there)
+    if trained:
+        yield trained
+    converted = None
+    if trained and any(command(column) == "detect" for column in columns.values()):
+        converted = _converted(trained, checkpoint)
+        yield converted
+    for asked in _evaluations(columns):
+        first = converted if converted and command(columns[asked[0]]) == "detect" else trained
+        yield _evaluated(row, {one: columns[one] for one in asked}, checkpoint, name, first, places)
+
+
+# Encoders
+
+
+def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[Step | None, str, str]:
+    """The pretraining that is needed, CHECKPOINT as commands take it, and a name for folders."""
+    if row.released and (places.released or not (row.recipe or row.match)):
+        return None, f"zoo:{row.released}", row.released
+    if row.match:
+        weights = {"random": "random:{}", "supervised": "torchvision:{}:IMAGENET1K_V1"}[row.match.weights]
+        return None, weights.format(row.match.arch), f"{row.match.weights}-{row.match.arch}"
+    assert row.recipe
+    folder = _of(row.recipe, there) or places.runs / folder_name(row.recipe)
+    words = (*_pretraining(row.recipe, places), "--output", str(folder))
+    cells = tuple((row.label, column) for column in row.published)
+    trained = Step("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
+    place = folder.relative_to(places.runs).parts if folder.is_relative_to(places.runs) else folder.parts[-2:]
+    return trained, str(folder / "checkpoints/last.pth"), "-".join(place).removeprefix("pretrain-")
+
+
+def _pretraining(recipe: Recipe, places: Places) -> tuple[str, ...]:
+    words = ["pretrain", recipe.config, "--dataset", recipe.dataset, *_data(recipe.dataset, places)]
+    for override in recipe.overrides:
+        words += ["--set", override]
+    return (*words, "--precision", "fp32", *_processes(places))  # published arithmetic, also on a GPU that has bf16
+
+
+def folder_name(recipe: Recipe) -> str:
+    """Of a recipe's run directory; rows of one recipe, in whichever table, share it."""
+    settings = [re.sub(r"[^A-Za-z0-9_.]+", "-", override).strip("-") for override in recipe.overrides]
+    return "-".join(["pretrain", recipe.config, recipe.dataset, *settings])
+
+
+Run = tuple[Path, Record]  # a finished pretraining: its folder, its config.yaml
+
+
+def pretrained(recipe: Recipe, runs: Path) -> Path | None:
+    """A run directory that holds this pretraining, finished; found by what its config says."""
+    return _of(recipe, _finished(runs))
+
+
+def _of(recipe: Recipe, there: Sequence[Run]) -> Path | None:
+    return next((folder for folder, values in there if _is_of(values, recipe)), None)
+
+
+def _finished(runs: Path) -> list[Run]:
+    """Every finished pretraining below a folder; other files of that name are passed over."""
+    paths = sorted(runs.rglob("config.yaml")) if runs.is_dir() else []
+    found = [(path.parent, _read(path)) for path in paths if (path.parent / "checkpoints").is_dir()]
+    return [(folder, values) for folder, values in found if _is_finished(folder, values)]
+
+
+def _read(path: Path) -> Record:
+    try:
+        return configs.read_yaml(path)[0]
+    except InputError:
+        return {}
+
+
+def _is_finished(folder: Path, values: Record) -> bool:
+    settings = values.get("config")
+    if values.get("command") != "pretrain" or not isinstance(settings, dict):
+        return False
+    epochs = configs.flatten(settings).get("schedule.epochs")
+    names = ("last.pth", f"epoch_{epochs:04d}.pth") if isinstance(epochs, int) else ()
+    return bool(names) and all((folder / "checkpoints" / name).is_file() for name in names)
+
+
+def _is_of(values: Record, recipe: Recipe) -> bool:
+    """Whether a finished run is this pretraining: nothing in it differs that may move a number."""
+    settings, wanted = configs.flatten(values["config"]), recipe.settings()
+    about = {**values, "protocol": settings.get("protocol"), "epochs": settings["schedule.epochs"]}
+    arithmetic = {"fp32", wanted["precision"]}
+    return (
+        match.is_pretrained({"arch": settings.get("arch"), "pretraining": about}, recipe)
+        and settings.get("precision") in arithmetic
+        and all(
+            settings.get(key) == value
+            for key, value in wanted.items()
+            if not configs.is_neutral(key) and key not in ("bn", "precision")
+        )
+    )
+
+
+def _converted(trained: Step, checkpoint: str) -> Step:
+    """The backbone for detectron2, the copy proven, before hours of fine-tuning."""
+    out = trained.output / "detectron2.pkl"
+    words = ("convert", checkpoint, str(out), "--to", "detectron2")
+    return Step("convert", words, out, trained.dataset, "detectron2", trained.cells, trained)
+
+
+# Evaluations
+
+
+def command(column: Column) -> str:
+    """The command whose protocol a column is."""
+    assert column.protocol
+    return column.protocol.split("/")[0]
+
+
+@cache
+def evaluation(protocol: str) -> str:
+    """The shipped config of a protocol: the one of its name, or the only one that follows it.
+
+    Raises:
+        InputError: no protocol of ours, or several configs follow it.
+    """
+    kind, _, name = protocol.partition("@")[0].partition("/")
+    followed = _followed(kind)
+    if followed.get(name) == protocol:
+        return name
+    following = [one for one, other in followed.items() if other == protocol]
+    if len(following) > 1:
+        raise InputError(f"{protocol} is followed by {', '.join(following)}; the column must say which: `config: ...`")
+    if not following:
+        known = sorted({one for kind in EVALUATIONS for one in _followed(kind).values()})
+        raise InputError(f"no protocol {protocol!r}.{configs.did_you_mean(protocol, known)}")
+    return following[0]
+
+
+def _followed(kind: str) -> dict[str, str]:
+    """The protocol of each shipped config of a kind."""
+    return {
+        one.partition("/")[2]: configs.read_yaml(configs.folder() / f"{one}.yaml")[0]["protocol"]
+        for one in configs.shipped(kind)
+        if kind in EVALUATIONS
+    }
+
+
+def _config(column: Column) -> str:
+    """The config that evaluates a column; raises InputError where it follows another protocol."""
+    assert column.protocol
+    if column.config is None:
+        return evaluation(column.protocol)
+    protocol = configs.merged(column.config, command(column), ()).get("protocol")
+    if protocol != column.protocol:
+        raise InputError(
+            f"column {column.title!r} is of {column.protocol} and its config {column.config} of {protocol}; "
+            "take a config that follows the column's protocol"
+        )
+    return column.config
+
+
+def _evaluations(columns: Mapping[str, Column]) -> list[list[str]]:
+    """Names of the columns, together where one run gives all of them."""
+    groups: dict[tuple, list[str]] = {}
+    for name, column in columns.items():
+        groups.setdefault((column.protocol, column.dataset, column.config), []).append(name)
+    return list(groups.values())
+
+
+def _evaluated(
+    row: Row, columns: Mapping[str, Column], checkpoint: str, name: str, after: Step | None, places: Places
+) -> Step:
+    column = next(iter(columns.values()))
+    assert column.dataset
+    kind, asked = command(column), _config(column)
+    words = [kind, checkpoint, "--dataset", column.dataset, *_data(column.dataset, places)]
+    words += ["--recipe" if kind == "detect" else "--protocol", asked]
+    trials = max(one.trials for one in columns.values())
+    words += ["--trials", str(trials)] if trials > 1 else []
+    words += ["--cache", str(places.runs / "features")] if kind in CACHED and places.runs != Path("runs") else []
+    folder = [kind, name, column.dataset, Path(asked).stem, *([f"{trials}-trials"] if trials > 1 else [])]
+    output = places.runs / "-".join(folder)
+    cells = tuple((row.label, one) for one in columns)
+    words += [*_processes(places), "--output", str(output)]
+    return Step("evaluate", tuple(words), output, column.dataset, asked, cells, after)
+
+
+def _data(dataset: str, places: Places) -> list[str]:
+    return [] if dataset in BUILT_IN else ["--data", str(places.data.get(dataset, PurePosixPath("FOLDER")))]
+
+
+def _processes(places: Places) -> list[str]:
+    return ["--nproc", str(places.processes)] if places.processes > 1 else []
+
+
+# What is left to do
+
+
+def left(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list[Step]:
+    """What has to run: what is not done, but for encoders that nothing takes which is left."""
+    found: list[Step] = []
+    for step in reversed(steps):
+        takers = [one for one in steps if step.is_before(one)]
+        if not is_done(step, table, records) and (not takers or any(one in found for one in takers)):
+            found.append(step)
+    return found[::-1]
+
+
+def is_done(step: Step, table: Table, records: Sequence[Record]) -> bool:
+    """Whether its work is there: in its own place or, of an evaluation, in any comparable record."""
+    if step.recipe:
+        values = _read(step.output / "config.yaml") if (step.output / "config.yaml").is_file() else {}
+        return _is_finished(step.output, values) and _is_of(values, step.recipe)
+    if step.kind == "convert":
+        return step.output.is_file()
+    rows = {row.label: row for row in table.rows}
+    return all(_is_there(step, table.columns[name], rows[label], records) for label, name in step.cells)
+
+
+def _is_there(step: Step, column: Column, row: Row, records: Sequence[Record]) -> bool:
+    """Whether a record gives a cell: one in the step's own place also with deviations, which its config may have."""
+    own = [one for one in records if Path(one.get("run", "")) == step.output]
+    return any(match.is_of(one, column, row) for one in own) or any(
+        match.is_comparable(one, column, row) for one in records
+    )

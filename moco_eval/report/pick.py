@@ -1,0 +1,85 @@
+"""Which runs stand for an encoder, of those tested on the same images."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moco_eval.report.runs import Run, sha_of
+
+TASKS = ("linear", "knn")  # the protocols whose answers are shown first
+
+
+def by_test_set(runs: Sequence[Run], detection: bool = False) -> list[tuple[str, list[Run]]]:
+    """Classifications, or detections, by the images they were tested on, oldest first: ('digits test', runs)."""
+    groups: dict[tuple, list[Run]] = {}
+    judged = [run for run in runs if run.record and (run.config["command"] == "detect") == detection]
+    for run in sorted(judged, key=lambda run: run.time):
+        assert run.record
+        dataset = run.record["dataset"]
+        groups.setdefault(tuple(dataset.get(key) for key in ("name", "split", "fingerprint", "images")), []).append(run)
+    plain = {key: " ".join(filter(None, key[:2])) for key in groups}
+    shared = Counter(plain.values())
+    return [
+        (name if shared[name] == 1 else f"{name} {str(key[2])[:8]}, {key[3]} images", groups[key])
+        for key, name in plain.items()
+    ]
+
+
+def by_encoder(
+    runs: Sequence[Run], names: dict[str, str], order: Sequence[str], rank: Callable[[Run], Any]
+) -> dict[str, Run]:
+    """Of each encoder, in order, the run that ranks highest; of equals the newest."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        name = names[sha_of(run)]
+        if name not in found or rank(run) >= rank(found[name]):
+            found[name] = run
+    return {name: found[name] for name in order if name in found}
+
+
+def feature(run: Run) -> str:
+    """The feature that was judged; the encoder's pooled one unless the run says otherwise."""
+    return str((run.config.get("encoder") or {}).get("feature", "pooled"))
+
+
+def has_answers(run: Run) -> bool:
+    """Whether a run said one class of each test image, and kept it."""
+    return bool(run.record and "top1" in run.record["metrics"] and (run.path / "predictions.npz").is_file())
+
+
+def what(run: Run) -> tuple:
+    """What two runs must share to be set against each other: protocol, labels, feature, deviations of their own."""
+    assert run.record
+    dataset = run.record["dataset"]
+    settings = tuple(said for said in run.record["deviations"] if not said.startswith("encoder: "))
+    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset"), feature(run), settings
+
+
+def preference(run: Run) -> tuple:
+    """All labels before few, linear before kNN before all others, pooled features first: the higher the better."""
+    protocol, few, subset, judged, _ = what(run)
+    task = protocol.split("/")[0]
+    return few is None and subset is None, -TASKS.index(task) if task in TASKS else -len(TASKS), judged == "pooled"
+
+
+def shared(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> dict[str, Run]:
+    """Of each encoder, in order, one run: of what most encoders were judged by, else of what it was judged by."""
+    kinds = {what(run): preference(run) for run in runs}
+    same = {kind: by_encoder([run for run in runs if what(run) == kind], names, order, lambda run: 0) for kind in kinds}
+    found = by_encoder(runs, names, order, preference)
+    return found | max(same.values(), key=lambda some: (len(some), max(map(preference, some.values()))), default={})
+
+
+def words(run: Run) -> str:
+    """A run's protocol, labels and feature in words."""
+    protocol, few, subset, judged, _ = what(run)
+    labels = f"{few} labels per class" if few else subset
+    return ", ".join(filter(None, (protocol, labels, "" if judged == "pooled" else f"{judged} feature")))
+
+
+def unlike(run: Run, others: Sequence[Run]) -> str:
+    """The settings by which a run left its protocol, where others that are shown with it did not leave it so."""
+    settings = what(run)[-1]
+    if all(what(other)[-1] == settings for other in others):
+        return ""
+    return f"with {'; '.join(settings)}" if settings else "with the protocol's own settings"

@@ -1,0 +1,227 @@
+"""Two classification runs on the same test images: the paired difference, and what it could have shown.
+
+See docs/statistics.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco_eval.errors import InputError
+from moco_eval.results.record import SCHEMA, repeats
+from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
+from moco_eval.runtime import files
+
+RESAMPLES = 10_000
+METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its result record, and what its trials said of each test image."""
+
+    folder: Path
+    record: dict[str, Any]
+    answers: Answers
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B - A in `metric`, percent; `discordant` is McNemar's test, for the top-1 of single trials only."""
+
+    a: Run
+    b: Run
+    metric: str
+    difference: float
+    over_images: Difference
+    discordant: tuple[int, int, float] | None
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare two runs by the main metric of their data set, its mean over each run's trials.
+
+    Raises:
+        InputError: a folder holds no finished classification run, or its files are damaged or disagree; or the runs
+            were not tested on the same images.
+    """
+    runs = read_run(a), read_run(b)
+    require_same_images(*runs)
+    metric = main_metric(*runs)
+    before, after = (_checked_value(run, metric) for run in runs)
+    answers = runs[0].answers, runs[1].answers
+    single = metric == "top1" and all(len(run.record["trials"]) == 1 for run in runs)
+    discordant = mcnemar(*(one.right() == 1 for one in answers)) if single else None
+    return Comparison(*runs, metric, after - before, paired(metric, *answers, RESAMPLES), discordant)
+
+
+# Reading
+
+
+def read_run(folder: Path) -> Run:
+    """Raises InputError where the folder holds no finished classification run, or its files are damaged."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give the run directories of two finished evaluations")
+    path = folder / "result.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no result.json, so no finished evaluation; run it to its end first")
+    record = files.read_json(path)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no {SCHEMA} record")
+    kinds = {"protocol": str, "dataset": dict, "metrics": dict, "trials": list, "deviations": list}
+    for key, kind in (kinds | {"std": dict, "interval": dict, "over": str}).items():
+        if not isinstance(record.get(key), kind):
+            raise InputError(f"{path} is damaged: {key} is missing or no {kind.__name__}")
+    if record["protocol"].startswith("detect/"):
+        raise InputError(
+            f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one "
+            "answer to each test image: moco-eval report sets detections side by side"
+        )
+    return Run(folder, record, _read_answers(folder / "predictions.npz", len(record["trials"])))
+
+
+def _read_answers(path: Path, trials: int) -> Answers:
+    """The predictions of a run: prediction (T, N), or (N,) of one trial; label (N,) or (N, C); scores (T, N, C).
+
+    Runs of version 0.1.0 kept the scores of the first trial only, (N, C).
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist; compare needs the run's answer to each test image: run the evaluation again into "
+            "another --output"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            labels = kept["label"]
+            parts = {"predictions": kept["prediction"]} if labels.ndim == 1 else {"scores": kept["scores"]}
+    except Exception as error:  # whatever a damaged file makes numpy raise
+        raise InputError(f"{path} cannot be read ({error}); run the evaluation again into another --output") from None
+    name, array = next(iter(parts.items()))
+    array = array[None] if array.ndim == labels.ndim else array
+    wanted = (trials, *labels.shape)
+    if array.shape != wanted or not labels.size:
+        raise InputError(
+            f"{path} is damaged: {name} of shape {array.shape} for {trials} trials and labels of shape {labels.shape}"
+        )
+    if labels.dtype.kind not in "iu" or array.dtype.kind not in ("iu" if labels.ndim == 1 else "f"):
+        raise InputError(f"{path} is damaged: labels of type {labels.dtype}, {name} of type {array.dtype}")
+    if labels.ndim == 2 and not (np.isfinite(array).all() and np.isin(labels, (-1, 0, 1)).all()):
+        raise InputError(f"{path} is damaged: a score is not finite, or a label is none of 1, 0 and -1")
+    return Answers(labels, **{name: array})
+
+
+def require_same_images(a: Run, b: Run) -> None:
+    """Raises InputError where the runs were not tested on the same images with the same labels."""
+    for key in ("name", "split", "fingerprint", "images"):
+        ours, theirs = (run.record["dataset"].get(key) for run in (a, b))
+        if ours != theirs:
+            raise InputError(
+                f"the runs were not tested on the same images: {key} is {ours} in {a.folder} and {theirs} in {b.folder}"
+            )
+    labels = a.answers.labels, b.answers.labels
+    if labels[0].shape != labels[1].shape:
+        raise InputError(
+            f"the runs were not tested on the same images: labels of shape {labels[0].shape} in {a.folder} and "
+            f"of shape {labels[1].shape} in {b.folder}"
+        )
+    different = np.flatnonzero((labels[0] != labels[1]).reshape(len(labels[0]), -1).any(axis=1))
+    if len(different):
+        raise InputError(
+            f"the runs were not tested on the same images: {len(different)} of {len(labels[0])} have another label in "
+            f"{b.folder} than in {a.folder} (first: image {different[0]})"
+        )
+
+
+def main_metric(a: Run, b: Run) -> str:
+    """The metric by which the data set is judged: the first of the record's."""
+    known = [name for name in a.record["metrics"] if name in METRICS and name in b.record["metrics"]]
+    several = a.answers.labels.ndim == 2
+    fitting = [name for name in known if (name == "mAP") == several]
+    if not fitting:
+        named = " and ".join(", ".join(run.record["metrics"]) or "none" for run in (a, b))
+        raise InputError(f"the runs share no metric of {', '.join(METRICS)} that fits their labels; they have {named}")
+    return fitting[0]
+
+
+def _checked_value(run: Run, metric: str) -> float:
+    """The metric as the predictions give it, which must be what the record says."""
+    found, said = value(metric, run.answers), run.record["metrics"][metric]
+    if not isinstance(said, int | float) or not abs(found - said) <= 0.01:  # nor where it is not a number
+        raise InputError(
+            f"{run.folder}: result.json says {metric} {said}, but predictions.npz gives {found:.2f}; they are not of "
+            "one run: run the evaluation again into another --output"
+        )
+    return found
+
+
+# What is said
+
+
+def describe(done: Comparison) -> str:
+    """The comparison in words, for a terminal."""
+    dataset, images = done.a.record["dataset"], len(done.a.answers.labels)
+    where = " ".join(filter(None, (dataset.get("name"), dataset.get("split"))))
+    lines = [*not_alike(done.a, done.b), f"B - A in {done.metric}, percent, on the same {images} images of {where}", ""]
+    lines += _table([_row(name, run, done.metric) for name, run in (("A", done.a), ("B", done.b))])
+    lines += ["", *_verdict(done)]
+    if any(len(run.record["trials"]) > 1 for run in (done.a, done.b)):
+        lines.append("Each run counts by its mean over trials. The interval and p are over test images, given these")
+        lines.append("trials; the spread over trials (±) stands beside them and is not in them.")
+    for name, run, other in (("A", done.a, done.b), ("B", done.b, done.a)):
+        own = [words for words in run.record["deviations"] if words not in other.record["deviations"]]
+        lines += [f"only {name}: {words}" for words in own]
+    return "\n".join(lines)
+
+
+def not_alike(a: Run, b: Run) -> list[str]:
+    """What makes the difference more than one of encoders, said first."""
+    protocols = [run.record["protocol"] for run in (a, b)]
+    labels = [_labels(run.record["dataset"]) for run in (a, b)]
+    found = []
+    if protocols[0] != protocols[1]:
+        found.append(f"A is {protocols[0]} and B is {protocols[1]}")
+    if labels[0] != labels[1]:
+        found.append(f"A was trained on {labels[0]} and B on {labels[1]}")
+    return [f"NOT A DIFFERENCE OF ENCODERS ALONE: {'; '.join(found)}"] if found else []
+
+
+def _labels(dataset: dict[str, Any]) -> str:
+    few = dataset.get("labels_per_class")
+    return f"{few} labels per class" if few else dataset.get("subset") or "all labels"
+
+
+def _row(name: str, run: Run, metric: str) -> list[str]:
+    record = run.record
+    std, interval = record["std"].get(metric), record["interval"].get(metric)
+    return [
+        name,
+        str(run.folder),
+        record["protocol"],
+        f"{record['metrics'][metric]:.2f}" + (f" ± {std:.2f} ({repeats(record)})" if std is not None else ""),
+        f"[{interval[0]:.2f}, {interval[1]:.2f}] over test images" if interval else "",
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _verdict(done: Comparison) -> list[str]:
+    found, (low, high) = done.over_images, done.over_images.interval
+    lines = [
+        f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {p_words(found.p)} "
+        f"(paired bootstrap, {RESAMPLES:,} resamples, two-sided)"
+    ]
+    if done.discordant:
+        only_a, only_b, p = done.discordant
+        lines.append(f"McNemar's exact test: {p_words(p)} (only A is right on {only_a} images, only B on {only_b})")
+    if found.standard_error == 0:
+        return [*lines, "No image tells the runs apart, so this test cannot say what difference it could have seen."]
+    return [*lines, f"Such a test sees a difference of {found.detectable:.2f} points or more with 80 % power at 5 %."]
+
+
+def p_words(p: float) -> str:
+    """A p value in words."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

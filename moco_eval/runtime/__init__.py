@@ -1,0 +1,1 @@
+"""The machine: devices, processes, interruption, files, the terminal."""

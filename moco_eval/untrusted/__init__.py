@@ -1,0 +1,1 @@
+"""Strangers' bytes, read without executing any of them."""

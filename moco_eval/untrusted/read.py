@@ -1,0 +1,251 @@
+"""What a checkpoint file holds, read without executing anything in it.
+
+The format goes by the contents, never by the name: torch's zip format and safetensors, whose tensors are mapped and
+stay on disk until they are used; torch's format of before 1.6 and detectron2's pickle, which go into memory.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+from moco_eval.errors import InputError
+from moco_eval.runtime.device import warn
+from moco_eval.untrusted import pickle_read
+from moco_eval.untrusted.pickle_read import NETWORK, StandIn, plain, refusal, stand_in
+from moco_eval.untrusted.pickle_scan import DAMAGED, Refused, scan, shown
+from moco_eval.untrusted.torch_format import LEGACY, read_archive, read_legacy
+
+SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors", ".pkl")
+LARGE = 1 << 30  # bytes that are worth a word
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The dict a checkpoint file holds, in plain containers of tensors, strings, numbers, None and stand-ins.
+
+    Arrays come as tensors. An object of another class than these comes as a `StandIn` that knows the class's name.
+    For safetensors, the tensors and what our own `convert` wrote in the metadata, side by side.
+
+    Raises:
+        InputError: missing, a folder, empty, truncated, no checkpoint, made to harm, or in need of code.
+    """
+    try:
+        start, before = _start(path)
+        values = _values(path, start, before.st_size)
+        if isinstance(values, StandIn) and NETWORK.match(values.of):
+            raise Refused(refusal(values.of))
+        if not isinstance(values, dict):
+            kind = values.of if isinstance(values, StandIn) else type(values).__name__
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise Refused(f"holds {article} {kind}, not a dict of named tensors: have a state_dict() saved")
+        found = plain(values, _Tensors(before.st_size).checked)
+        now = path.stat()
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise Refused("changed while it was read: wait until it is written, then try again")
+        return found
+    except Refused as error:
+        raise InputError(f"{path} {error}") from None
+    except MemoryError:
+        raise InputError(f"{path} does not fit into this machine's memory: read it on a larger one") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or shown(error)}") from None
+
+
+def _values(path: Path, start: bytes, size: int) -> Any:
+    """What a file of any format holds."""
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40:
+        return _read_safetensors(path, start, size)
+    if start.startswith(b"PK"):
+        mapped = path.suffix != ".safetensors"  # torch would go by that suffix, not by the contents
+        if not mapped:
+            _require_memory(path, size, "is torch's under the suffix .safetensors", "give it the suffix .pth")
+        return read_archive(path, size, mapped)
+    if start.startswith(LEGACY):
+        way_out = "torch.load and torch.save it once where there is memory"
+        _require_memory(path, size, "is in torch's format of before 1.6", way_out)
+        return read_legacy(path, size)
+    _require_known(path, start)
+    if start.startswith(b"\x80") or _is_pickle(path, size):
+        _require_memory(path, 2 * size, "is a pickle", "have it saved by torch.save")
+        return pickle_read.read(path, encoding="latin1")
+    if _is_text(start):
+        raise Refused("is a text file, not a checkpoint: give the checkpoint's own path")
+    raise Refused(f"is no checkpoint that can be read: neither PyTorch's nor safetensors nor detectron2's; {DAMAGED}")
+
+
+# The path
+
+
+def _start(path: Path) -> tuple[bytes, os.stat_result]:
+    """The first bytes of a file, and its size and date."""
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if path.is_symlink():
+            raise Refused(f"is a link to {path.readlink()}, which does not exist: mend the link") from None
+        raise Refused(f"does not exist{_newest_words(path.parent, '; the newest there is ')}") from None
+    if stat.S_ISDIR(about.st_mode):
+        raise Refused(_folder(path))
+    if not stat.S_ISREG(about.st_mode):
+        raise Refused("is not a regular file: copy what it gives to one")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise Refused(f"is empty (0 bytes): {DAMAGED}")
+    return start, about
+
+
+def _folder(path: Path) -> str:
+    inside = path / "checkpoints"
+    if inside.is_dir():
+        return f"is a run directory{_newest_words(inside, '; give its newest checkpoint: ', full=True)}"
+    return f"is a folder, not a checkpoint{_newest_words(path, '; the newest there is ')}"
+
+
+def _newest_words(folder: Path, words: str, full: bool = False) -> str:
+    """`words` and the newest checkpoint of a folder, or nothing."""
+    try:
+        files = [file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and file.is_file()]
+        newest = max(files, key=lambda file: (file.stat().st_mtime, file.name), default=None)
+    except (OSError, ValueError):
+        return ""
+    return f"{words}{newest if full else newest.name}" if newest else ""
+
+
+# Memory
+
+
+def _require_memory(path: Path, need: int, why: str, way_out: str) -> None:
+    """Say what memory a large file needs before it is taken; Refused where there is not so much."""
+    if need < LARGE:
+        return
+    words, free = f"{why}, which cannot be mapped: to read it takes {need / 1e9:.1f} GB of memory", _free_memory()
+    if free is not None and need > free:
+        raise Refused(f"{words}, and {free / 1e9:.1f} GB are free; {way_out}")
+    warn(f"{path} {words}; to spare that, {way_out}")
+
+
+def _free_memory() -> int | None:
+    """Bytes; None where the system does not tell."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+class _Tensors:
+    """Turns what is no plain value into a tensor or a stand-in, and keeps count of what the tensors claim."""
+
+    def __init__(self, size: int):
+        self.most = max(8 * size, LARGE)
+        self.claimed = 0
+
+    def checked(self, value: Any) -> Any:
+        if isinstance(value, bytearray):
+            return bytes(value)
+        tensor = _tensor(value)
+        if tensor is None:
+            kind = value if isinstance(value, type) else type(value)
+            return object.__new__(stand_in(f"{kind.__module__}.{kind.__qualname__}"))
+        self.claimed += math.prod(tensor.shape) * tensor.element_size()
+        if self.claimed > self.most:
+            raise Refused(f"claims tensors of {self.claimed / 1e9:.1f} GB, many times what it holds: {DAMAGED}")
+        return tensor
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    """A plain tensor that shares the value's memory where it can; None where it is neither tensor nor array."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)
+    if not isinstance(value, np.ndarray):
+        return None
+    try:
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
+    except TypeError:  # numpy's long doubles
+        return None
+
+
+# safetensors
+
+
+LARGEST_HEADER = 1 << 24
+
+
+def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Any]:
+    length = int.from_bytes(start[:8], "little")
+    if length > size - 8:
+        raise Refused(
+            f"is a truncated safetensors file: {length:,} bytes of header announced, {size - 8:,} there; {DAMAGED}"
+        )
+    if length > LARGEST_HEADER:
+        raise Refused(f"is a safetensors file with a header of {length:,} bytes, as no checkpoint has: {DAMAGED}")
+    try:
+        with path.open("rb") as whole:
+            json.loads(whole.read(8 + length)[8:], object_pairs_hook=_unique)
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("moco-eval", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (MemoryError, Refused):
+        raise
+    except Exception as error:  # of safetensors, json and torch, for a damaged file
+        if "allocate memory" in str(error):
+            raise MemoryError from None
+        raise Refused(f"is a damaged safetensors file ({shown(error)}): {DAMAGED}") from None
+    return {**about, **tensors} if isinstance(about, dict) else tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("the same name twice")
+    return found
+
+
+# What else it may be
+
+
+LOOKS = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from"),
+    (rb"\s*<(html|!doctype|\?xml)", "is a web page, not a checkpoint: the download went wrong, fetch it again"),
+    (rb"\s*[{\[][\s -~]*$", "is JSON, such as a server's error, not a checkpoint: fetch it again"),
+    (rb".{257}ustar", "is a tar archive, not a checkpoint: unpack it and give the file inside"),
+    (rb"\x1f\x8b|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "is compressed: unpack it and give the file inside"),
+    (rb"\x89HDF\r\n", "is an HDF5 file such as Keras writes, not a PyTorch checkpoint: have its weights converted"),
+    (rb"\x93NUMPY", "is a numpy array (.npy), not a checkpoint: write a dict of named tensors with torch.save"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]", "is an ONNX or TensorFlow graph, not a PyTorch checkpoint: give that"),
+    (rb"model_checkpoint_path:", "is TensorFlow's list of checkpoints, not a PyTorch checkpoint: give that"),
+    (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", "is msgpack such as Flax writes: have its weights converted"),
+)
+TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # at its end
+
+
+def _require_known(path: Path, start: bytes) -> None:
+    """Raises Refused for a file that is plainly something else, and says what."""
+    for pattern, words in LOOKS:
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise Refused(words)
+    with path.open("rb") as file:
+        file.seek(-min(8, path.stat().st_size), os.SEEK_END)
+        if file.read() == TENSORFLOW_INDEX:
+            raise Refused("is the index of a TensorFlow checkpoint: have its weights converted to PyTorch")
+
+
+def _is_pickle(path: Path, size: int) -> bool:
+    """Whether a file without pickle's mark is one all the same, as of protocols 0 and 1."""
+    try:
+        with path.open("rb") as file:
+            return scan(file, size).end > 1
+    except Refused:
+        return False
+
+
+def _is_text(start: bytes) -> bool:
+    return start.isascii() and all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in start)

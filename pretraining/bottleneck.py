@@ -1,0 +1,140 @@
+"""What limits a training loop: its parts timed one by one, and what that means in words."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moco_eval.data.augment.two_views import TwoViews
+
+NOTICED = 0.1  # share of a step's time that is worth a word
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median time of one call, the device's work included, after one call that does not count."""
+    taken = []
+    for _ in range(repeats + 1):
+        wait_for(device)
+        started = time.perf_counter()
+        run()
+        wait_for(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def of_a_worker(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:
+    """Seconds that a loader process takes for a batch, and for decoding it; on one thread, as it has."""
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decoding = seconds(lambda: [views.decoded(index) for _, index in items], cpu, 2)
+        return seconds(lambda: views.__getitems__(items), cpu, 2), decoding
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class Parts:
+    """Seconds of one process, per step where not said otherwise.
+
+    Attributes:
+        device: in words.
+        images: of a step.
+        steps: how many were timed.
+        loop: a step of the real loop.
+        waiting: for the next batch, within it.
+        training: a step with its batch in place, collectives included.
+        augmentation: what the training device does to make the views.
+        copies: of a batch to the device.
+        collectives: exchanges between processes by themselves; in the loop some hide behind the backward pass.
+        worker: per image, in one loader process alone; 0 where there is none.
+        decoding: per image, within that.
+        workers: loader processes.
+    """
+
+    device: str
+    images: int
+    steps: int
+    loop: float
+    waiting: float
+    training: float
+    augmentation: float
+    copies: float
+    collectives: float
+    worker: float
+    decoding: float
+    workers: int
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the training device works on a step, were it never to wait."""
+        return self.training + self.augmentation
+
+    @property
+    def cores(self) -> int:
+        """Loader processes that keep up with the training device."""
+        return math.ceil(self.images / self.busy * self.worker)
+
+    def report(self) -> str:
+        """A table of the parts, what limits, and the way out."""
+        rows = [
+            ("a step of the loop", self.loop),
+            ("  waiting for the next batch", self.waiting),
+            ("training, batch in place", self.training),
+            ("augmentation on the training device", self.augmentation),
+            ("copies to it (beside the step before)", self.copies),
+            ("collectives, by themselves", self.collectives),
+        ]
+        lines = [f"{self.steps} steps of {self.images} images on {self.device}"]
+        lines += [f"{name:<40} {1000 * value:>9.1f} ms {100 * value / self.loop:>6.1f} %" for name, value in rows]
+        lines += [f"{'per image, one loader process':<40} {1000 * self.worker:>9.2f} ms"] if self.worker else []
+        lines += [f"{'  of that, decoding':<40} {1000 * self.decoding:>9.2f} ms"] if self.decoding else []
+        return "\n".join([*lines, "", *self.words()])
+
+    def words(self) -> list[str]:
+        """What limits and what to change, a sentence a line."""
+        rate, most = self.images / self.loop, self.images / self.busy
+        said = [f"{rate:.0f} images/s; the training device alone would take {most:.0f}."]
+        if self.worker:
+            said.append(
+                f"One core makes views of {1 / self.worker:.0f} images/s, so this device needs {self.cores} "
+                f"loader processes; there are {self.workers}."
+            )
+        if self.loop < self.busy * (1 + NOTICED):
+            return [*said, *self._busy()]
+        if self.worker and self.waiting > NOTICED * self.loop:
+            return [*said, *self._starved()]
+        return [*said, "The loop takes longer than its parts: other programs share this machine, or steps differ."]
+
+    def _starved(self) -> list[str]:
+        share = self.decoding / self.worker
+        what = f"decoding ({100 * share:.0f} % of it)" if share > 0.5 else "cutting and augmenting"
+        if self.workers < self.cores:
+            return [
+                f"The loader limits, mostly {what}: the device waits. Take --workers {self.cores} where there are the "
+                "cores; photos stored at 256 to 400 pixels on their shorter side decode faster."
+            ]
+        return [
+            f"The loader limits although {self.workers} processes should do: the cores are shared, or the disk is "
+            "slower than they are. Tar shards (--dataset webdataset) read better than single files."
+        ]
+
+    def _busy(self) -> list[str]:
+        said = []
+        if self.augmentation > NOTICED * self.busy:
+            said.append(f"Augmentation takes {100 * self.augmentation / self.busy:.0f} % of the device's time.")
+        if self.collectives > NOTICED * self.busy:
+            said.append(
+                f"Exchanges between processes would take {100 * self.collectives / self.busy:.0f} % if nothing hid "
+                "them: fewer, larger processes or a faster network."
+            )
+        return [*said, "The model limits: its arithmetic. --precision bf16 and compile=true are the ways to less."]

@@ -1,0 +1,292 @@
+"""The feature cache: addressed by what it depends on, whole shards or none, the same from any number of processes."""
+
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import run_ranks
+
+from moco_eval.config.load import Augmentation
+from moco_eval.data.catalogue import ImageSet, open_images
+from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.load import load
+from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.features import cache
+from moco_eval.features import extract as features
+from moco_eval.features.cache import Features, Source, features_of, several_features_of
+from moco_eval.features.extract import Crops, Several, extract, network
+
+CPU = torch.device("cpu")
+SMALL = Preprocessing(32, 32, (0.3,) * 3, (0.3,) * 3)
+MILD = Augmentation(crop_scale=(0.5, 1.0), flip=True)
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 100)
+
+
+def encoder() -> Encoder:
+    return load("random:resnet18_quarter")
+
+
+def source(count: int = 250, **rest) -> Source:
+    images = open_images("digits", None, "train")
+    images = replace(images, pixels=images.pixels[:count], labels=images.labels[:count])
+    return Source(rest.pop("encoder", None) or encoder(), images, SMALL, **rest)
+
+
+def shard_files(folder) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+
+
+def test_cached_features_are_those_of_the_network_in_order(tmp_path):
+    asked = source(batch_size=64)
+    direct = extract(asked.encoder.backbone, asked.images, SMALL, CPU, batch_size=250)
+    for _ in range(2):
+        found = features_of(asked, tmp_path, CPU)
+        assert found.shape == (250, 128) and [len(part) for part in found.parts] == [100, 100, 50]
+        assert torch.allclose(found.tensor(), direct, atol=1e-5)
+    assert torch.equal(found.tensor(), features_of(asked, tmp_path, CPU).tensor())
+
+
+def test_what_is_there_is_not_extracted_again(tmp_path, monkeypatch):
+    features_of(source(), tmp_path, CPU)
+    monkeypatch.setattr(cache, "pixels", lambda *_: pytest.fail("extracted again"))
+    features_of(source(), tmp_path, CPU)
+
+
+def test_rows_by_slice_and_by_number(tmp_path):
+    found = features_of(source(), tmp_path, CPU)
+    whole, rows = found.tensor(), np.array([249, 0, 100, 99, 0, 150])
+    assert torch.equal(found[rows], whole[rows])
+    for start, stop in ((0, 250), (90, 210), (100, 200), (249, 250), (240, 999), (5, 5)):
+        assert torch.equal(found[start:stop], whole[start:stop])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": load("random:resnet18_quarter", seed=1)},
+        {"feature": "layer3"},
+        {"preprocessing": Preprocessing(32, 32, (0.4,) * 3, (0.3,) * 3)},
+        {"preprocessing": Preprocessing(32, 36, (0.3,) * 3, (0.3,) * 3)},
+        {"precision": "bf16"},
+        {"crops": Crops(MILD, 0, 0)},
+    ],
+)
+def test_another_question_has_another_address(change, tmp_path):
+    asked = source()
+    other = replace(asked, **change)
+    assert other.folder(tmp_path) != asked.folder(tmp_path)
+
+
+def test_each_crop_and_each_set_has_its_own(tmp_path):
+    asked = replace(source(), crops=Crops(MILD, 0, 0))
+    crops = [Crops(MILD, 1, 0), Crops(MILD, 0, 1), Crops(Augmentation(), 0, 0)]
+    changed = [replace(asked, crops=one) for one in crops] + [replace(asked, images=source(249).images)]
+    changed.append(replace(asked, images=asked.images.take(np.arange(249, -1, -1))))
+    folders = {one.folder(tmp_path) for one in (asked, *changed)}
+    assert len(folders) == 6
+    assert replace(asked, batch_size=7, workers=3).folder(tmp_path) in folders
+
+
+def test_an_interrupted_extraction_goes_on_with_the_missing_shards(tmp_path, monkeypatch):
+    asked, real, calls = source(batch_size=50), Several.forward, []
+
+    def stops(self, images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, images)
+
+    monkeypatch.setattr(Several, "forward", stops)
+    with pytest.raises(Interrupted, match="1 of 3 shards of train features, clean crop are kept"):
+        features_of(asked, tmp_path, CPU)
+    before = shard_files(tmp_path)
+    assert len(before) == 1 and not list(tmp_path.rglob(".*.npy"))
+    found = features_of(asked, tmp_path, CPU)
+    assert sum(calls[3:]) == 150  # the two missing shards and nothing else
+    assert before.items() <= shard_files(tmp_path).items()
+    assert torch.equal(found.tensor(), features_of(asked, tmp_path / "whole", CPU).tensor())
+
+
+def test_a_flipped_byte_is_found_and_only_that_shard_made_anew(tmp_path, capfd):
+    asked = source()
+    whole, before = features_of(asked, tmp_path, CPU).tensor(), shard_files(tmp_path)
+    damaged = sorted(tmp_path.rglob("000001-*.npy"))[0]
+    data = bytearray(damaged.read_bytes())
+    data[-100] ^= 1
+    damaged.write_bytes(data)
+    found = features_of(asked, tmp_path, CPU)
+    assert f"{damaged.name} is damaged" in " ".join(capfd.readouterr().err.split())
+    assert torch.equal(found.tensor(), whole)
+    after = shard_files(tmp_path)
+    assert after.keys() == before.keys()
+    assert [name for name in after if after[name] != before[name]] == [damaged.name]
+
+
+def test_a_folder_that_says_something_else_is_refused(tmp_path):
+    asked = source()
+    features_of(asked, tmp_path, CPU)
+    key = asked.folder(tmp_path) / "key.json"
+    key.write_text(key.read_text().replace("pooled", "head"))
+    with pytest.raises(InputError, match="does not say what this folder's name says"):
+        features_of(asked, tmp_path, CPU)
+
+
+def test_features_that_are_not_finite_are_not_kept(tmp_path):
+    asked = source()
+    asked.encoder.backbone.layer4[1].bn2.running_var.fill_(float("nan"))
+    with pytest.raises(RunFailed, match="not finite"):
+        features_of(asked, tmp_path, CPU)
+    assert not shard_files(tmp_path)
+
+
+def test_bf16_features_take_half_the_bytes(tmp_path):
+    found = features_of(source(precision="bf16"), tmp_path, CPU)
+    exact = features_of(source(), tmp_path, CPU)
+    assert found.parts[0].nbytes * 2 == exact.parts[0].nbytes
+    assert found.stored().dtype == torch.bfloat16 and found[:3].dtype == torch.float32
+    assert torch.allclose(found.tensor(), exact.tensor(), rtol=0.05, atol=0.05)
+    assert not torch.equal(found.tensor(), exact.tensor())
+
+
+def test_a_subset_is_taken_from_the_whole_where_that_is_there(tmp_path, monkeypatch):
+    asked, rows = source(), np.array([3, 200, 17])
+    subset = replace(asked, images=asked.images.take(rows))
+    alone = features_of(subset, tmp_path, CPU).tensor()
+    whole = features_of(asked, tmp_path / "both", CPU)
+    monkeypatch.setattr(cache, "pixels", lambda *_: pytest.fail("extracted again"))
+    found = features_of(subset, tmp_path / "both", CPU).tensor()
+    assert torch.equal(found, whole[rows]) and torch.allclose(found, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_several_features_in_one_pass(kept, tmp_path):
+    asked = source()
+    names = ("layer3", "pooled", "layer1")
+    found = several_features_of([replace(asked, feature=name) for name in names], tmp_path if kept else None, CPU)
+    for name, one in zip(names, found):
+        direct = extract(network(asked.encoder, name).eval(), asked.images, SMALL, CPU)
+        assert torch.allclose(one.tensor(), direct, atol=1e-5)
+
+
+def test_several_stages_of_a_vit_are_those_of_one_at_a_time():
+    vit = load("random:vit_tiny_patch16_224")
+    images, names = torch.randn(2, 3, 224, 224), ["blocks.8", "pooled", "blocks.11"]
+    with torch.no_grad():
+        together = Several(vit, names).eval()(images)
+        for name, one in zip(names, together):
+            assert torch.allclose(one, network(vit, name).eval()(images).flatten(1), atol=1e-5)
+
+
+def test_crops_are_the_published_pipelines_to_pils_pixels(tmp_path):
+    """Torch's draws aside: the crop that our numbers ask for, cut by PIL, flipped where they say so."""
+    images, crops = open_images("digits", None, "test"), Crops(MILD, 5, 3)
+    recipe, rows = crops.recipe(), np.arange(20)
+    views = next(features.pixels(images, SMALL, crops, [[(3, int(i)) for i in rows]], CPU, 0))
+    u = recipe.uniforms(5, np.full(20, 3), rows, 0)
+    boxes = recipe.steps[0].boxes(u[:, :22], np.full(20, 32), np.full(20, 32))
+    for i in rows:
+        top, left, height, width = boxes[i].tolist()
+        theirs = images.image(int(i)).crop((left, top, left + width, top + height)).resize((32, 32), 2)
+        theirs = np.asarray(theirs).astype(np.float32)
+        theirs = theirs[:, ::-1] if u[i, 22] < 0.5 else theirs
+        ours = (views[i] * 0.3 + 0.3).permute(1, 2, 0).numpy() * 255
+        assert np.abs(ours - theirs).max() <= 1.01
+
+
+def test_crops_of_files_are_those_of_pixels(tmp_path):
+    """Cut by loader workers or from memory, the same draw gives the same crop, as PIL and torch round."""
+    digits = open_images("digits", None, "test")
+    for i in range(6):
+        folder = tmp_path / "val" / str(digits.labels[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        digits.image(i).save(folder / f"{i}.png")
+    files = open_images("imagefolder", tmp_path, "test")
+    order = [int(files.files[i].rsplit("/", 1)[1][:-4]) for i in range(6)]
+    held = ImageSet("digits", "test", digits.classes, files.labels, "x", pixels=digits.pixels[order])
+    batches = [[(1, i) for i in range(6)]]
+    ours, theirs = (next(features.pixels(one, SMALL, Crops(MILD, 0, 1), batches, CPU, 0)) for one in (files, held))
+    assert (ours - theirs).abs().max() * 0.3 * 255 <= 2.01
+
+
+def on_ranks(folder, count: int) -> dict:
+    cache.SHARD = 100
+    asked = source(count, batch_size=64, encoder=load("random:resnet18_quarter"))
+    found = features_of(asked, folder / "cache", CPU)
+    crops = features_of(replace(asked, crops=Crops(MILD, 0, 2)), folder / "cache", CPU)
+    return {"clean": found.tensor(), "crops": crops.tensor()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [301, 1])
+def test_two_processes_give_one_processs_features(count, tmp_path):
+    """In order, none missing, none doubled, for numbers of images that divide by nothing."""
+    alone = source(count)
+    wanted = {
+        "clean": features_of(alone, tmp_path / "alone", CPU).tensor(),
+        "crops": features_of(replace(alone, crops=Crops(MILD, 0, 2)), tmp_path / "alone", CPU).tensor(),
+    }
+    for rank in run_ranks(on_ranks, tmp_path, tmp_path, count):
+        for name, tensor in wanted.items():
+            assert rank[name].shape == tensor.shape and torch.allclose(rank[name], tensor, atol=1e-5)
+
+
+def test_parts_that_follow_each_other():
+    parts = [np.arange(6, dtype=np.float32).reshape(3, 2), np.full((1, 2), 9, np.float32)]
+    found = Features(parts)
+    assert len(found) == 4 and torch.equal(found[2:4], torch.tensor([[4.0, 5], [9, 9]]))
+
+
+def folder_of_bitmaps(folder, shade: int) -> None:
+    """Two classes of uncompressed images: the same names and sizes, whatever is on them."""
+    for label in ("a", "b"):
+        for split in ("train", "val"):
+            (folder / split / label).mkdir(parents=True)
+            pixels = np.full((32, 32, 3), shade + (100 if label == "b" else 0), np.uint8)
+            Image.fromarray(pixels).save(folder / split / label / "0.bmp")
+
+
+def test_two_folders_of_the_same_names_and_sizes_are_two_sets(tmp_path):
+    found = []
+    for name, shade in (("one", 10), ("two", 60)):
+        folder_of_bitmaps(tmp_path / name, shade)
+        asked = replace(source(), images=open_images("imagefolder", tmp_path / name, "train"))
+        found.append((asked.images.fingerprint, features_of(asked, tmp_path / "cache", CPU).tensor()))
+    assert found[0][0] == found[1][0] and not torch.allclose(found[0][1], found[1][1])
+
+
+def test_what_was_in_the_cache_is_told_from_what_passed(tmp_path):
+    assert [features_of(source(), tmp_path, CPU).passed for _ in range(2)] == [250, 0]
+
+
+def test_two_commands_may_fill_one_cache(tmp_path, monkeypatch):
+    """Another command writes the same shard between our writing and our naming of it."""
+    asked, write = source(), cache._Entry.write
+
+    def twice(self, number, tensor):
+        write(self, number, tensor + 0)
+        write(self, number, tensor)
+
+    monkeypatch.setattr(cache._Entry, "write", twice)
+    found = features_of(asked, tmp_path, CPU)
+    assert torch.equal(found.tensor(), features_of(asked, tmp_path, CPU).tensor()) and len(found) == 250
+
+
+def test_a_cache_that_cannot_be_written_names_its_option(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cannot write features to .*file.*--cache"):
+        features_of(source(), tmp_path / "file", CPU)
+
+
+def test_a_key_that_cannot_be_read_says_the_way_out(tmp_path):
+    features_of(source(), tmp_path, CPU)
+    next(tmp_path.rglob("key.json")).write_text("{")
+    with pytest.raises(InputError, match="remove that folder of features"):
+        features_of(source(), tmp_path, CPU)
