@@ -9,14 +9,16 @@ from pathlib import Path
 from moco_eval.classification import knn, linear
 from moco_eval.classification.judge import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import KnnConfig, LinearConfig, PretrainConfig
+from moco_eval.config.classification import KnnConfig, LinearConfig
+from moco_eval.config.detection import DetectConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_splits
 from moco_eval.detection.detect import detect
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.report.page import write_report
-from moco_eval.runtime.device import log, processes
+from moco_eval.runtime.console import log
+from moco_eval.runtime.launch import processes
 
 FEW, DRAWS = 10, 5  # labels per class in the few-label regime, and how often they are drawn
 

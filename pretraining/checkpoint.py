@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from moco_eval.config.load import KeepCheckpoints
+from moco_eval.config.pretrain import KeepCheckpoints
 from moco_eval.errors import InputError
 from moco_eval.runtime import files
-from moco_eval.runtime.device import is_main, union
+from moco_eval.runtime.collectives import union
+from moco_eval.runtime.rank import is_main
 from pretraining.mechanisms import Mechanism
 from pretraining.plan import Plan
 

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.loader import Normalise
 from moco_eval.encoders.architectures import build_resnet
 from moco_eval.runtime.batch_norm import split_batch_norm, sync_batch_norm
-from moco_eval.runtime.device import compile_, gather, gather_with_gradient, rank, to_device, world_size
+from moco_eval.runtime.collectives import gather, gather_with_gradient
+from moco_eval.runtime.device import compile_, to_device
+from moco_eval.runtime.rank import rank, world_size
 from pretraining.moco import MoCo, Step, info_nce, measured
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import Pixels, encode_shuffled, unit

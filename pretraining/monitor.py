@@ -4,9 +4,11 @@ import torch
 from torch import nn
 
 from moco_eval.classification import knn
-from moco_eval.data.catalogue import ImageSet, open_splits, require_single_label
+from moco_eval.data.catalogue import open_splits
+from moco_eval.data.image_set import ImageSet, require_single_label
 from moco_eval.errors import InputError
-from moco_eval.runtime.device import broadcast_, log
+from moco_eval.runtime.collectives import broadcast_
+from moco_eval.runtime.console import log
 from pretraining.plan import Plan
 from pretraining.views import preprocessing
 

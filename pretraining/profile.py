@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from moco_eval.errors import InputError
-from moco_eval.runtime.device import all_sum, gather, to_device, world_size
+from moco_eval.runtime.collectives import all_sum, gather
+from moco_eval.runtime.device import to_device
+from moco_eval.runtime.rank import world_size
 from pretraining.bottleneck import Parts, of_a_worker, seconds, wait_for
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import permutation, shuffle

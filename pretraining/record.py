@@ -11,7 +11,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moco_eval.errors import RunFailed
 from moco_eval.runtime import files
-from moco_eval.runtime.device import all_sum, gather, is_main, log, rank, tell, to_host, union, warn, world_size
+from moco_eval.runtime.collectives import all_sum, gather, union
+from moco_eval.runtime.console import log, tell, warn
+from moco_eval.runtime.device import to_host
+from moco_eval.runtime.rank import is_main, rank, world_size
 from pretraining.alarms import PATIENCE, alarms
 from pretraining.moco import Step
 from pretraining.plan import Plan

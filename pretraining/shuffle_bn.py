@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-from moco_eval.runtime.device import gather, rank, to_device, world_size
+from moco_eval.runtime.collectives import gather
+from moco_eval.runtime.device import to_device
+from moco_eval.runtime.rank import rank, world_size
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # what travels between processes to what an encoder takes
 

@@ -12,20 +12,12 @@ from torch import nn
 from moco_eval.config.learning_rate import learning_rate
 from moco_eval.data.loader import draw_seed
 from moco_eval.errors import Interrupted, RunFailed
-from moco_eval.results.record import open_run
-from moco_eval.runtime.device import (
-    Stop,
-    autocast,
-    barrier,
-    broadcast_,
-    deterministic,
-    is_main,
-    log,
-    parallel,
-    progress,
-    require_finite_weights,
-    same_on_all_ranks,
-)
+from moco_eval.results.run_directory import open_run
+from moco_eval.runtime.collectives import barrier, broadcast_, parallel, same_on_all_ranks
+from moco_eval.runtime.console import log, progress
+from moco_eval.runtime.device import autocast, deterministic, require_finite_weights
+from moco_eval.runtime.rank import is_main
+from moco_eval.runtime.stop import Stop
 from pretraining import checkpoint
 from pretraining.feed import Feed
 from pretraining.mechanisms import Mechanism, build, prepare, settle

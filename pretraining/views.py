@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moco_eval.config.load import PretrainConfig, Views
+from moco_eval.config.pretrain import PretrainConfig, Views
 from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe
 from moco_eval.data.augment.two_views import TwoViews
-from moco_eval.data.catalogue import SMALL, ImageSet
-from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.data.catalogue import SMALL
+from moco_eval.data.image_set import ImageSet
+from moco_eval.preprocessing import Preprocessing
 
 # moco_v1: grey before an always-on strong jitter. moco_v2: jitter with probability 0.8, grey, blur. cifar10: small
 # crops allowed, flip before the jitter, no blur. digits (ours): strokes keep their side, so no flip; slant and

@@ -30,7 +30,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable, ar
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    from moco_eval.runtime.device import processes
+    from moco_eval.runtime.launch import processes
 
     with processes("cpu"):
         torch.save(function(*arguments), folder / f"rank_{rank}.pt")

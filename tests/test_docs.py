@@ -12,9 +12,10 @@ from documented import PAGES, anchors, blocks, links, name_of, prose
 from pydantic import BaseModel
 
 from moco_eval.cli.main import cli
+from moco_eval.config import base
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.index import EXTENSIONS
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.papers.tables import Table, load_table
 from moco_eval.papers.tables import tables as shipped_tables
 
@@ -65,7 +66,7 @@ def test_options_named_exist(page):
     assert named <= ours | FOREIGN, f"{name_of(page)} names {sorted(named - ours - FOREIGN)}"
 
 
-MODELS = [one for one in vars(configs).values() if isinstance(one, type) and issubclass(one, configs.Model)]
+MODELS = [one for one in vars(configs).values() if isinstance(one, type) and issubclass(one, base.Model)]
 
 
 def keys(model: type[BaseModel]) -> set[str]:

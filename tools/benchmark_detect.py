@@ -29,14 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import torch
 
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import dump
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.boxes.voc import read_voc_folder
 from moco_eval.detection import inputs
 from moco_eval.detection.detect import open_digits
-from moco_eval.detection.recipe import DetectConfig, Scenes
 from moco_eval.encoders.load import load
-from moco_eval.results.record import Cost, hardware, peak_memory_mb
+from moco_eval.results.environment import hardware, peak_memory_mb
+from moco_eval.results.record import Cost
 
 WARM_UP = 2  # iterations that are not counted
 

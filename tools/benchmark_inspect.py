@@ -128,7 +128,7 @@ def main(folder: Path | None, gigabytes: float, repeats: int, json_file: Path | 
             table.add_row(kind, cache, *(f"{figures[what]:.4g}" for what in ("seconds", "peak_mb", "anonymous_mb")))
     Console(file=sys.stdout, width=100).print(table)
     if json_file is not None:
-        from moco_eval.results.record import environment
+        from moco_eval.results.environment import environment
         from moco_eval.runtime.files import write_json
 
         about = {"gigabytes": gigabytes, "repeats": repeats, "environment": environment()}

@@ -36,7 +36,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
 from moco_eval.classification.neighbours import AT_ONCE, aligned, blocks, nearest
-from moco_eval.results.record import environment
+from moco_eval.results.environment import environment
 from moco_eval.runtime.files import write_json
 
 CLASSES = 1000

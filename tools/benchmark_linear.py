@@ -32,10 +32,11 @@ from rich.table import Table
 from moco_eval.classification import linear, linear_quick, linear_sweep
 from moco_eval.classification.judge import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import LinearConfig, QuickConfig, SweepConfig
-from moco_eval.data.catalogue import ImageSet, open_splits
+from moco_eval.config.classification import LinearConfig, QuickConfig, SweepConfig
+from moco_eval.data.catalogue import open_splits
+from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.load import load
-from moco_eval.results.record import environment
+from moco_eval.results.environment import environment
 from moco_eval.runtime.device import choose_device
 from moco_eval.runtime.files import write_json
 

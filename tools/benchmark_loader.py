@@ -24,7 +24,8 @@ from torchvision import transforms
 
 from moco_eval.data.augment.decode import photo
 from moco_eval.data.augment.two_views import TwoViews
-from moco_eval.data.catalogue import ImageSet, open_images
+from moco_eval.data.catalogue import open_images
+from moco_eval.data.image_set import ImageSet
 from pretraining.views import RECIPES
 
 BATCH = 32

@@ -33,7 +33,7 @@ from torch.nn.functional import batch_norm, cross_entropy, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.augment.steps import fusing
 from moco_eval.data.loader import Normalise
 from moco_eval.runtime.batch_norm import replace_batch_norm

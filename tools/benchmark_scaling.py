@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
-from moco_eval.results.record import environment
+from moco_eval.config.pretrain import PretrainConfig
+from moco_eval.results.environment import environment
 from moco_eval.runtime.device import choose_device
 from moco_eval.runtime.files import write_json
 from pretraining.bottleneck import seconds

@@ -28,8 +28,8 @@ from moco_eval.classification.neighbours import Neighbours, nearest
 from moco_eval.data.catalogue import open_splits, preprocessing_for
 from moco_eval.encoders.load import load
 from moco_eval.features.extract import extract
+from moco_eval.results.environment import environment
 from moco_eval.results.metrics import accuracy
-from moco_eval.results.record import environment
 from moco_eval.runtime.files import write_json
 
 COSTS = (0.001, 0.01, 0.1, 1.0)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval.results.record import environment
+from moco_eval.results.environment import environment
 from moco_eval.runtime.files import write_json
 
 Run = Callable[[], object]

@@ -17,14 +17,17 @@ from torch.nn.functional import cross_entropy
 from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
+from moco_eval.config.classification import FinetuneConfig
 from moco_eval.config.learning_rate import rate_of_step
-from moco_eval.config.load import FinetuneConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.extract import extract
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime.batch_norm import split_batch_norm, sync_batch_norm
-from moco_eval.runtime.device import autocast, broadcast_, parallel, warn, world_size
+from moco_eval.runtime.collectives import broadcast_, parallel
+from moco_eval.runtime.console import warn
+from moco_eval.runtime.device import autocast
+from moco_eval.runtime.rank import world_size
 
 # The labels that a protocol is about, in the words of data.labels; OpenSelfSup takes SimCLR's lists, as its
 # tools/prepare_data/convert_subset.py says.

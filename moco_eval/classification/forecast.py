@@ -21,9 +21,10 @@ from moco_eval.classification.knn import in_bytes
 from moco_eval.classification.linear import Classifier
 from moco_eval.classification.neighbours import Neighbours, nearest
 from moco_eval.classification.suite import Item, Need
-from moco_eval.config.load import KnnConfig, KnnGridConfig, LogisticConfig, QuickConfig, SvmConfig
+from moco_eval.config.classification import KnnConfig, KnnGridConfig, LogisticConfig, QuickConfig, SvmConfig
 from moco_eval.features.cache import Source
-from moco_eval.features.extract import network, pixels
+from moco_eval.features.extract import pixels
+from moco_eval.features.stages import network
 from moco_eval.runtime.device import autocast
 from moco_eval.runtime.text import as_text, duration
 

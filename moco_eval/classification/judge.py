@@ -13,25 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval.config.load import Model
-from moco_eval.data.catalogue import (
-    ImageSet,
-    departures,
-    preprocessing_departures,
-    preprocessing_for,
-    require_single_label,
-)
+from moco_eval.config.base import Model
+from moco_eval.data.catalogue import departures, preprocessing_departures, preprocessing_for
+from moco_eval.data.image_set import ImageSet, require_single_label
 from moco_eval.data.label_subsets import is_published
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.features import health, sample
 from moco_eval.features.cache import Features, Source, rows_of, several_features_of
-from moco_eval.features.extract import Crops, network
+from moco_eval.features.extract import Crops
+from moco_eval.features.stages import network
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy, mean_average_precision, mean_per_class
-from moco_eval.results.record import Cost, Result, deviations, finished, open_run
+from moco_eval.results.record import Cost, Result, deviations
+from moco_eval.results.run_directory import finished, open_run
 from moco_eval.results.statistics import intervals
 from moco_eval.runtime import files
-from moco_eval.runtime.device import barrier, found_by_main, from_main, is_main, log, warn
+from moco_eval.runtime.collectives import barrier, found_by_main, from_main
+from moco_eval.runtime.console import log, warn
+from moco_eval.runtime.rank import is_main
 
 ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
 HEALTH_IMAGES, ALIGNED_IMAGES = 2000, 256  # at most: test images that health is measured on; images cropped twice

@@ -14,13 +14,13 @@ from torch import nn
 from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.neighbours import Neighbours, nearest_by_ranks, require_enough
 from moco_eval.config import load as configs
-from moco_eval.config.load import KnnConfig
-from moco_eval.data.catalogue import ImageSet
-from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.config.classification import KnnConfig
+from moco_eval.data.image_set import ImageSet
 from moco_eval.features.extract import extract
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime import files
-from moco_eval.runtime.device import is_main
+from moco_eval.runtime.rank import is_main
 
 EPSILON = 1e-5  # solo-learn's
 

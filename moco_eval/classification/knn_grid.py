@@ -15,8 +15,8 @@ from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.knn import in_bytes, outcome, weights
 from moco_eval.classification.neighbours import Distance, Neighbours, Rows, nearest_by_ranks, require_enough
 from moco_eval.config import load as configs
-from moco_eval.config.load import KnnGridConfig
-from moco_eval.runtime.device import log
+from moco_eval.config.classification import KnnGridConfig
+from moco_eval.runtime.console import log
 
 VOTING = 2**26  # class scores held at once
 

@@ -15,14 +15,17 @@ from torch.nn.functional import cross_entropy
 from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
+from moco_eval.config.base import Schedule, Sgd
+from moco_eval.config.classification import LinearConfig
 from moco_eval.config.learning_rate import learning_rate
-from moco_eval.config.load import LinearConfig, Schedule, Sgd
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import RunFailed
 from moco_eval.features.cache import Features
-from moco_eval.features.extract import network
+from moco_eval.features.stages import network
 from moco_eval.results.metrics import accuracy
-from moco_eval.runtime.device import autocast, parallel, world_size
+from moco_eval.runtime.collectives import parallel
+from moco_eval.runtime.device import autocast
+from moco_eval.runtime.rank import world_size
 
 
 def evaluate(task: Task, config: LinearConfig, output: Path, device: torch.device) -> dict[str, Any]:

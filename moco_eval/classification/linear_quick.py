@@ -14,11 +14,13 @@ import torch
 from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.linear import Classifier, check_moved, snapshot
 from moco_eval.config import load as configs
-from moco_eval.config.load import QuickConfig
+from moco_eval.config.classification import QuickConfig
 from moco_eval.data.loader import Batches
 from moco_eval.features.cache import Features
 from moco_eval.features.extract import Crops
-from moco_eval.runtime.device import is_main, progress, require_finite, to_device
+from moco_eval.runtime.console import progress
+from moco_eval.runtime.device import require_finite, to_device
+from moco_eval.runtime.rank import is_main
 
 
 def evaluate(task: Task, config: QuickConfig, output: Path, device: torch.device) -> dict[str, Any]:

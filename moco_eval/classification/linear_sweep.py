@@ -17,15 +17,17 @@ from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.linear import check_frozen, freeze, new_classifier, snapshot
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
+from moco_eval.config.classification import SweepConfig
 from moco_eval.config.learning_rate import learning_rate
-from moco_eval.config.load import SweepConfig
-from moco_eval.data.catalogue import ImageSet
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.cache import Features, Source
-from moco_eval.features.extract import Several
+from moco_eval.features.stages import Several
 from moco_eval.results.metrics import accuracy
-from moco_eval.runtime.device import all_sum, autocast, log, warn
+from moco_eval.runtime.collectives import all_sum
+from moco_eval.runtime.console import log, warn
+from moco_eval.runtime.device import autocast
 
 
 def evaluate(task: Task, config: SweepConfig, output: Path, device: torch.device) -> dict[str, Any]:

@@ -21,11 +21,12 @@ import torch
 
 from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.config import load as configs
-from moco_eval.config.load import LogisticConfig
+from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError
 from moco_eval.results.metrics import accuracy, mean_per_class
-from moco_eval.runtime.device import is_main, warn
+from moco_eval.runtime.console import warn
+from moco_eval.runtime.rank import is_main
 
 Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to percent
 CPU = torch.device("cpu")

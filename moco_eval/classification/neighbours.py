@@ -17,7 +17,8 @@ import torch
 from moco_eval.data.loader import share
 from moco_eval.errors import InputError
 from moco_eval.features.extract import in_order
-from moco_eval.runtime.device import autocast, world_size
+from moco_eval.runtime.device import autocast
+from moco_eval.runtime.rank import world_size
 
 Distance = Literal["cosine", "euclidean"]
 

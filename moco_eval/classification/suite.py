@@ -18,13 +18,16 @@ from rich.table import Table
 from moco_eval.classification import knn, knn_grid, linear_quick, logistic, svm
 from moco_eval.classification.judge import Task, resolved
 from moco_eval.config import load as configs
-from moco_eval.config.load import QuickConfig, SvmConfig, did_you_mean, judge_model
-from moco_eval.data.catalogue import require_single_label
+from moco_eval.config.classification import QuickConfig, SvmConfig, judge_model
+from moco_eval.config.load import did_you_mean
+from moco_eval.data.image_set import require_single_label
 from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
-from moco_eval.features.extract import network
-from moco_eval.results.record import finished, holds, repeats
-from moco_eval.runtime.device import barrier, log
+from moco_eval.features.stages import network
+from moco_eval.results.record import repeats
+from moco_eval.results.run_directory import finished, holds
+from moco_eval.runtime.collectives import barrier
+from moco_eval.runtime.console import log
 from moco_eval.runtime.text import as_text
 
 BATCH = 256  # images in a step of the extraction

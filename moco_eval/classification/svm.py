@@ -16,11 +16,12 @@ import torch
 
 from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.config import load as configs
-from moco_eval.config.load import SvmConfig
+from moco_eval.config.classification import SvmConfig
 from moco_eval.errors import InputError
 from moco_eval.features.cache import Features
 from moco_eval.results.metrics import accuracy, mean_average_precision
-from moco_eval.runtime.device import is_main, warn
+from moco_eval.runtime.console import warn
+from moco_eval.runtime.rank import is_main
 
 FOLDS = 3
 

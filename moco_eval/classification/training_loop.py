@@ -8,12 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from moco_eval.config.load import Augmentation
-from moco_eval.data.catalogue import ImageSet
+from moco_eval.config.base import Augmentation
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
-from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
-from moco_eval.runtime.device import Stop, all_sum, is_main, progress, require_finite, warn, world_size
+from moco_eval.runtime.collectives import all_sum
+from moco_eval.runtime.console import progress, warn
+from moco_eval.runtime.device import require_finite
+from moco_eval.runtime.rank import is_main, world_size
+from moco_eval.runtime.stop import Stop
 
 
 class Epochs(Protocol):

@@ -130,8 +130,11 @@ def pretrain(
     """
     import torch
 
-    from moco_eval.config.load import PretrainConfig
-    from moco_eval.runtime.device import choose_device, is_main, log, processes, world_size
+    from moco_eval.config.pretrain import PretrainConfig
+    from moco_eval.runtime.console import log
+    from moco_eval.runtime.device import choose_device
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main, world_size
     from pretraining.plan import plan
     from pretraining.train import pretrain as train
 
@@ -193,7 +196,7 @@ def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
 
     Prints the file's path. Running it again goes on where it was cut, or verifies what is there.
     """
-    from moco_eval.encoders import zoo
+    from moco_eval.encoders import download, zoo
 
     if list_names:
         for line in zoo.lines():
@@ -201,7 +204,7 @@ def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
         return
     if name is None:
         raise InputError("fetch needs a NAME; moco-eval fetch --list names them")
-    click.echo(zoo.fetch(name, output))
+    click.echo(download.fetch(name, output))
 
 
 @cli.command()
@@ -223,7 +226,7 @@ def knn(checkpoint: str, protocol: str, **given: Any) -> int:
     """Weighted k-nearest-neighbour classification on frozen features."""
     from moco_eval.classification import knn as fixed
     from moco_eval.classification import knn_grid
-    from moco_eval.config.load import KnnConfig, judge_model
+    from moco_eval.config.classification import KnnConfig, judge_model
 
     given["settings"] += tuple(f"{key}={given[key]}" for key in ("feature", "memory") if given[key] is not None)
     model = judge_model(protocol, "knn", given["settings"])
@@ -245,7 +248,7 @@ def linear(checkpoint: str, protocol: str, **given: Any) -> int:
     """Linear classification on frozen features; the backbone is checked bit for bit."""
     from moco_eval.classification import linear as on_crops
     from moco_eval.classification import linear_quick, linear_sweep
-    from moco_eval.config.load import QuickConfig, SweepConfig, judge_model
+    from moco_eval.config.classification import QuickConfig, SweepConfig, judge_model
 
     model = judge_model(protocol, "linear", given["settings"])
     module: Any = {SweepConfig: linear_sweep, QuickConfig: linear_quick}.get(model, on_crops)
@@ -271,7 +274,7 @@ def linear(checkpoint: str, protocol: str, **given: Any) -> int:
 def logistic(checkpoint: str, protocol: str, **given: Any) -> int:
     """Logistic regression on frozen features; its C chosen on held-out training images."""
     from moco_eval.classification import logistic as protocols
-    from moco_eval.config.load import LogisticConfig
+    from moco_eval.config.classification import LogisticConfig
 
     config = _config(protocol, "logistic", LogisticConfig, given)
     return _classify("logistic", protocols.evaluate, config, checkpoint, given)
@@ -289,7 +292,7 @@ def logistic(checkpoint: str, protocol: str, **given: Any) -> int:
 def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
     """A linear SVM per class on frozen features, as VOC07 classification is judged."""
     from moco_eval.classification import svm as protocols
-    from moco_eval.config.load import SvmConfig
+    from moco_eval.config.classification import SvmConfig
 
     if low_shot and not protocol.endswith((".yaml", ".yml")):  # a file says its own protocol
         protocol = f"{protocol}-low-shot"
@@ -313,7 +316,7 @@ def svm(checkpoint: str, protocol: str, low_shot: bool, **given: Any) -> int:
 def finetune(checkpoint: str, protocol: str, **given: Any) -> int:
     """Classification by the whole network, fine-tuned end to end from the encoder's weights."""
     from moco_eval.classification import finetune as protocols
-    from moco_eval.config.load import FinetuneConfig
+    from moco_eval.config.classification import FinetuneConfig
 
     config = _config(protocol, "finetune", FinetuneConfig, given)
     return _classify("finetune", protocols.evaluate, config, checkpoint, given)
@@ -352,8 +355,10 @@ def detect(
     from moco_eval.detection import detect as detection
     from moco_eval.detection.recipe import DEFAULTS
     from moco_eval.encoders.load import load
-    from moco_eval.results.record import default_output
-    from moco_eval.runtime.device import choose_device, is_main, processes
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.runtime.device import choose_device
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
 
     if dataset is None:
         raise InputError(
@@ -384,7 +389,8 @@ def detect(
 
 def _recipe(name: str, given: dict[str, Any]) -> Any:
     """A detection recipe with --set and the shared options applied; --batch-size carries rate and schedule along."""
-    from moco_eval.detection.recipe import DetectConfig, rescaled
+    from moco_eval.config.detection import DetectConfig
+    from moco_eval.detection.recipe import rescaled
 
     before = _config(name, "detect", DetectConfig, given | {"batch_size": None})
     batch = given["batch_size"]
@@ -422,8 +428,10 @@ def suite(checkpoint: str, tasks: str | None, **given: Any) -> int:
     """Several protocols on features extracted once, in one table: moco-eval suite CHECKPOINT --tasks knn,quick"""
     from moco_eval.classification import suite as suites
     from moco_eval.classification.forecast import describe, forecast
-    from moco_eval.results.record import default_output
-    from moco_eval.runtime.device import choose_device, is_main, processes
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.runtime.device import choose_device
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
 
     task, regime = _open(checkpoint, given, given["seed"] or 0)
     output = given["output"] or default_output("suite", task.encoder, regime)
@@ -455,10 +463,12 @@ def suite(checkpoint: str, tasks: str | None, **given: Any) -> int:
 def features(checkpoint: str, crops: int, split: str, **given: Any) -> int:
     """Extract features into the cache, and print their folders: split, crop, shape, dtype, folder."""
     from moco_eval.classification import linear_quick
-    from moco_eval.config.load import QuickConfig, load
+    from moco_eval.config.classification import QuickConfig
+    from moco_eval.config.load import load
     from moco_eval.features import cache
-    from moco_eval.features.extract import network
-    from moco_eval.runtime.device import is_main, processes
+    from moco_eval.features.stages import network
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
 
     if crops and split == "test":
         raise InputError("--crops are of training images; take --split train or both")
@@ -656,9 +666,9 @@ def _as_given() -> list[str]:
 
 def _records(places: Any) -> list[dict[str, Any]]:
     """Our results; none where there is no folder of the default name yet."""
-    from moco_eval.results import record as results
+    from moco_eval.results.run_directory import read
 
-    return results.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
+    return read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []
 
 
 def _config(name: str, kind: str, model: Any, given: dict[str, Any]) -> Any:
@@ -698,7 +708,7 @@ def _rescaled(values: dict[str, Any], batch: int) -> list[str]:
 
 def _warn(encoder: Any) -> None:
     """The doubts of a load, where they would move a number."""
-    from moco_eval.runtime.device import warn
+    from moco_eval.runtime.console import warn
 
     for words in encoder.warnings:
         warn(f"{encoder.source}: {words}")
@@ -717,8 +727,8 @@ def _classify(
     `config_for` gives the config where it depends on the encoder.
     """
     from moco_eval.classification.judge import check
-    from moco_eval.results.record import default_output
-    from moco_eval.runtime.device import processes
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.runtime.launch import processes
 
     task, regime = _open(checkpoint, given, config.seed)
     config = config_for(task.encoder) if config_for else config
@@ -738,7 +748,7 @@ def _open(checkpoint: str, given: dict[str, Any], seed: int) -> tuple[Any, str]:
     """The encoder on the data: a classify.Task; and the data's name with what --labels says, for a run directory."""
     from moco_eval.classification.judge import Task
     from moco_eval.data.catalogue import open_splits
-    from moco_eval.data.label_subsets import parse_labels
+    from moco_eval.data.label_option import parse_labels
     from moco_eval.encoders.load import load
 
     labels, dataset = parse_labels(given.get("labels")), given["dataset"]
@@ -761,7 +771,7 @@ def _open(checkpoint: str, given: dict[str, Any], seed: int) -> tuple[Any, str]:
 
 def _launch(nproc: int, max_restarts: int = 0) -> int:
     """This very command in `nproc` processes."""
-    from moco_eval.runtime.device import launch
+    from moco_eval.runtime.launch import launch
 
     arguments = sys.argv[1:]
     kept = []
@@ -790,7 +800,7 @@ def _evaluation_plan(encoder: Any, config: Any, train: Any, test: Any, output: P
 def _print_record(record: dict[str, Any]) -> None:
     """The numbers of a result record to stdout, from the first process."""
     from moco_eval.results.record import repeats
-    from moco_eval.runtime.device import is_main
+    from moco_eval.runtime.rank import is_main
 
     if not is_main():
         return

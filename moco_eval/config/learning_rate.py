@@ -2,7 +2,8 @@
 
 import math
 
-from moco_eval.config.load import FinetuneSchedule, Schedule
+from moco_eval.config.base import Schedule
+from moco_eval.config.classification import FinetuneSchedule
 
 LEFT = 0.001  # of the learning rate at the last step of a fine-tuning's cosine
 

@@ -12,8 +12,8 @@ from moco_eval.data.image_set import ImageSet, decode_bytes, require_single_labe
 from moco_eval.data.index import list_images
 from moco_eval.data.label_subsets import is_published
 from moco_eval.data.shards import open_shards
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 
 __all__ = [
     "NAMES",

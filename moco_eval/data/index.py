@@ -12,7 +12,7 @@ import numpy as np
 
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import files
-from moco_eval.runtime.device import warn
+from moco_eval.runtime.console import warn
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 KEPT_FROM = 10_000  # files; fewer are listed in less time than an index is worth

@@ -1,90 +1,18 @@
 """Which labels to train on: a few of each class, those of a published list, all but a held-out share."""
 
 import hashlib
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moco_eval.data.index import ImageFiles
 from moco_eval.errors import InputError
 
-if TYPE_CHECKING:
-    from moco_eval.data.image_set import ImageSet
-
-PUBLISHED_AT = "https://github.com/google-research/simclr/tree/master/imagenet_subsets"
 # sha256 of published lists to what they are: google-research/simclr@383d414, imagenet_subsets/
 PUBLISHED = {
     "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17": "ImageNet 1 % (SimCLR's list)",  # 12,811
     "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091": "ImageNet 10 % (SimCLR's list)",  # 128,116
 }
-SHARES = {"1%": "1percent.txt", "10%": "10percent.txt"}
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What --labels asks for: one of the three is given.
-
-    Attributes:
-        per_class: so many images of each class, drawn anew from each seed.
-        list_file: the images that a file names.
-        share: '1%' or '10%', the file of that name in the data set's folder.
-    """
-
-    per_class: int | None = None
-    list_file: Path | None = None
-    share: str | None = None
-
-    @property
-    def name(self) -> str:
-        """For the name of a run directory."""
-        if self.per_class is not None:
-            return f"{self.per_class}-per-class"
-        return Path(SHARES[self.share]).stem if self.share else Path(str(self.list_file)).stem
-
-    def of(self, images: "ImageSet", seed: int) -> "ImageSet":
-        """The subset of a whole training split; `seed` matters where it is drawn.
-
-        Raises:
-            InputError: a class has too few images, or the list does not fit; see `ImageSet.listed`.
-        """
-        if self.per_class is not None:
-            return images.few_labels(self.per_class, seed)
-        return images.listed(self.list_file or self._published(images))
-
-    def _published(self, images: "ImageSet") -> Path:
-        assert self.share is not None
-        name = SHARES[self.share]
-        if not isinstance(images.files, ImageFiles):
-            raise InputError(f"--labels {self.share} is a list of ImageNet's file names, which {images.name} has not")
-        path = Path(images.files.root) / name
-        if not path.is_file():
-            raise InputError(
-                f"--labels {self.share} needs the list {path}, which does not exist; {name} is published at "
-                f"{PUBLISHED_AT}: put it there, or give its path as --labels PATH/{name}"
-            )
-        return path
-
-
-def parse_labels(text: str | None) -> Labels | None:
-    """What --labels says: N-per-class, 1%, 10%, or the path of a list file; None for all labels.
-
-    Raises:
-        InputError: none of these.
-    """
-    if text is None:
-        return None
-    if found := re.fullmatch(r"0*([1-9][0-9]*)-per-class", text):
-        return Labels(per_class=int(found[1]))
-    if text in SHARES:
-        return Labels(share=text)
-    if Path(text).is_file():
-        return Labels(list_file=Path(text))
-    raise InputError(
-        f"--labels {text!r} is not N-per-class, 1%, 10% or a list file that exists; for example --labels 10-per-class"
-    )
 
 
 def draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:

@@ -12,10 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from moco_eval.data.catalogue import ImageSet
-from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.data.image_set import ImageSet
 from moco_eval.errors import InputError
-from moco_eval.runtime.device import rank, tell, to_device, world_size
+from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime.console import tell
+from moco_eval.runtime.device import to_device
+from moco_eval.runtime.rank import rank, world_size
 
 WINDOW = 16  # shards whose images are shuffled together
 

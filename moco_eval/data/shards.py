@@ -17,7 +17,7 @@ import numpy as np
 from moco_eval.data.index import EXTENSIONS, cache_folder, fingerprint, say_not_kept, scan
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import files
-from moco_eval.runtime.device import progress
+from moco_eval.runtime.console import progress
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 BLOCK = 512

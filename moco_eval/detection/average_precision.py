@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from moco_eval.data.boxes.samples import DetectionData, Sample
-from moco_eval.runtime.device import log
+from moco_eval.results.metrics import area_under, eleven_point
+from moco_eval.runtime.console import log
 
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # divided, as an overlap of exactly 0.55 is compared
-LEVELS = np.arange(0.0, 1.1, 0.1)  # recalls of the 11-point rule; the fourth is a little more than 0.3
 ONE_BASED = np.array((1.0, 1.0, 0.0, 0.0))  # added to our boxes makes VOC's
 KINDS = {"bbox": "APbb", "segm": "APmk", "keypoints": "APkp"}  # pycocotools' word and ours
 
@@ -231,21 +231,6 @@ def inclusive_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     common = np.maximum(high - low + 1, 0).prod(axis=1)
     first, second = ((each[:, 2:] - each[:, :2] + 1).prod(axis=1) for each in (boxes, others))
     return common / (first + second - common)
-
-
-def eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
-    """VOC2007's AP: the mean over recalls 0, 0.1, ..., 1 of the best precision from there on; (D,) each."""
-    best = np.append(_envelope(precision), 0.0)
-    return float(best[np.searchsorted(recall, LEVELS)].mean())
-
-
-def area_under(recall: np.ndarray, precision: np.ndarray) -> float:
-    """VOC2010's AP: the area under precision made monotonous from the right."""
-    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
-
-
-def _envelope(precision: np.ndarray) -> np.ndarray:
-    return np.maximum.accumulate(precision[::-1])[::-1]
 
 
 # COCO

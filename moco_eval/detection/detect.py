@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import did_you_mean
 from moco_eval.data.boxes.coco import read_coco, read_coco_folder
 from moco_eval.data.boxes.samples import DetectionData, Sample
@@ -18,13 +19,14 @@ from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.plots import loss_curves, per_class_bars
-from moco_eval.detection.recipe import DetectConfig, Scenes, departures
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.detection.recipe import departures
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
-from moco_eval.results import record as results
+from moco_eval.preprocessing import Preprocessing
+from moco_eval.results import run_directory
+from moco_eval.results.record import Cost, Result, repeats
 from moco_eval.results.statistics import mean_and_std
-from moco_eval.runtime import device as runtime
-from moco_eval.runtime import files
+from moco_eval.runtime import collectives, console, files, rank
 
 DATASETS = ("voc", "voc07", "coco", "voc-folder", "coco-folder", "digits")
 OFFICIAL = {"voc": read_voc, "voc07": read_voc07}
@@ -61,7 +63,7 @@ def detect(
     Raises:
         InputError, RunFailed, Interrupted.
     """
-    engine = check(encoder, dataset, config, engine, runtime.world_size())
+    engine = check(encoder, dataset, config, engine, rank.world_size())
     _check_splits(dataset, train_split, test_split)
     split_options = (train_split, test_split)
     opened = None if dataset == "digits" else open_data(dataset, data, *split_options, config)
@@ -76,10 +78,10 @@ def detect(
         "trials": trials,
         "config": config.model_dump(mode="json"),
     }
-    results.open_run(output, resolved)
+    run_directory.open_run(output, resolved)
     if not (output / "config.yaml").is_file():
         raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
-    if record := results.finished(output):
+    if record := run_directory.finished(output):
         return record
     opened = opened or open_digits(data or output / "scenes", config.scenes or Scenes(), *split_options)
     seeds = range(config.seed, config.seed + trials)
@@ -88,7 +90,7 @@ def detect(
         _trial(encoder, opened, config.model_copy(update={"seed": seed}), folder, device, engine)
         for seed, folder in zip(seeds, folders)
     ]
-    return runtime.found_by_main(lambda: _record(encoder, opened, config, output, device, engine, folders, done))
+    return collectives.found_by_main(lambda: _record(encoder, opened, config, output, device, engine, folders, done))
 
 
 def plan(
@@ -152,7 +154,7 @@ def check(encoder: Encoder, dataset: str, config: DetectConfig, engine: str, pro
         )
     schedule, unit = config.schedule, processes * config.accumulate
     if schedule.steps and schedule.steps[0] >= schedule.iterations:
-        runtime.warn(
+        console.warn(
             f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
         )
     if config.batch_size % unit:
@@ -243,7 +245,7 @@ def _read(
 
 def open_digits(folder: Path, scenes: Scenes, train_split: str | None, test_split: str | None) -> DetectionData:
     """The built-in scenes, drawn if they are not there, read as any VOC folder."""
-    runtime.found_by_main(lambda: str(write_scenes(folder, seed=scenes.seed, train=scenes.train, test=scenes.test)))
+    collectives.found_by_main(lambda: str(write_scenes(folder, seed=scenes.seed, train=scenes.train, test=scenes.test)))
     return read_voc_folder(folder / "voc", train_split, test_split, name="digits", classes=DIGITS)
 
 
@@ -254,11 +256,11 @@ def _trial(
     encoder: Encoder, data: DetectionData, config: DetectConfig, folder: Path, device: torch.device, engine: str
 ) -> dict[str, Any]:
     """One fine-tuning and its judgement, or what an earlier call left of it in trial.json. Collective."""
-    if kept := runtime.found_by_main(lambda: _kept(folder)):
+    if kept := collectives.found_by_main(lambda: _kept(folder)):
         return kept
-    cost = results.Cost(str(device))
+    cost = Cost(str(device))
     found = engines.fine_tune_and_detect(engine, encoder, data, config, folder, device, cost)
-    return runtime.found_by_main(lambda: _judge(data, config, folder, cost, found))
+    return collectives.found_by_main(lambda: _judge(data, config, folder, cost, found))
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:
@@ -268,7 +270,7 @@ def _kept(folder: Path) -> dict[str, Any] | None:
 
 
 def _judge(
-    data: DetectionData, config: DetectConfig, folder: Path, cost: results.Cost, found: Sequence[Detections]
+    data: DetectionData, config: DetectConfig, folder: Path, cost: Cost, found: Sequence[Detections]
 ) -> dict[str, Any]:
     """Write what was found, and last of all what it is worth."""
     metrics, per_class = evaluate(data, found, rounded=config.protocol.startswith("detect/voc"))
@@ -306,19 +308,19 @@ def _record(
     loss_curves([folder / "metrics.jsonl" for folder in folders], output / "losses.svg")
     published = config.protocol.startswith(("detect/voc", "detect/coco"))
     as_tested = config.precision == "fp32" and config.accumulate == 1  # what the tests of parity ran
-    result = results.Result(
+    result = Result(
         protocol=config.protocol,
         dataset=data.record(),
         encoder=encoder,
         trials=[{"seed": trial["seed"], "metrics": trial["metrics"]} for trial in trials],
         over="finetune",
         selection="last-iteration",
-        cost=results.Cost(str(device), *(sum(trial[name] for trial in trials) for name in ("seconds", "images"))),
+        cost=Cost(str(device), *(sum(trial[name] for trial in trials) for name in ("seconds", "images"))),
         equivalences=[PARITY] if engine == "torchvision" and published and as_tested else [],
         deviations=_deviations(encoder, data, config),
         extra={
             "engine": engine,
-            "processes": runtime.world_size(),
+            "processes": rank.world_size(),
             "preprocessing": _pixels(encoder),
             "per_class": per_class,
             "pictures": [(first / name).relative_to(output).as_posix() for name in trials[0]["pictures"]],
@@ -346,7 +348,7 @@ def _deviations(encoder: Encoder, data: DetectionData, config: DetectConfig) -> 
     shared = {sample.path for sample in data.train} & {sample.path for sample in data.test}
     if shared:
         words.append(f"{len(shared)} of {len(data.test)} test images are also trained on")
-        runtime.warn(words[-1])
+        console.warn(words[-1])
     return words
 
 
@@ -382,7 +384,7 @@ def format_table(record: dict[str, Any]) -> str:
     names = list(record["metrics"])
     rows: list[tuple[str, Scores]] = [("all classes", dict(record["metrics"]))]
     if record["std"]:
-        rows.append((f"std of {results.repeats(record)}", dict(record["std"])))
+        rows.append((f"std of {repeats(record)}", dict(record["std"])))
     rows += record["per_class"].items()
     width = max(len(label) for label, _ in rows)
     columns = [max(11, len(name) + 2) for name in names]

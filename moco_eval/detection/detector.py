@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.loader import swap_colours
 from moco_eval.detection.backbones import BACKBONES, C4
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.proposals import ProposalNetwork, Size
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.detection.regions import RegionHeads
 from moco_eval.encoders.architectures import ARCHITECTURES
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
-from moco_eval.runtime import device
+from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime import console
 
 
 class Detector(nn.Module):
@@ -87,5 +88,5 @@ def build_detector(encoder: Encoder, classes: int, recipe: DetectConfig, keypoin
     ours, theirs = model.encoder_tensors(), encoder.backbone.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name].cpu(), tensor.cpu()) for name, tensor in theirs.items())
-    device.log(f"detector: {len(ours)} of {len(theirs)} backbone tensors of {encoder.source}, bit for bit")
+    console.log(f"detector: {len(ours)} of {len(theirs)} backbone tensors of {encoder.source}, bit for bit")
     return model

@@ -14,8 +14,8 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from torch import Tensor, nn
 
 import moco_eval.detection.extra_norm  # noqa: F401 (registers the head)
+from moco_eval.config.detection import DetectConfig
 from moco_eval.detection.backbones import DilatedC5
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export.detectron2 import settings_of
 

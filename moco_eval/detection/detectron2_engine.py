@@ -26,19 +26,21 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from torch import nn
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import UNREADABLE, DetectionData, Sample
 from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detectron2_config import config_of
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.masks import decoded, encoded
-from moco_eval.detection.recipe import DetectConfig, learning_rate
+from moco_eval.detection.recipe import learning_rate
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export.detectron2 import to_detectron2
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device as runtime
-from moco_eval.runtime import files
+from moco_eval.runtime import collectives, console, files, rank
+from moco_eval.runtime.device import autocast
+from moco_eval.runtime.stop import Stop
 
 RESNET = re.compile(r"(backbone\.(bottom_up\.)?(stem|res\d)|roi_heads\.res5\.\d)\.")
 
@@ -55,10 +57,10 @@ def fine_tune_and_detect(
 
     See `torchvision_engine.fine_tune_and_detect`: the same arguments, results and errors.
     """
-    if recipe.bn == "sync" and runtime.world_size() > 1 and device.type == "cpu":
+    if recipe.bn == "sync" and rank.world_size() > 1 and device.type == "cpu":
         raise InputError("detectron2 has bn sync on GPUs only; take --set bn=naive_sync, or --engine torchvision")
     cfg = config_of(recipe, encoder, len(data.classes), len(data.keypoints), str(device))
-    with _quiet(), runtime.Stop() as stop:
+    with _quiet(), Stop() as stop:
         seed_all_rng(seed_of(recipe.seed, 0))
         model = build_detector(cfg, encoder)
         _train(model, cfg, data, recipe, output, device, cost, stop)
@@ -97,7 +99,7 @@ def build_detector(cfg: CfgNode, encoder: Encoder) -> nn.Module:
     assert all(torch.equal(ours[name].cpu(), tensor.cpu()) for name, tensor in given.items())
     left = [name for name in ours if RESNET.match(name) and name not in given]
     assert not left, f"the encoder has nothing for {left[:3]}"
-    runtime.log(f"detector: {len(given)} of {len(given)} backbone tensors of {encoder.source}, bit for bit")
+    console.log(f"detector: {len(given)} of {len(given)} backbone tensors of {encoder.source}, bit for bit")
     return model
 
 
@@ -192,7 +194,7 @@ class _Trainer(SimpleTrainer):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.iter)
         try:
-            with self.cost.clock(), runtime.autocast(self.on, self.recipe.precision):
+            with self.cost.clock(), autocast(self.on, self.recipe.precision):
                 super().run_step()
         except FloatingPointError as error:
             words = str(error).splitlines()[0].rstrip(".!")
@@ -203,12 +205,12 @@ class _Trainer(SimpleTrainer):
 class _Housekeeping(HookBase):
     """After each step: our metrics.jsonl and checkpoint, and the wish to stop."""
 
-    def __init__(self, sgd: "_Optimisation", path: Path, recipe: DetectConfig, stop: runtime.Stop, advance: Any):
+    def __init__(self, sgd: "_Optimisation", path: Path, recipe: DetectConfig, stop: Stop, advance: Any):
         self.sgd, self.path, self.recipe, self.stop, self.advance = sgd, path, recipe, stop, advance
 
     def after_step(self) -> None:
         recipe, done = self.recipe, self.trainer.iter + 1
-        if runtime.is_main():  # where detectron2 gathers the losses
+        if rank.is_main():  # where detectron2 gathers the losses
             self._log(done)
         asked, _ = self.stop.look(done, False)
         if asked or done % recipe.checkpoints.every == 0 or done == recipe.schedule.iterations:
@@ -246,7 +248,7 @@ def _train(
     output: Path,
     device: torch.device,
     cost: Cost,
-    stop: runtime.Stop,
+    stop: Stop,
 ) -> None:
     """Train to the end and estimate the BN statistics anew, or go on from checkpoints/last.pth. Collective."""
     samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
@@ -255,15 +257,15 @@ def _train(
     sgd, total, metrics = _Optimisation(model, cfg, output, cost), recipe.schedule.iterations, output / "metrics.jsonl"
     if sgd.finished:
         return
-    if runtime.is_main():
+    if rank.is_main():
         files.cut_lines(metrics, lambda line: line["iteration"] <= sgd.done)
-    seed_all_rng(seed_of(recipe.seed, 1 + sgd.done, runtime.rank()))
+    seed_all_rng(seed_of(recipe.seed, 1 + sgd.done, rank.rank()))
     model.train()
     with _registered(data, samples, cfg) as named, _refusals():
         if sgd.done < total:
-            with runtime.progress("detect", total, recipe.batch_size, done=sgd.done) as advance:
+            with console.progress("detect", total, recipe.batch_size, done=sgd.done) as advance:
                 loader = _loader(named, recipe)
-                trainer = _Trainer(runtime.parallel(model), loader, sgd.optimizer, recipe, cost, device)
+                trainer = _Trainer(collectives.parallel(model), loader, sgd.optimizer, recipe, cost, device)
                 trainer.register_hooks([_Housekeeping(sgd, metrics, recipe, stop, advance)])
                 trainer.train(sgd.done, total)
         with cost.clock():
@@ -283,7 +285,7 @@ def _refusals() -> Iterator[None]:
         raise InputError(last.partition("InputError: ")[2] or last) from None
 
 
-def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: torch.device, stop: runtime.Stop) -> None:
+def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: torch.device, stop: Stop) -> None:
     """detectron2's own, on a loader of its own that runs in this process, as its trainer does."""
     if recipe.precise_bn == 0:
         return
@@ -295,13 +297,13 @@ def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: to
             _look(stop, recipe.schedule.iterations + number)
             yield batch
 
-    with runtime.autocast(device, recipe.precision):
+    with autocast(device, recipe.precision):
         PreciseBN(0, model, batches(), recipe.precise_bn).update_stats()
     for buffer in model.buffers():
-        runtime.broadcast_(buffer)
+        collectives.broadcast_(buffer)
 
 
-def _look(stop: runtime.Stop, step: int) -> None:
+def _look(stop: Stop, step: int) -> None:
     """Raises Interrupted on every process where any was asked to stop. Collective."""
     if stop.look(step, False)[0]:
         stop.check("the trained detector is saved; run the same command again to go on")
@@ -317,7 +319,7 @@ def detect(
     data: DetectionData,
     recipe: DetectConfig,
     device: torch.device,
-    stop: runtime.Stop | None = None,
+    stop: Stop | None = None,
 ) -> list[Detections]:
     """Run detectron2's model on the test images, each process on every world-th; all of it, on every process.
 
@@ -327,17 +329,17 @@ def detect(
     model.eval()
     resize = T.ResizeShortestEdge([recipe.input.min_size_test] * 2, recipe.input.max_size, "choice")
     read = _Mapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
-    first, world = runtime.rank(), runtime.world_size()
+    first, world = rank.rank(), rank.world_size()
     found = []
     samples = data.test[first::world]
-    for number, sample in enumerate(runtime.track(samples, "evaluate", len(samples), world)):
+    for number, sample in enumerate(console.track(samples, "evaluate", len(samples), world)):
         if stop is not None and number < len(data.test) // world:  # as many as every process has
             _look(stop, recipe.schedule.iterations + recipe.precise_bn + number)
         image = read(_image(number, sample))
-        with runtime.autocast(device, recipe.precision):
+        with autocast(device, recipe.precision):
             (result,) = model([image])
         found.append(_detections(result["instances"].to("cpu")))
-    shares = runtime.gather_lists(found)
+    shares = collectives.gather_lists(found)
     return [shares[index % world][index // world] for index in range(len(data.test))]
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torchvision.models.resnet import BasicBlock
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import torchvision_engine
 from moco_eval.detection.average_precision import Detections
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.architectures import ARCHITECTURES
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export.detectron2 import settings_of
 from moco_eval.errors import InputError, message_of
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device as runtime
+from moco_eval.runtime.console import log
 
 
 def choose(engine: str, encoder: Encoder, recipe: DetectConfig) -> str:
@@ -32,7 +32,7 @@ def choose(engine: str, encoder: Encoder, recipe: DetectConfig) -> str:
     if engine == "detectron2" and why:
         raise InputError(f"--engine detectron2: {why}; or take --engine torchvision, which computes the same")
     chosen = "torchvision" if why else "detectron2"
-    runtime.log(f"engine: {chosen}{f' ({why})' if why else ''}")
+    log(f"engine: {chosen}{f' ({why})' if why else ''}")
     return chosen
 
 

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import inputs, state
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.inputs import seed_of
-from moco_eval.detection.recipe import DetectConfig, learning_rate
+from moco_eval.detection.recipe import learning_rate
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device as runtime
-from moco_eval.runtime import files
+from moco_eval.runtime import collectives, console, files, rank
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
+from moco_eval.runtime.device import autocast, require_finite, to_device, to_host
+from moco_eval.runtime.stop import Stop
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
 
@@ -42,7 +44,7 @@ def train(
     output: Path,
     device: torch.device,
     cost: Cost,
-    stop: runtime.Stop,
+    stop: Stop,
 ) -> None:
     """Train to the end and estimate the BN statistics anew, or go on from checkpoints/last.pth. Collective."""
     torch.backends.cudnn.benchmark = False  # no two batches have the same size
@@ -53,14 +55,14 @@ def train(
     if trainer.finished:
         return
     last = recipe.schedule.iterations + recipe.precise_bn
-    place = (runtime.rank(), runtime.world_size())
+    place = (rank.rank(), rank.world_size())
     stream = inputs.training_batches(samples, recipe, trainer.done, last, *place, data.keypoint_pairs)
     model.train()
     trainer.train(stream, stop)
     with cost.clock():
         precise_bn(model, stream, recipe, device, stop)
     for buffer in model.buffers():
-        runtime.broadcast_(buffer)  # local BN without precise statistics: every process judges with the first one's
+        collectives.broadcast_(buffer)  # local BN without precise statistics: every process judges with the first one's
     trainer.save(finished=True)
 
 
@@ -76,13 +78,13 @@ class Trainer:
         self.optimizer = optimizer_for(model, recipe)
         self.state = output / "checkpoints" / "last.pth"
         self.done, self.finished = state.load(self.state, model, self.optimizer, cost)
-        self.ddp = runtime.parallel(model)
+        self.ddp = collectives.parallel(model)
         self.losses = _Losses(output / "metrics.jsonl", recipe, self.done)
 
-    def train(self, stream: Iterator[inputs.Batch], stop: runtime.Stop) -> None:
+    def train(self, stream: Iterator[inputs.Batch], stop: Stop) -> None:
         """All remaining iterations. Raises RunFailed and Interrupted."""
         recipe, total = self.recipe, self.recipe.schedule.iterations
-        with runtime.progress("detect", total, recipe.batch_size, done=self.done) as advance:
+        with console.progress("detect", total, recipe.batch_size, done=self.done) as advance:
             while self.done < total:
                 with self.cost.clock():
                     values = self.step(next(stream), self.done)
@@ -108,14 +110,14 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for part, more in parts(batch, self.recipe, iteration, self.device):
             with self.ddp.no_sync() if more and self.ddp is not self.model else nullcontext():
-                with runtime.autocast(self.device, self.recipe.precision):
+                with autocast(self.device, self.recipe.precision):
                     losses = self.ddp(*part)
                 loss = sum(losses.values()) / self.recipe.accumulate
                 loss.backward()
             for name, value in {"loss": loss * self.recipe.accumulate, **losses}.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         self.optimizer.step()
-        together = runtime.all_sum(torch.stack(list(sums.values()))) / (runtime.world_size() * self.recipe.accumulate)
+        together = collectives.all_sum(torch.stack(list(sums.values()))) / (rank.world_size() * self.recipe.accumulate)
         return dict(zip(sums, together))
 
     def save(self, finished: bool = False) -> None:
@@ -134,14 +136,14 @@ class _Losses:
         self.path, self.recipe = path, recipe
         self.coming: tuple[int, list[str], Any] | None = None
         self.note: str | None = None
-        if runtime.is_main():
+        if rank.is_main():
             files.cut_lines(path, lambda line: line["iteration"] <= done)
 
     def add(self, iteration: int, losses: dict[str, Tensor]) -> str | None:
         """Take an iteration's losses; returns what to say of the newest that were read."""
         self.settle()
         values = torch.stack(list(losses.values()))
-        self.coming = iteration, list(losses), runtime.to_host(values)
+        self.coming = iteration, list(losses), to_host(values)
         if values.device.type != "cuda":
             self.settle()
         return self.note
@@ -152,9 +154,9 @@ class _Losses:
             return
         (iteration, names, arrived), self.coming = self.coming, None
         losses, done = dict(zip(names, arrived().tolist())), iteration + 1
-        runtime.require_finite(losses["loss"], f"iteration {done}", "take a smaller optimizer.lr")
+        require_finite(losses["loss"], f"iteration {done}", "take a smaller optimizer.lr")
         self.note = f"loss {losses['loss']:.3f}"
-        if runtime.is_main() and (done % self.recipe.log_every == 0 or done == self.recipe.schedule.iterations):
+        if rank.is_main() and (done % self.recipe.log_every == 0 or done == self.recipe.schedule.iterations):
             line = {"iteration": done, "lr": learning_rate(self.recipe, iteration), **losses}
             files.append_line(self.path, line)
 
@@ -167,7 +169,7 @@ def parts(
     size = len(images) // recipe.accumulate
     for number in range(recipe.accumulate):
         mine = slice(number * size, (number + 1) * size)
-        torch.manual_seed(seed_of(recipe.seed, iteration + 1, runtime.rank() * recipe.accumulate + number))
+        torch.manual_seed(seed_of(recipe.seed, iteration + 1, rank.rank() * recipe.accumulate + number))
         yield _to((images[mine], targets[mine]), device), number + 1 < recipe.accumulate
 
 
@@ -175,12 +177,9 @@ def _to(batch: inputs.Batch, device: torch.device) -> inputs.Batch:
     """Images and targets on the device, without waiting; masks stay on the host, where they are drawn."""
     images, targets = batch
     return (
-        [runtime.to_device(image, device) for image in images],
+        [to_device(image, device) for image in images],
         [
-            {
-                name: runtime.to_device(value, device) if isinstance(value, Tensor) else value
-                for name, value in one.items()
-            }
+            {name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in one.items()}
             for one in targets
         ],
     )
@@ -188,7 +187,7 @@ def _to(batch: inputs.Batch, device: torch.device) -> inputs.Batch:
 
 @torch.no_grad()
 def precise_bn(
-    model: Detector, stream: Iterator[inputs.Batch], recipe: DetectConfig, device: torch.device, stop: runtime.Stop
+    model: Detector, stream: Iterator[inputs.Batch], recipe: DetectConfig, device: torch.device, stop: Stop
 ) -> None:
     """Replace each BN's running statistics by those over the next `precise_bn` training batches of all processes.
 
@@ -209,7 +208,7 @@ def precise_bn(
         if stop.look(iteration, False)[0]:
             stop.check("the trained detector is saved; run the same command again to go on")
         for part, _ in parts(next(stream), recipe, iteration, device):
-            with runtime.autocast(device, recipe.precision):
+            with autocast(device, recipe.precision):
                 model(*part)
             for place, norm in enumerate(norms):
                 elements[place] += counts[place]
@@ -217,8 +216,8 @@ def precise_bn(
     for norm, momentum, hook, moments, count in zip(norms, momenta, hooks, sums, elements):
         hook.remove()
         norm.momentum = momentum
-        everywhere = runtime.all_sum(torch.tensor(count, dtype=torch.float64, device=device))
-        mean, square = runtime.all_sum(moments) / everywhere
+        everywhere = collectives.all_sum(torch.tensor(count, dtype=torch.float64, device=device))
+        mean, square = collectives.all_sum(moments) / everywhere
         norm.running_mean.copy_(mean)
         norm.running_var.copy_((square - mean**2).clamp_min(0))
 
@@ -230,8 +229,8 @@ def _moments(norm: nn.Module, count: int) -> Tensor:
     """
     mean, var = norm.running_mean.double(), norm.running_var.double()
     if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d):
-        count *= runtime.world_size()
-    biased = isinstance(norm, NaiveSyncBatchNorm2d) and runtime.world_size() > 1
+        count *= rank.world_size()
+    biased = isinstance(norm, NaiveSyncBatchNorm2d) and rank.world_size() > 1
     return torch.stack((mean, (var if biased else var * (count - 1) / count) + mean**2))
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import Sample, read_image
 from moco_eval.detection.masks import Segmentation, decoded
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.errors import InputError
-from moco_eval.runtime import device
+from moco_eval.runtime import console
 
 Draw = tuple[int, int, int]  # iteration, place in the batch, index of the sample
 Batch = tuple[list[Tensor], list[dict[str, Any]]]  # images (3, H, W) uint8 and their targets, as `Detector` takes them
@@ -36,7 +36,7 @@ def trainable(samples: Sequence[Sample], masks: bool = False, keypoints: bool = 
     if masks:
         usable = [np.array([mask is not None for mask in s.masks] or [False] * len(s.labels), bool) for s in kept]
         if dropped := sum(int((~has).sum()) for has in usable):
-            device.log(f"{dropped} training objects without a mask are left out")
+            console.log(f"{dropped} training objects without a mask are left out")
         kept = [_only(sample, has) for sample, has in zip(kept, usable)]
     if keypoints:
         kept = [sample for sample in kept if sample.keypoints is not None and (sample.keypoints[..., 2] > 0).any()]

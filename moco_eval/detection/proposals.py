@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from moco_eval.config.detection import Anchors, Rpn
 from moco_eval.detection.matching import clip, decode, encode, match, sample, solid
-from moco_eval.detection.recipe import Anchors, Rpn
 
 Target = dict[str, Tensor]
 Size = tuple[int, int]  # height, width

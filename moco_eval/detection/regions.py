@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, roi_align
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.detection.backbones import Backbone
 from moco_eval.detection.keypoints import KeypointHead, keypoint_loss, keypoints_of
 from moco_eval.detection.masks import MaskHead, mask_loss, mask_targets
 from moco_eval.detection.matching import clip, decode, encode, match, sample, solid
 from moco_eval.detection.proposals import Size
-from moco_eval.detection.recipe import DetectConfig
 
 BOX_WEIGHTS = (10, 10, 5, 5)
 HIDDEN = 1024  # of the fully connected box head

@@ -7,7 +7,7 @@ from torch import nn
 
 from moco_eval.errors import InputError
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device, files
+from moco_eval.runtime import collectives, console, device, files, rank
 
 FORMAT = "moco-eval/detect@1"
 
@@ -19,7 +19,7 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: i
         done: iterations so far; `finished`: with precise BN behind them.
     """
     device.require_finite_weights(model, done)
-    if device.is_main():
+    if rank.is_main():
         state = {
             "format": FORMAT,
             "iteration": done,
@@ -31,7 +31,7 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: i
         }
         with files.atomic(path) as temporary:
             torch.save(state, temporary)
-    device.barrier()
+    collectives.barrier()
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost) -> tuple[int, bool]:
@@ -51,5 +51,5 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: C
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not readable ({reason}); delete it to start this run again") from None
-    device.log(f"going on from iteration {done} of {path}")
+    console.log(f"going on from iteration {done} of {path}")
     return done, finished

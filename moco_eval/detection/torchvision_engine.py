@@ -5,17 +5,19 @@ from pathlib import Path
 
 import torch
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detector import Detector, build_detector
 from moco_eval.detection.fine_tune import train
 from moco_eval.detection.masks import paste
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device as runtime
+from moco_eval.runtime import collectives, console, rank
 from moco_eval.runtime.batch_norm import share_statistics
+from moco_eval.runtime.device import autocast, to_device
+from moco_eval.runtime.stop import Stop
 
 
 def fine_tune_and_detect(
@@ -42,7 +44,7 @@ def fine_tune_and_detect(
     """
     model = build_detector(encoder, len(data.classes), recipe, len(data.keypoints))
     model = share_statistics(model, recipe.bn).to(device)
-    with runtime.Stop() as stop:
+    with Stop() as stop:
         train(model, data, recipe, output, device, cost, stop)
         with cost.clock():
             return _detect(model, data, recipe, device, stop)
@@ -50,24 +52,24 @@ def fine_tune_and_detect(
 
 @torch.no_grad()
 def _detect(
-    model: Detector, data: DetectionData, recipe: DetectConfig, device: torch.device, stop: runtime.Stop
+    model: Detector, data: DetectionData, recipe: DetectConfig, device: torch.device, stop: Stop
 ) -> list[Detections]:
     """Run the detector on the test images one by one, each process on every world-th of them."""
     model.eval()
-    first, world = runtime.rank(), runtime.world_size()
+    first, world = rank.rank(), rank.world_size()
     images = inputs.images_to_detect(data.test[first::world], recipe)
     rounds = range(-(-len(data.test) // world))
     before = recipe.schedule.iterations + recipe.precise_bn  # the steps that this Stop has seen
     found = []
-    for number, image in runtime.track(zip_longest(rounds, images), "evaluate", len(rounds), world):
+    for number, image in console.track(zip_longest(rounds, images), "evaluate", len(rounds), world):
         if stop.look(before + number, False)[0]:
             stop.check("the trained detector is saved; run the same command again to go on")
         if image is not None:
             (pixels,), (size,) = image
-            with runtime.autocast(device, recipe.precision):
-                (result,) = model([runtime.to_device(pixels, device)])
+            with autocast(device, recipe.precision):
+                (result,) = model([to_device(pixels, device)])
             found.append(on_disk(result, (pixels.shape[2], pixels.shape[1]), size))
-    shares = runtime.gather_lists(found)
+    shares = collectives.gather_lists(found)
     return [shares[index % world][index // world] for index in range(len(data.test))]
 
 

@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_eval.config.load import did_you_mean
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -213,3 +214,8 @@ def build_backbone(name: str, fork: bool = True) -> nn.Module:
         net = build_resnet(name)
     net.fc = nn.Identity()
     return net
+
+
+def sized(pixels: Preprocessing, arch: VisionTransformer) -> Preprocessing:
+    """The same for the only image size that a ViT takes."""
+    return replace(pixels, size=arch.size, resize=arch.size * pixels.resize // pixels.size)

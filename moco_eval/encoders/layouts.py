@@ -7,7 +7,7 @@ Reading, proof of load and export work from the row alone. A leading `module.` (
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from moco_eval.encoders.encoder import Preprocessing
+from moco_eval.preprocessing import Preprocessing
 
 FORMAT = "moco-eval/1"
 SAFETENSORS = "moco-eval/1 safetensors"

@@ -1,42 +1,28 @@
 """Load anyone's encoder with proof: every backbone tensor matched in name, shape and dtype, or an error."""
 
-import difflib
-import hashlib
-import re
-import urllib.error
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torchvision.models import get_model_weights, list_models
+from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from moco_eval.config.load import did_you_mean
-from moco_eval.encoders import zoo
-from moco_eval.encoders.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    VisionTransformer,
-    architecture,
-    build_backbone,
-    names,
-)
-from moco_eval.encoders.encoder import Encoder, Preprocessing
-from moco_eval.encoders.fingerprint import probe_image
+from moco_eval.encoders import download, zoo
+from moco_eval.encoders.architectures import Architecture, VisionTransformer, architecture, names, sized
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
 from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
+from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
+from moco_eval.encoders.naming import run_name, safe_name
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
-from moco_eval.encoders.settings_files import Settings, of_timm, settings_beside
-from moco_eval.encoders.split import Parts, rename, split
+from moco_eval.encoders.settings_files import Settings, settings_beside
+from moco_eval.encoders.split import rename, split
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
 from moco_eval.untrusted.pickle_scan import shown
-from moco_eval.untrusted.read import SUFFIXES
 
 # what Caffe's ResNets take, and detectron2's configurations for them say
 MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="BGR", range=255)
@@ -65,138 +51,12 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
     if encoder == "key":
         raise InputError(f"--encoder key: {source} has no key encoder; leave it out")
     if source == "pixels":
-        loaded = _pixels()
+        loaded = raw_pixels()
     else:
-        loaded = {"random": _random, "torchvision": _torchvision, "timm": _timm}[kind](rest, seed)
+        loaded = {"random": random_weights, "torchvision": from_torchvision, "timm": from_timm}[kind](rest, seed)
     if arch not in (None, loaded.arch):
         raise InputError(f"--arch {arch} contradicts {source}; leave it out")
     return loaded
-
-
-def _random(arch: str, seed: int) -> Encoder:
-    found = architecture(arch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = build_backbone(arch, fork=False)
-    return Encoder(
-        source=f"random:{arch}",
-        run_name=f"random-{arch}",
-        arch=arch,
-        backbone=net.eval(),
-        feature_dim=found.feature_dim,
-        head=None,
-        origin=f"random initialisation, seed {seed}",
-        sha256=sha256_of_tensors(net.state_dict()),
-        tensors_loaded=len(net.state_dict()),
-        preprocessing=_sized(Preprocessing(), found) if isinstance(found, VisionTransformer) else None,
-    )
-
-
-def _pixels() -> Encoder:
-    return Encoder(
-        source="pixels",
-        run_name="pixels",
-        arch="pixels",
-        backbone=nn.Flatten().eval(),
-        feature_dim=0,  # the images' own size, known at first use
-        head=None,
-        origin="raw pixels",
-        sha256=hashlib.sha256(b"pixels").hexdigest(),
-        tensors_loaded=0,
-    )
-
-
-def _torchvision(rest: str, seed: int) -> Encoder:
-    """torchvision's published weights, through the same proof as a file."""
-    arch, _, name = rest.partition(":")
-    known = [name for name in list_models() if name in ARCHITECTURES]
-    if arch not in known:
-        raise InputError(f"torchvision:{arch} is no network we build.{did_you_mean(arch, known)}")
-    published = get_model_weights(arch)
-    if name and name != "DEFAULT" and name not in published.__members__:
-        raise InputError(f"torchvision has no weights {name!r} of {arch}.{did_you_mean(name, published.__members__)}")
-    weights = published[name or "DEFAULT"]
-    source = f"torchvision:{rest}"
-    tensors = _download(source, weights)
-    cuts = weights.transforms()
-    loaded = _published(source, {key: value for key, value in tensors.items() if not key.startswith("fc.")}, arch)
-    return replace(
-        loaded,
-        run_name=_safe(f"torchvision-{arch}-{weights.name}" if name else f"torchvision-{arch}"),
-        origin=f"torchvision {weights}",
-        dropped=[("fc (2 tensors)", "a classifier on the pooled feature, no part of the encoder")],
-        preprocessing=Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std)),
-    )
-
-
-def _download(source: str, weights) -> dict[str, Tensor]:
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu")
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{source}: the server answers {error.code} for {weights.url}") from None
-    except (OSError, RuntimeError) as error:
-        raise InputError(_offline(source, weights.url, error)) from None
-
-
-def _offline(source: str, url: str, error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return f"{source}: cannot download {url} ({words}); without a network, give the path of a file"
-
-
-def _timm(rest: str, seed: int) -> Encoder:
-    """timm's published weights, through the same proof as a file, and its own network's activations."""
-    import timm
-
-    source = f"timm:{rest}"
-    if not timm.is_model(rest):
-        near = difflib.get_close_matches(rest, timm.list_models(), 3) or timm.list_models(f"{rest}*")[:3]
-        raise InputError(f"timm has no model {rest!r}{'; near it are ' + ', '.join(near) if near else ''}")
-    if not timm.models.is_model_pretrained(rest):
-        raise InputError(f"timm has no published weights of {rest}; for an untrained network: random:ARCH")
-    try:
-        theirs = timm.create_model(rest, pretrained=True, num_classes=0).eval()
-    except Exception as error:  # whatever the hub's client raises without a network
-        raise InputError(_offline(source, f"timm's weights of {rest}", error)) from None
-    return _of_timm(source, theirs)
-
-
-def _of_timm(source: str, theirs: nn.Module) -> Encoder:
-    """timm's network as one of ours: same tensors, same activations."""
-    tensors = theirs.state_dict()
-    arch = infer(source, tensors)
-    heads = getattr(theirs, "blocks", [None])[0]
-    if heads is not None and heads.attn.num_heads == 12 and architecture(arch).feature_dim < 768:
-        arch = arch.replace("_patch", "_12h_patch")
-    settings: Any = theirs.pretrained_cfg
-    loaded = _published(source, tensors, arch)
-    image = probe_image(architecture(arch))
-    with torch.no_grad():
-        difference = (loaded.backbone(image) - theirs(image)).abs().max()
-    if difference > 1e-4:
-        raise InputError(f"{source}: its network is not the {arch} that its tensors look like: activations differ")
-    return replace(
-        loaded,
-        run_name=_safe(f"timm-{source.partition(':')[2]}"),
-        origin=f"timm {settings['architecture']}.{settings['tag']}",
-        preprocessing=Preprocessing.from_dict(of_timm(settings)),
-    )
-
-
-def _published(source: str, tensors: dict[str, Tensor], arch: str) -> Encoder:
-    """An encoder of a library's own tensors."""
-    parts = Parts.of(tensors)
-    return Encoder(
-        source=source,
-        run_name=source,
-        arch=arch,
-        backbone=prove(source, parts.backbone, arch, parts.warnings),
-        feature_dim=architecture(arch).feature_dim,
-        head=None,
-        origin=source,
-        sha256=sha256_of_tensors(parts.backbone),
-        tensors_loaded=len(parts.backbone),
-        warnings=parts.warnings + doubts(parts.backbone),
-    )
 
 
 def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
@@ -239,37 +99,11 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
 def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
     """A known public checkpoint: fetched where it is not there yet, and held against what its manifest expects."""
     entry = zoo.entry(name)
-    loaded = _from_file(str(zoo.path_of(name)), arch, encoder)
+    loaded = _from_file(str(download.path_of(name)), arch, encoder)
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
     other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
-    return replace(loaded, source=f"zoo:{name}", run_name=_safe(name) + other)
-
-
-def run_name(path: Path) -> str:
-    """A checkpoint's short name: its stem; RUN-epoch_0012 for RUN/checkpoints/epoch_0012.pth."""
-    path = path.absolute()
-    stem = next(
-        (path.name.removesuffix(suffix) for suffix in (".pth.tar", *SUFFIXES) if path.name.endswith(suffix)),
-        "",
-    )
-    stem = stem or path.stem
-    if path.parent.name == "checkpoints" and path.parent.parent.name:
-        stem = f"{path.parent.parent.name}-{stem}"
-    return _safe(stem)
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:100] or "checkpoint"
-
-
-def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and bytes, in the order given."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + other)
 
 
 # What the shapes do not tell
@@ -364,15 +198,10 @@ def _preprocessing(found: Checkpoint, arch: Architecture | VisionTransformer, sa
     if said.arch:
         return None  # our own settings say so
     if isinstance(arch, VisionTransformer):
-        return _sized(layout.preprocessing, arch)
+        return sized(layout.preprocessing, arch)
     if arch.stride_in_1x1 and layout.origin.startswith("detectron2"):
         return MSRA
     return layout.cifar if arch.cifar_stem else layout.preprocessing
-
-
-def _sized(pixels: Preprocessing, arch: VisionTransformer) -> Preprocessing:
-    """The same for the only image size that a ViT takes."""
-    return replace(pixels, size=arch.size, resize=arch.size * pixels.resize // pixels.size)
 
 
 def _said(found: Checkpoint) -> Preprocessing | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
 
 

@@ -20,12 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval.data.catalogue import ImageSet
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.data.image_set import ImageSet
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, Interrupted, RunFailed
-from moco_eval.features.extract import Crops, Several, extract, network, pixels, require_finite_features
+from moco_eval.features.extract import Crops, extract, pixels, require_finite_features
+from moco_eval.features.stages import Several, network
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
-from moco_eval.runtime.device import Stop, autocast, barrier, found_by_main, from_main, progress, rank, warn, world_size
+from moco_eval.runtime.collectives import barrier, found_by_main, from_main
+from moco_eval.runtime.console import progress, warn
+from moco_eval.runtime.device import autocast
+from moco_eval.runtime.rank import rank, world_size
+from moco_eval.runtime.stop import Stop
 
 VERSION = 1
 SHARD = 1024  # images; what an interruption loses at most, on each process

@@ -1,110 +1,22 @@
 """Features of a whole data set, in order, from however many processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from moco_eval.config.load import Augmentation
+from moco_eval.config.base import Augmentation
 from moco_eval.data.augment.steps import Crop, Flip, Recipe
 from moco_eval.data.augment.two_views import TwoViews
-from moco_eval.data.catalogue import ImageSet
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident
-from moco_eval.encoders.architectures import architecture
-from moco_eval.encoders.encoder import Encoder, Preprocessing
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.runtime.device import autocast, gather, progress, rank, to_device, world_size
-
-# Networks
-
-
-def network(encoder: Encoder, feature: str) -> nn.Module:
-    """What gives a feature: (N, 3, H, W) to (N, D).
-
-    Args:
-        feature: `pooled`, the backbone's output; `head`, the projection head's; or a stage of the network, averaged
-            over its places (`layer3` of a ResNet) or its normalised class token (`blocks.8` of a ViT).
-    Raises:
-        InputError: a head or stage that the encoder does not have.
-    """
-    if feature == "pooled":
-        return encoder.backbone
-    if feature != "head":
-        return _Stage(encoder, feature)
-    if encoder.head is None:
-        raise InputError(
-            f"{encoder.source} has no projection head ({encoder.origin}); evaluate its pooled feature instead "
-            "(--feature pooled)"
-        )
-    return nn.Sequential(encoder.backbone, encoder.head)
-
-
-class _Stage(nn.Module):
-    """The backbone up to one of its stages."""
-
-    def __init__(self, encoder: Encoder, stage: str):
-        super().__init__()
-        _require_stage(encoder, stage)
-        self.backbone, self.stage = encoder.backbone, stage
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.stage.startswith("blocks."):
-            block = int(self.stage.partition(".")[2])
-            return self.backbone.get_intermediate_layers(images, n=[block], return_prefix_tokens=True, norm=True)[0][1][
-                :, 0
-            ]
-        x = images
-        for name, module in self.backbone.named_children():
-            x = module(x)
-            if name == self.stage:
-                break
-        return x.mean(dim=(2, 3))
-
-
-def _require_stage(encoder: Encoder, stage: str) -> None:
-    stages = architecture(encoder.arch).stages if encoder.tensors_loaded else ()
-    if stage not in stages:
-        has = f"it has pooled, head and {', '.join(stages)}" if stages else "it has pooled alone"
-        raise InputError(f"--feature {stage!r} is no stage of {encoder.arch}; {has}")
-
-
-class Several(nn.Module):
-    """Several features in one pass of the network: (N, 3, H, W) to a list of (N, D), each as `network` gives it.
-
-    Raises:
-        InputError: as `network` does.
-    """
-
-    def __init__(self, encoder: Encoder, features: Sequence[str]):
-        super().__init__()
-        self.backbone, self.head, self.features = encoder.backbone, encoder.head, tuple(features)
-        for feature in self.features:
-            network(encoder, feature)
-        self.stages = {feature for feature in self.features if feature not in ("pooled", "head")}
-
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        hooks = [
-            self.backbone.get_submodule(stage).register_forward_hook(self._note(found, stage)) for stage in self.stages
-        ]
-        try:
-            found["pooled"] = self.backbone(images).flatten(1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if "head" in self.features:
-            assert self.head is not None
-            found["head"] = self.head(found["pooled"])
-        return [found[feature] for feature in self.features]
-
-    def _note(self, found: dict[str, torch.Tensor], stage: str) -> Callable:
-        def hook(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
-            is_block = stage.startswith("blocks.")
-            found[stage] = self.backbone.norm(output)[:, 0] if is_block else output.mean(dim=(2, 3))
-
-        return hook
-
+from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime.collectives import gather
+from moco_eval.runtime.console import progress
+from moco_eval.runtime.device import autocast, to_device
+from moco_eval.runtime.rank import rank, world_size
 
 # Pixels
 

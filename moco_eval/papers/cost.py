@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import FinetuneConfig, LinearConfig, PretrainConfig, QuickConfig, SweepConfig, judge_model
+from moco_eval.config.classification import FinetuneConfig, LinearConfig, QuickConfig, SweepConfig, judge_model
+from moco_eval.config.detection import DetectConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.boxes import coco, voc
 from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders import zoo
 from moco_eval.encoders.architectures import VisionTransformer, architecture, build_backbone
 from moco_eval.encoders.load import load
@@ -32,9 +33,10 @@ from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.match import Record
 from moco_eval.papers.steps import Step
 from moco_eval.papers.tables import Row, Table
-from moco_eval.results import record as results
+from moco_eval.results.environment import hardware
 from moco_eval.runtime import files
-from moco_eval.runtime.device import autocast, choose_device, log, warn
+from moco_eval.runtime.console import log, warn
+from moco_eval.runtime.device import autocast, choose_device
 from moco_eval.runtime.text import duration
 
 CPU_BATCH = 32  # images at once at most: a CPU gains nothing by more
@@ -163,7 +165,7 @@ def _ran_here(record: Record, processes: int, device: torch.device) -> bool:
     where = record["environment"]
     command = shlex.split(where.get("command", ""))
     return (
-        where.get("hardware") == results.hardware()
+        where.get("hardware") == hardware()
         and record["cost"].get("device", "").startswith(device.type)
         and _number(command, "--nproc") == processes
     )

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from moco_eval.config import load as configs
+from moco_eval.config import base
+from moco_eval.config.deviations import flatten
 from moco_eval.encoders import zoo
 from moco_eval.papers.tables import Column, Recipe, Row, Table
 from moco_eval.results.statistics import mean_and_std
@@ -153,7 +154,7 @@ def is_untrained(encoder: Record) -> bool:
 def is_pretrained(encoder: Record, recipe: Recipe) -> bool:
     """By the row's recipe, to the end of its schedule, with BN that protects from leaking."""
     pretraining, wanted = encoder["pretraining"] or {}, recipe.resolved()
-    settings = configs.flatten(pretraining.get("config", {}))
+    settings = flatten(pretraining.get("config", {}))
     return (
         encoder["arch"] == wanted.arch
         and pretraining.get("protocol") == wanted.protocol
@@ -195,7 +196,7 @@ def _deviations(record: Record, row: Row) -> list[str]:
     """A record's deviations, but for what the row's own recipe does as well (the ablations)."""
     if not row.recipe:
         return record["deviations"]
-    wanted, found = row.recipe.settings(), configs.flatten(_config(record["encoder"]) or {})
+    wanted, found = row.recipe.settings(), flatten(_config(record["encoder"]) or {})
     asked = tuple(f"encoder: {key} " for key, value in wanted.items() if key in found and found[key] == value)
     return [words for words in record["deviations"] if not words.startswith(asked)]
 
@@ -228,13 +229,13 @@ def _kind(record: Record) -> list[Any]:
     pretraining = record["encoder"]["pretraining"] or {}
     data = [record["dataset"].get("fingerprint"), (pretraining.get("dataset") or {}).get("fingerprint")]
     settings = _settings(record["encoder"]) if _config(record["encoder"]) else {}
-    settings = {key: value for key, value in settings.items() if not key.startswith(configs.NEUTRAL_KEYS)}
+    settings = {key: value for key, value in settings.items() if not key.startswith(base.NEUTRAL_KEYS)}
     return [data, len(record["trials"]), pretraining.get("bn"), pretraining.get("processes"), settings]
 
 
 def _settings(encoder: Record) -> Record:
     """How an encoder of ours was pretrained, with dotted keys."""
-    settings = configs.flatten(_config(encoder) or {})
+    settings = flatten(_config(encoder) or {})
     return settings | {"seed": settings.get("seed")}
 
 

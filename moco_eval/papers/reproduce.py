@@ -158,9 +158,9 @@ def check(found: Plan, asked: Sequence[str], could_start: Callable[..., object])
 
 def _check(step: Step, places: Places, could_start: Callable[..., object]) -> None:
     """Open a step's data as the step will. Raises InputError."""
+    from moco_eval.config.detection import DetectConfig
     from moco_eval.data.catalogue import open_splits
     from moco_eval.detection.detect import open_data
-    from moco_eval.detection.recipe import DetectConfig
 
     folder = places.data.get(step.dataset)
     try:
@@ -261,7 +261,7 @@ def run(found: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
         InputError, RunFailed: a step was refused, or has failed; those after it have not run.
         Interrupted: told to stop; the step was told too, and has saved what it does.
     """
-    from moco_eval.runtime.device import tell
+    from moco_eval.runtime.console import tell
 
     for step in found.left:
         if step.output in jobs:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from moco_eval.config import base, deviations
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 from moco_eval.papers import match
@@ -173,14 +174,14 @@ def _is_finished(folder: Path, values: Record) -> bool:
     settings = values.get("config")
     if values.get("command") != "pretrain" or not isinstance(settings, dict):
         return False
-    epochs = configs.flatten(settings).get("schedule.epochs")
+    epochs = deviations.flatten(settings).get("schedule.epochs")
     names = ("last.pth", f"epoch_{epochs:04d}.pth") if isinstance(epochs, int) else ()
     return bool(names) and all((folder / "checkpoints" / name).is_file() for name in names)
 
 
 def _is_of(values: Record, recipe: Recipe) -> bool:
     """Whether a finished run is this pretraining: nothing in it differs that may move a number."""
-    settings, wanted = configs.flatten(values["config"]), recipe.settings()
+    settings, wanted = deviations.flatten(values["config"]), recipe.settings()
     about = {**values, "protocol": settings.get("protocol"), "epochs": settings["schedule.epochs"]}
     arithmetic = {"fp32", wanted["precision"]}
     return (
@@ -189,7 +190,7 @@ def _is_of(values: Record, recipe: Recipe) -> bool:
         and all(
             settings.get(key) == value
             for key, value in wanted.items()
-            if not configs.is_neutral(key) and key not in ("bn", "precision")
+            if not base.is_neutral(key) and key not in ("bn", "precision")
         )
     )
 

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from moco_eval.config import deviations
 from moco_eval.config import load as configs
-from moco_eval.config.load import Expect, Model, PretrainConfig
+from moco_eval.config.base import Expect, Model
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.encoders import zoo
 from moco_eval.errors import InputError
 
@@ -77,7 +79,7 @@ class Recipe(Model):
 
     def settings(self) -> dict[str, Any]:
         """The same with dotted keys, as a result record holds it."""
-        return configs.flatten(self.resolved().model_dump(mode="json"))
+        return deviations.flatten(self.resolved().model_dump(mode="json"))
 
 
 @cache

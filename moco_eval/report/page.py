@@ -21,7 +21,7 @@ from moco_eval.report.provenance import departures, provenance
 from moco_eval.report.runs import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
 from moco_eval.report.scores import result_columns, summary
 from moco_eval.runtime import files
-from moco_eval.runtime.device import warn
+from moco_eval.runtime.console import warn
 
 PAGE_BYTES = 3_000_000
 SECTIONS = (  # anchor, title, and what must be there

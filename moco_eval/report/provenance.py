@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from moco_eval.config import load as configs
+from moco_eval.config import deviations as configs
 from moco_eval.report.pictures import CLASS_METRICS
 from moco_eval.report.runs import Run, sha_of
-from moco_eval.results import record as results
+from moco_eval.results.record import repeats
 
 
 def departures(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[str]]]]]:
@@ -55,7 +55,7 @@ def _evaluation_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("fingerprint", dataset.get("fingerprint", "")),
         ("weights", f"{encoder['path']} ({encoder['arch']}, {encoder['origin']})"),
         ("sha256", encoder["sha256"]),
-        ("trials", f"{results.repeats(record)}, seeds {seeds}" if record["trials"][1:] else f"one, seed {seeds}"),
+        ("trials", f"{repeats(record)}, seeds {seeds}" if record["trials"][1:] else f"one, seed {seeds}"),
         ("selection", record["selection"]),
         ("equivalences", "; ".join(record["equivalences"])),
         ("deviations", "; ".join(record["deviations"]) or "none"),

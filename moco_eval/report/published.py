@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moco_eval.config import load as configs
+from moco_eval.config import deviations as configs
 from moco_eval.papers.match import is_pretrained
 from moco_eval.papers.tables import Curve, Recipe, load_table, tables
 from moco_eval.report.runs import Run

@@ -12,7 +12,7 @@ from typing import Any
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 from moco_eval.report import schema
-from moco_eval.results import record as results
+from moco_eval.results.run_directory import finished
 from moco_eval.runtime import files
 
 KINDS = ("trained", "other", "random", "pixels")  # the order of the rows
@@ -92,7 +92,7 @@ def _read(folder: Path) -> Run | None:
     if "command" not in values or not (folder / "environment.json").is_file():
         return None
     try:
-        run = Run(folder, values, files.read_json(folder / "environment.json"), results.finished(folder))
+        run = Run(folder, values, files.read_json(folder / "environment.json"), finished(folder))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # an endless number, or one bracket in another

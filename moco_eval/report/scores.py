@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco_eval.report.runs import Run, sha_of
-from moco_eval.results import record as results
+from moco_eval.results.record import repeats
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
 METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}
@@ -128,7 +128,7 @@ def _tell_apart(columns: list[Column]) -> list[Column]:
 
 def _score(record: dict[str, Any], metric: str) -> Score:
     interval = record["interval"].get(metric)
-    spread, trials = record["std"].get(metric), results.repeats(record)
+    spread, trials = record["std"].get(metric), repeats(record)
     return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None)
 
 

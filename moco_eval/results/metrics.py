@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from moco_eval.detection.average_precision import area_under, eleven_point
 from moco_eval.errors import InputError
 
 
@@ -71,3 +70,21 @@ def precision_recall(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     scores, right = scores[order], np.cumsum(shown[order])
     last = np.append(scores[1:] != scores[:-1], True)  # of the images with one score
     return (right / np.arange(1, len(right) + 1))[last], (right / right[-1])[last]
+
+
+LEVELS = np.arange(0.0, 1.1, 0.1)  # recalls of the 11-point rule; the fourth is a little more than 0.3
+
+
+def eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
+    """VOC2007's AP: the mean over recalls 0, 0.1, ..., 1 of the best precision from there on; (D,) each."""
+    best = np.append(_envelope(precision), 0.0)
+    return float(best[np.searchsorted(recall, LEVELS)].mean())
+
+
+def area_under(recall: np.ndarray, precision: np.ndarray) -> float:
+    """VOC2010's AP: the area under precision made monotonous from the right."""
+    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
+
+
+def _envelope(precision: np.ndarray) -> np.ndarray:
+    return np.maximum.accumulate(precision[::-1])[::-1]

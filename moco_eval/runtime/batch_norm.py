@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moco_eval.runtime.device import all_sum, world_size
+from moco_eval.runtime.collectives import all_sum
+from moco_eval.runtime.rank import world_size
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):

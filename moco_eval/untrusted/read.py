@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from moco_eval.errors import InputError
-from moco_eval.runtime.device import warn
+from moco_eval.runtime.console import warn
 from moco_eval.untrusted import pickle_read
 from moco_eval.untrusted.pickle_read import NETWORK, StandIn, plain, refusal, stand_in
 from moco_eval.untrusted.pickle_scan import DAMAGED, Refused, scan, shown

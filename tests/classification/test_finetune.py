@@ -18,14 +18,15 @@ from moco_eval.classification import finetune
 from moco_eval.classification.judge import Outcome, Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
+from moco_eval.config.classification import FinetuneConfig
 from moco_eval.config.learning_rate import rate_of_step
-from moco_eval.config.load import FinetuneConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.label_subsets import is_published
 from moco_eval.data.loader import Batches, Examples, crop_transform
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 SETTINGS = [

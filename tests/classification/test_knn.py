@@ -12,13 +12,13 @@ from moco_eval.classification import knn
 from moco_eval.classification.judge import Task
 from moco_eval.classification.neighbours import Neighbours, nearest
 from moco_eval.config import load as configs
-from moco_eval.config.load import KnnConfig
+from moco_eval.config.classification import KnnConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.encoders.architectures import build_resnet
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.features import extract as extraction
+from moco_eval.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 

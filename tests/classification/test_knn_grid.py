@@ -12,7 +12,7 @@ from moco_eval.classification import knn_grid
 from moco_eval.classification.judge import Task
 from moco_eval.classification.knn_grid import Point, choose, left_out
 from moco_eval.config import load as configs
-from moco_eval.config.load import KnnGridConfig
+from moco_eval.config.classification import KnnGridConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError

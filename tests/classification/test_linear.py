@@ -14,13 +14,14 @@ from moco_eval.classification import linear
 from moco_eval.classification.judge import Outcome, Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
+from moco_eval.config.classification import LinearConfig
 from moco_eval.config.learning_rate import learning_rate
-from moco_eval.config.load import LinearConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.loader import Batches, Examples, crop_transform
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 SETTINGS = [

@@ -15,7 +15,7 @@ from moco_eval.classification.judge import Task
 from moco_eval.classification.linear_sweep import Heads, normalise
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
-from moco_eval.config.load import QuickConfig, SweepConfig
+from moco_eval.config.classification import QuickConfig, SweepConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.label_subsets import held_out
 from moco_eval.encoders.load import load

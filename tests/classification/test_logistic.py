@@ -11,13 +11,14 @@ from torch.nn.functional import cross_entropy
 from moco_eval.classification import logistic
 from moco_eval.classification.judge import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import LogisticConfig
+from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.catalogue import SMALL, open_images
 from moco_eval.data.label_subsets import held_out
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.features.cache import Features
-from moco_eval.features.extract import extract, network
+from moco_eval.features.extract import extract
+from moco_eval.features.stages import network
 from moco_eval.results.metrics import accuracy
 
 CPU = torch.device("cpu")

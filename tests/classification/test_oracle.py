@@ -11,10 +11,10 @@ from moco_eval.classification import logistic
 from moco_eval.classification.knn import vote
 from moco_eval.classification.neighbours import nearest
 from moco_eval.config import load as configs
-from moco_eval.config.load import LogisticConfig
+from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.catalogue import open_images
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.features.extract import extract
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

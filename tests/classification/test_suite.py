@@ -15,14 +15,15 @@ from commands import error_line, in_process, moco_eval
 from moco_eval.classification import suite
 from moco_eval.classification.judge import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import QuickConfig
+from moco_eval.config.classification import QuickConfig
 from moco_eval.data import in_memory
 from moco_eval.data.catalogue import open_images, preprocessing_for
 from moco_eval.encoders import load as loading
 from moco_eval.errors import InputError
 from moco_eval.features import cache as feature_cache
 from moco_eval.features.cache import open_folder
-from moco_eval.features.extract import Several, extract
+from moco_eval.features.extract import extract
+from moco_eval.features.stages import Several
 
 ENCODER = "random:resnet18_quarter"
 ON_DIGITS = (ENCODER, "--dataset", "digits", "--workers", "0", "--device", "cpu")

@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from moco_eval.classification import svm
 from moco_eval.classification.judge import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import SvmConfig
+from moco_eval.config.classification import SvmConfig
 from moco_eval.data.catalogue import open_images, open_splits
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError

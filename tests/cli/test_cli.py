@@ -1,6 +1,5 @@
 """The command line's contract: names, exit codes, one clear line for each mistake."""
 
-import ast
 import signal
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, environment, error_line, in_process, moco_eval
+from commands import environment, error_line, in_process, moco_eval
 
 COMMANDS = ["pretrain", "inspect", "convert", "knn", "linear", "detect"]
 COMMANDS += ["suite", "features", "compare", "table", "report", "configs", "demo"]
@@ -43,18 +42,6 @@ def test_configs_and_tables_are_listed_name_first(capfd, monkeypatch):
     tables = [line.split()[0] for line in in_process(capfd, monkeypatch, "table", "--list")[0].splitlines()]
     assert {"cifar10-demo", "moco-v1-2b", "moco-v2-1"} <= set(tables)
     assert "temperature: 0.2" in in_process(capfd, monkeypatch, "configs", "show", "pretrain/moco_v2_r50")[0]
-
-
-def test_only_the_command_line_and_the_demo_know_both_packages():
-    """`pretraining` makes checkpoints, `moco_eval` judges them; the file is the interface."""
-    importers = set()
-    for path in sorted((ROOT / "moco_eval").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "pretraining" for name in names):
-                importers.add(path.name)
-    assert importers == {"main.py", "demo.py"}
 
 
 @pytest.mark.parametrize(

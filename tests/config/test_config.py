@@ -2,22 +2,23 @@
 
 import pytest
 
+from moco_eval.config import classification, deviations
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig
 from moco_eval.config.learning_rate import learning_rate
-from moco_eval.config.load import PretrainConfig
-from moco_eval.detection.recipe import DetectConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.errors import InputError
 from pretraining.plan import plan
 
 MODELS = {"pretrain": PretrainConfig}
 
 
-@pytest.mark.parametrize("kind", [*MODELS, *configs.JUDGES])
+@pytest.mark.parametrize("kind", [*MODELS, *classification.JUDGES])
 def test_every_shipped_config_loads_and_is_named(kind):
     names = configs.shipped(kind)
     assert names
     for name in names:
-        model = configs.judge_model(name, kind) if kind in configs.JUDGES else MODELS[kind]
+        model = classification.judge_model(name, kind) if kind in classification.JUDGES else MODELS[kind]
         assert configs.load(name.split("/")[1], kind, model) == configs.load(name, kind, model)
 
 
@@ -91,8 +92,8 @@ def test_learning_rates_at_the_epochs_that_tell_schedules_apart():
 def test_deviations_are_the_differences_from_the_protocol():
     shipped = configs.load("moco_v2_r50", "pretrain", PretrainConfig)
     changed = configs.load("moco_v2_r50", "pretrain", PretrainConfig, ["optimizer.lr=1", "seed=3", "queue_size=4096"])
-    assert configs.differences(shipped, shipped) == []
-    assert configs.differences(changed, shipped, free=("queue_size",)) == ["optimizer.lr 1.0 instead of 0.03"]
+    assert deviations.differences(shipped, shipped) == []
+    assert deviations.differences(changed, shipped, free=("queue_size",)) == ["optimizer.lr 1.0 instead of 0.03"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torchvision import datasets as torchvision_datasets
 from moco_eval.cli import main
 from moco_eval.data import catalogue as data_sets
 from moco_eval.data.benchmarks import BENCHMARKS
-from moco_eval.data.catalogue import NAMES, OFFICIAL, departures, known, open_images, open_splits, require_single_label
+from moco_eval.data.catalogue import NAMES, OFFICIAL, departures, known, open_images, open_splits
+from moco_eval.data.image_set import require_single_label
 from moco_eval.errors import InputError
 
 

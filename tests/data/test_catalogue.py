@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_eval.data.catalogue import decode_bytes, departures, open_images, open_splits
+from moco_eval.data.catalogue import departures, open_images, open_splits
+from moco_eval.data.image_set import decode_bytes
 from moco_eval.data.loader import Batches, Examples, clean_transform, crop_transform
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 
 
 def picture(path, mode="RGB", size=(12, 10)):

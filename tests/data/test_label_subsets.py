@@ -10,7 +10,8 @@ from PIL import Image
 
 from moco_eval.data import label_subsets as choices
 from moco_eval.data.catalogue import departures, open_images
-from moco_eval.data.label_subsets import Labels, held_out, parse_labels
+from moco_eval.data.label_option import Labels, parse_labels
+from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError
 
 

@@ -12,7 +12,7 @@ from commands import error_line
 from tars import jpeg, write, write_shards
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data import index, loader, shards
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.index import cache_folder

@@ -10,11 +10,12 @@ from PIL import Image
 from torchvision import transforms
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.augment.decode import photo
 from moco_eval.data.augment.steps import Flip, PilGaussianBlur, Recipe
 from moco_eval.data.augment.two_views import TwoViews
-from moco_eval.data.catalogue import ImageSet, open_images
+from moco_eval.data.catalogue import open_images
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Batches, loader
 from moco_eval.errors import InputError
 from pretraining.feed import Feed

@@ -16,14 +16,14 @@ from ranks import run_ranks
 from test_detection import CPU, TINY, encoder, recipe
 from torch import nn
 
+from moco_eval.config.detection import Scenes
 from moco_eval.data.loader import share
 from moco_eval.detection import fine_tune, inputs
 from moco_eval.detection.detect import detect, open_digits
 from moco_eval.detection.detector import build_detector
-from moco_eval.detection.recipe import Scenes
 from moco_eval.errors import Interrupted
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device
+from moco_eval.runtime import collectives, rank, stop
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d, share_statistics
 
 SMALL = (*TINY, "scenes.test=3", "batch_size=4", "checkpoints.every=1")
@@ -50,7 +50,7 @@ def through(layer: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
     batch = batch.clone().requires_grad_()
     output = layer(batch)
     (output * batch.detach().sin()).sum().backward()
-    affine = device.all_sum(torch.stack([layer.weight.grad, layer.bias.grad]))
+    affine = collectives.all_sum(torch.stack([layer.weight.grad, layer.bias.grad]))
     moments = torch.stack([layer.running_mean, layer.running_var])
     return {"output": output.detach(), "gradient": batch.grad, "affine": affine, "moments": moments}
 
@@ -68,7 +68,7 @@ def precise(bn: str) -> torch.Tensor:
     """Precise statistics of a BN over two batches of both ranks."""
     model = share_statistics(OneNorm(), bn)
     stream = iter([(list(share(images(seed=seed))), [{}] * 2) for seed in (1, 2)])
-    fine_tune.precise_bn(model, stream, recipe("digits_r50_c4", "precise_bn=2"), CPU, device.Stop())
+    fine_tune.precise_bn(model, stream, recipe("digits_r50_c4", "precise_bn=2"), CPU, stop.Stop())
     return torch.stack([model.bn.running_mean, model.bn.running_var])
 
 
@@ -76,7 +76,7 @@ def one_step(folder, bn: str, accumulate: int) -> tuple[dict[str, float], torch.
     """Losses and weights after one step of SGD; on one process too."""
     r = recipe("digits_r50_c4", *SMALL, f"bn={bn}", f"accumulate={accumulate}")
     data = open_digits(folder / "scenes", Scenes(train=4, test=3), None, None)
-    place = device.rank(), device.world_size()
+    place = rank.rank(), rank.world_size()
     batch = next(inputs.training_batches(inputs.trainable(data.train), r, 0, 1, *place))
     model = share_statistics(build_detector(encoder(), 10, r), r.bn)
     losses = fine_tune.Trainer(model, r, folder / f"step_{bn}", CPU, Cost("cpu")).step(batch, 0)
@@ -90,13 +90,13 @@ def one_without_objects(folder) -> tuple[dict[str, float], bool]:
     r = recipe("coco_r50_fpn_1x", *few)
     model = share_statistics(build_detector(encoder(), 2, r), r.bn)
     trainer = fine_tune.Trainer(model, r, folder / "masks", CPU, Cost("cpu"))
-    picture = torch.randint(0, 255, (3, 64, 64 + 32 * device.rank()), dtype=torch.uint8)
-    objects = 1 - device.rank()
+    picture = torch.randint(0, 255, (3, 64, 64 + 32 * rank.rank()), dtype=torch.uint8)
+    objects = 1 - rank.rank()
     boxes, labels = torch.tensor([[10.0, 10, 60, 60]])[:objects], torch.ones(objects, dtype=torch.long)
     masks = [[np.array([10.0, 10, 60, 10, 60, 60])]][:objects]
     batch = [picture], [{"boxes": boxes, "labels": labels, "masks": masks}]
     losses = [trainer.step(batch, iteration) for iteration in range(2)][-1]
-    return {name: value.item() for name, value in losses.items()}, device.same_on_all_ranks(*model.parameters())
+    return {name: value.item() for name, value in losses.items()}, collectives.same_on_all_ranks(*model.parameters())
 
 
 def whole(folder, *settings: str) -> dict:
@@ -109,7 +109,7 @@ def interrupted(folder) -> str:
     step = fine_tune.Trainer.step
 
     def step_and_signal(self, batch, iteration):
-        if iteration == 1 and device.rank() == 1:
+        if iteration == 1 and rank.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, iteration)
 
@@ -125,13 +125,13 @@ def interrupted(folder) -> str:
 
 def both_ranks(folder) -> dict:
     """Everything the tests below look at, as one rank sees it."""
-    torch.manual_seed(device.rank())
+    torch.manual_seed(rank.rank())
     naive = share_statistics(nn.Sequential(norm()), "naive_sync")[0]
     model = build_detector(encoder(), 10, recipe())
     names = list(model.state_dict())
     return {
         "equal": through(naive, share(images())),
-        "unequal": through(norm(NaiveSyncBatchNorm2d), images(SIZES[device.rank()])),
+        "unequal": through(norm(NaiveSyncBatchNorm2d), images(SIZES[rank.rank()])),
         "precise": {bn: precise(bn) for bn in ("naive_sync", "sync", "local")},
         "converted": [isinstance(naive, NaiveSyncBatchNorm2d)]
         + [type(share_statistics(nn.Sequential(norm()), bn)[0]) is kind for bn, kind in KINDS.items()],
@@ -252,7 +252,7 @@ def both_norms(_folder) -> dict:
     """Ours and detectron2's on this rank's images."""
     from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 
-    batch = images(SIZES[device.rank()])
+    batch = images(SIZES[rank.rank()])
     return {"ours": through(norm(NaiveSyncBatchNorm2d), batch), "theirs": through(norm(NaiveSyncBatchNorm), batch)}
 
 

@@ -14,18 +14,20 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.data.boxes.samples import make_sample
 from moco_eval.detection import fine_tune, inputs, torchvision_engine
 from moco_eval.detection.detect import _mean_per_class, check, detect, format_table, open_digits
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.fine_tune import optimizer_for
-from moco_eval.detection.recipe import PROTOCOLS, DetectConfig, Scenes, departures, learning_rate, rescaled
+from moco_eval.detection.recipe import PROTOCOLS, departures, learning_rate, rescaled
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.architectures import architecture, build_backbone
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.record import Cost
-from moco_eval.runtime import device
+from moco_eval.runtime import stop
 
 CPU = torch.device("cpu")
 TINY = (
@@ -203,7 +205,7 @@ def odd_batches():
 def test_precise_bn_gives_the_moments_of_all_elements_together():
     model = OneNorm()
     stream = iter([(list(batch), [{}] * 4) for batch in odd_batches()])
-    fine_tune.precise_bn(model, stream, recipe("digits_r50_c4", "precise_bn=3"), CPU, device.Stop())
+    fine_tune.precise_bn(model, stream, recipe("digits_r50_c4", "precise_bn=3"), CPU, stop.Stop())
     together = torch.cat([batch.transpose(0, 1).flatten(1) for batch in odd_batches()], dim=1)
     torch.testing.assert_close(model.bn.running_mean, together.mean(1))
     torch.testing.assert_close(model.bn.running_var, together.var(1, unbiased=False))
@@ -215,7 +217,7 @@ def test_precise_bn_is_fvcores():
     update_bn_stats = pytest.importorskip("fvcore.nn.precise_bn").update_bn_stats
     ours, theirs = OneNorm(), OneNorm()
     stream = iter([(list(batch), [{}] * 4) for batch in odd_batches()])
-    fine_tune.precise_bn(ours, stream, recipe("digits_r50_c4", "precise_bn=3"), CPU, device.Stop())
+    fine_tune.precise_bn(ours, stream, recipe("digits_r50_c4", "precise_bn=3"), CPU, stop.Stop())
     theirs.forward = lambda batch: theirs.bn(batch)
     update_bn_stats(theirs, odd_batches(), 3)
     torch.testing.assert_close(ours.bn.running_mean, theirs.bn.running_mean)

@@ -21,17 +21,16 @@ from moco_eval.detection.average_precision import (
     ONE_BASED,
     Detections,
     _as_text,
-    area_under,
     class_curves,
     coco_ap,
     coco_rows,
-    eleven_point,
     evaluate,
     rank,
     voc_ap,
     without_objects,
 )
 from moco_eval.detection.pictures import decode
+from moco_eval.results.metrics import area_under, eleven_point
 
 
 def sample(boxes, labels=None, difficult=None):

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.coco import read_coco_folder
 from moco_eval.data.boxes.samples import make_sample
 from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import evaluate
 from moco_eval.detection.inputs import View
 from moco_eval.detection.masks import decoded, encoded, mask_targets
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.errors import InputError
 

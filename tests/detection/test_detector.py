@@ -11,14 +11,15 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig
 from moco_eval.detection import matching, proposals, regions
 from moco_eval.detection.backbones import Pyramid
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.detector_names import detector_from_detectron2, detector_to_detectron2
-from moco_eval.detection.recipe import DetectConfig
 from moco_eval.encoders.architectures import architecture, build_backbone
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 
 RECIPES = {
     "r50_c4": ("r50_c4_24k", "roi.pool_size=4"),

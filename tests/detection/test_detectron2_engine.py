@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.detection import engine as engines
 from moco_eval.detection import torchvision_engine
 from moco_eval.detection.average_precision import evaluate
@@ -19,10 +20,9 @@ from moco_eval.detection.detect import detect, open_digits
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.detector_names import detector_to_detectron2
 from moco_eval.detection.engine import choose
-from moco_eval.detection.recipe import DetectConfig, Scenes
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed
-from moco_eval.runtime.device import Stop
+from moco_eval.runtime.stop import Stop
 
 CPU = torch.device("cpu")
 QUARTER = "random:resnet50_quarter"
@@ -168,7 +168,7 @@ class TestConfig:
         from dataclasses import replace
 
         from moco_eval.detection.detectron2_config import config_of
-        from moco_eval.encoders.encoder import Preprocessing
+        from moco_eval.preprocessing import Preprocessing
 
         msra = replace(
             encoder("random:resnet50"),

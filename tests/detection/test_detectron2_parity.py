@@ -8,12 +8,13 @@ import torch
 from checkpoints import used
 
 from moco_eval.config import load as configs
+from moco_eval.config.detection import DetectConfig
 from moco_eval.detection import matching, proposals, regions
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.detector_names import detector_from_detectron2, detector_to_detectron2
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.masks import decoded
-from moco_eval.detection.recipe import DetectConfig, learning_rate
+from moco_eval.detection.recipe import learning_rate
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.architectures import architecture, build_backbone
 from moco_eval.encoders.encoder import Encoder

@@ -9,35 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import (
-    ARCH,
-    FILES,
-    PREPROCESSING,
-    VIT,
-    body,
-    error,
-    linear,
-    mlp,
-    moco,
-    network,
-    ours,
-    under,
-    written,
-)
+from checkpoints import ARCH, FILES, PREPROCESSING, VIT, body, error, linear, mlp, moco, network, ours, under, written
 from commands import ROOT, error_line
 from torch import nn
 
 from moco_eval.encoders import infer
 from moco_eval.encoders.architectures import ARCHITECTURES, architecture, build_backbone, build_resnet, names
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import structure
 from moco_eval.encoders.inspect import describe, format_description
 from moco_eval.encoders.layouts import LAYOUTS
-from moco_eval.encoders.load import load, run_name
+from moco_eval.encoders.load import load
+from moco_eval.encoders.naming import run_name
 from moco_eval.encoders.prove import prove
 from moco_eval.encoders.recognise import MOMENTUM
 from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
 
 # What is said beside
 

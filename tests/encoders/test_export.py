@@ -20,13 +20,14 @@ from commands import ROOT, environment
 from torch import nn
 
 from moco_eval.encoders.architectures import build_backbone, build_resnet
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export import convert as export
 from moco_eval.encoders.export.convert import convert
 from moco_eval.encoders.export.detectron2 import from_detectron2, settings_of, to_detectron2, yaml_of
 from moco_eval.encoders.fingerprint import activations_sha256, probe_features
 from moco_eval.encoders.load import MSRA, load
 from moco_eval.errors import InputError, RunFailed
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
 from moco_eval.untrusted import pickle_read
 

@@ -14,7 +14,7 @@ from checkpoints import VIT, used
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moco_eval.encoders import load as loading
+from moco_eval.encoders import libraries as loading
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 

@@ -17,7 +17,7 @@ import yaml
 from commands import environment, error_line, in_process, start
 
 from moco_eval.config import load as configs
-from moco_eval.encoders import zoo
+from moco_eval.encoders import download, zoo
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers.tables import load_table, tables
 from moco_eval.runtime import files
@@ -324,11 +324,11 @@ def test_a_whole_download(served, cache, capfd, monkeypatch, checksum, words):
 
 
 def test_what_is_there_is_verified_and_not_fetched(served, server, cache, capfd, monkeypatch):
-    zoo.fetch("mine")
+    download.fetch("mine")
     server.asked.clear()
     out, err = in_process(capfd, monkeypatch, "fetch", "mine")
     assert out == f"{cache}/mine.pth\n" and "mine: already there" in err and not server.asked
-    assert zoo.path_of("mine") == cache / "mine.pth"
+    assert download.path_of("mine") == cache / "mine.pth"
 
 
 def test_output(served, tmp_path, capfd, monkeypatch):
@@ -342,16 +342,16 @@ def test_a_file_put_there_by_hand_is_verified(served, server, cache):
     served(checksum={"md5": MD5[:6]})
     cache.mkdir(parents=True)
     (cache / "mine.pth").write_bytes(WEIGHTS)
-    assert zoo.path_of("mine").read_bytes() == WEIGHTS and not server.asked
+    assert download.path_of("mine").read_bytes() == WEIGHTS and not server.asked
     (cache / "mine.pth").write_bytes(CHANGED)
     with pytest.raises(InputError, match=r"mine.pth has md5 \w{32}, expected md5 starting with .* remove it"):
-        zoo.path_of("mine")
+        download.path_of("mine")
     assert (cache / "mine.pth").read_bytes() == CHANGED
 
 
 def test_several_at_once_download_once(served, server):
     with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(zoo.fetch, ["mine"] * 4))) == 1
+        assert len(set(pool.map(download.fetch, ["mine"] * 4))) == 1
     assert len(server.asked) == 1
 
 
@@ -361,7 +361,7 @@ def test_a_record_that_cannot_be_written_is_told(served, cache, monkeypatch, cap
 
     monkeypatch.setattr(files, "write_text", refuse)
     monkeypatch.setattr(files, "write_json", lambda path, value: None)
-    zoo.fetch("mine")
+    download.fetch("mine")
     assert "is not recorded for the next time" in capfd.readouterr().err
 
 
@@ -372,7 +372,7 @@ def cut(server, at=1_000_000):
     """A first fetch, whose connection breaks."""
     server.cut = at
     with pytest.raises(RunFailed, match=r"the connection to 127.0.0.1:\d+ broke .* run the same command to go on"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     server.cut = None
     return server.asked[-1]
 
@@ -381,7 +381,7 @@ def test_a_cut_download_goes_on(served, server, cache):
     cut(server)
     assert (cache / "mine.pth.part").read_bytes() == WEIGHTS[:1_000_000]
     assert not (cache / "mine.pth").exists()
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert (server.asked[-1]["Range"], server.asked[-1]["If-Range"]) == ("bytes=1000000-", '"one"')
     assert left(cache) == ["mine.pth", "mine.pth.sha256"]
 
@@ -389,28 +389,28 @@ def test_a_cut_download_goes_on(served, server, cache):
 def test_it_goes_on_by_date_where_there_is_no_strong_etag(served, server):
     server.etag, server.date = 'W/"weak"', "Wed, 18 Jan 2023 15:37:33 GMT"
     cut(server)
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert server.asked[-1]["If-Range"] == server.date and "Range" in server.asked[-1]
 
 
 def test_without_etag_and_date_it_starts_anew(served, server):
     server.etag = None
     cut(server)
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert "Range" not in server.asked[-1]
 
 
 def test_a_server_without_ranges_starts_anew(served, server):
     server.ranges = False
     cut(server)
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert "Range" in server.asked[-1]
 
 
 def test_a_file_that_has_changed_is_not_glued_together(served, server):
     cut(server)
     server.content, server.etag = CHANGED, '"two"'
-    assert zoo.fetch("mine").read_bytes() == CHANGED
+    assert download.fetch("mine").read_bytes() == CHANGED
 
 
 def test_a_server_that_glues_is_found_out(served, server, cache):
@@ -418,14 +418,14 @@ def test_a_server_that_glues_is_found_out(served, server, cache):
     cut(server)
     server.content, server.if_range = CHANGED, False
     with pytest.raises(RunFailed, match=f"expected sha256 {SHA256}"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     assert not left(cache)
 
 
 def test_another_url_starts_anew(served, server, manifest):
     cut(server)
     manifest(mine=entry_with(url=server.url.replace("weights", "others")))
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert "Range" not in server.asked[-1]
 
 
@@ -433,23 +433,23 @@ def test_a_part_that_was_not_asked_for_is_refused(served, server, cache):
     cut(server)
     server.content_range = "bytes 5-9/10"
     with pytest.raises(RunFailed, match="another part than was asked for"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     assert not left(cache)
 
 
 def test_a_shorter_file_than_we_have_starts_anew(served, server):
     cut(server)
     server.content, server.if_range = WEIGHTS[:1000], False
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS[:1000]
+    assert download.fetch("mine").read_bytes() == WEIGHTS[:1000]
     assert ["Range" in asked for asked in server.asked] == [False, True, False]
 
 
 def test_what_was_interrupted_before_it_was_verified_is_not_asked_for_again(served, server, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(zoo, "_verify", lambda place, file: signal.raise_signal(signal.SIGINT))
-        zoo.fetch("mine")
+        patch.setattr(download, "_verify", lambda place, file: signal.raise_signal(signal.SIGINT))
+        download.fetch("mine")
     server.asked.clear()
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS and not server.asked
+    assert download.fetch("mine").read_bytes() == WEIGHTS and not server.asked
 
 
 def test_ctrl_c_keeps_what_has_arrived(served, server, cache):
@@ -464,7 +464,7 @@ def test_ctrl_c_keeps_what_has_arrived(served, server, cache):
     assert fetching.returncode == 3 and not out
     assert "Interrupted: mine: 1.0 MB are kept; run the same command to go on" in err and "Traceback" not in err
     server.pause = 0.0
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert server.asked[-1]["Range"] == "bytes=1000000-"
 
 
@@ -473,9 +473,9 @@ def test_interrupted_says_what_is_kept(served, capfd, monkeypatch):
         yield response.read(zoo.MB)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(zoo, "_blocks", two_blocks)
+    monkeypatch.setattr(download, "_blocks", two_blocks)
     with pytest.raises(Interrupted, match=r"mine: 1.0 MB are kept"):
-        zoo.fetch("mine")
+        download.fetch("mine")
 
 
 # What is not what was published
@@ -494,9 +494,9 @@ def test_a_wrong_checksum_removes_the_file(served, server, cache, capfd, monkeyp
 
 def test_another_size_is_not_even_fetched(served, server, cache, monkeypatch):
     served(bytes=100)
-    monkeypatch.delattr(zoo, "_save")
+    monkeypatch.delattr(download, "_save")
     with pytest.raises(RunFailed, match="has 2560000 bytes, expected 100 as published"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     assert not left(cache)
 
 
@@ -507,36 +507,36 @@ def test_another_size_that_is_not_announced(served, server, cache, size, message
     served(bytes=size)
     server.length = False
     with pytest.raises(RunFailed, match=message):
-        zoo.fetch("mine")
+        download.fetch("mine")
     assert not left(cache)
 
 
 def test_a_stream_without_end_ends(served, server, cache, monkeypatch):
     monkeypatch.setattr(zoo, "LARGEST", 2 * zoo.MB)
     with pytest.raises(RunFailed, match="more than 2000000 are not fetched"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     server.length = False
     with pytest.raises(RunFailed, match="sends more than 2000000 bytes"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     assert not left(cache)
 
 
 def test_without_a_published_checksum_the_last_one_counts(served, server, cache):
-    path = zoo.fetch("mine")
+    path = download.fetch("mine")
     path.unlink()
     server.content, server.etag = CHANGED, '"two"'
     with pytest.raises(RunFailed, match=f"expected {SHA256} as the last time .to accept it, remove .*mine.pth.sha256"):
-        zoo.fetch("mine")
+        download.fetch("mine")
     assert left(cache) == ["mine.pth.sha256"]
     (cache / "mine.pth.sha256").unlink()
-    assert zoo.fetch("mine").read_bytes() == CHANGED
+    assert download.fetch("mine").read_bytes() == CHANGED
 
 
 def test_a_whole_published_checksum_counts_more_than_the_last_one(served, cache):
     cache.mkdir(parents=True)
     (cache / "mine.pth.sha256").write_text("0" * 64 + "  mine.pth\n")
     served(checksum={"sha256": SHA256})
-    zoo.fetch("mine")
+    download.fetch("mine")
     assert (cache / "mine.pth.sha256").read_text().startswith(SHA256)
 
 
@@ -560,23 +560,23 @@ def test_offline_says_where_to_put_the_file(served, server, cache, capfd, monkey
 
 
 def test_a_server_that_says_nothing(served, server, monkeypatch):
-    monkeypatch.setattr(zoo, "TIMEOUT", 0.1)
+    monkeypatch.setattr(download, "TIMEOUT", 0.1)
     server.pause = 1.0
     with pytest.raises(RunFailed, match=r"broke .*timed out.*run the same command to go on"):
-        zoo.fetch("mine")
+        download.fetch("mine")
 
 
 @pytest.mark.parametrize("location", ["http://x.org/weights.pth", "ftp://x.org/a", "file:///etc/passwd"])
 def test_a_redirect_away_from_https_is_not_followed(served, server, location):
     server.status, server.location = 302, location
     with pytest.raises(RunFailed, match=f"redirects to {location}; only https is fetched|is not allowed"):
-        zoo.fetch("mine")
+        download.fetch("mine")
 
 
 def test_a_redirect_is_asked_for_the_same_part(served, server):
     cut(server)
     server.status, server.location = 302, server.url.replace("weights", "elsewhere")
-    assert zoo.fetch("mine").read_bytes() == WEIGHTS
+    assert download.fetch("mine").read_bytes() == WEIGHTS
     assert [asked["Range"] for asked in server.asked[1:]] == ["bytes=1000000-"] * 2
 
 

@@ -10,15 +10,18 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 
-from moco_eval.config.load import Augmentation
-from moco_eval.data.catalogue import ImageSet, open_images
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.config.base import Augmentation
+from moco_eval.data.catalogue import open_images
+from moco_eval.data.image_set import ImageSet
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features import cache
 from moco_eval.features import extract as features
 from moco_eval.features.cache import Features, Source, features_of, several_features_of
-from moco_eval.features.extract import Crops, Several, extract, network
+from moco_eval.features.extract import Crops, extract
+from moco_eval.features.stages import Several, network
+from moco_eval.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 SMALL = Preprocessing(32, 32, (0.3,) * 3, (0.3,) * 3)

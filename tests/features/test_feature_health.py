@@ -12,12 +12,14 @@ from scipy.special import i0
 from moco_eval.classification import knn, linear_quick
 from moco_eval.classification.judge import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import Augmentation, KnnConfig, QuickConfig
+from moco_eval.config.base import Augmentation
+from moco_eval.config.classification import KnnConfig, QuickConfig
 from moco_eval.data import in_memory
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.features import cache, health, sample
-from moco_eval.features.extract import Crops, network, pixels
+from moco_eval.features.extract import Crops, pixels
+from moco_eval.features.stages import network
 from moco_eval.report.page import write_report
 from moco_eval.runtime.files import read_json
 

@@ -8,15 +8,16 @@ import torch
 from checkpoints import VIT, body, caffe2, mlp, moco, network, transformer, under, written
 from PIL import Image
 
+from moco_eval.config.detection import DetectConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.loader import Normalise, clean_transform, crop_transform
 from moco_eval.detection.detector import Detector, check_architecture
-from moco_eval.detection.recipe import DetectConfig
-from moco_eval.encoders import zoo
-from moco_eval.encoders.encoder import Encoder, Preprocessing
+from moco_eval.encoders import download
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import MSRA, load
 from moco_eval.errors import InputError
-from moco_eval.features.extract import network as feature_network
+from moco_eval.features.stages import network as feature_network
+from moco_eval.preprocessing import Preprocessing
 
 from commands import in_process  # isort: skip
 
@@ -144,7 +145,7 @@ def test_networks_that_no_c4_detector_takes(arch):
 
 def test_pretraining_takes_resnets():
     from moco_eval.config import load as configs
-    from moco_eval.config.load import PretrainConfig
+    from moco_eval.config.pretrain import PretrainConfig
     from pretraining.plan import plan
 
     vit = configs.load("digits", "pretrain", PretrainConfig, [f"arch={VIT}"])
@@ -157,7 +158,7 @@ def test_pretraining_takes_resnets():
 
 def test_a_checkpoint_of_the_zoo(tmp_path, monkeypatch):
     path = written(tmp_path, {"state_dict": moco(mlp)})
-    monkeypatch.setattr(zoo, "path_of", lambda name: tmp_path / "encoder.pth")
+    monkeypatch.setattr(download, "path_of", lambda name: tmp_path / "encoder.pth")
     encoder = load("zoo:moco_v2_800ep")
     assert (encoder.source, encoder.run_name, encoder.origin) == (
         "zoo:moco_v2_800ep",

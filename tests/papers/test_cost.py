@@ -9,13 +9,14 @@ import torch
 import yaml
 from test_papers import cifar_record
 
+from moco_eval.config import classification
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
-from moco_eval.detection.recipe import DetectConfig
+from moco_eval.config.detection import DetectConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.encoders.architectures import architecture
 from moco_eval.papers import cost, tables
 from moco_eval.papers import steps as chain
-from moco_eval.results import record as results
+from moco_eval.results.environment import hardware
 from moco_eval.runtime.text import duration
 
 CPU = torch.device("cpu")
@@ -120,9 +121,9 @@ def test_only_moco_encodes_keys_without_gradient(mechanism, train, forward, step
 
 def test_what_each_protocol_looks_at(steps, table):
     arch = "resnet18_quarter"
-    epochs = configs.load("digits", "linear", configs.judge_model("digits", "linear")).schedule.epochs
-    crops = configs.load("quick", "linear", configs.judge_model("quick", "linear")).crops
-    tuned = configs.load("digits", "finetune", configs.judge_model("digits", "finetune"))
+    epochs = configs.load("digits", "linear", classification.judge_model("digits", "linear")).schedule.epochs
+    crops = configs.load("quick", "linear", classification.judge_model("quick", "linear")).crops
+    tuned = configs.load("digits", "finetune", classification.judge_model("digits", "finetune"))
     assert pieces(steps, table, "knn") == [("forward", arch, TRAIN + TEST)]
     assert pieces(steps, table, "linear") == [("forward", arch, 3 * (epochs * TRAIN + TEST))]  # three trials
     assert pieces(steps, table, "quick") == [("forward", arch, (1 + crops) * TRAIN + TEST)]
@@ -166,7 +167,7 @@ def test_gpus_share_the_work_and_a_cpu_is_shared(steps, table, monkeypatch):
 
 
 def here(record, seconds, **changes):
-    where = {"hardware": results.hardware(), "command": "moco-eval knn x", "time": "2026-01-01T00:00:00+0000"}
+    where = {"hardware": hardware(), "command": "moco-eval knn x", "time": "2026-01-01T00:00:00+0000"}
     return record | {"cost": {"seconds": seconds, "device": "cpu", "cached_images": 0}, "environment": where} | changes
 
 
@@ -192,7 +193,7 @@ def test_a_record_of_the_same_evaluation_on_this_machine_is_preferred():
         {"cost": {"seconds": 120.0, "device": "cuda", "cached_images": 0}},
         {"cost": {"seconds": 120.0, "device": "cpu", "cached_images": 60_000}},
         {"environment": {"hardware": {"machine": "another"}, "command": "moco-eval knn x"}},
-        {"environment": {"hardware": results.hardware(), "command": "moco-eval knn x --nproc 4"}},
+        {"environment": {"hardware": hardware(), "command": "moco-eval knn x --nproc 4"}},
     ],
 )
 def test_another_record_tells_nothing(changes):

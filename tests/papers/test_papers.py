@@ -12,7 +12,8 @@ import yaml
 from commands import in_process
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.deviations import flatten
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import OFFICIAL
 from moco_eval.detection.recipe import PROTOCOLS
 from moco_eval.errors import InputError
@@ -408,7 +409,7 @@ def test_other_groups_of_batch_norm_than_the_papers_are_a_deviation(processes, g
 def test_each_setting_of_a_row_changes_the_shipped_config(name, label):
     _, row = row_of(name, label)
     shipped = configs.load(row.recipe.config, "pretrain", PretrainConfig).model_dump(mode="json")
-    flat, resolved = configs.flatten(shipped), row.recipe.settings()
+    flat, resolved = flatten(shipped), row.recipe.settings()
     assert not [key for key in row.recipe.set if resolved[key] == flat[key]]
 
 

@@ -14,8 +14,8 @@ from commands import environment, error_line, in_process, moco_eval
 
 from moco_eval.cli import main
 from moco_eval.config import load as configs
-from moco_eval.config.load import judge_model
-from moco_eval.detection.recipe import DetectConfig
+from moco_eval.config.classification import judge_model
+from moco_eval.config.detection import DetectConfig
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import reproduce, slurm, tables
 from moco_eval.papers import steps as chain

@@ -7,7 +7,7 @@ import torch
 from test_resume import SETTINGS
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from pretraining.alarms import PATIENCE, alarms
 from pretraining.plan import Plan, plan
 from pretraining.train import pretrain

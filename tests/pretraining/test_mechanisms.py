@@ -7,7 +7,8 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from moco_eval.runtime.device import gather_with_gradient, parallel, rank
+from moco_eval.runtime.collectives import gather_with_gradient, parallel
+from moco_eval.runtime.rank import rank
 from pretraining.mechanisms import EndToEnd, MemoryBank, draw_outside
 from pretraining.moco import MoCo
 from pretraining.train import algorithm_1

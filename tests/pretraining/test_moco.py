@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.runtime.batch_norm import SplitBatchNorm2d, SyncBatchNorm2d, split_batch_norm
 from pretraining.mechanisms import build
 from pretraining.moco import MoCo, Step, info_nce

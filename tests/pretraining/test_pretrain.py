@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.loader import Normalise
 from moco_eval.encoders.architectures import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed

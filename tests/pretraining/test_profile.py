@@ -8,7 +8,7 @@ import torch
 from commands import error_line, in_process
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from pretraining.bottleneck import Parts
 from pretraining.feed import Feed
 from pretraining.plan import plan

@@ -7,14 +7,15 @@ from ranks import run_ranks
 from tars import write_shards
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.loader import Batches, loader, share
-from moco_eval.encoders.encoder import Preprocessing
 from moco_eval.errors import Interrupted
 from moco_eval.features.extract import extract
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.batch_norm import SyncBatchNorm2d
-from moco_eval.runtime.device import all_sum, rank, same_on_all_ranks, world_size
+from moco_eval.runtime.collectives import all_sum, same_on_all_ranks
+from moco_eval.runtime.rank import rank, world_size
 from pretraining import moco
 from pretraining.mechanisms import build
 from pretraining.plan import plan

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moco_eval.config import load as configs
-from moco_eval.config.load import PretrainConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.errors import InputError
 from moco_eval.features import sample
 from moco_eval.papers import tables

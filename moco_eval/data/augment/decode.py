@@ -5,7 +5,7 @@ import simplejpeg
 import torch
 from torch.nn.functional import interpolate
 
-from moco_eval.data.catalogue import ImageSet, decode_bytes
+from moco_eval.data.image_set import ImageSet, decode_bytes
 
 LARGEST = 2**26  # pixels; PIL, which decides about larger ones, refuses from 2.7 times as many
 

@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 
 from moco_eval.data.augment.decode import cut, photo
 from moco_eval.data.augment.steps import Crop, Fuse, Recipe, unfused
-from moco_eval.data.catalogue import ImageSet
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import draw_seed, drawing
 from moco_eval.errors import InputError
 from moco_eval.runtime import files

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from moco_eval.errors import InputError
-from moco_eval.runtime.device import log
+from moco_eval.runtime.console import log
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"))
 EXIF_ORIENTATION = 0x0112

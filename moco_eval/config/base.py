@@ -1,0 +1,107 @@
+"""What every config is made of."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Positive = Field(gt=0)
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None):
+            raise ValueError("a number is wanted, not true or false")
+        return value
+
+
+class Sgd(Model):
+    """SGD; `lr` belongs to the batch size written beside it."""
+
+    lr: float = Positive
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class Schedule(Model):
+    """The learning rate, set once per epoch.
+
+    cosine: lr/2 (1 + cos(pi e/E)) with e counted from `count_from` (0 in MoCo v2, 1 in the CIFAR-10 demo);
+    step: a tenth (`gamma`) at each of `milestones`, in epochs.
+    """
+
+    kind: Literal["cosine", "step"]
+    epochs: int = Positive
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+    count_from: Literal[0, 1] = 0
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self):
+        if (self.kind == "step") != bool(self.milestones):
+            raise ValueError(f"schedule.kind {self.kind!r} {'needs' if self.kind == 'step' else 'takes no'} milestones")
+        return self
+
+
+class Expect(Model):
+    """A published number for this recipe."""
+
+    protocol: str
+    metrics: dict[str, float]
+    std: float | None = None
+    source: str
+
+
+class Augmentation(Model):
+    """Training crops of the linear protocol: area scale of the random-resized crop, horizontal flip or not."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _an_area(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("crop_scale is the smallest and largest area of a crop, 0 < smallest <= largest <= 1")
+        return scale
+
+
+class Published(Model):
+    """A published number of a protocol: whose weights, what came out, where it stands."""
+
+    encoder: str
+    metrics: dict[str, float]
+    source: str
+
+
+# Keys that do not move a number beyond the spread of the seed; all others count as deviations.
+NEUTRAL_KEYS = (
+    "workers",
+    "seed",
+    "expect",
+    "log_every",
+    "checkpoints",
+    "bad_images",
+    "max_steps",
+    "compile",
+    "deterministic",
+    "knn",
+    "views.backend",
+    "memory",
+    "test_every",
+)
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a dotted key moves no number beyond the spread of the seed."""
+    return is_among(key, NEUTRAL_KEYS)
+
+
+def is_among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `keys` or below one of them."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)

@@ -1,0 +1,36 @@
+"""What an encoder is called: its run's name, the hash of its weights."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from moco_eval.untrusted.read import SUFFIXES
+
+
+def run_name(path: Path) -> str:
+    """A checkpoint's short name: its stem; RUN-epoch_0012 for RUN/checkpoints/epoch_0012.pth."""
+    path = path.absolute()
+    stem = next(
+        (path.name.removesuffix(suffix) for suffix in (".pth.tar", *SUFFIXES) if path.name.endswith(suffix)),
+        "",
+    )
+    stem = stem or path.stem
+    if path.parent.name == "checkpoints" and path.parent.parent.name:
+        stem = f"{path.parent.parent.name}-{stem}"
+    return safe_name(stem)
+
+
+def safe_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:100] or "checkpoint"
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

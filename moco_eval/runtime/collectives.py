@@ -1,0 +1,117 @@
+"""What processes tell each other. Collectives vanish at world size 1."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moco_eval.errors import InputError
+from moco_eval.runtime.rank import is_main, rank, world_size
+
+
+def parallel(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with gradients averaged over ranks; buffers stay each rank's own. Itself at world size 1."""
+    if world_size() == 1:
+        return module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a new name for broadcast_buffers since torch 2.14
+        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values in place, on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def from_main(values: list) -> list:
+    """Rank 0's plain values, on every rank."""
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values
+
+
+def found_by_main(look: Callable[[], Any]) -> Any:
+    """What the first process finds, a plain value, on every process; its InputError is raised on all, and told once."""
+    found, refusal = None, ""
+    if is_main():
+        try:
+            found = look()
+        except InputError as error:
+            refusal = str(error)
+    found, refusal = from_main([found, refusal])
+    if refusal:
+        refused = InputError(refusal)
+        refused.told = not is_main()
+        raise refused
+    return found
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate every rank's tensor (equal shapes) along dimension 0, in rank order; no gradient."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """`gather` whose backward sums over ranks what each rank's loss asks of a key, as one process would."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = all_sum(gradient.clone(memory_format=torch.contiguous_format))
+        N = len(gradient) // world_size()
+        return gradient[rank() * N : (rank() + 1) * N]
+
+
+def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """Every rank's rows along dimension 0, in rank order; the gradient of each rank's loss comes back to its owner."""
+    return rows if world_size() == 1 else _Gather.apply(rows)
+
+
+def union(values: set) -> set:
+    """The union over ranks, on every rank."""
+    if world_size() == 1:
+        return values
+    everyone: list[set] = [set()] * world_size()
+    dist.all_gather_object(everyone, values)
+    return set().union(*everyone)
+
+
+def gather_lists(values: list) -> list[list]:
+    """Every rank's list, in rank order, on every rank."""
+    if world_size() == 1:
+        return [values]
+    everyone: list[list] = [[]] * world_size()
+    dist.all_gather_object(everyone, values)
+    return everyone
+
+
+def same_on_all_ranks(*tensors: torch.Tensor) -> bool:
+    """Whether every rank holds bit-identical tensors: their sha256, compared."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return len(union({digest.hexdigest()})) == 1
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor

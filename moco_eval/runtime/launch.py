@@ -1,0 +1,73 @@
+"""Processes: started on this machine, and joined to a group."""
+
+import contextlib
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moco_eval.runtime.console import warn
+from moco_eval.runtime.device import choose_device
+
+# With it torchrun opens a new store at each restart; in a shared one the dead workers' addresses are still found.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[torch.device]:
+    """Join torchrun's process group if there is one; yield this process's device; leave the group at the end.
+
+    Raises:
+        InputError: a device that is not there.
+    """
+    chosen = choose_device(device)
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
+            warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield chosen
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
+    """Run `moco-eval ARGUMENTS` in `nproc` processes on this machine by torchrun's elastic launcher.
+
+    When a process dies, the others are ended and all start again, at most `max_restarts` times.
+
+    Returns:
+        The exit code: 0, or that of the process that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[OWN_STORE] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        monitor_interval=0.5,
+        run_id=uuid.uuid4().hex,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return next((code for code in (2, 3) if code in codes), 1)
+    except (SignalException, KeyboardInterrupt):
+        return 3
+    return 0

@@ -1,0 +1,69 @@
+"""Interruption: a signal becomes a flag that long work looks at between steps."""
+
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from moco_eval.errors import Interrupted
+from moco_eval.runtime.collectives import all_sum
+from moco_eval.runtime.rank import is_main, world_size
+
+
+class Stop:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that long work looks at between steps.
+
+    A second SIGINT ends the process at once. Every rank must agree before it stops: `requested` is collective.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    EVERY = 2.0  # seconds between two looks of several ranks
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._looked: tuple[int, float] | None = None
+        self._next = 0
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def look(self, step: int, due: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether rank 0's clock says that something is due.
+
+        Called by every rank after every step. Several ranks look together every EVERY seconds, by rank 0's pace.
+        """
+        if world_size() == 1:
+            return self.signal is not None, due
+        if step < self._next:
+            return False, False
+        now = time.monotonic()
+        before, at = self._looked or (step, now)
+        steps = max(1, self.EVERY * (step - before) // max(now - at, 1e-3))
+        first = torch.tensor([float(due), float(steps)]) * is_main()
+        said = all_sum(first.cuda() if dist.get_backend() == "nccl" else first).tolist()
+        self._looked, self._next = (step, now), step + int(said[1])
+        return self.requested(), bool(said[0])
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to stop."""
+        if world_size() == 1:
+            return self.signal is not None
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return bool(all_sum(torch.tensor([float(self.signal is not None)], device=device)).item())
+
+    def check(self, saved: str) -> None:
+        """Raises Interrupted on every rank where any was asked to stop; `saved` says what is safe. Collective."""
+        if self.requested():
+            name = "another process" if self.signal is None else signal.Signals(self.signal).name
+            raise Interrupted(f"stopped by {name}; {saved}")
