@@ -10,7 +10,7 @@ import torch
 from moco_eval.config import load as configs
 from moco_eval.config.deviations import differences
 from moco_eval.config.pretrain import PretrainConfig
-from moco_eval.data.catalogue import departures, open_images, require_whole
+from moco_eval.data.catalogue import open_images, require_whole, split_deviations
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.architectures import resnet
 from moco_eval.errors import InputError
@@ -236,7 +236,7 @@ def _deviations(run: Plan) -> list[str]:
     per_image = canonical.optimizer.lr / canonical.batch_size
     if config.mechanism == "end_to_end" and math.isclose(config.optimizer.lr, per_image * config.batch_size):
         free += ("batch_size", "optimizer.lr")  # K is the batch, and the rate follows it (P1 Fig. 3)
-    differ = differences(config, canonical, free) + departures(run.images)
+    differ = differences(config, canonical, free) + split_deviations(run.images)
     leaks = run.bn in ("none", "sync") or (run.bn == "shuffle" and run.processes == 1)
     if leaks and config.mechanism != "memory_bank":
         differ.append(f"bn {run.bn} on {run.processes} process(es), which does not protect from leaking")

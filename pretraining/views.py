@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moco_eval.config.pretrain import PretrainConfig, Views
-from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe
+from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
 from moco_eval.data.catalogue import SMALL
 from moco_eval.data.image_set import ImageSet
@@ -19,12 +19,14 @@ from moco_eval.preprocessing import Preprocessing
 # crops allowed, flip before the jitter, no blur. digits (ours): strokes keep their side, so no flip; slant and
 # thickness vary instead.
 RECIPES = {
-    "moco_v1": Recipe((Crop((0.2, 1.0)), Grey(0.2), Jitter(0.4, 0.4, 0.4, 0.4), Flip())),
-    "moco_v2": Recipe(
+    "moco_v1": ViewRecipe((Crop((0.2, 1.0)), Grey(0.2), Jitter(0.4, 0.4, 0.4, 0.4), Flip())),
+    "moco_v2": ViewRecipe(
         (Crop((0.2, 1.0)), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grey(0.2), Blur((0.1, 2.0), p=0.5), Flip())
     ),
-    "cifar10": Recipe((Crop((0.08, 1.0)), Flip(), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grey(0.2))),
-    "digits": Recipe((Affine(15, 15), Crop((0.5, 1.0), (0.8, 1.25)), Jitter(0.4, 0.4, 0, 0), Blur((0.1, 2.0), p=0.3))),
+    "cifar10": ViewRecipe((Crop((0.08, 1.0)), Flip(), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grey(0.2))),
+    "digits": ViewRecipe(
+        (Affine(15, 15), Crop((0.5, 1.0), (0.8, 1.25)), Jitter(0.4, 0.4, 0, 0), Blur((0.1, 2.0), p=0.3))
+    ),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as tv
 
-from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Recipe, Solarize, Step
+from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Solarize, ViewRecipe, ViewStep
 
 
 def photos(size: tuple[int, int], count: int) -> list[Image.Image]:
@@ -31,7 +31,7 @@ def tensor(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2).contiguous()
 
 
-def view(recipe: Recipe, image: Image.Image, u: np.ndarray, size: int) -> Image.Image:
+def view(recipe: ViewRecipe, image: Image.Image, u: np.ndarray, size: int) -> Image.Image:
     """One view by PIL, with the parameters that the numbers (D,) stand for."""
     start = 0
     for step in recipe.steps:
@@ -40,7 +40,7 @@ def view(recipe: Recipe, image: Image.Image, u: np.ndarray, size: int) -> Image.
     return image
 
 
-def apply(step: Step, image: Image.Image, u: np.ndarray, size: int) -> Image.Image:
+def apply(step: ViewStep, image: Image.Image, u: np.ndarray, size: int) -> Image.Image:
     if isinstance(step, Crop):
         top, left, height, width = step.boxes(u, np.array([image.height]), np.array([image.width]))[0].tolist()
         return tv.resized_crop(image, top, left, height, width, [size, size])
@@ -71,7 +71,7 @@ def jitter(step: Jitter, image: Image.Image, u: np.ndarray) -> Image.Image:
     return image
 
 
-def changed_by_a_tenth(step: Step) -> dict[str, Step]:
+def changed_by_a_tenth(step: ViewStep) -> dict[str, ViewStep]:
     """The step with one range changed by a tenth, by the range's name."""
     changed = {}
     for name in (field.name for field in fields(step) if getattr(step, field.name)):

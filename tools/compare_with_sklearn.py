@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from benchmark_linear import some  # isort: skip
 from moco_eval.classification.knn import vote
-from moco_eval.classification.logistic import Fit, Settings, fit_sklearn, fit_torch, loss, scores
+from moco_eval.classification.logistic import Fit, SolverSettings, fit_sklearn, fit_torch, loss, scores
 from moco_eval.classification.neighbours import Neighbours, nearest
 from moco_eval.data.catalogue import open_splits, preprocessing_for
 from moco_eval.encoders.load import load
@@ -39,7 +39,7 @@ TIE = 1e-6
 def compare_logistic(train: torch.Tensor, y: np.ndarray, test: torch.Tensor, labels: torch.Tensor, C: float) -> dict:
     """Loss, accuracy, iterations and seconds of both solvers at one C."""
     rows: dict[str, Any] = {"C": C}
-    settings, features = Settings(max_iterations=10_000), train.double().numpy()
+    settings, features = SolverSettings(max_iterations=10_000), train.double().numpy()
     solvers = {
         "sklearn": lambda: fit_sklearn(features, y, C, settings=settings),
         "ours": lambda: fit_torch(train.double(), y, C, torch.device("cpu"), settings=settings),

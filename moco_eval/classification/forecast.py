@@ -233,7 +233,7 @@ class Shape:
         labels = self.labels().cpu().numpy()
         labels[-self.classes :] = np.arange(self.classes)
         axes = logistic.uncorrelated(features, self.device)
-        few = logistic.Settings(max_iterations=5)
+        few = logistic.SolverSettings(max_iterations=5)
 
         def piece(rows: int) -> None:
             some = np.arange(count - rows, count)  # with every class

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moco_eval.config.base import Model
-from moco_eval.data.catalogue import departures, preprocessing_departures, preprocessing_for
+from moco_eval.data.catalogue import preprocessing_deviations, preprocessing_for, split_deviations
 from moco_eval.data.image_set import ImageSet, require_single_label
 from moco_eval.data.label_subsets import is_published
 from moco_eval.encoders.encoder import Encoder
@@ -316,8 +316,8 @@ def _result(task: Task, protocol: Protocol, outcomes: Sequence[tuple[int, Outcom
         extra={"preprocessing": task.preprocessing.to_dict()},
         deviations=deviations(protocol.config, protocol.canonical, protocol.free)
         + list(told)
-        + departures(task.train, task.test)
-        + preprocessing_departures(task.train.name, task.preprocessing)
+        + split_deviations(task.train, task.test)
+        + preprocessing_deviations(task.train.name, task.preprocessing)
         + _other_labels(task, protocol.subset)
         + ([f"{task.feature} feature instead of {protocol.feature}"] if task.feature != protocol.feature else []),
     )
@@ -334,7 +334,7 @@ def _intervals(
 
 
 def _other_labels(task: Task, wanted: str | None) -> list[str]:
-    """In words, where a protocol's labels are not the ones used; `departures` names a list that nobody published."""
+    """In words, where a protocol's labels are not the ones used; `deviations` names a list that nobody published."""
     subset, few = task.train.subset, task.labels_per_class
     if subset == wanted and not few:
         return []

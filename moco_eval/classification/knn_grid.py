@@ -54,7 +54,7 @@ def run_trial(task: Task, config: KnnGridConfig, seed: int, output: Path, device
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One setting of the classifier; Euclidean votes have no temperature."""
 
     distance: Distance
@@ -67,8 +67,8 @@ class Choice:
     """The leave-one-out accuracy of every point, in percent, and the best; `left_out`: the k that the bank is too
     small for."""
 
-    best: Point
-    accuracy: dict[Point, float]
+    best: GridPoint
+    accuracy: dict[GridPoint, float]
     queries: int
     left_out: tuple[int, ...]
 
@@ -103,7 +103,7 @@ def choose(
     ks = sorted(k for k in config.k if k <= others)
     own = left_out(len(features), config.queries, seed)
     queries = features if len(own) == len(features) else features[own.numpy()]
-    right = dict[Point, int]()
+    right = dict[GridPoint, int]()
     for distance in config.distance:
         options = {"distance": distance, "memory": in_bytes(config.memory), "device": device}
         found = nearest_by_ranks(queries, features, ks[-1], own=own, **options)
@@ -131,15 +131,15 @@ def _right(
     classes: int,
     ks: Sequence[int],
     temperatures: Sequence[float | None],
-) -> dict[Point, int]:
+) -> dict[GridPoint, int]:
     """How many queries each point classifies rightly; labels (B,) of the bank, truth (Q,) of the queries."""
-    right = {Point(found.distance, k, temperature): 0 for k in ks for temperature in temperatures}
+    right = {GridPoint(found.distance, k, temperature): 0 for k in ks for temperature in temperatures}
     for part in torch.arange(len(truth)).split(max(1, VOTING // classes)):
         here = slice(int(part[0]), int(part[-1]) + 1)
         some = Neighbours(found.similarity[here], found.index[here], found.distance)
         for temperature in temperatures:
             for k, predictions in predicted(some, labels, classes, ks, temperature):
-                right[Point(found.distance, k, temperature)] += int((predictions == truth[here]).sum())
+                right[GridPoint(found.distance, k, temperature)] += int((predictions == truth[here]).sum())
     return right
 
 

@@ -86,7 +86,7 @@ def on_features(
     Raises:
         InputError: no class has an image to spare for the choice of C.
     """
-    settings = Settings(config.tolerance, config.max_iterations)
+    settings = SolverSettings(config.tolerance, config.max_iterations)
     path = costs(config.path.low, config.path.high, config.path.count)
     points = _points(train, labels, path, config.solver, config.held_out, seed, device, settings, measure)
     best = choose(points)
@@ -111,14 +111,14 @@ def _points(
     share: float,
     seed: int,
     device: torch.device,
-    settings: "Settings",
+    settings: "SolverSettings",
     measure: Measure,
-) -> list["Point"]:
+) -> list["PathPoint"]:
     """The path over C on a part of the training images; a single C needs none."""
     from joblib import cpu_count
 
     if len(path) == 1:
-        return [Point(float(path[0]), None, 0, True)]
+        return [PathPoint(float(path[0]), None, 0, True)]
     kept, held = held_out(labels, share, seed)
     _require_some(held)
     place = device if solver == "torch" else CPU
@@ -134,7 +134,7 @@ def _require_some(held: np.ndarray) -> None:
         )
 
 
-def _troubles(points: Sequence["Point"], best: "Point", fit: "Fit", settings: "Settings") -> list[str]:
+def _troubles(points: Sequence["PathPoint"], best: "PathPoint", fit: "Fit", settings: "SolverSettings") -> list[str]:
     """In words, and as warnings: fits that were stopped early; a C at the end of its path only warns."""
     late = sum(not point.converged for point in points)
     ends = f"stopped after {settings.max_iterations} iterations, before the tolerance {settings.tolerance:g}"
@@ -207,7 +207,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Point:
+class PathPoint:
     """A place on the path over C: the metric of its held-out images in percent (None where there is no choice), and how
     its fit ended."""
 
@@ -218,7 +218,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SolverSettings:
     """Where a solver stops: at a gradient whose largest entry is within `tolerance`, or after so many iterations.
 
     scikit-learn takes the gradient by weights, torch's by the uncorrelated coordinates.
@@ -291,7 +291,11 @@ def _blocks(features: Rows, device: torch.device, block: int) -> Iterator[tuple[
 
 
 def fit_sklearn(
-    features: np.ndarray, labels: np.ndarray, C: float, start: Fit | None = None, settings: Settings = Settings()
+    features: np.ndarray,
+    labels: np.ndarray,
+    C: float,
+    start: Fit | None = None,
+    settings: SolverSettings = SolverSettings(),
 ) -> Fit:
     """Minimise the objective by scikit-learn's LogisticRegression (L-BFGS).
 
@@ -353,7 +357,7 @@ def fit_torch(
     C: float,
     device: torch.device,
     start: Fit | None = None,
-    settings: Settings = Settings(),
+    settings: SolverSettings = SolverSettings(),
     axes: Uncorrelated | None = None,
     block: int = BLOCK,
 ) -> Fit:
@@ -383,7 +387,9 @@ def fit_torch(
     return Fit(weight.cpu().numpy(), (bias - weight @ axes.mean).cpu().numpy(), C, iterations, converged)
 
 
-def _minimise(places: list[torch.Tensor], closure: Callable[[], torch.Tensor], settings: Settings) -> tuple[int, bool]:
+def _minimise(
+    places: list[torch.Tensor], closure: Callable[[], torch.Tensor], settings: SolverSettings
+) -> tuple[int, bool]:
     """L-BFGS in place; how many iterations it took, and whether it ended before it was stopped."""
     evaluations = 2 * settings.max_iterations
     exact = places[0].device.type == "cpu"  # elsewhere products are in float32, and a loss is known to 1e-9
@@ -409,7 +415,7 @@ def fit_by(
     labels: np.ndarray,
     C: float,
     device: torch.device,
-    settings: Settings = Settings(),
+    settings: SolverSettings = SolverSettings(),
     start: Fit | None = None,
     axes: Uncorrelated | None = None,
 ) -> Fit:
@@ -428,10 +434,10 @@ def follow(
     path: np.ndarray,
     solver: Literal["sklearn", "torch"],
     device: torch.device = CPU,
-    settings: Settings = Settings(),
+    settings: SolverSettings = SolverSettings(),
     processes: int = 1,
     measure: Measure = accuracy,
-) -> list[Point]:
+) -> list[PathPoint]:
     """Fit at each C and measure on the held-out images.
 
     Contiguous parts of the path, each from strong to weak regularisation and each fit from the one before, run in
@@ -456,10 +462,10 @@ def _subpath(
     *,
     solver: Literal["sklearn", "torch"],
     device: torch.device,
-    settings: Settings,
+    settings: SolverSettings,
     axes: Uncorrelated | None,
     measure: Measure,
-) -> list[Point]:
+) -> list[PathPoint]:
     """Each fit starts from the one before."""
     points, fit = [], None
     with warnings.catch_warnings():
@@ -467,10 +473,10 @@ def _subpath(
         for C in path:
             fit = fit_by(solver, *train, float(C), device, settings, fit, axes)
             value = measure(scores(held[0], fit, device), torch.as_tensor(held[1]))
-            points.append(Point(fit.C, value, fit.iterations, fit.converged))
+            points.append(PathPoint(fit.C, value, fit.iterations, fit.converged))
     return points
 
 
-def choose(points: Sequence[Point]) -> Point:
+def choose(points: Sequence[PathPoint]) -> PathPoint:
     """The best on held-out images; of equals the most regularised."""
     return max(points, key=lambda point: (point.held_out or 0.0, -point.C))

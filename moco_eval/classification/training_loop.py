@@ -26,7 +26,7 @@ class Epochs(Protocol):
     epochs: int
 
 
-class Settings(Protocol):
+class LoopSettings(Protocol):
     """What the loop reads of a config."""
 
     batch_size: int
@@ -64,7 +64,7 @@ class Loop:
         self,
         learner: Learner,
         images: ImageSet,
-        config: Settings,
+        config: LoopSettings,
         preprocessing: Preprocessing,
         seed: int,
         state: Path,

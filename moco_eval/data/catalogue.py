@@ -8,30 +8,12 @@ from typing import Any
 from moco_eval.config.load import did_you_mean
 from moco_eval.data import in_memory
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
-from moco_eval.data.image_set import ImageSet, decode_bytes, require_single_label
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import list_images
 from moco_eval.data.label_subsets import is_published
 from moco_eval.data.shards import open_shards
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
-
-__all__ = [
-    "NAMES",
-    "OFFICIAL",
-    "SMALL",
-    "ImageSet",
-    "check",
-    "data_folder",
-    "decode_bytes",
-    "departures",
-    "known",
-    "open_images",
-    "open_splits",
-    "preprocessing_departures",
-    "preprocessing_for",
-    "require_single_label",
-    "require_whole",
-]
 
 IN_MEMORY: dict[str, Callable[[Path, str], ImageSet]] = {
     "cifar10": in_memory.cifar10,
@@ -132,7 +114,7 @@ def open_splits(
     return train, test
 
 
-def departures(*images: ImageSet) -> list[str]:
+def split_deviations(*images: ImageSet) -> list[str]:
     """In words, where a split of a known data set has not the number of images it was published with.
 
     Also where a list file chose the training images and is none that was published. Of a subset, its whole is counted.
@@ -159,7 +141,7 @@ def known() -> list[str]:
 
 
 def check(name: str, data: Path | None, train_split: str | None = None, test_split: str | None = None) -> list[str]:
-    """What a copy of a data set holds and where it departs from the published one, in lines.
+    """What a copy of a data set holds and where it deviates from the published one, in lines.
 
     Raises:
         InputError: as `open_splits`.
@@ -172,7 +154,7 @@ def check(name: str, data: Path | None, train_split: str | None = None, test_spl
     if splits[0].classes:
         several = ", several in an image" if splits[0].multi_label else ""
         lines.append(f"{len(splits[0].classes)} classes{several}; metric {splits[0].metric}")
-    lines += [f"not as published: {words}" for words in departures(*splits)]
+    lines += [f"not as published: {words}" for words in split_deviations(*splits)]
     return lines + [f"damaged: {words}" for one in splits for words in one.damaged]
 
 
@@ -250,7 +232,7 @@ def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Prepr
     return encoder_says or SMALL.get(dataset, Preprocessing())
 
 
-def preprocessing_departures(dataset: str, used: Preprocessing) -> list[str]:
+def preprocessing_deviations(dataset: str, used: Preprocessing) -> list[str]:
     """In words, where images are cut to another size than the data set's protocols do (224 of 256; 32 for CIFAR)."""
     usual = SMALL.get(dataset, Preprocessing())
     if (used.size, used.resize) == (usual.size, usual.resize):

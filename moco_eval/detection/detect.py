@@ -19,7 +19,7 @@ from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.plots import loss_curves, per_class_bars
-from moco_eval.detection.recipe import departures
+from moco_eval.detection.recipe import recipe_deviations
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
@@ -112,7 +112,7 @@ def plan(
     if dataset == "digits":
         scenes = config.scenes or Scenes()
         about = f"digits, {scenes.train} training and {scenes.test} test scenes drawn from seed {scenes.seed}"
-        words = departures(config, dataset, encoder.arch)
+        words = recipe_deviations(config, dataset, encoder.arch)
     else:
         opened = open_data(dataset, data, train_split, test_split, config)
         about = (
@@ -344,7 +344,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _deviations(encoder: Encoder, data: DetectionData, config: DetectConfig) -> list[str]:
-    words = departures(config, data.name, encoder.arch)
+    words = recipe_deviations(config, data.name, encoder.arch)
     shared = {sample.path for sample in data.train} & {sample.path for sample in data.test}
     if shared:
         words.append(f"{len(shared)} of {len(data.test)} test images are also trained on")

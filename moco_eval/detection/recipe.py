@@ -44,7 +44,7 @@ DEFAULTS = {
 }  # the recipe of a data set where none is given
 
 
-def departures(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:
+def recipe_deviations(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:
     """In words, where a run leaves the protocol it names."""
     if recipe.protocol not in PROTOCOLS:
         return [f"protocol {recipe.protocol} is not one of moco-eval's"]

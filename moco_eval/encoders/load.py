@@ -17,7 +17,7 @@ from moco_eval.encoders.libraries import from_timm, from_torchvision, random_wei
 from moco_eval.encoders.naming import run_name, safe_name
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
-from moco_eval.encoders.settings_files import Settings, settings_beside
+from moco_eval.encoders.settings_files import FileSettings, settings_beside
 from moco_eval.encoders.split import rename, split
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
@@ -63,7 +63,7 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
     path = Path(source)
     found = recognise(path)
     layout, sha256 = found.layout, files.sha256_of(path)
-    said = settings_beside(path, sha256, layout.origin) or Settings("")
+    said = settings_beside(path, sha256, layout.origin) or FileSettings("")
     taken = encoder or layout.usual
     parts = split(found, taken)
     chosen = arch or _architecture(found, infer(source, parts.backbone), said)
@@ -109,7 +109,7 @@ def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
 # What the shapes do not tell
 
 
-def _architecture(found: Checkpoint, inferred: str, said: Settings) -> str:
+def _architecture(found: Checkpoint, inferred: str, said: FileSettings) -> str:
     """The architecture as the settings or the layout's code base have it; as the shapes say where neither tells.
 
     Raises:
@@ -131,7 +131,7 @@ def _architecture(found: Checkpoint, inferred: str, said: Settings) -> str:
     return name
 
 
-def _open_questions(found: Checkpoint, given: str | None, arch: str, said: Settings) -> list[str]:
+def _open_questions(found: Checkpoint, given: str | None, arch: str, said: FileSettings) -> list[str]:
     """What only the user can know, in words; silent where --arch settles it."""
     shape, layout = architecture(arch), found.layout
     if given or said.arch:
@@ -162,7 +162,7 @@ _STRIDE = (
 _PADDING = "the shapes do not tell the padding of a CIFAR stem; 1 was taken. solo-learn's is 2: --arch {other}"
 
 
-def _norm_eps(found: Checkpoint, said: Settings) -> float | None:
+def _norm_eps(found: Checkpoint, said: FileSettings) -> float | None:
     """Of the layer norms, where it is not timm's."""
     copied = found.values.get("norm_eps") if found.layout.format == SAFETENSORS else None
     eps = said.norm_eps or copied or found.layout.norm_eps
@@ -181,7 +181,9 @@ def set_norm_eps(net: nn.Module, eps: float | None) -> None:
 # What travels with the backbone
 
 
-def _preprocessing(found: Checkpoint, arch: Architecture | VisionTransformer, said: Settings) -> Preprocessing | None:
+def _preprocessing(
+    found: Checkpoint, arch: Architecture | VisionTransformer, said: FileSettings
+) -> Preprocessing | None:
     """What the weights expect: as the file itself says, or settings beside it, or its layout.
 
     Raises:

@@ -13,7 +13,7 @@ from moco_eval.runtime import files
 
 
 @dataclass(frozen=True)
-class Settings:
+class FileSettings:
     """What no tensor's shape tells; None where the file does not say.
 
     Attributes:
@@ -38,7 +38,7 @@ class Settings:
     pretraining: dict[str, Any] | None = None
 
 
-def settings_beside(checkpoint: Path, sha256: str, origin: str) -> Settings | None:
+def settings_beside(checkpoint: Path, sha256: str, origin: str) -> FileSettings | None:
     """What a file of settings in the same folder says; None where there is none for this layout.
 
     Args:
@@ -56,7 +56,7 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str) -> Settings | No
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: {error}; correct it, or move it away to go without") from None
         if said:
-            return Settings(name, **said)
+            return FileSettings(name, **said)
     return None
 
 

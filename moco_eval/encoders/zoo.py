@@ -59,7 +59,7 @@ class Licence(Model):
     source: str | None = None
 
 
-class Recipe(Model):
+class PretrainingFacts(Model):
     """How it was trained, as far as its source says."""
 
     method: str
@@ -91,7 +91,7 @@ class Entry(Model):
     url: str
     layout: str
     source: str
-    recipe: Recipe
+    recipe: PretrainingFacts
     checksum: Checksum | None = None
     bytes: int | None = Field(None, gt=0, le=LARGEST)
     licence: Licence | None = None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moco_eval.config.base import Augmentation
-from moco_eval.data.augment.steps import Crop, Flip, Recipe
+from moco_eval.data.augment.steps import Crop, Flip, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident
@@ -29,10 +29,10 @@ class Crops:
     seed: int
     epoch: int
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> ViewRecipe:
         """The same as main_lincls.py's training transform, to PIL's pixels; see docs/protocols/views.md."""
         flip = (Flip(),) if self.augmentation.flip else ()
-        return Recipe((Crop(self.augmentation.crop_scale), *flip))
+        return ViewRecipe((Crop(self.augmentation.crop_scale), *flip))
 
 
 Rows = Iterable[list[tuple[int, int]]]  # (epoch, index) of each image of each batch

@@ -31,7 +31,7 @@ from moco_eval.encoders.architectures import VisionTransformer, architecture, bu
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.match import Record
-from moco_eval.papers.steps import Step
+from moco_eval.papers.steps import ChainStep
 from moco_eval.papers.tables import Row, Table
 from moco_eval.results.environment import hardware
 from moco_eval.runtime import files
@@ -105,14 +105,14 @@ def _cpu() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def costs(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list[Cost | None]:
+def costs(steps: Sequence[ChainStep], table: Table, records: Sequence[Record]) -> list[Cost | None]:
     """Of each step, all trials together; None where its data have no known number of images."""
     device = choose_device("auto")
     rows = {row.label: row for row in table.rows}
     return [_cost(step, rows[step.cells[0][0]], table, records, device) for step in steps]
 
 
-def _cost(step: Step, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
+def _cost(step: ChainStep, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
     if step.kind not in ("pretrain", "evaluate"):
         return Cost(30.0, "small")
     if found := measured(step, row, table, records, device):
@@ -130,7 +130,7 @@ def _cost(step: Step, row: Row, table: Table, records: Sequence[Record], device:
 # A record that tells
 
 
-def measured(step: Step, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
+def measured(step: ChainStep, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
     """What the newest record of the same evaluation of the same architecture took on this machine."""
     if step.kind == "pretrain":
         return None  # leaves no record
@@ -179,7 +179,7 @@ def _number(words: Sequence[str], option: str) -> int:
 # What a step consists of
 
 
-def work(step: Step, row: Row) -> list[tuple[Probe, float]]:
+def work(step: ChainStep, row: Row) -> list[tuple[Probe, float]]:
     """The pieces of a step, and how many images go through each; 0 where that is not known."""
     if step.kind == "pretrain":
         assert row.recipe
@@ -194,7 +194,7 @@ def work(step: Step, row: Row) -> list[tuple[Probe, float]]:
     return [(probe, trials * images) for probe, images in found]
 
 
-def _pretraining(step: Step, recipe: PretrainConfig) -> Iterator[tuple[Probe, float]]:
+def _pretraining(step: ChainStep, recipe: PretrainConfig) -> Iterator[tuple[Probe, float]]:
     """A query forward and backward and a key forward for each image, twice if symmetric; and the kNN monitor."""
     images, epochs = _images(step.dataset, "train"), recipe.schedule.epochs
     given = step.words[step.words.index("--precision") + 1] if "--precision" in step.words else recipe.precision
@@ -209,7 +209,7 @@ def _pretraining(step: Step, recipe: PretrainConfig) -> Iterator[tuple[Probe, fl
         yield forward, keys + looks
 
 
-def _classification(step: Step, judge: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:
+def _classification(step: ChainStep, judge: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:
     """The images of one trial; features that are extracted once count for all trials together."""
     train, test = _images(step.dataset, "train"), _images(step.dataset, "test")
     forward = Probe("forward", arch, size, judge.batch_size, judge.precision)
@@ -224,7 +224,7 @@ def _classification(step: Step, judge: Any, arch: str, size: int, trials: int) -
         yield forward, (train * (1 + crops) + test) / trials
 
 
-def _detection(step: Step, recipe: DetectConfig, arch: str) -> Iterator[tuple[Probe, float]]:
+def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tuple[Probe, float]]:
     """Every image of every iteration, a third of that for precise BN, which has no backward; and the test images."""
     test = recipe.scenes.test if recipe.scenes else DETECTION_TEST.get(step.dataset, 0)
     batch = max(1, recipe.batch_size // recipe.accumulate // _number(step.words, "--nproc"))
@@ -239,7 +239,7 @@ def _images(dataset: str, split: str) -> int:
     return next((OFFICIAL[dataset, name] for name in names if (dataset, name) in OFFICIAL), 0)
 
 
-def _arch(step: Step, row: Row) -> str:
+def _arch(step: ChainStep, row: Row) -> str:
     """The architecture of an evaluated encoder."""
     kind, _, rest = step.words[1].partition(":")
     if kind == "zoo":
@@ -251,7 +251,7 @@ def _arch(step: Step, row: Row) -> str:
     return row.recipe.resolved().arch
 
 
-def _side(step: Step, row: Row) -> int:
+def _side(step: ChainStep, row: Row) -> int:
     """Of an evaluated image, in pixels."""
     if row.recipe and not step.words[1].startswith(("zoo:", "random:", "torchvision:")):
         return row.recipe.resolved().views.size

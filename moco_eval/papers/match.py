@@ -8,7 +8,7 @@ from typing import Any, Literal
 from moco_eval.config import base
 from moco_eval.config.deviations import flatten
 from moco_eval.encoders import zoo
-from moco_eval.papers.tables import Column, Recipe, Row, Table
+from moco_eval.papers.tables import Column, Row, RowRecipe, Table
 from moco_eval.results.statistics import mean_and_std
 
 Record = dict[str, Any]
@@ -22,7 +22,7 @@ PROTECTED = ("shuffle", "split")  # kinds of BN that do not leak
 
 @dataclass
 class Ours:
-    """What we measured for a cell: mean and std over `n` repeats of `over`, and how it departs."""
+    """What we measured for a cell: mean and std over `n` repeats of `over`, and its deviations."""
 
     mean: float
     std: float | None
@@ -151,7 +151,7 @@ def is_untrained(encoder: Record) -> bool:
     return pretraining.get("protocol") is not None and pretraining.get("epochs") == steps == 0
 
 
-def is_pretrained(encoder: Record, recipe: Recipe) -> bool:
+def is_pretrained(encoder: Record, recipe: RowRecipe) -> bool:
     """By the row's recipe, to the end of its schedule, with BN that protects from leaking."""
     pretraining, wanted = encoder["pretraining"] or {}, recipe.resolved()
     settings = flatten(pretraining.get("config", {}))
@@ -165,7 +165,7 @@ def is_pretrained(encoder: Record, recipe: Recipe) -> bool:
     )
 
 
-def _asked(recipe: Recipe) -> dict[str, Any]:
+def _asked(recipe: RowRecipe) -> dict[str, Any]:
     """The config values that a record must share with its row: those that tables vary, and all that the row sets."""
     settings = recipe.settings()
     keys = [*TOLD_APART, *recipe.set]

@@ -22,7 +22,7 @@ from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import steps as chain
 from moco_eval.papers import tables
 from moco_eval.papers.match import Record
-from moco_eval.papers.steps import Places, Step
+from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Row, Table
 from moco_eval.papers.todo import total
 from moco_eval.runtime.text import as_text
@@ -51,12 +51,12 @@ class Plan:
 
     table: Table
     places: Places
-    steps: list[Step]
-    left: list[Step]
+    steps: list[ChainStep]
+    left: list[ChainStep]
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def reading(self) -> list[Step]:
+    def reading(self) -> list[ChainStep]:
         """The steps that are left and read data of a folder."""
         return [step for step in self.left if step.kind != "convert" and step.dataset not in chain.BUILT_IN]
 
@@ -156,7 +156,7 @@ def check(found: Plan, asked: Sequence[str], could_start: Callable[..., object])
         looked_at.add(what)
 
 
-def _check(step: Step, places: Places, could_start: Callable[..., object]) -> None:
+def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) -> None:
     """Open a step's data as the step will. Raises InputError."""
     from moco_eval.config.detection import DetectConfig
     from moco_eval.data.catalogue import open_splits
@@ -208,13 +208,13 @@ def describe(found: Plan, jobs: Mapping[Path, str], costs: "Sequence[Cost | None
     return "\n".join(filter(None, (shown, *(step.command for step in found.left), total(costs))))
 
 
-def _title(step: Step) -> str:
+def _title(step: ChainStep) -> str:
     if step.kind == "convert":
         return "convert to detectron2"
     return f"{step.words[0]} {step.name} on {step.dataset}"
 
 
-def _state(step: Step, found: Plan, jobs: Mapping[Path, str]) -> str:
+def _state(step: ChainStep, found: Plan, jobs: Mapping[Path, str]) -> str:
     if step not in found.left:
         done = chain.is_done(step, found.table, ()) or step.kind == "evaluate"
         return "done" if done else "not needed"  # all that it is for is done

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.papers.steps import Step
+from moco_eval.papers.steps import ChainStep
 from moco_eval.runtime import files
 
 NAME = "moco-eval-"  # a job's name begins so
@@ -59,7 +59,7 @@ def _leave_to_submitit() -> None:
 # Submitting
 
 
-def submit(steps: Sequence[Step], runs: Path, given: Sequence[str]) -> list[str]:
+def submit(steps: Sequence[ChainStep], runs: Path, given: Sequence[str]) -> list[str]:
     """Submit steps that are not in the queue; returns a line about each.
 
     Args:
@@ -107,7 +107,7 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _submit(executor: Any, step: Step, parameters: Mapping[str, Any], before: str | None) -> str:
+def _submit(executor: Any, step: ChainStep, parameters: Mapping[str, Any], before: str | None) -> str:
     more = {**parameters, "job_name": f"{NAME}{step.words[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
     executor.update_parameters(additional_parameters=more | ({"dependency": f"afterok:{before}"} if before else {}))
     try:

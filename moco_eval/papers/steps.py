@@ -13,7 +13,7 @@ from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 from moco_eval.papers import match
 from moco_eval.papers.match import Record
-from moco_eval.papers.tables import Column, Recipe, Row, Table
+from moco_eval.papers.tables import Column, Row, RowRecipe, Table
 
 BUILT_IN = ("digits",)  # data sets that need no folder
 EVALUATIONS = ("knn", "linear", "logistic", "svm", "finetune", "detect")
@@ -38,7 +38,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """One command.
 
     Attributes:
@@ -57,30 +57,30 @@ class Step:
     dataset: str
     name: str
     cells: tuple[tuple[str, str], ...]
-    after: "Step | None" = None
-    recipe: Recipe | None = None
+    after: "ChainStep | None" = None
+    recipe: RowRecipe | None = None
 
     @property
     def command(self) -> str:
         return shlex.join(("moco-eval", *self.words))
 
     @property
-    def before(self) -> "list[Step]":
+    def before(self) -> "list[ChainStep]":
         """The steps that it needs, the nearest first."""
         return [self.after, *self.after.before] if self.after else []
 
-    def is_before(self, other: "Step") -> bool:
+    def is_before(self, other: "ChainStep") -> bool:
         return any(step.words == self.words for step in other.before)
 
 
-def steps(table: Table, rows: Sequence[Row], places: Places) -> list[Step]:
+def steps(table: Table, rows: Sequence[Row], places: Places) -> list[ChainStep]:
     """What produces these rows, in an order in which it can run; a step that several rows want is there once.
 
     Raises:
         InputError: a column's protocol or config is none of ours.
     """
     there = _finished(places.runs) if any(row.recipe for row in rows) else []
-    found: dict[tuple[str, ...], Step] = {}
+    found: dict[tuple[str, ...], ChainStep] = {}
     for row in rows:
         for step in _of_row(table, row, places, there):
             before = found.get(step.words)
@@ -96,7 +96,7 @@ def why_none(table: Table, row: Row) -> str | None:
     return "no protocol of ours measures it"
 
 
-def _of_row(table: Table, row: Row, places: Places, there: Sequence["Run"]) -> Iterator[Step]:
+def _of_row(table: Table, row: Row, places: Places, there: Sequence["Run"]) -> Iterator[ChainStep]:
     if why_none(table, row):
         return
     columns = {name: table.columns[name] for name in row.published if table.columns[name].protocol}
@@ -115,7 +115,7 @@ def _of_row(table: Table, row: Row, places: Places, there: Sequence["Run"]) -> I
 # Encoders
 
 
-def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[Step | None, str, str]:
+def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[ChainStep | None, str, str]:
     """The pretraining that is needed, CHECKPOINT as commands take it, and a name for folders."""
     if row.released and (places.released or not (row.recipe or row.match)):
         return None, f"zoo:{row.released}", row.released
@@ -126,19 +126,19 @@ def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[Step | N
     folder = _of(row.recipe, there) or places.runs / folder_name(row.recipe)
     words = (*_pretraining(row.recipe, places), "--output", str(folder))
     cells = tuple((row.label, column) for column in row.published)
-    trained = Step("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
+    trained = ChainStep("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
     place = folder.relative_to(places.runs).parts if folder.is_relative_to(places.runs) else folder.parts[-2:]
     return trained, str(folder / "checkpoints/last.pth"), "-".join(place).removeprefix("pretrain-")
 
 
-def _pretraining(recipe: Recipe, places: Places) -> tuple[str, ...]:
+def _pretraining(recipe: RowRecipe, places: Places) -> tuple[str, ...]:
     words = ["pretrain", recipe.config, "--dataset", recipe.dataset, *_data(recipe.dataset, places)]
     for override in recipe.overrides:
         words += ["--set", override]
     return (*words, "--precision", "fp32", *_processes(places))  # published arithmetic, also on a GPU that has bf16
 
 
-def folder_name(recipe: Recipe) -> str:
+def folder_name(recipe: RowRecipe) -> str:
     """Of a recipe's run directory; rows of one recipe, in whichever table, share it."""
     settings = [re.sub(r"[^A-Za-z0-9_.]+", "-", override).strip("-") for override in recipe.overrides]
     return "-".join(["pretrain", recipe.config, recipe.dataset, *settings])
@@ -147,12 +147,12 @@ def folder_name(recipe: Recipe) -> str:
 Run = tuple[Path, Record]  # a finished pretraining: its folder, its config.yaml
 
 
-def pretrained(recipe: Recipe, runs: Path) -> Path | None:
+def pretrained(recipe: RowRecipe, runs: Path) -> Path | None:
     """A run directory that holds this pretraining, finished; found by what its config says."""
     return _of(recipe, _finished(runs))
 
 
-def _of(recipe: Recipe, there: Sequence[Run]) -> Path | None:
+def _of(recipe: RowRecipe, there: Sequence[Run]) -> Path | None:
     return next((folder for folder, values in there if _is_of(values, recipe)), None)
 
 
@@ -179,7 +179,7 @@ def _is_finished(folder: Path, values: Record) -> bool:
     return bool(names) and all((folder / "checkpoints" / name).is_file() for name in names)
 
 
-def _is_of(values: Record, recipe: Recipe) -> bool:
+def _is_of(values: Record, recipe: RowRecipe) -> bool:
     """Whether a finished run is this pretraining: nothing in it differs that may move a number."""
     settings, wanted = deviations.flatten(values["config"]), recipe.settings()
     about = {**values, "protocol": settings.get("protocol"), "epochs": settings["schedule.epochs"]}
@@ -195,11 +195,11 @@ def _is_of(values: Record, recipe: Recipe) -> bool:
     )
 
 
-def _converted(trained: Step, checkpoint: str) -> Step:
+def _converted(trained: ChainStep, checkpoint: str) -> ChainStep:
     """The backbone for detectron2, the copy proven, before hours of fine-tuning."""
     out = trained.output / "detectron2.pkl"
     words = ("convert", checkpoint, str(out), "--to", "detectron2")
-    return Step("convert", words, out, trained.dataset, "detectron2", trained.cells, trained)
+    return ChainStep("convert", words, out, trained.dataset, "detectron2", trained.cells, trained)
 
 
 # Evaluations
@@ -263,8 +263,8 @@ def _evaluations(columns: Mapping[str, Column]) -> list[list[str]]:
 
 
 def _evaluated(
-    row: Row, columns: Mapping[str, Column], checkpoint: str, name: str, after: Step | None, places: Places
-) -> Step:
+    row: Row, columns: Mapping[str, Column], checkpoint: str, name: str, after: ChainStep | None, places: Places
+) -> ChainStep:
     column = next(iter(columns.values()))
     assert column.dataset
     kind, asked = command(column), _config(column)
@@ -277,7 +277,7 @@ def _evaluated(
     output = places.runs / "-".join(folder)
     cells = tuple((row.label, one) for one in columns)
     words += [*_processes(places), "--output", str(output)]
-    return Step("evaluate", tuple(words), output, column.dataset, asked, cells, after)
+    return ChainStep("evaluate", tuple(words), output, column.dataset, asked, cells, after)
 
 
 def _data(dataset: str, places: Places) -> list[str]:
@@ -291,9 +291,9 @@ def _processes(places: Places) -> list[str]:
 # What is left to do
 
 
-def left(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list[Step]:
+def left(steps: Sequence[ChainStep], table: Table, records: Sequence[Record]) -> list[ChainStep]:
     """What has to run: what is not done, but for encoders that nothing takes which is left."""
-    found: list[Step] = []
+    found: list[ChainStep] = []
     for step in reversed(steps):
         takers = [one for one in steps if step.is_before(one)]
         if not is_done(step, table, records) and (not takers or any(one in found for one in takers)):
@@ -301,7 +301,7 @@ def left(steps: Sequence[Step], table: Table, records: Sequence[Record]) -> list
     return found[::-1]
 
 
-def is_done(step: Step, table: Table, records: Sequence[Record]) -> bool:
+def is_done(step: ChainStep, table: Table, records: Sequence[Record]) -> bool:
     """Whether its work is there: in its own place or, of an evaluation, in any comparable record."""
     if step.recipe:
         values = _read(step.output / "config.yaml") if (step.output / "config.yaml").is_file() else {}
@@ -312,7 +312,7 @@ def is_done(step: Step, table: Table, records: Sequence[Record]) -> bool:
     return all(_is_there(step, table.columns[name], rows[label], records) for label, name in step.cells)
 
 
-def _is_there(step: Step, column: Column, row: Row, records: Sequence[Record]) -> bool:
+def _is_there(step: ChainStep, column: Column, row: Row, records: Sequence[Record]) -> bool:
     """Whether a record gives a cell: one in the step's own place also with deviations, which its config may have."""
     own = [one for one in records if Path(one.get("run", "")) == step.output]
     return any(match.is_of(one, column, row) for one in own) or any(

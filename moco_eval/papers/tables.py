@@ -51,7 +51,7 @@ class Match(Model):
     arch: str
 
 
-class Recipe(Model):
+class RowRecipe(Model):
     """How an encoder is pretrained: a shipped pretraining config, the data, and what a row sets (dotted keys)."""
 
     config: str
@@ -109,7 +109,7 @@ class States(Model):
     tau: float
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "States":
+    def of(cls, recipe: RowRecipe) -> "States":
         """What a recipe of ours would have to state."""
         run = recipe.resolved()
         return cls(
@@ -136,7 +136,7 @@ class Row(Model):
     trials: dict[str, tuple[float, ...]] = Field({})
     note: str = ""
     match: Match | None = None
-    recipe: Recipe | None = None
+    recipe: RowRecipe | None = None
     states: States | None = None
     released: str | None = None
     unavailable: Literal["data never public", "recipe never published", "not yet built"] | None = None
@@ -172,7 +172,7 @@ class Row(Model):
         return self
 
 
-class Point(Model):
+class CurvePoint(Model):
     epoch: int
     knn_top1: float
     train_loss: float
@@ -184,7 +184,7 @@ class Curve(Model):
     caption: str
     source: str
     note: str = ""
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
 
 
 class Table(Model):

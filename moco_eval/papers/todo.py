@@ -8,7 +8,7 @@ from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 from moco_eval.papers import steps as chain
 from moco_eval.papers.match import Record
-from moco_eval.papers.steps import Places, Step
+from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Table
 from moco_eval.runtime.text import duration
 
@@ -29,12 +29,12 @@ class Missing:
         machine: for which the costs are, in words; empty where there is no step.
     """
 
-    steps: list[tuple[Step, "Cost | None"]] = field(default_factory=list)
+    steps: list[tuple[ChainStep, "Cost | None"]] = field(default_factory=list)
     reasons: dict[str, list[str]] = field(default_factory=dict)
     unmeasured: list[str] = field(default_factory=list)
     machine: str = ""
 
-    def of(self, row: str, column: str) -> list[tuple[Step, "Cost | None"]]:
+    def of(self, row: str, column: str) -> list[tuple[ChainStep, "Cost | None"]]:
         """The steps of one cell."""
         return [(step, cost) for step, cost in self.steps if (row, column) in step.cells]
 
@@ -74,7 +74,7 @@ def find(table: Table, records: Sequence[Record], places: Places) -> Missing:
     return Missing(list(zip(left, costs(left, table, records))), reasons, unmeasured, machine())
 
 
-def _require_read(table: Table, steps: Sequence[Step], places: Places) -> None:
+def _require_read(table: Table, steps: Sequence[ChainStep], places: Places) -> None:
     read = sorted({step.dataset for step in steps})
     for name in places.data:
         if name not in read:

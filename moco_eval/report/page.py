@@ -17,7 +17,7 @@ from moco_eval.report.maps import maps
 from moco_eval.report.paired import paired
 from moco_eval.report.papers import papers
 from moco_eval.report.pictures import detections, has, image, neighbours
-from moco_eval.report.provenance import departures, provenance
+from moco_eval.report.provenance import deviations_by_protocol, provenance
 from moco_eval.report.runs import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
 from moco_eval.report.scores import result_columns, summary
 from moco_eval.runtime import files
@@ -35,7 +35,7 @@ SECTIONS = (  # anchor, title, and what must be there
     ("confusion", "confusion", "confusion"),
     ("paired", "class by class", "paired"),
     ("detections", "detections", "detections"),
-    ("departures", "departures", "evaluated"),
+    ("deviations", "deviations", "evaluated"),
     ("provenance", "provenance", "provenance"),
 )
 
@@ -102,7 +102,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "paired": together,
         "detections": detections(runs, names, order),
         "provenance": [provenance(run, names) for run in runs],
-        "deviations": departures(runs),
+        "deviations": deviations_by_protocol(runs),
         "evaluated": any(run.record for run in runs),
     }
     return contents | {"sections": _sections(contents)}

@@ -1,4 +1,4 @@
-"""Where each number comes from, and how it departs from its protocol."""
+"""Where each number comes from, and where it leaves its protocol."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from moco_eval.report.runs import Run, sha_of
 from moco_eval.results.record import repeats
 
 
-def departures(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[str]]]]]:
-    """By protocol: the departures from it, those that the same runs have together, and these runs."""
+def deviations_by_protocol(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[str]]]]]:
+    """By protocol: the deviations from it, those that the same runs have together, and these runs."""
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
         for words in run.record["deviations"] if run.record else ():
@@ -17,9 +17,9 @@ def departures(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[st
     return [(protocol, _together(found[protocol])) for protocol in sorted(found)]
 
 
-def _together(departures: dict[str, list[str]]) -> list[tuple[list[str], list[str]]]:
+def _together(deviations: dict[str, list[str]]) -> list[tuple[list[str], list[str]]]:
     by_runs: dict[tuple[str, ...], list[str]] = {}
-    for words, runs in departures.items():
+    for words, runs in deviations.items():
         by_runs.setdefault(tuple(runs), []).append(words)
     return [(words, list(runs)) for runs, words in by_runs.items()]
 

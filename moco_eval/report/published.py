@@ -4,7 +4,7 @@ from typing import Any
 
 from moco_eval.config import deviations as configs
 from moco_eval.papers.match import is_pretrained
-from moco_eval.papers.tables import Curve, Recipe, load_table, tables
+from moco_eval.papers.tables import Curve, RowRecipe, load_table, tables
 from moco_eval.report.runs import Run
 
 
@@ -21,7 +21,7 @@ def published(run: Run) -> Curve | None:
     return None
 
 
-def _follows(values: dict[str, Any], recipe: Recipe) -> bool:
+def _follows(values: dict[str, Any], recipe: RowRecipe) -> bool:
     settings = values.get("config") or {}
     about = {**values, "protocol": settings.get("protocol"), "epochs": configs.flatten(settings).get("schedule.epochs")}
     if not isinstance(values.get("dataset"), dict):

@@ -99,7 +99,7 @@ def _read(folder: Path) -> Run | None:
         raise InputError(f"a file of {folder} is not readable JSON: {error}; {schema.WAY_OUT}") from None
     schema.require(schema.Environment, run.environment, folder / "environment.json")
     if values["command"] == "pretrain" and (folder / "metrics.jsonl").is_file():
-        run.metrics = _read_lines(folder / "metrics.jsonl", schema.Step)
+        run.metrics = _read_lines(folder / "metrics.jsonl", schema.LoggedStep)
     if values["command"] == "detect":
         paths = [folder / "metrics.jsonl", *sorted(folder.glob("trial_*/metrics.jsonl"))]
         run.trials = [lines for path in paths if path.is_file() and (lines := _read_lines(path, schema.Iteration))]
@@ -112,7 +112,7 @@ def _read(folder: Path) -> Run | None:
     return run
 
 
-def _read_lines(path: Path, model: type[schema.Step | schema.Iteration]) -> list[dict[str, Any]]:
+def _read_lines(path: Path, model: type[schema.LoggedStep | schema.Iteration]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that is still being written is passed over."""
     try:
         lines = path.read_bytes().splitlines()

@@ -121,7 +121,7 @@ class Pretraining(_Expected):
     config: dict[str, Any] | None = None
 
 
-class Step(_Expected):
+class LoggedStep(_Expected):
     """A line of a pretraining's metrics.jsonl: of a step, of an epoch's monitor, or the first, of chance."""
 
     step: float = Field(ge=0)
@@ -132,7 +132,7 @@ class Step(_Expected):
     queue_full_step: float | None = None
 
     @model_validator(mode="after")
-    def _a_loss_is_of_a_step(self) -> "Step":
+    def _a_loss_is_of_a_step(self) -> "LoggedStep":
         if "loss" in self.model_fields_set and not self.epoch:
             raise ValueError("a loss before the first step")
         return self

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from moco_eval.classification import knn_grid
 from moco_eval.classification.judge import Task
-from moco_eval.classification.knn_grid import Point, choose, left_out
+from moco_eval.classification.knn_grid import GridPoint, choose, left_out
 from moco_eval.config import load as configs
 from moco_eval.config.classification import KnnGridConfig
 from moco_eval.data.catalogue import open_images
@@ -35,7 +35,9 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return features, labels
 
 
-def naive(query: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, point: Point, own: int | None = None) -> int:
+def naive(
+    query: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, point: GridPoint, own: int | None = None
+) -> int:
     """The class that the nearest rows vote for, but for the query's own, by a loop in float64."""
     query, bank, votes = query.double(), bank.double(), [0.0] * (int(labels.max()) + 1)
     cosine = point.distance == "cosine"
@@ -52,7 +54,7 @@ def test_every_point_and_the_choice_are_a_naive_loops(rows):
     expected = {}
     for k in (1, 3, 20):
         for distance, temperature in (("cosine", 1), ("cosine", 0.05), ("euclidean", None)):
-            point = Point(distance, k, temperature)
+            point = GridPoint(distance, k, temperature)
             expected[point] = sum(naive(features[i], features, labels, point, i) == labels[i] for i in range(70))
     assert chosen.accuracy.keys() == expected.keys() and chosen.queries == 70
     for point, right in expected.items():
@@ -68,7 +70,7 @@ def test_of_equal_points_the_smallest_k_then_cosine_then_the_largest_temperature
     features = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + 100 * torch.eye(4)[labels]
     chosen = choose(features, labels, 2, grid("k=[5,2,10]", "distance=[euclidean,cosine]"), 0, CPU)
     assert set(chosen.accuracy.values()) == {100}
-    assert chosen.best == Point("cosine", 2, 1)
+    assert chosen.best == GridPoint("cosine", 2, 1)
 
 
 def test_k_beyond_the_other_images_is_left_out_and_said(rows):
@@ -86,7 +88,7 @@ def test_a_part_of_the_images_is_drawn_from_the_seed(rows):
     assert torch.equal(drawn, left_out(1000, 50, 3)) and not torch.equal(drawn, left_out(1000, 50, 4))
     assert torch.equal(left_out(50, 50, 3), torch.arange(50))
     features, labels = rows
-    point = Point("cosine", 3, 0.05)
+    point = GridPoint("cosine", 3, 0.05)
     chosen = choose(features, labels, 3, grid(*SMALL, "queries=33"), 7, CPU)
     right = [naive(features[i], features, labels, point, i) == labels[i] for i in left_out(70, 33, 7).tolist()]
     assert chosen.queries == 33 and chosen.accuracy[point] == pytest.approx(100 * np.mean(right))
@@ -147,7 +149,7 @@ def test_the_record_holds_every_point_and_what_was_chosen(run):
 
 def test_the_test_images_are_judged_by_the_chosen_point(run):
     output, record, train, test = run
-    best = Point(**record["trials"][0]["grid"]["chosen"])
+    best = GridPoint(**record["trials"][0]["grid"]["chosen"])
     task = Task(load("pixels"), train, test)
     bank, queries = (task.features(images, grid("workers=0"), CPU).tensor() for images in (train, test))
     expected = [naive(query, bank, torch.as_tensor(train.labels), best) for query in queries]

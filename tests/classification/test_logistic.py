@@ -22,7 +22,7 @@ from moco_eval.features.stages import network
 from moco_eval.results.metrics import accuracy
 
 CPU = torch.device("cpu")
-TIGHT = logistic.Settings(tolerance=1e-7, max_iterations=5000)
+TIGHT = logistic.SolverSettings(tolerance=1e-7, max_iterations=5000)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_start_elsewhere_ends_at_the_same_optimum(encoded):
 
 @pytest.mark.parametrize("solver", ["sklearn", "torch"])
 def test_a_fit_that_is_cut_short_says_so(digits, solver):
-    hurried = logistic.Settings(max_iterations=3)
+    hurried = logistic.SolverSettings(max_iterations=3)
     fit = {
         "sklearn": lambda: logistic.fit_sklearn(digits.X, digits.y, 1.0, settings=hurried),
         "torch": lambda: logistic.fit_torch(digits.X, digits.y, 1.0, CPU, settings=hurried),
@@ -148,7 +148,7 @@ def test_two_processes_follow_the_same_path_to_the_bit(parts, solver):
 
 
 def test_of_equally_accurate_points_the_most_regularised_is_chosen():
-    points = [logistic.Point(C, accurate, 1, True) for C, accurate in ((0.1, 50.0), (1.0, 70.0), (10.0, 70.0))]
+    points = [logistic.PathPoint(C, accurate, 1, True) for C, accurate in ((0.1, 50.0), (1.0, 70.0), (10.0, 70.0))]
     assert logistic.choose(points).C == 1.0
 
 
@@ -163,7 +163,7 @@ def test_both_solvers_agree_on_pixels_of_cifar10(shared_data, C):
     train, test = (open_images("cifar10", shared_data, split) for split in ("train", "test"))
     X, Xt = (images.pixels[:n, ::4, ::4].reshape(n, -1) / 255 for images, n in ((train, 5000), (test, 2000)))
     data = SimpleNamespace(X=X, y=train.labels[:5000], Xt=Xt, yt=test.labels[:2000])
-    theirs = logistic.fit_sklearn(data.X, data.y, C, settings=logistic.Settings(1e-6, 3000))
+    theirs = logistic.fit_sklearn(data.X, data.y, C, settings=logistic.SolverSettings(1e-6, 3000))
     ours = logistic.fit_torch(data.X, data.y, C, CPU)
     assert logistic.loss(X, data.y, ours) == pytest.approx(logistic.loss(X, data.y, theirs), rel=1e-4)
     assert top1(ours, data) == pytest.approx(top1(theirs, data), abs=0.1)
@@ -244,7 +244,7 @@ def test_the_choice_and_the_refit_by_hand(digits):
 
     found = logistic.on_features(train, y, test, config, 0, CPU, worst_class)
     kept, held = held_out(y, config.held_out, 0)
-    settings = logistic.Settings(config.tolerance, config.max_iterations)
+    settings = logistic.SolverSettings(config.tolerance, config.max_iterations)
     right = []
     for C in logistic.costs(0.0001, 10, 6):
         fit = logistic.fit_torch(train[kept], y[kept], C, CPU, settings=settings)
@@ -259,6 +259,7 @@ def test_scikit_learn_reaches_the_optimum_far_from_the_origin():
     generator = np.random.default_rng(0)
     X, y = generator.normal(size=(120, 6)), generator.integers(0, 3, 120)
     near, far = (
-        logistic.fit_sklearn(X + shift, y, 1.0, settings=logistic.Settings(1e-8, 10_000)) for shift in (0.0, 1000.0)
+        logistic.fit_sklearn(X + shift, y, 1.0, settings=logistic.SolverSettings(1e-8, 10_000))
+        for shift in (0.0, 1000.0)
     )
     assert logistic.loss(X + 1000, y, far) == pytest.approx(logistic.loss(X, y, near), rel=1e-9)

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tv
 
 from moco_eval.data.augment import pixel_ops
 from moco_eval.data.augment.decode import cut
-from moco_eval.data.augment.steps import Blur, Flip, Jitter, Recipe, Solarize
+from moco_eval.data.augment.steps import Blur, Flip, Jitter, Solarize, ViewRecipe
 from moco_eval.data.catalogue import open_images
 from pretraining.views import RECIPES
 
@@ -101,7 +101,7 @@ def test_rotation_and_slant_give_the_pixels_pil_gives():
     assert error(pixel_ops.affine(pil.tensor(digits), angle, shear), theirs) <= 0.01
 
 
-SOLARIZED = Recipe((*RECIPES["moco_v2"].steps, Solarize(0.2)))  # a part of MoCo v3's second view
+SOLARIZED = ViewRecipe((*RECIPES["moco_v2"].steps, Solarize(0.2)))  # a part of MoCo v3's second view
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_recipe_gives_the_pixels_pil_gives(recipe, size, tolerance):
 
 def test_every_order_of_the_jitter_is_taken_as_torchvision_takes_it():
     """All 24 orders, two images each; a wrong order is told from a right one."""
-    recipe = Recipe((Jitter(0.4, 0.4, 0.4, 0.4),))
+    recipe = ViewRecipe((Jitter(0.4, 0.4, 0.4, 0.4),))
     u = np.random.default_rng(0).random((4000, 9))
     ranks = recipe.steps[0].order(u) @ (64, 16, 4, 1)
     chosen = [n for rank in np.unique(ranks) for n in np.flatnonzero(ranks == rank)[:2]]
@@ -159,7 +159,7 @@ def test_the_boxes_of_a_blur_reach_as_far_as_its_sigma_needs():
 @pytest.mark.slow
 def test_compiled_operations_give_the_same_pixels():
     """Each is compiled two or three times (many images, one alone, the blur's reach), not for each number of them."""
-    recipe = Recipe((Jitter(0.4, 0.4, 0.4, 0.1), Blur((0.1, 2.0), 0.5), Flip()))
+    recipe = ViewRecipe((Jitter(0.4, 0.4, 0.4, 0.1), Blur((0.1, 2.0), 0.5), Flip()))
     counter = CompileCounterWithBackend("inductor")
     fuse = lru_cache(partial(torch.compile, dynamic=True, backend=counter))
     for count in (12, 7, 5, 9, 3, 11, 2, 8, 10, 6, 4, 1):

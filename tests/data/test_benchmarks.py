@@ -14,7 +14,7 @@ from torchvision import datasets as torchvision_datasets
 from moco_eval.cli import main
 from moco_eval.data import catalogue as data_sets
 from moco_eval.data.benchmarks import BENCHMARKS
-from moco_eval.data.catalogue import NAMES, OFFICIAL, departures, known, open_images, open_splits
+from moco_eval.data.catalogue import NAMES, OFFICIAL, known, open_images, open_splits, split_deviations
 from moco_eval.data.image_set import require_single_label
 from moco_eval.errors import InputError
 
@@ -103,7 +103,7 @@ def test_images_and_labels_are_the_published_lists(name, tmp_path, monkeypatch):
         assert Path(images.name_of(0)).is_file()
     train, test = splits
     assert train.fingerprint != test.fingerprint
-    assert departures(train, test) == [
+    assert split_deviations(train, test) == [
         f"{name} {one.split} of {len(one)} images instead of {OFFICIAL[name, one.split]}" for one in splits
     ]
 
@@ -194,7 +194,7 @@ def test_cifar100_reads_its_fine_labels(tmp_path):
         train.labels.tolist() == [99, 0, 3, 3, 4, 5] and train.classes[99] == "class 99" and len(train.classes) == 100
     )
     assert np.array_equal(train.pixels[4], rows[4].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert departures(train, test)[0] == "cifar100 train of 6 images instead of 50000"
+    assert split_deviations(train, test)[0] == "cifar100 train of 6 images instead of 50000"
     assert len(open_images("cifar100", tmp_path / "cifar-100-python", "test")) == 6
 
 
@@ -250,7 +250,7 @@ def test_voc_labels_are_shown_not_shown_and_difficult_only(tmp_path):
     assert train.labels.dtype == np.int8
     assert train.labels.tolist() == [[-1, 1], [1, 0]]  # a, b: in the order of their names
     assert test.labels.tolist() == [[1, -1], [0, 0]]
-    assert (train.split, test.split, departures(train, test)) == ("trainval", "test", [])
+    assert (train.split, test.split, split_deviations(train, test)) == ("trainval", "test", [])
     with pytest.raises(InputError, match="moco-eval svm"):
         require_single_label(test)
     with pytest.raises(InputError, match="moco-eval svm"):
@@ -280,7 +280,7 @@ def test_voc07_takes_voc2007_and_the_folders_above_it(tmp_path):
     train, test = found[0]
     assert train.labels.shape == test.labels.shape == (2, 20)
     assert [train.classes[i] for i in np.flatnonzero(train.labels[0])] == ["cat", "dog"]
-    assert departures(train, test)[0] == "voc07 trainval of 2 images instead of 5011"
+    assert split_deviations(train, test)[0] == "voc07 trainval of 2 images instead of 5011"
     assert open_images("voc07", tmp_path, "pretrain").split == "trainval"
     with pytest.raises(InputError, match="give VOCdevkit or VOC2007"):
         open_images("voc07", tmp_path / "VOCdevkit/VOC2007/Annotations", "train")

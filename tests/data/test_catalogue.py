@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_eval.data.catalogue import departures, open_images, open_splits
+from moco_eval.data.catalogue import open_images, open_splits, split_deviations
 from moco_eval.data.image_set import decode_bytes
 from moco_eval.data.loader import Batches, Examples, clean_transform, crop_transform
 from moco_eval.errors import InputError
@@ -117,7 +117,7 @@ def test_cifar10_reads_the_original_layout(tmp_path):
     rows = write_cifar(tmp_path)
     images = open_images("cifar10", tmp_path, "train")
     assert len(images) == 100
-    assert departures(images) == ["cifar10 train of 100 images instead of 50000"]
+    assert split_deviations(images) == ["cifar10 train of 100 images instead of 50000"]
     assert np.asarray(images.image(3))[2, 5].tolist() == rows[3].reshape(3, 32, 32)[:, 2, 5].tolist()
 
 
@@ -143,7 +143,7 @@ def test_stl10_reads_the_binary_files(tmp_path):
     assert np.array_equal(train.pixels, images[:3]) and np.array_equal(test.pixels, images[3:6])
     assert np.array_equal(both.pixels, images[[0, 1, 2, 6, 7, 8]]) and both.labels is None
     assert train.labels.tolist() == test.labels.tolist() == [0, 9, 2]
-    assert departures(both) == ["stl10 pretrain of 6 images instead of 105000"]
+    assert split_deviations(both) == ["stl10 pretrain of 6 images instead of 105000"]
     (tmp_path / "stl10_binary" / "train_y.bin").write_bytes(bytes([1, 10]))
     with pytest.raises(InputError, match="3 images of train and 2 labels"):
         open_images("stl10", tmp_path, "train")

@@ -13,16 +13,16 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 
 from moco_eval.data.augment.random_draws import crop_boxes, uniforms
-from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, PilGaussianBlur, Solarize, Step
+from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, PilGaussianBlur, Solarize, ViewStep
 from pretraining.views import RECIPES
 
 THEIRS, OURS = 20_000, 200_000  # torchvision draws one at a time
 HEIGHT, WIDTH = 375, 500
 
 
-def every_step() -> dict[str, Step]:
+def every_step() -> dict[str, ViewStep]:
     """Each different step of the shipped recipes, and MoCo v3's solarize."""
-    found: dict[str, Step] = {}
+    found: dict[str, ViewStep] = {}
     for name, recipe in RECIPES.items():
         for step in recipe.steps:
             if step not in found.values():
@@ -34,7 +34,7 @@ STEPS = every_step()
 
 
 @lru_cache
-def ours(step: Step) -> dict[str, np.ndarray]:
+def ours(step: ViewStep) -> dict[str, np.ndarray]:
     """Our parameters of a step, by name."""
     u = uniforms(7, np.zeros(OURS), np.arange(OURS), 0, step.draws)
     if isinstance(step, Crop):
@@ -63,7 +63,7 @@ def box_statistics(boxes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @lru_cache
-def theirs(step: Step) -> dict[str, np.ndarray]:
+def theirs(step: ViewStep) -> dict[str, np.ndarray]:
     """torchvision's, from the step's own reference transform."""
     torch.manual_seed(0)
     transform = step.reference(32)
@@ -107,7 +107,7 @@ def sigma_of(blur: PilGaussianBlur) -> float:
     return blur(Recorder())
 
 
-def agree(step: Step, other: Step, name: str) -> bool:
+def agree(step: ViewStep, other: ViewStep, name: str) -> bool:
     return ks_2samp(ours(step)[name], theirs(other)[name]).pvalue > 1e-3
 
 

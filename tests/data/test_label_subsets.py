@@ -9,7 +9,7 @@ from commands import error_line, in_process
 from PIL import Image
 
 from moco_eval.data import label_subsets as choices
-from moco_eval.data.catalogue import departures, open_images
+from moco_eval.data.catalogue import open_images, split_deviations
 from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError
@@ -47,7 +47,7 @@ def test_rows_of_a_subset_of_a_subset_are_those_of_the_whole():
     assert second.labels.tolist() == whole.labels[[100, 5]].tolist()
     assert second.fingerprint == whole.fingerprint and second.whole is whole and whole.whole is None
     assert second.regime() == {"subset": "two of four"} and whole.regime() == {}
-    assert departures(whole) == []
+    assert split_deviations(whole) == []
 
 
 def test_few_labels_say_which_rows_they_are(folder):
@@ -56,7 +56,7 @@ def test_few_labels_say_which_rows_they_are(folder):
     assert names(few) == [names(whole)[row] for row in few.rows]
     assert few.regime() == {"labels_per_class": 2, "subset": "2 labels per class, seed 4"}
     assert few.record() == whole.record() | few.regime() | {"images": 4}
-    assert departures(few) == []
+    assert split_deviations(few) == []
 
 
 def test_few_labels_are_the_draw_that_earlier_records_were_made_with():
@@ -74,7 +74,7 @@ def test_a_list_names_images_by_name_or_by_class_and_name(folder):
     assert some.rows.tolist() == [0, 1, 3, 5]
     digest = hashlib.sha256((folder / "list.txt").read_bytes()).hexdigest()
     assert some.subset == f"the 4 images of an unpublished list, sha256 {digest}"
-    assert departures(some) == [f"imagefolder train: {some.subset}"]
+    assert split_deviations(some) == [f"imagefolder train: {some.subset}"]
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_lists_that_cannot_be_read_are_refused(folder):
         open_images("digits", None, "train").listed(folder / "list.txt")
 
 
-def test_a_published_list_goes_by_its_name_and_is_no_departure(folder, monkeypatch):
+def test_a_published_list_goes_by_its_name_and_is_no_deviation(folder, monkeypatch):
     path = write(folder / "1percent.txt", "cat_1.png", "dog_1.png")
     monkeypatch.setitem(choices.PUBLISHED, hashlib.sha256(path.read_bytes()).hexdigest(), "our own 1 %")
     some = parse_labels("1%").of(open_images("imagefolder", folder, "train"), 0)
-    assert some.regime() == {"subset": "our own 1 %"} and departures(some) == []
+    assert some.regime() == {"subset": "our own 1 %"} and split_deviations(some) == []
     few = some.few_labels(1, 3)
     assert few.subset == "1 labels per class, seed 3 of our own 1 %" and few.rows.tolist() == [1, 4]
 

@@ -12,7 +12,7 @@ from torchvision import transforms
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.augment.decode import photo
-from moco_eval.data.augment.steps import Flip, PilGaussianBlur, Recipe
+from moco_eval.data.augment.steps import Flip, PilGaussianBlur, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.image_set import ImageSet
@@ -203,7 +203,7 @@ def test_two_thousand_photos_have_the_published_colours(shared_data, name):
     for place, step in enumerate(recipe.steps):
         for changed in pil.changed_by_a_tenth(step).values():
             if not isinstance(step, Flip):
-                other = Recipe((*recipe.steps[:place], changed, *recipe.steps[place + 1 :]))
+                other = ViewRecipe((*recipe.steps[:place], changed, *recipe.steps[place + 1 :]))
                 assert not agree(TwoViews(photos, other, size, 0).__getitems__(items)[0].flatten(0, 1), theirs), changed
 
 

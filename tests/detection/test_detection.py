@@ -20,7 +20,7 @@ from moco_eval.detection import fine_tune, inputs, torchvision_engine
 from moco_eval.detection.detect import _mean_per_class, check, detect, format_table, open_digits
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.fine_tune import optimizer_for
-from moco_eval.detection.recipe import PROTOCOLS, departures, learning_rate, rescaled
+from moco_eval.detection.recipe import PROTOCOLS, learning_rate, recipe_deviations, rescaled
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.architectures import architecture, build_backbone
 from moco_eval.encoders.encoder import Encoder
@@ -78,12 +78,12 @@ def same_weights(output, other):
 # Recipes
 
 
-def test_every_protocol_has_its_config_and_no_departure_from_itself():
+def test_every_protocol_has_its_config_and_no_deviation_from_itself():
     for protocol, meaning in PROTOCOLS.items():
         shipped = recipe(meaning.recipe)
         assert shipped.protocol == protocol
-        assert departures(shipped, meaning.dataset, meaning.arch or "resnet50_quarter") == []
-    changed = departures(recipe("r50_c4_24k", "batch_size=8", "seed=3"), "voc-folder", "resnet18")
+        assert recipe_deviations(shipped, meaning.dataset, meaning.arch or "resnet50_quarter") == []
+    changed = recipe_deviations(recipe("r50_c4_24k", "batch_size=8", "seed=3"), "voc-folder", "resnet18")
     assert changed == [
         "batch_size 8 instead of 16",
         "dataset voc-folder instead of voc",
@@ -91,14 +91,14 @@ def test_every_protocol_has_its_config_and_no_departure_from_itself():
     ]
 
 
-def test_a_smaller_batch_carries_rate_and_schedule_along_and_is_one_departure():
+def test_a_smaller_batch_carries_rate_and_schedule_along_and_is_one_deviation():
     paper = recipe("r50_c4_24k", "accumulate=2")
     half = rescaled(paper, 8)
     assert (half.batch_size, half.optimizer.lr, half.precise_bn) == (8, 0.01, 200)  # as in moco's issue 11
     assert (half.schedule.iterations, half.schedule.steps, half.schedule.warmup) == (48000, (36000, 44000), 200)
     sentence = "batch 8 instead of 16: lr, iterations, steps and warm-up rescaled by the linear rule"
-    assert departures(half, "voc", "resnet50") == [sentence, "accumulate 2 instead of 1"]
-    assert "batch_size 8 instead of 16" in departures(
+    assert recipe_deviations(half, "voc", "resnet50") == [sentence, "accumulate 2 instead of 1"]
+    assert "batch_size 8 instead of 16" in recipe_deviations(
         half.model_copy(update={"optimizer": paper.optimizer}), "voc", "resnet50"
     )
     with pytest.raises(InputError, match="batch_size 7 does not divide into accumulate 2 parts"):
@@ -425,10 +425,10 @@ def test_what_does_not_fit_is_refused_before_the_data_are_opened(overrides, chan
     assert "\n" not in str(error.value)
 
 
-def test_colours_that_agree_are_no_departure():
+def test_colours_that_agree_are_no_deviation():
     config = recipe("digits_r50_c4", "input.format=bgr")
     check(dataclasses.replace(encoder(), preprocessing=MSRA), "digits", config, "torchvision", 1)
-    assert departures(config, "digits", "resnet18_quarter") == []
+    assert recipe_deviations(config, "digits", "resnet18_quarter") == []
 
 
 def test_masks_and_keypoints_that_the_data_do_not_have_are_refused(tmp_path):

@@ -349,10 +349,10 @@ def test_what_kept_to_the_protocol_comes_first(tmp_path):
     assert [list(column.scores) for column in columns] == [["random initialisation"], ["MoCo (epoch 60)"]]
 
 
-def test_departures_of_the_same_runs_stand_together(tmp_path):
+def test_deviations_of_the_same_runs_stand_together(tmp_path):
     write_run(tmp_path / "r" / "one", "linear", record(MOCO, 80.0, deviations=["a", "b"]))
     write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["a", "c", "b"]))
-    found = provenance.departures(read.read_runs([tmp_path / "r"]))
+    found = provenance.deviations_by_protocol(read.read_runs([tmp_path / "r"]))
     assert found == [("linear/moco-lincls@1", [(["a", "b"], ["one", "two"]), (["c"], ["two"])])]
 
 
@@ -618,7 +618,7 @@ def test_a_run_of_a_published_row_stands_beside_it(tmp_path):
     write_run(tmp_path / "runs/detect-voc", "detect", of_a_row(61.0))
     write_report([tmp_path / "runs"], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    section = page[page.index('<section id="papers">') : page.index('<section id="departures">')]
+    section = page[page.index('<section id="papers">') : page.index('<section id="deviations">')]
     assert "moco-v1-2b: MoCo v1" in section and "moco-v1-4" not in section
     row = section[section.index("random init") :]
     assert row.index(">60.2") < row.index(">61.00 <small>(n=1)") < row.index(">+0.80")

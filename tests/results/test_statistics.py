@@ -6,8 +6,8 @@ import torch
 from scipy.stats import norm
 from sklearn.metrics import balanced_accuracy_score
 
-from moco_eval.classification.knn import accuracy
 from moco_eval.results import statistics
+from moco_eval.results.metrics import accuracy
 from moco_eval.results.statistics import Answers, intervals, mean_and_std, summarise
 
 

@@ -198,7 +198,7 @@ class Jitter:
         return images
 
 
-Step = Crop | Flip | Grey | Solarize | Blur | Affine | Jitter
+ViewStep = Crop | Flip | Grey | Solarize | Blur | Affine | Jitter
 CACHE_PIXELS = 100_000  # a CPU takes so many pixels at a time: their floats stay in its cache
 
 
@@ -214,10 +214,10 @@ def fusing(device: torch.device, wanted: bool) -> Fuse:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ViewRecipe:
     """Steps in their published order."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ViewStep, ...]
 
     def reference(self, size: int) -> transforms.Compose:
         """The published pipeline, PIL image to PIL image."""

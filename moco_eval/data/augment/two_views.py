@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.utils import save_image
 
 from moco_eval.data.augment.decode import cut, photo
-from moco_eval.data.augment.steps import Crop, Fuse, Recipe, unfused
+from moco_eval.data.augment.steps import Crop, Fuse, ViewRecipe, unfused
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import draw_seed, drawing
 from moco_eval.errors import InputError
@@ -39,7 +39,7 @@ class TwoViews(Dataset):
     """
 
     images: ImageSet
-    recipe: Recipe
+    recipe: ViewRecipe
     size: int
     seed: int
     reference: bool = False
