@@ -289,7 +289,7 @@ def test_a_figure_keeps_to_itself():
 
 
 def test_each_class_and_each_loss_is_shown(page):
-    shown = page[page.index("<h2>Detections") : page.index("<h2>Departures")]
+    shown = page[page.index("<h2>Detections") : page.index("<h2>Deviations")]
     assert "AP50 (%), mean 12.5" in shown and "no object" in shown
     assert "RPN" not in shown and shown.count(">class<") == 2 and "lr 0.002" in shown
 
