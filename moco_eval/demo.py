@@ -6,10 +6,10 @@ Only the command line and this walk know both packages; `pretraining` is importe
 import time
 from pathlib import Path
 
-from moco_eval.classification import knn, linear
-from moco_eval.classification.judge import Task
+from moco_eval.classification.judge import judge
+from moco_eval.classification.protocols import load_config
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
-from moco_eval.config.classification import KnnConfig, LinearConfig
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_splits
@@ -51,15 +51,15 @@ def run(output: Path, device: str) -> None:
 def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:
     training, test = open_splits("digits", None)
     log(f"2/5 kNN of {', '.join(encoders)}")
-    nearest = configs.load("digits", "knn", KnnConfig)
+    nearest = load_config("digits", "knn")
     for name, encoder in encoders.items():
-        knn.evaluate(Task(encoder, training, test), nearest, output / f"knn-{name}", device)
+        judge(Task(encoder, training, test), nearest, output / f"knn-{name}", device)
     log(f"3/5 linear, {FEW} labels per class, {DRAWS} draws")
-    few = configs.load("digits_few", "linear", LinearConfig)
+    few = load_config("digits_few", "linear")
     for name, encoder in encoders.items():
         task = Task(encoder, training, test, labels_per_class=FEW, trials=DRAWS)
-        linear.evaluate(task, few, output / f"linear-{FEW}-{name}", device)
+        judge(task, few, output / f"linear-{FEW}-{name}", device)
     log("4/5 linear, all labels")
-    everything = configs.load("digits", "linear", LinearConfig)
+    everything = load_config("digits", "linear")
     for name, encoder in encoders.items():
-        linear.evaluate(Task(encoder, training, test), everything, output / f"linear-{name}", device)
+        judge(Task(encoder, training, test), everything, output / f"linear-{name}", device)

@@ -14,14 +14,19 @@ class Preprocessing:
     """What the network expects: pixels of 0..`range`, less `mean`, over `std`, their colours in the order `channels`.
 
     `size` pixels are cut from a resize to `resize`; `mean` and `std` are in the units of `range`, in that order.
+    Without `resize`, 224 pixels are cut from 256, and images of another size are taken whole.
     """
 
     size: int = 224
-    resize: int = 256
+    resize: int = 0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     channels: str = "RGB"
     range: int = 1
+
+    def __post_init__(self) -> None:
+        if self.resize == 0:
+            object.__setattr__(self, "resize", 256 if self.size == 224 else self.size)
 
     def rgb(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of RGB pixels of 0..1."""
@@ -36,6 +41,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """Raises InputError for a value that is missing, of another kind or out of its range."""
+        if values.get("resize") == 0:
+            raise InputError("its preprocessing makes no sense: it resizes to 0 pixels")
         try:
             found = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
         except (TypeError, KeyError) as error:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import skip_init
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
+from moco_eval.classification.task import Code, Outcome, Passes, Task
 from moco_eval.classification.training_loop import Loop
-from moco_eval.config import load as configs
 from moco_eval.config.classification import FinetuneConfig
 from moco_eval.config.learning_rate import rate_of_step
 from moco_eval.encoders.encoder import Encoder
@@ -29,34 +29,20 @@ from moco_eval.runtime.console import warn
 from moco_eval.runtime.device import autocast
 from moco_eval.runtime.rank import world_size
 
-# The labels that a protocol is about, in the words of data.labels; OpenSelfSup takes SimCLR's lists, as its
-# tools/prepare_data/convert_subset.py says.
-LABELS = {
-    "openselfsup-1percent": "ImageNet 1 % (SimCLR's list)",
-    "openselfsup-10percent": "ImageNet 10 % (SimCLR's list)",
-}
 
-
-def evaluate(task: Task, config: FinetuneConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record.
-
-    Raises:
-        InputError: as `classify.judge` does, or there is nothing to train, or too little to train it on.
-        RunFailed: the loss is not finite, or the backbone did not move.
-        Interrupted: stopped by a signal; run again to go on.
-    """
+def check(task: Task, config: FinetuneConfig) -> None:
+    """Raises InputError where there is nothing to train, or too little to train it on."""
     require_trainable(task.encoder)
-    name = config.protocol.split("/")[1][:-2]
-    canonical = configs.load(name, "finetune", FinetuneConfig)
-    protocol = Protocol("finetune", config, canonical, over="finetune", selection="last-epoch", subset=LABELS.get(name))
-
-    def trial(seed: int, state: Path) -> Outcome:
-        return run_trial(task, config, seed, state, device)
-
-    return judge(task, protocol, output, device, trial)
+    steps_per_epoch(len(task.training_images(config.seed)), config)
 
 
-def run_trial(task: Task, config: FinetuneConfig, seed: int, state: Path, device: torch.device) -> Outcome:
+def passes(config: FinetuneConfig, train: int, test: int) -> Passes:
+    """Crops of every epoch, forward and backward, and the test images as often as they are looked at."""
+    epochs = config.schedule.epochs
+    return Passes(trained=train * epochs, forward=test * max(1, epochs // config.test_every))
+
+
+def run_trial(task: Task, config: FinetuneConfig, seed: int, state: Path | None, device: torch.device) -> Outcome:
     """Fine-tune one copy of the encoder, check that it moved, and score the test images."""
     images = task.training_images(seed)
     learner = EndToEnd(task, config, steps_per_epoch(len(images), config), seed, device)
@@ -81,7 +67,7 @@ class Classifier(nn.Module):
 
 
 class EndToEnd:
-    """A copy of the encoder with a new linear layer, and the SGD of both; a `training.Learner`.
+    """A copy of the encoder with a new linear layer, and the SGD of both; a `training_loop.Learner`.
 
     Attributes:
         done: steps taken, over all epochs.
@@ -103,7 +89,7 @@ class EndToEnd:
         self.tested: list[dict[str, float]] = []
 
     def train_step(self, views: torch.Tensor, labels: torch.Tensor, _epoch: int, batch: int) -> torch.Tensor:
-        """See `training.Learner`."""
+        """See `training_loop.Learner`."""
         rate = rate_of_step(self.config.schedule, self.config.optimizer.lr, self.done, self.per_epoch)
         for group, multiple in zip(self.optimizer.param_groups, (1, self.config.head_lr), strict=True):
             group["lr"] = rate * multiple
@@ -172,7 +158,7 @@ def new_classifier(encoder: Encoder, classes: int, config: FinetuneConfig, seed:
 
 def new_head(feature_dim: int, classes: int, kind: str, seed: int) -> nn.Linear:
     """A linear layer: weights N(0, 0.01) and bias 0 (`normal`), or torch's own, both U(-1/sqrt(D), 1/sqrt(D))."""
-    layer, generator = nn.Linear(feature_dim, classes), torch.Generator().manual_seed(seed)
+    layer, generator = skip_init(nn.Linear, feature_dim, classes), torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(feature_dim)
     with torch.no_grad():
         if kind == "normal":
@@ -241,3 +227,6 @@ def check_moved(before: nn.Module, after: nn.Module) -> None:
             raise RunFailed(f"none of the backbone's {len(names)} {what} moved; is optimizer.lr far too small?")
     if still := sorted(weights - moved):
         warn(f"{len(still)} of the backbone's {len(weights)} weights did not move, first {still[0]!r}")
+
+
+CODE = Code(run_trial, passes, check=check)

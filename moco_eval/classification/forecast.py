@@ -5,34 +5,26 @@ features of the right shape, in pieces that are taken as proportional to their s
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from moco_eval.classification import knn_grid, logistic, svm
-from moco_eval.classification.knn import in_bytes
-from moco_eval.classification.linear import Classifier
-from moco_eval.classification.neighbours import Neighbours, nearest
+from moco_eval.classification.probe import LEAST, Probe
+from moco_eval.classification.protocols import by_name
 from moco_eval.classification.suite import Item, Need
-from moco_eval.config.classification import KnnConfig, KnnGridConfig, LogisticConfig, QuickConfig, SvmConfig
 from moco_eval.features.cache import Source
 from moco_eval.features.extract import pixels
 from moco_eval.features.stages import network
 from moco_eval.runtime.device import autocast
 from moco_eval.runtime.text import as_text, duration
 
-SECONDS, PART, LEAST = 50.0, 10.0, 1.0  # of all parts of the probe together, of one at most, of one at least
-ROWS = 8192  # random features at most
-# of L-BFGS in uncorrelated coordinates, as seen on the digits: iterations for each C of a path and for the last fit,
-PATH_ITERATIONS, LAST_ITERATIONS = 25, 150
-LONGEST_PART = 0.43  # and what the costliest of a path's five parts has of them
+SECONDS, PART = 50.0, 10.0  # of all parts of the probe together, of one at most
 
 
 @dataclass(frozen=True)
@@ -141,185 +133,14 @@ def _through(source: Source, net: nn.Module, count: int, batch: int, device: tor
 
 def own_work(item: Item, dim: int, device: torch.device, seconds: float) -> Own:
     """About how long one protocol works on features that are there, all trials together."""
-    task, config = item.judged, item.config
+    task, config = item.task, item.config
     images = task.training_images(config.seed)
-    shape = Shape(len(images), len(task.test), dim, len(task.train.classes), device, seconds)
-    if isinstance(config, KnnConfig):
-        about, basis = shape.search(config.k, config.memory), f"{shape.test:,} x {shape.train:,} products"
-    elif isinstance(config, KnnGridConfig):
-        about, basis = shape.grid(config), f"{len(config.distance)} leave-one-out searches"
-    elif isinstance(config, QuickConfig):
-        about, basis = shape.quick(config), f"{config.schedule.epochs} epochs of SGD"
-    elif isinstance(config, LogisticConfig):
-        about = shape.logistic(config)
-        basis = f"{config.path.count} values of C of {PATH_ITERATIONS} iterations, one fit of {LAST_ITERATIONS}"
-    elif config.low_shot:
-        about, basis = shape.low_shot(config), f"{len(config.costs)} costs, {len(config.shots)} numbers of shots"
-    else:
-        about, basis = shape.svm(config), f"{len(config.costs)} costs for each of {shape.classes} classes"
+    probe = Probe(len(images), len(task.test), dim, len(task.train.classes), device, seconds)
+    work = by_name(item.protocol).code().own_work
+    assert work is not None
+    about, basis = work(config, probe)
     trials = f", {task.trials} trials" if task.trials > 1 else ""
     return Own(item.protocol, task.trials * about, basis + trials)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How many images, features and classes a protocol works on, and how long each of its pieces may be timed."""
-
-    train: int
-    test: int
-    dim: int
-    classes: int
-    device: torch.device
-    seconds: float
-
-    def search(self, k: int, memory: float | None, distance: str = "cosine", queries: int | None = None) -> float:
-        """Of the k nearest in the whole bank for all queries."""
-        queries = queries or self.test
-        bank, asked = self.rows(self.train), self.rows(queries)
-
-        def piece(count: int) -> None:
-            options = {"memory": in_bytes(memory), "device": self.device}
-            nearest(asked[:count], bank, min(k, len(bank)), distance=distance, **options)  # type: ignore[arg-type]
-
-        return self.scaled(piece, len(asked), self.seconds / 2) * queries / len(asked) * self.train / len(bank)
-
-    def grid(self, config: KnnGridConfig) -> float:
-        """Of the searches of a grid, and of its votes."""
-        part = replace(self, seconds=self.seconds / (len(config.distance) + 2))
-        ks = sorted(k for k in config.k if k < self.train)
-        asked = min(self.train, config.queries)
-        searches = [part.search(ks[-1], config.memory, distance, asked) for distance in config.distance]
-        labels = torch.randint(self.classes, (self.train,), device=self.device)
-        found = torch.randint(self.train, (min(asked, ROWS), ks[-1]), device=self.device)
-
-        def vote(count: int) -> None:
-            some = Neighbours(torch.rand(count, ks[-1], device=self.device), found[:count])
-            for temperature in config.temperature:
-                for _ in knn_grid.predicted(some, labels, self.classes, ks, temperature):
-                    pass
-
-        votes = part.scaled(vote, len(found), part.seconds) * asked / len(found)
-        return sum(searches) + votes + searches[0] * self.test / asked
-
-    def quick(self, config: QuickConfig) -> float:
-        """Of the steps of SGD on one classifier."""
-        steps = -(-self.train // config.batch_size)
-        features, labels = self.rows(self.train).to(self.device), self.labels()
-        settings = (config.optimizer, config.schedule)
-        classifier = Classifier(self.dim, self.classes, *settings, seed=0, device=self.device, alone=True)
-        batch = self.train // steps
-
-        def piece(count: int) -> None:
-            for _ in range(count):
-                rows = torch.randint(len(features), (batch,), device=self.device)
-                classifier.step(features[rows], labels[rows], 0, batch)
-
-        return self.scaled(piece, config.schedule.epochs * steps, self.seconds)
-
-    def logistic(self, config: LogisticConfig) -> float:
-        """Of the iterations of L-BFGS, the path in several processes on a CPU, and of starting these."""
-        started, jobs = start_processes() if self.device.type == "cpu" else (0.0, 1.0)
-        part = replace(self, seconds=max(LEAST, self.seconds - started) / 2)
-        threads = torch.get_num_threads()
-        alone = part.iterations(threads)
-        each = part.iterations(max(1, int(threads / jobs))) if threads > 1 and jobs > 1 else alone
-        on_path = config.path.count * PATH_ITERATIONS * (1 - config.held_out) * each / min(jobs, 1 / LONGEST_PART)
-        return started + on_path + LAST_ITERATIONS * alone
-
-    def iterations(self, threads: int) -> float:
-        """Of one iteration of L-BFGS on all training images."""
-        before, count = torch.get_num_threads(), min(self.train, ROWS)
-        features = logistic.resident(self.rows(count), self.device)
-        labels = self.labels().cpu().numpy()
-        labels[-self.classes :] = np.arange(self.classes)
-        axes = logistic.uncorrelated(features, self.device)
-        few = logistic.SolverSettings(max_iterations=5)
-
-        def piece(rows: int) -> None:
-            some = np.arange(count - rows, count)  # with every class
-            logistic.fit_torch(features[count - rows :], labels[some], 1.0, self.device, None, few, axes)
-
-        torch.set_num_threads(threads)
-        try:
-            return self.scaled(piece, count, self.seconds, min(count, 4 * self.classes)) * self.train / count / 5
-        finally:
-            torch.set_num_threads(before)
-
-    def svm(self, config: SvmConfig) -> float:
-        """Of every cost for one class, times the classes, in as many processes as there are cores."""
-        started, jobs = start_processes()
-        count = min(self.train, ROWS)
-        features = svm.normalise(self.rows(count).numpy())
-        target = self.one_class(count)
-
-        def piece(rows: int) -> None:
-            for cost in config.costs:
-                svm.validate(features[:rows], target[:rows], cost, 0, config.max_iterations)
-
-        one = (
-            self.scaled(piece, count, max(LEAST, self.seconds - started), min(count, 8 * self.classes))
-            * self.train
-            / count
-        )
-        return started + one * self.classes / jobs
-
-    def low_shot(self, config: SvmConfig) -> float:
-        """Of every cost for one class at a middling number of shots, times the classes and numbers of shots."""
-        started, jobs = start_processes()
-        shots = min(config.shots, key=lambda one: abs(one - sum(config.shots) / len(config.shots)))
-        count, asked = min(self.train, ROWS), min(self.test, ROWS)
-        train, test = (svm.normalise(self.rows(rows).numpy()) for rows in (count, asked))
-        labels, test_labels = self.one_class(count), self.one_class(asked)
-        drawn = np.where(np.arange(count) < shots * self.classes, labels > 0, -1)
-
-        def piece(number: int) -> None:
-            some = config.costs[:number]
-            svm.low_shot_class(train, drawn, labels, test, test_labels, some, 0, config.max_iterations)
-
-        one = self.scaled(piece, len(config.costs), max(LEAST, self.seconds - started))
-        return started + one * self.train / count * self.classes * len(config.shots) / jobs
-
-    def one_class(self, count: int) -> np.ndarray:
-        """1 for every image of one class in turn, -1 for the others."""
-        return np.where(np.arange(count) % max(2, min(self.classes, count // 8)) == 0, 1, -1)
-
-    def rows(self, count: int) -> torch.Tensor:
-        """Random features."""
-        return torch.rand(min(count, ROWS), self.dim)
-
-    def labels(self) -> torch.Tensor:
-        """Random labels of as many."""
-        return torch.randint(self.classes, (min(self.train, ROWS),), device=self.device)
-
-    def scaled(self, piece: Callable[[int], None], whole: int, seconds: float, size: int = 1) -> float:
-        """Seconds of a whole piece of work, from the largest part of it for which a third of the time is enough."""
-        piece(size)  # warms up
-        while True:
-            began = time.perf_counter()
-            piece(size)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            took = time.perf_counter() - began
-            if size >= whole or took > seconds / 6:
-                return took * whole / size
-            size = min(whole, max(size + 1, int(size * min(8.0, seconds / 3 / max(took, 1e-6)))))
-
-
-def start_processes() -> tuple[float, float]:
-    """Seconds until joblib's processes are there, and how many of them this machine really serves at once."""
-    from joblib import Parallel, cpu_count, delayed
-
-    jobs, run = cpu_count(), Parallel(n_jobs=cpu_count())
-    features, target = np.random.default_rng(0).random((1000, 64)), np.where(np.arange(1000) % 10 == 0, 1, -1)
-    work = delayed(svm.validate)(features, target, 1.0, 0, 200)
-
-    def seconds(copies: int) -> float:
-        began = time.perf_counter()
-        run([work] * copies)
-        return time.perf_counter() - began
-
-    started, alone, together = seconds(jobs), seconds(1), seconds(jobs)
-    return max(0.0, started - together), min(float(jobs), max(1.0, jobs * alone / together))
 
 
 # How it is shown

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
-from moco_eval.classification.neighbours import Neighbours, nearest_by_ranks, require_enough
-from moco_eval.config import load as configs
-from moco_eval.config.classification import KnnConfig
+from moco_eval.classification.neighbours import Distance, Neighbours, nearest, nearest_by_ranks, require_enough
+from moco_eval.classification.probe import Probe
+from moco_eval.classification.task import Code, Outcome, Passes, Task, clean_features
+from moco_eval.config.classification import KnnConfig, KnnGridConfig
 from moco_eval.data.image_set import ImageSet
 from moco_eval.features.extract import extract
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime import files
-from moco_eval.runtime.rank import is_main
 
 EPSILON = 1e-5  # solo-learn's
 
@@ -82,24 +81,9 @@ def monitor(
     return accuracy(scores.cpu(), torch.as_tensor(test.labels))
 
 
-def evaluate(task: Task, config: KnnConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does.
-
-    The feature is the config's: the CIFAR-10 demo's protocol has the head's.
-    """
-    task = replace(task, feature=config.feature)
-    check(task, config)
-    canonical = configs.load(config.protocol.split("/")[1].split("@")[0], "knn", KnnConfig)
-    selection = "none: nothing is trained or chosen"
-    protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
-
-    def trial(seed: int, _state: Path) -> Outcome:
-        images = task.training_images(seed)
-        bank, queries = (task.features(one, config, device) for one in (images, task.test))
-        found = nearest_by_ranks(queries, bank, config.k, memory=in_bytes(config.memory), device=device)
-        return outcome(found, images, task.test, config.temperature, output)
-
-    return judge(task, protocol, output, device, trial)
+def prepare(task: Task, config: KnnConfig | KnnGridConfig) -> Task:
+    """The task with the config's feature: the CIFAR-10 demo's protocol has the head's. Nothing is drawn but labels."""
+    return replace(task, feature=config.feature, trials=task.trials if task.labels_per_class else 1)
 
 
 def check(task: Task, config: KnnConfig) -> None:
@@ -107,23 +91,56 @@ def check(task: Task, config: KnnConfig) -> None:
     require_enough(config.k, len(task.training_images(config.seed)))
 
 
+def run_trial(task: Task, config: KnnConfig, seed: int, _state: Path | None, device: torch.device) -> Outcome:
+    """Find each test image's nearest training images, and let them vote."""
+    images = task.training_images(seed)
+    bank, queries = (task.features(part, config, device) for part in (images, task.test))
+    neighbours = nearest_by_ranks(queries, bank, config.k, memory=in_bytes(config.memory), device=device)
+    return outcome(neighbours, images, task.test, config.temperature)
+
+
+def passes(_config: KnnConfig | KnnGridConfig, train: int, test: int) -> Passes:
+    """Every image once."""
+    return Passes(extracted=train + test)
+
+
+def own_work(config: KnnConfig, probe: Probe) -> tuple[float, str]:
+    """The search; see `task.Code`."""
+    return search_seconds(probe, config.k, config.memory), f"{probe.test:,} x {probe.train:,} products"
+
+
+def search_seconds(
+    probe: Probe, k: int, memory: float | None, distance: Distance = "cosine", queries: int | None = None
+) -> float:
+    """About how long a search takes for the k nearest in the whole bank for all queries."""
+    queries = queries or probe.test
+    bank, asked = probe.rows(probe.train), probe.rows(queries)
+
+    def piece(count: int) -> None:
+        some = asked[:count]
+        nearest(some, bank, min(k, len(bank)), distance=distance, memory=in_bytes(memory), device=probe.device)
+
+    return probe.scaled(piece, len(asked), probe.seconds / 2) * queries / len(asked) * probe.train / len(bank)
+
+
 def in_bytes(gigabytes: float | None) -> float | None:
     return None if gigabytes is None else 1e9 * gigabytes
 
 
 def outcome(
-    found: Neighbours, train: ImageSet, test: ImageSet, temperature: float | None, output: Path, **notes: Any
+    neighbours: Neighbours, train: ImageSet, test: ImageSet, temperature: float | None, **notes: Any
 ) -> Outcome:
-    """What the neighbours of the test images say of their classes, and a picture of some of them in the run directory.
-
-    Collective in so far as every process has the same neighbours; the first one draws.
-    """
-    labels = torch.as_tensor(train.labels, device=found.index.device)
-    scores = vote(found, labels, len(train.classes), temperature).cpu()
-    if is_main():
-        draw_neighbours(train, test, found.index.cpu(), output / "neighbours.png")
-    first = {"neighbour": found.index[:, :10].cpu().numpy()}
+    """What the neighbours of the test images say of their classes."""
+    labels = torch.as_tensor(train.labels, device=neighbours.index.device)
+    scores = vote(neighbours, labels, len(train.classes), temperature).cpu()
+    first = {"neighbour": neighbours.index[:, :10].cpu().numpy()}
     return Outcome(scores, len(train) + len(test), notes, arrays=first)
+
+
+def draw(task: Task, seed: int, outcome: Outcome, output: Path) -> None:
+    """neighbours.png; see `task.Code`."""
+    neighbours = torch.from_numpy(outcome.arrays["neighbour"])
+    draw_neighbours(task.training_images(seed), task.test, neighbours, output / "neighbours.png")
 
 
 def draw_neighbours(train: ImageSet, test: ImageSet, neighbours: torch.Tensor, path: Path, rows: int = 8) -> None:
@@ -144,3 +161,6 @@ def draw_neighbours(train: ImageSet, test: ImageSet, neighbours: torch.Tensor, p
             sheet.paste(neighbour.resize((64, 64)), (64 * (x + 1) + 16, 64 * y))
     with files.atomic(path) as temporary:
         sheet.save(temporary)
+
+
+CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, draw=draw)

@@ -11,28 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
-from moco_eval.classification.knn import in_bytes, outcome, weights
+from moco_eval.classification.knn import draw, in_bytes, outcome, passes, prepare, search_seconds, weights
 from moco_eval.classification.neighbours import Distance, Neighbours, Rows, nearest_by_ranks, require_enough
-from moco_eval.config import load as configs
+from moco_eval.classification.probe import ROWS, Probe
+from moco_eval.classification.task import Code, Outcome, Task, clean_features
 from moco_eval.config.classification import KnnGridConfig
 from moco_eval.runtime.console import log
 
 VOTING = 2**26  # class scores held at once
-
-
-def evaluate(task: Task, config: KnnGridConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
-    task = replace(task, feature=config.feature)
-    check(task, config)
-    canonical = configs.load("grid", "knn", KnnGridConfig)
-    selection = "leave-one-out on train"
-    protocol = Protocol("knn", config, canonical, "head", selection, ("batch_size", "feature"), canonical.feature)
-
-    def trial(seed: int, _state: Path) -> Outcome:
-        return run_trial(task, config, seed, output, device)
-
-    return judge(task, protocol, output, device, trial)
 
 
 def check(task: Task, config: KnnGridConfig) -> None:
@@ -40,17 +26,17 @@ def check(task: Task, config: KnnGridConfig) -> None:
     require_enough(min(config.k), len(task.training_images(config.seed)) - 1)
 
 
-def run_trial(task: Task, config: KnnGridConfig, seed: int, output: Path, device: torch.device) -> Outcome:
+def run_trial(task: Task, config: KnnGridConfig, seed: int, _state: Path | None, device: torch.device) -> Outcome:
     """Choose on the training images, then classify the test images once."""
     images = task.training_images(seed)
-    bank, queries = (task.features(one, config, device) for one in (images, task.test))
+    bank, queries = (task.features(part, config, device) for part in (images, task.test))
     chosen = choose(bank, torch.as_tensor(images.labels), len(images.classes), config, seed, device)
     if chosen.left_out:
         log(f"k {', '.join(map(str, chosen.left_out))} left out: an image has {len(images) - 1} others")
     best = chosen.best
     memory = in_bytes(config.memory)
-    found = nearest_by_ranks(queries, bank, best.k, distance=best.distance, memory=memory, device=device)
-    return outcome(found, images, task.test, best.temperature, output, grid=chosen.record())
+    neighbours = nearest_by_ranks(queries, bank, best.k, distance=best.distance, memory=memory, device=device)
+    return outcome(neighbours, images, task.test, best.temperature, grid=chosen.record())
 
 
 @dataclass(frozen=True)
@@ -153,3 +139,25 @@ def predicted(
         scores.scatter_add_(1, voters[:, done:k], votes[:, done:k])
         done = k
         yield k, scores.argmax(dim=1)
+
+
+def own_work(config: KnnGridConfig, probe: Probe) -> tuple[float, str]:
+    """The searches of a grid, and its votes; see `task.Code`."""
+    part = replace(probe, seconds=probe.seconds / (len(config.distance) + 2))
+    ks = sorted(k for k in config.k if k < probe.train)
+    asked = min(probe.train, config.queries)
+    searches = [search_seconds(part, ks[-1], config.memory, distance, asked) for distance in config.distance]
+    labels = torch.randint(probe.classes, (probe.train,), device=probe.device)
+    index = torch.randint(probe.train, (min(asked, ROWS), ks[-1]), device=probe.device)
+
+    def vote(count: int) -> None:
+        some = Neighbours(torch.rand(count, ks[-1], device=probe.device), index[:count])
+        for temperature in config.temperature:
+            for _ in predicted(some, labels, probe.classes, ks, temperature):
+                pass
+
+    votes = part.scaled(vote, len(index), part.seconds) * asked / len(index)
+    return sum(searches) + votes + searches[0] * probe.test / asked, f"{len(config.distance)} leave-one-out searches"
+
+
+CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, draw=draw)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import skip_init
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
+from moco_eval.classification.task import Code, Outcome, Passes, Task
 from moco_eval.classification.training_loop import Loop
-from moco_eval.config import load as configs
 from moco_eval.config.base import Schedule, Sgd
-from moco_eval.config.classification import LinearConfig
+from moco_eval.config.classification import LinearConfig, SweepConfig
 from moco_eval.config.learning_rate import learning_rate
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import RunFailed
@@ -28,23 +28,17 @@ from moco_eval.runtime.device import autocast
 from moco_eval.runtime.rank import world_size
 
 
-def evaluate(task: Task, config: LinearConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
-    canonical = configs.load(recipe_for(config.protocol.split("/")[1][:-2], task.encoder), "linear", LinearConfig)
-    protocol = Protocol("linear", config, canonical, over="head", selection="last-epoch")
-
-    def trial(seed: int, state: Path) -> Outcome:
-        return run_trial(task, config, seed, state, device)
-
-    return judge(task, protocol, output, device, trial)
-
-
 def recipe_for(name: str, encoder: Encoder) -> str:
     """The shipped config of a protocol for an encoder: MoCo v3 has a learning rate of its own for ViTs."""
     return "mocov3_vit" if name.removeprefix("linear/") == "mocov3" and encoder.arch.startswith("vit") else name
 
 
-def run_trial(task: Task, config: LinearConfig, seed: int, state: Path, device: torch.device) -> Outcome:
+def passes(config: LinearConfig | SweepConfig, train: int, test: int) -> Passes:
+    """Crops of every epoch, and the test images."""
+    return Passes(forward=train * config.schedule.epochs + test)
+
+
+def run_trial(task: Task, config: LinearConfig, seed: int, state: Path | None, device: torch.device) -> Outcome:
     """Train one classifier, prove that it alone moved, and score the test images."""
     test = task.features(task.test, config, device)
     backbone = freeze(network(task.encoder, task.feature).to(device))
@@ -102,7 +96,7 @@ class Classifier:
 
 
 class OnCrops:
-    """A classifier that learns from crops through the frozen network; a `training.Learner`."""
+    """A classifier that learns from crops through the frozen network; a `training_loop.Learner`."""
 
     def __init__(
         self,
@@ -118,7 +112,7 @@ class OnCrops:
         self.best: dict[str, float] = {"top1": -1.0, "epoch": 0}
 
     def train_step(self, views: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int) -> torch.Tensor:
-        """See `training.Learner`."""
+        """See `training_loop.Learner`."""
         with torch.no_grad(), autocast(self.device, self.precision):
             features = self.backbone(views).flatten(1)
         return self.classifier.step(features, labels, epoch, batch)
@@ -152,7 +146,7 @@ def freeze(net: nn.Module) -> nn.Module:
 
 def new_classifier(feature_dim: int, classes: int, seed: int) -> nn.Linear:
     """A linear layer with weights from N(0, 0.01) and bias 0. Source: main_lincls.py."""
-    layer = nn.Linear(feature_dim, classes)
+    layer = skip_init(nn.Linear, feature_dim, classes)  # draws nothing from the process's own generator
     with torch.no_grad():
         layer.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
         layer.bias.zero_()
@@ -176,3 +170,6 @@ def check_moved(before: dict[str, torch.Tensor], classifier: nn.Module) -> None:
     """Raises RunFailed where the classifier is as it started: nothing was learned."""
     if all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items()):
         raise RunFailed("the classifier did not move in training; is optimizer.lr far too small?")
+
+
+CODE = Code(run_trial, passes, shipped=recipe_for)

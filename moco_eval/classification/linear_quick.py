@@ -7,31 +7,19 @@ it meets `crops` epochs of them and the clean crop in turn. docs/protocols/linea
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
 from moco_eval.classification.linear import Classifier, check_moved, snapshot
-from moco_eval.config import load as configs
+from moco_eval.classification.probe import Probe
+from moco_eval.classification.task import Code, Outcome, Passes, Task
 from moco_eval.config.classification import QuickConfig
 from moco_eval.data.loader import Batches
-from moco_eval.features.cache import Features
+from moco_eval.features.cache import Features, Source
 from moco_eval.features.extract import Crops
 from moco_eval.runtime.console import progress
 from moco_eval.runtime.device import require_finite, to_device
 from moco_eval.runtime.rank import is_main
-
-
-def evaluate(task: Task, config: QuickConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
-    canonical = configs.load("quick", "linear", QuickConfig)
-    protocol = Protocol("linear", config, canonical, over="head", selection="last-epoch")
-
-    def trial(seed: int, _state: Path) -> Outcome | None:
-        return run_trial(task, config, seed, device)
-
-    return judge(task, protocol, output, device, trial)
 
 
 def crops(config: QuickConfig) -> list[Crops]:
@@ -39,7 +27,20 @@ def crops(config: QuickConfig) -> list[Crops]:
     return [Crops(config.augmentation, config.seed, epoch) for epoch in range(config.crops)]
 
 
-def run_trial(task: Task, config: QuickConfig, seed: int, device: torch.device) -> Outcome | None:
+def sources(task: Task, config: QuickConfig) -> list[Source]:
+    """See `task.Code`."""
+    features = [task.source(task.test, config)]
+    for images in map(task.training_images, task.seeds(config) if task.labels_per_class else [config.seed]):
+        features += [task.source(images, config, kind) for kind in (None, *crops(config))]
+    return features
+
+
+def passes(config: QuickConfig, train: int, test: int) -> Passes:
+    """Every training image once for each kind of crop."""
+    return Passes(extracted=train * (1 + config.crops) + test)
+
+
+def run_trial(task: Task, config: QuickConfig, seed: int, _state: Path | None, device: torch.device) -> Outcome | None:
     """Extract what is missing, train one classifier on it, score the test images; None on ranks but the first.
 
     The crops belong to the config's seed, so that trials share them; the classifier's start and order to the trial's.
@@ -94,3 +95,23 @@ def on_device(parts: list[Features], device: torch.device) -> Callable[[int], to
     size = sum(array.nbytes for part in parts for array in part.parts)
     room = 4e9 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] / 2
     return lru_cache(len(parts) if size <= room else 1)(lambda n: to_device(parts[n].stored(), device))
+
+
+def own_work(config: QuickConfig, probe: Probe) -> tuple[float, str]:
+    """The steps of SGD on one classifier; see `task.Code`."""
+    steps = -(-probe.train // config.batch_size)
+    features, labels = probe.rows(probe.train).to(probe.device), probe.labels()
+    settings = (config.optimizer, config.schedule)
+    classifier = Classifier(probe.dim, probe.classes, *settings, seed=0, device=probe.device, alone=True)
+    batch = probe.train // steps
+
+    def piece(count: int) -> None:
+        for _ in range(count):
+            rows = torch.randint(len(features), (batch,), device=probe.device)
+            classifier.step(features[rows], labels[rows], 0, batch)
+
+    epochs = config.schedule.epochs
+    return probe.scaled(piece, epochs * steps, probe.seconds), f"{epochs} epochs of SGD"
+
+
+CODE = Code(run_trial, passes, sources=sources, own_work=own_work)

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
-from moco_eval.classification.linear import check_frozen, freeze, new_classifier, snapshot
+from moco_eval.classification.linear import check_frozen, freeze, new_classifier, passes, snapshot
+from moco_eval.classification.task import Code, Outcome, Task
 from moco_eval.classification.training_loop import Loop
-from moco_eval.config import load as configs
 from moco_eval.config.classification import SweepConfig
 from moco_eval.config.learning_rate import learning_rate
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError, RunFailed
-from moco_eval.features.cache import Features, Source
+from moco_eval.features.cache import Features
 from moco_eval.features.stages import Several
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime.collectives import all_sum
@@ -30,20 +29,12 @@ from moco_eval.runtime.console import log, warn
 from moco_eval.runtime.device import autocast
 
 
-def evaluate(task: Task, config: SweepConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
-    canonical = configs.load("sweep", "linear", SweepConfig)
-    protocol = Protocol("linear", config, canonical, over="head", selection="held-out training images")
-    for feature in config.features:
-        Several(task.encoder, [feature])  # refused before anything is written
-
-    def trial(seed: int, state: Path) -> Outcome:
-        return run_trial(task, config, seed, state, device)
-
-    return judge(task, protocol, output, device, trial)
+def check(task: Task, config: SweepConfig) -> None:
+    """Raises InputError for a feature that the encoder does not have."""
+    Several(task.encoder, config.features)
 
 
-def run_trial(task: Task, config: SweepConfig, seed: int, state: Path, device: torch.device) -> Outcome:
+def run_trial(task: Task, config: SweepConfig, seed: int, state: Path | None, device: torch.device) -> Outcome:
     """Train all heads, choose one on the held-out images, and score the test images with it."""
     images = task.training_images(seed)
     assert images.labels is not None
@@ -68,11 +59,7 @@ def run_trial(task: Task, config: SweepConfig, seed: int, state: Path, device: t
 
 
 def _clean(task: Task, images: ImageSet, config: SweepConfig, device: torch.device) -> list[Features]:
-    settings = (config.precision, config.batch_size, config.workers)
-    sources = [
-        Source(task.encoder, images, task.preprocessing, feature, None, *settings) for feature in config.features
-    ]
-    return task.several(sources, device)
+    return task.several([task.source(images, config, feature=feature) for feature in config.features], device)
 
 
 class Head(NamedTuple):
@@ -121,7 +108,7 @@ def choose(
 
 
 class Sweep:
-    """All heads of a sweep on one frozen network; a `training.Learner`."""
+    """All heads of a sweep on one frozen network; a `training_loop.Learner`."""
 
     def __init__(
         self,
@@ -140,7 +127,7 @@ class Sweep:
         ]
 
     def train_step(self, views: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int) -> torch.Tensor:
-        """See `training.Learner`; the loss is that of the head that does best in this batch."""
+        """See `training_loop.Learner`; the loss is that of the head that does best in this batch."""
         with torch.no_grad(), autocast(self.device, self.config.precision):
             features = [one.flatten(1).float() for one in self.backbone(views)]
         factor = learning_rate(self.config.schedule, 1.0, epoch)
@@ -253,3 +240,6 @@ def normalise(features: torch.Tensor, norm: nn.BatchNorm1d, batch: int) -> torch
     norm.running_mean.lerp_(mean, norm.momentum)
     norm.running_var.lerp_(variance * (batch / max(1, batch - 1)), norm.momentum)
     return (features - mean) / (variance + norm.eps).sqrt()
+
+
+CODE = Code(run_trial, passes, check=check)

@@ -10,7 +10,7 @@ Source: Kornblith et al. 2019, arXiv:1805.08974, appendix; linusericsson/ssl-tra
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,8 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
-from moco_eval.config import load as configs
+from moco_eval.classification.probe import LEAST, ROWS, Probe, start_processes
+from moco_eval.classification.task import Code, Outcome, Passes, Task, clean_features
 from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError
@@ -32,28 +32,13 @@ Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to p
 CPU = torch.device("cpu")
 BLOCK = 65536  # images whose logits are held at a time
 RESIDENT = 4 * 2**30  # bytes of features that are kept in a CPU's memory in float64; more are read block by block
+# of L-BFGS in uncorrelated coordinates, as seen on the digits: iterations for each C of a path and for the last fit,
+PATH_ITERATIONS, LAST_ITERATIONS = 25, 150
+LONGEST_PART = 0.43  # and what the costliest of a path's five parts has of them
 SUBPATH = 9  # values of C that start from one another; fixed, so that the number of processes moves no number
 
 
 # The protocol
-
-
-def evaluate(task: Task, config: LogisticConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
-    canonical = configs.load("lbfgs", "logistic", LogisticConfig)
-    selection = "held-out training images; then all of them"
-    protocol = Protocol("logistic", config, canonical, "head", selection, free=("solver", "batch_size"))
-
-    def trial(seed: int, _state: Path) -> Outcome | None:
-        images = task.training_images(seed)
-        train, test = (task.features(one, config, device) for one in (images, task.test))
-        if not is_main():
-            return None
-        assert images.labels is not None
-        measure = mean_per_class if images.metric == "mean_per_class" else accuracy
-        return on_features(train, images.labels, test, config, seed, device, measure)
-
-    return judge(task, protocol, output, device, trial)
 
 
 def check(task: Task, config: LogisticConfig) -> None:
@@ -67,6 +52,24 @@ def check(task: Task, config: LogisticConfig) -> None:
         )
     if config.path.count > 1:
         _require_some(held_out(labels, config.held_out, config.seed)[1])
+
+
+def passes(_config: LogisticConfig, train: int, test: int) -> Passes:
+    """Every image once."""
+    return Passes(extracted=train + test)
+
+
+def run_trial(
+    task: Task, config: LogisticConfig, seed: int, _state: Path | None, device: torch.device
+) -> Outcome | None:
+    """Extract what is missing, then `on_features`; None on ranks but the first."""
+    images = task.training_images(seed)
+    train, test = (task.features(part, config, device) for part in (images, task.test))
+    if not is_main():
+        return None
+    assert images.labels is not None
+    measure = mean_per_class if images.metric == "mean_per_class" else accuracy
+    return on_features(train, images.labels, test, config, seed, device, measure)
 
 
 def on_features(
@@ -480,3 +483,38 @@ def _subpath(
 def choose(points: Sequence[PathPoint]) -> PathPoint:
     """The best on held-out images; of equals the most regularised."""
     return max(points, key=lambda point: (point.held_out or 0.0, -point.C))
+
+
+# A forecast
+
+
+def own_work(config: LogisticConfig, probe: Probe) -> tuple[float, str]:
+    """The iterations of L-BFGS, the path in several processes on a CPU, and starting these; see `task.Code`."""
+    started, jobs = start_processes() if probe.device.type == "cpu" else (0.0, 1.0)
+    part = replace(probe, seconds=max(LEAST, probe.seconds - started) / 2)
+    threads = torch.get_num_threads()
+    alone = iteration_seconds(part, threads)
+    each = iteration_seconds(part, max(1, int(threads / jobs))) if threads > 1 and jobs > 1 else alone
+    on_path = config.path.count * PATH_ITERATIONS * (1 - config.held_out) * each / min(jobs, 1 / LONGEST_PART)
+    basis = f"{config.path.count} values of C of {PATH_ITERATIONS} iterations, one fit of {LAST_ITERATIONS}"
+    return started + on_path + LAST_ITERATIONS * alone, basis
+
+
+def iteration_seconds(probe: Probe, threads: int) -> float:
+    """About how long one iteration of L-BFGS takes on all training images."""
+    count = min(probe.train, ROWS)
+    features = resident(probe.rows(count), probe.device)
+    labels = probe.labels().cpu().numpy()
+    labels[-probe.classes :] = np.arange(probe.classes)
+    axes = uncorrelated(features, probe.device)
+    few = SolverSettings(max_iterations=5)
+
+    def piece(rows: int) -> None:
+        some = np.arange(count - rows, count)  # with every class
+        fit_torch(features[count - rows :], labels[some], 1.0, probe.device, None, few, axes)
+
+    with probe.threads(threads):
+        return probe.scaled(piece, count, probe.seconds, min(count, 4 * probe.classes)) * probe.train / count / 5
+
+
+CODE = Code(run_trial, passes, check=check, sources=clean_features, own_work=own_work)

@@ -4,7 +4,7 @@ The protocols are those of the commands of their own, with the same run director
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from moco_eval.classification import knn, knn_grid, linear_quick, logistic, svm
-from moco_eval.classification.judge import Task, resolved
+from moco_eval.classification.judge import check as check_task
+from moco_eval.classification.judge import judge, prepared, resolved
+from moco_eval.classification.protocols import PROTOCOLS, Protocol, by_name, feature_override
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
-from moco_eval.config.classification import QuickConfig, SvmConfig, judge_model
 from moco_eval.config.load import did_you_mean
-from moco_eval.data.image_set import require_single_label
+from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
 from moco_eval.features.stages import network
@@ -33,32 +34,7 @@ from moco_eval.runtime.text import as_text
 BATCH = 256  # images in a step of the extraction
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A protocol that judges extracted features.
-
-    Attributes:
-        short: other names for it.
-        evaluate: (task, config, output, device) to its record.
-        check: (task, config); raises InputError where it cannot be done on these images.
-    """
-
-    short: tuple[str, ...]
-    evaluate: Callable[[Task, Any, Path, torch.device], dict[str, Any]]
-    check: Callable[[Task, Any], None] | None = None
-
-
-JUDGES = {
-    "knn/instdisc@1": Judge(("knn", "instdisc"), knn.evaluate, knn.check),
-    "knn/grid@1": Judge(("grid",), knn_grid.evaluate, knn_grid.check),
-    "linear/quick@1": Judge(("quick",), linear_quick.evaluate),
-    "logistic/lbfgs@1": Judge(("logistic", "lbfgs"), logistic.evaluate, logistic.check),
-    "svm/voc07@1": Judge(("svm", "voc07"), svm.evaluate, svm.check),
-    "svm/voc07-low-shot@1": Judge(("low-shot", "voc07-low-shot"), svm.evaluate, svm.check),
-}
-
-
-def protocols(names: str | None, multi_label: bool) -> list[str]:
+def protocols(names: str | None, multi_label: bool) -> list[Protocol]:
     """The protocols that --tasks names, in its order; by default those that fit the labels.
 
     Args:
@@ -68,20 +44,20 @@ def protocols(names: str | None, multi_label: bool) -> list[str]:
     """
     if names is None:
         names = "svm" if multi_label else "knn,quick,logistic"
-    known = {short: protocol for protocol, judge in JUDGES.items() for short in (protocol, *judge.short)}
-    found: list[str] = []
-    for name in (one.strip() for one in names.split(",")):
+    known = {short: row for row in PROTOCOLS if row.short for short in (row.protocol, row.name.name, *row.short)}
+    chosen: list[Protocol] = []
+    for name in (part.strip() for part in names.split(",")):
         if name not in known:
             raise InputError(f"--tasks {names!r}: {name!r} judges no extracted features.{did_you_mean(name, known)}")
-        if known[name] in found:
-            raise InputError(f"--tasks {names!r} names {known[name]} twice; take one of them away")
-        found.append(known[name])
-    return found
+        if known[name] in chosen:
+            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; take one of them away")
+        chosen.append(known[name])
+    return chosen
 
 
 @dataclass(frozen=True)
 class Item:
-    """One task of a suite: a protocol's config, what it judges, and its run directory."""
+    """One task of a suite: a protocol's config, what it judges as the protocol wants it, and its run directory."""
 
     protocol: str
     config: Any
@@ -91,49 +67,46 @@ class Item:
     @property
     def command(self) -> str:
         """The command of its own, which is also the folder of its config."""
-        return self.protocol.split("/")[0]
+        return ProtocolName.parse(self.protocol).kind
 
     @property
     def done(self) -> bool:
         """Whether its record is there."""
         return finished(self.output) is not None
 
-    @property
-    def judged(self) -> Task:
-        """The task with as many trials as the protocol makes of it."""
-        return svm.repeated(self.task, self.config) if isinstance(self.config, SvmConfig) else self.task
-
     @cached_property
     def sources(self) -> list[Source]:
         """The features that it needs; of trials on the same images once."""
-        task, config = self.judged, self.config
-        crops = linear_quick.crops(config) if isinstance(config, QuickConfig) else []
-        found = [task.source(task.test, config)]
-        trials = range(config.seed, config.seed + (task.trials if task.labels_per_class else 1))
-        for images in map(task.training_images, trials):
-            found += [task.source(images, config, one) for one in (None, *crops)]
-        return found
+        sources = by_name(self.protocol).code().sources
+        assert sources is not None
+        return sources(self.task, self.config)
 
 
-def items(task: Task, names: Sequence[str], output: Path, overrides: Sequence[str] = ()) -> list[Item]:
+def items(task: Task, chosen: Sequence[Protocol], output: Path, overrides: Sequence[str] = ()) -> list[Item]:
     """The tasks of a suite, each by its protocol as it is shipped.
 
     Args:
         task: what all of them judge.
-        names: protocols, in full.
         overrides: of every config: precision, workers, seed.
     """
-    return [_item(task, name, output, overrides) for name in names]
+    return [_item(task, row, output, overrides) for row in chosen]
 
 
-def _item(task: Task, protocol: str, output: Path, overrides: Sequence[str]) -> Item:
-    kind, _, name = protocol.removesuffix("@1").partition("/")
-    if kind == "knn":
-        overrides = (*overrides, f"feature={task.feature}")
-        if not task.labels_per_class:
-            task = replace(task, trials=1)  # nothing in it is drawn
-    config = configs.load(name, kind, judge_model(name, kind), overrides)
-    return Item(protocol, config, task, output / f"{kind}-{name}")
+def _item(task: Task, row: Protocol, output: Path, overrides: Sequence[str]) -> Item:
+    kind, name = row.name.kind, row.name.name
+    config = configs.load(name, kind, row.model, [*overrides, *feature_override(row.model, task.feature)])
+    try:
+        ready = prepared(task, config)
+    except InputError as error:
+        raise _left_out(row.name, error) from None
+    return Item(row.protocol, config, ready, output / f"{kind}-{name}")
+
+
+def _left_out(name: ProtocolName, error: InputError) -> InputError:
+    """The refusal of one protocol, with the way out that a suite has."""
+    return InputError(
+        f"{name}: {message_of(error)}; --set belongs to `moco-eval {name.kind}`, here leave the protocol out of --tasks"
+    )
 
 
 def check(suite: Sequence[Item]) -> None:
@@ -145,21 +118,11 @@ def check(suite: Sequence[Item]) -> None:
     for item in suite:
         network(item.task.encoder, item.task.feature)
         try:
-            _check(item)
+            check_task(item.task, item.config)
+            assert item.sources  # the labels of every trial can be drawn
         except InputError as error:
-            raise InputError(
-                f"{item.protocol}: {message_of(error)}; --set belongs to `moco-eval {item.command}`, here leave the "
-                "protocol out of --tasks"
-            ) from None
-        holds(item.output, resolved(item.judged, item.command, item.config))
-
-
-def _check(item: Item) -> None:
-    if item.command != "svm":
-        require_single_label(item.task.test)
-    if own := JUDGES[item.protocol].check:
-        own(item.task, item.config)
-    assert item.sources  # the labels of every trial can be drawn
+            raise _left_out(ProtocolName.parse(item.protocol), error) from None
+        holds(item.output, resolved(item.task, item.config))
 
 
 # What is extracted
@@ -214,7 +177,7 @@ def run(
     Returns:
         The record of each task, and what was extracted.
     Raises:
-        InputError, RunFailed, Interrupted: as `cache.features_of` and `classify.judge` do.
+        InputError, RunFailed, Interrupted: as `cache.features_of` and `judge.judge` do.
     """
     wanted = needs(suite, cache, batch_size)
     barrier()  # every process has looked
@@ -227,7 +190,7 @@ def run(
     records = []
     for number, item in enumerate(suite, 1):
         log(f"{number}/{len(suite)} {item.protocol}")
-        records.append(JUDGES[item.protocol].evaluate(item.task, item.config, item.output, device))
+        records.append(judge(item.task, item.config, item.output, device))
     return records, extraction
 
 

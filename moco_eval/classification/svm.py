@@ -7,15 +7,14 @@ extra_scripts/create_voc_low_shot_samples.py.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moco_eval.classification.judge import Outcome, Protocol, Task, judge
-from moco_eval.config import load as configs
+from moco_eval.classification.probe import LEAST, ROWS, Probe, start_processes
+from moco_eval.classification.task import Code, Outcome, Passes, Task, clean_features
 from moco_eval.config.classification import SvmConfig
 from moco_eval.errors import InputError
 from moco_eval.features.cache import Features
@@ -29,33 +28,26 @@ FOLDS = 3
 # The protocol
 
 
-def evaluate(task: Task, config: SvmConfig, output: Path, device: torch.device) -> dict[str, Any]:
-    """Run the protocol into a run directory; returns the result record. Raises as `classify.judge` does."""
-    name = config.protocol.split("/")[1].split("@")[0]
-    canonical = configs.load(name, "svm", SvmConfig)
-    chosen = "rest of the training images" if config.low_shot else "three-fold cross-validation on the training images"
-    protocol = Protocol(
-        "svm", config, canonical, "labels" if config.low_shot else "head", chosen, ("batch_size",), multi_label=True
-    )
+def passes(_config: SvmConfig, train: int, test: int) -> Passes:
+    """Every image once."""
+    return Passes(extracted=train + test)
 
-    def trial(seed: int, _state: Path) -> Outcome | None:
-        images = task.training_images(seed)
-        train, test = (task.features(one, config, device) for one in (images, task.test))
-        if not is_main():
-            return None
-        assert images.labels is not None and task.test.labels is not None
-        classes = len(task.train.classes)
-        labels, test_labels = (one_hot(one, classes) for one in (images.labels, task.test.labels))
-        answer = low_shot_on_features if config.low_shot else on_features
-        return answer(train, labels, test, test_labels, config, seed)
 
-    summary = partial(best_on_test, config.costs, config.shots) if config.low_shot else None
-    return judge(repeated(task, config), protocol, output, device, trial, summary=summary)
+def run_trial(task: Task, config: SvmConfig, seed: int, _state: Path | None, device: torch.device) -> Outcome | None:
+    """Extract what is missing, then `on_features` or `low_shot_on_features`; None on ranks but the first."""
+    images = task.training_images(seed)
+    train, test = (task.features(part, config, device) for part in (images, task.test))
+    if not is_main():
+        return None
+    assert images.labels is not None and task.test.labels is not None
+    classes = len(task.train.classes)
+    labels, test_labels = (one_hot(part, classes) for part in (images.labels, task.test.labels))
+    answer = low_shot_on_features if config.low_shot else on_features
+    return answer(train, labels, test, test_labels, config, seed)
 
 
 def check(task: Task, config: SvmConfig) -> None:
-    """Raises InputError where a class has too few images, or low-shot is to draw from few labels."""
-    repeated(task, config)
+    """Raises InputError where a class has too few images."""
     labels = task.training_images(config.seed).labels
     assert labels is not None
     targets = one_hot(labels, len(task.train.classes))
@@ -71,8 +63,6 @@ def repeated(task: Task, config: SvmConfig) -> Task:
     Raises:
         InputError: --trials or --labels with low-shot.
     """
-    if not config.low_shot:
-        return task
     if task.trials != 1 or task.labels_per_class:
         raise InputError(
             "low-shot draws its own labels: --set shots=[...] says how many, --set samples=N how often; leave --labels "
@@ -151,7 +141,7 @@ def low_shot_on_features(
     return Outcome(scores, len(labels) + len(test_labels), notes, metrics=metrics)
 
 
-def best_on_test(costs: Sequence[float], shots: Sequence[int], trials: list[dict[str, Any]]) -> dict[str, Any]:
+def best_on_test(config: SvmConfig, trials: list[dict[str, Any]]) -> dict[str, Any]:
     """What the original reports: for each number of shots the C whose mean over samples is highest on the test images.
 
     Returns:
@@ -160,9 +150,9 @@ def best_on_test(costs: Sequence[float], shots: Sequence[int], trials: list[dict
     table = np.array([trial["mAP_by_C"] for trial in trials])  # (samples, shots, costs)
     best = table.mean(axis=0).argmax(axis=1)
     each = {}
-    for row, (number, column) in enumerate(zip(shots, best)):
+    for row, (number, column) in enumerate(zip(config.shots, best)):
         values = table[:, row, column]
-        each[f"mAP_{number}"] = {"mean": float(values.mean()), "std": float(values.std()), "C": costs[column]}
+        each[f"mAP_{number}"] = {"mean": float(values.mean()), "std": float(values.std()), "C": config.costs[column]}
     return {"best_on_test": each}
 
 
@@ -409,3 +399,47 @@ def _average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     if not (labels == 1).any():
         return float("nan")
     return mean_average_precision(scores[:, None], labels[:, None])[1]
+
+
+# A forecast
+
+
+def own_work(config: SvmConfig, probe: Probe) -> tuple[float, str]:
+    """Every cost for one class, times the classes, in as many processes as there are cores; see `task.Code`."""
+    started, jobs = start_processes()
+    count = min(probe.train, ROWS)
+    features = normalise(probe.rows(count).numpy())
+    target = probe.one_class(count)
+
+    def piece(rows: int) -> None:
+        for cost in config.costs:
+            validate(features[:rows], target[:rows], cost, 0, config.max_iterations)
+
+    left, least = max(LEAST, probe.seconds - started), min(count, 8 * probe.classes)
+    each = probe.scaled(piece, count, left, least) * probe.train / count
+    basis = f"{len(config.costs)} costs for each of {probe.classes} classes"
+    return started + each * probe.classes / jobs, basis
+
+
+def low_shot_work(config: SvmConfig, probe: Probe) -> tuple[float, str]:
+    """Every cost for one class at a middling number of shots, times the classes and numbers of shots."""
+    started, jobs = start_processes()
+    shots = min(config.shots, key=lambda number: abs(number - sum(config.shots) / len(config.shots)))
+    count, asked = min(probe.train, ROWS), min(probe.test, ROWS)
+    train, test = (normalise(probe.rows(rows).numpy()) for rows in (count, asked))
+    labels, test_labels = probe.one_class(count), probe.one_class(asked)
+    drawn = np.where(np.arange(count) < shots * probe.classes, labels > 0, -1)
+
+    def piece(number: int) -> None:
+        some = config.costs[:number]
+        low_shot_class(train, drawn, labels, test, test_labels, some, 0, config.max_iterations)
+
+    each = probe.scaled(piece, len(config.costs), max(LEAST, probe.seconds - started)) * probe.train / count
+    basis = f"{len(config.costs)} costs, {len(config.shots)} numbers of shots"
+    return started + each * probe.classes * len(config.shots) / jobs, basis
+
+
+CODE = Code(run_trial, passes, check=check, sources=clean_features, own_work=own_work)
+LOW_SHOT = Code(
+    run_trial, passes, repeated, check, sources=clean_features, own_work=low_shot_work, summary=best_on_test
+)

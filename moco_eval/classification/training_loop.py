@@ -55,7 +55,7 @@ class Loop:
     """Train a learner on crops of a set of images; each draw comes from (seed, epoch, image).
 
     Attributes:
-        state: where its state is kept after each epoch, and where it is stopped.
+        state: where its state is kept after each epoch, and where it is stopped; None keeps none.
         drop_last: leave out the images of an epoch that make no whole batch.
         losses: of the epoch under way, (steps,), this process's shares.
     """
@@ -67,7 +67,7 @@ class Loop:
         config: LoopSettings,
         preprocessing: Preprocessing,
         seed: int,
-        state: Path,
+        state: Path | None,
         device: torch.device,
         drop_last: bool = False,
     ):
@@ -123,13 +123,13 @@ class Loop:
             stop.check(f"step {done} of {total} is saved: run the same command to go on")
 
     def _save(self, done: int) -> None:
-        if is_main():
+        if self.state is not None and is_main():
             state = {"step": done, "seconds": self.earlier + time.perf_counter() - self.began}
             with files.atomic(self.state) as path:
                 torch.save(state | {"learner": self.learner.state_dict()}, path)
 
     def _restore(self) -> int:
-        if not self.state.is_file():
+        if self.state is None or not self.state.is_file():
             return 0
         fresh = copy.deepcopy(self.learner.state_dict())
         try:

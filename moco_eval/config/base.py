@@ -20,6 +20,19 @@ class Model(BaseModel):
         return value
 
 
+class Run(Model):
+    """What every recipe says of the work itself.
+
+    batch_size: over all processes; workers: loader processes of each.
+    """
+
+    protocol: str
+    batch_size: int = Positive
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(8, ge=0)
+    seed: int = Field(0, ge=0)
+
+
 class Sgd(Model):
     """SGD; `lr` belongs to the batch size written beside it."""
 

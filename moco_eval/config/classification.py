@@ -1,7 +1,6 @@
 """The configs of the classification protocols."""
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import (
     Field,
@@ -13,21 +12,15 @@ from pydantic import (
     model_validator,
 )
 
-from moco_eval.config.base import Augmentation, Model, Positive, Published, Schedule, Sgd
-from moco_eval.config.load import merged
+from moco_eval.config.base import Augmentation, Model, Positive, Published, Run, Schedule, Sgd
 
 
-class LinearConfig(Model):
+class LinearConfig(Run):
     """Linear classification on frozen features, trained on crops."""
 
-    protocol: Literal["linear/moco-lincls@1", "linear/mocov3@1"]
-    batch_size: int = Positive
     optimizer: Sgd
     schedule: Schedule
     augmentation: Augmentation = Augmentation()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
 
 class FinetuneSchedule(Model):
@@ -49,7 +42,7 @@ class FinetuneSchedule(Model):
         return self
 
 
-class FinetuneConfig(Model):
+class FinetuneConfig(Run):
     """A backbone and a new linear layer trained together.
 
     head_lr: the layer's learning rate, in multiples of the backbone's.
@@ -60,8 +53,6 @@ class FinetuneConfig(Model):
     test_every: epochs between two looks at the test images; the last epoch is always looked at, and reported.
     """
 
-    protocol: Literal["finetune/openselfsup-1percent@1", "finetune/openselfsup-10percent@1", "finetune/lightly@1"]
-    batch_size: int = Positive
     optimizer: Sgd
     head_lr: float = Positive
     head_init: Literal["normal", "uniform"] = "normal"
@@ -70,9 +61,6 @@ class FinetuneConfig(Model):
     bn_groups: int = Field(1, gt=0)
     drop_last: bool = False
     test_every: int = Field(1, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
     expect: tuple[Published, ...] | None = None
 
     @model_validator(mode="after")
@@ -85,27 +73,20 @@ class FinetuneConfig(Model):
         return self
 
 
-class QuickConfig(Model):
+class QuickConfig(Run):
     """A linear classifier on features of `crops` epochs of random crops and of the clean crop, extracted once."""
 
-    protocol: Literal["linear/quick@1"]
     crops: int = Field(5, ge=0)
-    batch_size: int = Positive
     optimizer: Sgd
     schedule: Schedule
     augmentation: Augmentation = Augmentation()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
 
-class SweepConfig(Model):
+class SweepConfig(Run):
     """Many linear classifiers in one pass: each of `learning_rates` with each of `weight_decays`, each of `features`,
     with and without parameter-free batch norm; chosen on `held_out`, a share of the training images.
     """
 
-    protocol: Literal["linear/sweep@1"]
-    batch_size: int = Positive
     learning_rates: tuple[PositiveFloat, ...] = Field(min_length=1)
     weight_decays: tuple[NonNegativeFloat, ...] = Field(min_length=1)
     batch_norm: tuple[bool, ...] = Field(min_length=1)
@@ -114,9 +95,6 @@ class SweepConfig(Model):
     held_out: float = Field(0.1, gt=0, lt=1)
     schedule: Schedule
     augmentation: Augmentation = Augmentation()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
     @field_validator("learning_rates", "weight_decays", "batch_norm", "features")
     @classmethod
@@ -126,31 +104,26 @@ class SweepConfig(Model):
         return values
 
 
-class KnnConfig(Model):
+class KnnConfig(Run):
     """Weighted kNN classification: exp(cosine similarity / temperature) votes of the k nearest.
 
     memory: GB of working blocks of the search, per process; None is 1 on a CPU, a quarter of what is free on a GPU.
     """
 
-    protocol: Literal["knn/instdisc@1", "knn/cifar10-demo@1"]
     k: int = Positive
     temperature: float = Positive
     feature: str = "pooled"  # or head, or a stage of the network
     memory: float | None = Field(None, gt=0)
     batch_size: int = Field(256, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
 
-class KnnGridConfig(Model):
+class KnnGridConfig(Run):
     """Weighted kNN with k, temperature and distance chosen by leave-one-out on the training images.
 
     A temperature belongs to cosine alone. queries: training images left out in turn, at most; drawn from the seed.
     memory: as in KnnConfig.
     """
 
-    protocol: Literal["knn/grid@1"]
     k: tuple[int, ...] = Field(min_length=1)
     temperature: tuple[float, ...] = Field(min_length=1)
     distance: tuple[Literal["cosine", "euclidean"], ...] = Field(min_length=1)
@@ -158,9 +131,6 @@ class KnnGridConfig(Model):
     feature: str = "pooled"
     memory: float | None = Field(None, gt=0)
     batch_size: int = Field(256, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
     @field_validator("k", "temperature", "distance")
     @classmethod
@@ -186,40 +156,32 @@ class CostPath(Model):
         return self
 
 
-class LogisticConfig(Model):
+class LogisticConfig(Run):
     """Logistic regression on frozen features; C is chosen on `held_out`, a share of the training images.
 
     solver: torch's L-BFGS or scikit-learn's; they reach the same optimum, see docs/protocols/logistic.md.
     tolerance: of the gradient's largest entry; a fit that is stopped at max_iterations before says so.
     """
 
-    protocol: Literal["logistic/lbfgs@1"]
     path: CostPath
     held_out: float = Field(0.2, gt=0, lt=1)
     solver: Literal["torch", "sklearn"] = "torch"
     tolerance: float = Field(1e-5, gt=0)
     max_iterations: int = Field(1000, gt=0)
     batch_size: int = Field(256, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
 
-class SvmConfig(Model):
+class SvmConfig(Run):
     """One linear SVM per class on frozen features, the C of each from `costs` by three-fold cross-validation.
 
     svm/voc07-low-shot@1 trains on each of `shots` images per class, `samples` times, and chooses one C for all classes.
     """
 
-    protocol: Literal["svm/voc07@1", "svm/voc07-low-shot@1"]
     costs: tuple[PositiveFloat, ...] = Field(min_length=1)
     max_iterations: int = Field(2000, gt=0)
     shots: tuple[PositiveInt, ...] = ()
     samples: int = Field(1, gt=0)
     batch_size: int = Field(256, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
-    seed: int = Field(0, ge=0)
 
     @property
     def low_shot(self) -> bool:
@@ -231,20 +193,3 @@ class SvmConfig(Model):
         if self.low_shot != bool(self.shots):
             raise ValueError(f"shots are for svm/voc07-low-shot@1, which needs them; the protocol is {self.protocol}")
         return self
-
-
-# The models of each kind of classification config.
-JUDGES: dict[str, tuple[type[Model], ...]] = {
-    "knn": (KnnConfig, KnnGridConfig),
-    "linear": (LinearConfig, SweepConfig, QuickConfig),
-    "logistic": (LogisticConfig,),
-    "svm": (SvmConfig,),
-    "finetune": (FinetuneConfig,),
-}
-
-
-def judge_model(name: str, kind: str, overrides: Sequence[str] = ()) -> type[Model]:
-    """What a config of a classification protocol must satisfy: its protocol says. Raises InputError as `load` does."""
-    protocol = merged(name, kind, overrides).get("protocol")
-    known = {one: model for model in JUDGES[kind] for one in get_args(model.model_fields["protocol"].annotation)}
-    return known.get(protocol, JUDGES[kind][0])

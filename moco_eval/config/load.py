@@ -1,7 +1,8 @@
 """Configs: YAML files checked by pydantic models. Nothing unknown, mistyped or impossible gets past `load`."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moco_eval.config.base import Model, is_neutral
+from moco_eval.config.deviations import flatten
 from moco_eval.errors import InputError
 
 ModelT = TypeVar("ModelT", bound=Model)
@@ -34,15 +36,16 @@ def find(name: str, kind: str) -> Path:
     """
     if name.endswith((".yaml", ".yml")) or Path(name).is_file():
         if not Path(name).is_file():
-            raise InputError(f"config {name} does not exist; shipped ones: {', '.join(_short(kind))}")
+            raise InputError(f"config {name} does not exist; shipped ones: {', '.join(short_names(kind))}")
         return Path(name)
     path = folder() / kind / f"{name.removeprefix(kind + '/')}.yaml"
     if not path.is_file():
-        raise InputError(f"no {kind} config named {name!r}.{did_you_mean(name, _short(kind))}")
+        raise InputError(f"no {kind} config named {name!r}.{did_you_mean(name, short_names(kind))}")
     return path
 
 
-def _short(kind: str) -> list[str]:
+def short_names(kind: str) -> list[str]:
+    """The shipped configs of a kind, without it."""
     return [name.split("/", 1)[1] for name in shipped(kind)]
 
 
@@ -68,6 +71,22 @@ def load(name: str, kind: str, model: type[ModelT], overrides: Sequence[str] = (
         return model.model_validate(values)
     except ValidationError as error:
         raise InputError(_explain(error, path, lines, model)) from None
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Python values as overrides: {"schedule": {"epochs": 10}} is schedule.epochs=10.
+
+    Raises:
+        InputError: a value that no config can hold.
+    """
+    overrides = []
+    for key, value in flatten(dict(settings)).items():
+        try:
+            text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
+        except yaml.YAMLError:
+            raise InputError(f"{key} is {value!r}, of type {type(value).__name__}, which no config holds") from None
+        overrides.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
+    return overrides
 
 
 def _is_as_shipped(override: str) -> bool:

@@ -2,7 +2,8 @@
 
 import hashlib
 import io
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from moco_eval.data import label_subsets as choices
+from moco_eval.data import map_style
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
@@ -30,7 +32,7 @@ class ImageSet:
         fingerprint: of the whole split: sha256 over sorted relative paths and sizes (and the labels, where lists say
             them and not the folders), or over the pixels of a set in memory.
         pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
-        files: the image files, or the tar files that hold them.
+        files: the image files, the tar files that hold them, or the data set of a Python program that gives them.
         labels_per_class: of a subset drawn by `few_labels`.
         damaged: what could not be listed, by name: shards that end early.
         metric: what its papers report: top1, mean_per_class or mAP.
@@ -42,16 +44,16 @@ class ImageSet:
     name: str
     split: str
     classes: tuple[str, ...]
-    labels: np.ndarray | None
+    labels: np.ndarray | None = field(repr=False)
     fingerprint: str
-    pixels: np.ndarray | None = None
-    files: ImageFiles | Shards | None = None
+    pixels: np.ndarray | None = field(default=None, repr=False)
+    files: ImageFiles | Shards | map_style.MapStyle | None = field(default=None, repr=False)
     labels_per_class: int | None = None
     damaged: tuple[str, ...] = ()
     metric: str = "top1"
-    rows: np.ndarray | None = None
+    rows: np.ndarray | None = field(default=None, repr=False)
     subset: str | None = None
-    whole: "ImageSet | None" = None
+    whole: "ImageSet | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         held = self.files if self.pixels is None else self.pixels
@@ -84,6 +86,8 @@ class ImageSet:
         """Raises InputError naming the file where it cannot be read."""
         if self.pixels is not None:
             return Image.fromarray(self.pixels[index])
+        if isinstance(self.files, map_style.MapStyle):
+            return self.files.image(index)
         return decode_bytes(self.read(index), self.name_of(index))
 
     def read(self, index: int) -> bytes:
@@ -130,11 +134,12 @@ class ImageSet:
         """
         rows = np.asarray(rows, dtype=np.int64)
         words = f"{subset} of {self.subset}" if subset and self.subset else subset or self.subset
-        assert self.pixels is not None or isinstance(self.files, ImageFiles)
+        files = self.files
+        assert self.pixels is not None or isinstance(files, ImageFiles | map_style.MapStyle)
         return replace(
             self,
             pixels=None if self.pixels is None else self.pixels[rows],
-            files=self.files.take(rows) if isinstance(self.files, ImageFiles) else None,
+            files=files.take(rows) if isinstance(files, ImageFiles | map_style.MapStyle) else None,
             labels=None if self.labels is None else self.labels[rows],
             labels_per_class=labels_per_class or self.labels_per_class,
             rows=rows if self.rows is None else self.rows[rows],
@@ -175,6 +180,81 @@ class ImageSet:
         names, title = choices.read_list(path)
         return self.take(choices.find(names, self.files, path), title)
 
+    @classmethod
+    def from_arrays(
+        cls,
+        pixels: np.ndarray,
+        labels: np.ndarray | Sequence[int],
+        *,
+        classes: Sequence[str] | None = None,
+        name: str = "arrays",
+        split: str = "test",
+    ) -> "ImageSet":
+        """Images in memory.
+
+        Args:
+            pixels: 8-bit images, (N, H, W, 3) or grey (N, H, W), uint8.
+            labels: class of each, (N,), counted from 0.
+            classes: their names; by default the numbers that occur, which then may leave no gap.
+            name, split: what records and tables call the set; two sets of one name and split are told apart by content.
+        Raises:
+            InputError: pixels or labels of another kind, shape or length, or labels that name no class.
+        """
+        rgb = map_style.rgb_arrays(pixels)
+        numbers, names = map_style.numbered(labels, len(rgb), classes)
+        fingerprint = hashlib.sha256(rgb.tobytes()).hexdigest()
+        return cls(name, split, names, numbers, fingerprint, pixels=rgb)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        *,
+        classes: Sequence[str] | None = None,
+        name: str | None = None,
+        split: str | None = None,
+    ) -> "ImageSet":
+        """The images of a map-style torch or torchvision data set of (PIL image or uint8 array, label).
+
+        Small images of one size are read once and held in memory; others are asked for when they are needed. A data set
+        of torchvision's that moco-eval knows by name (CIFAR10, ...) is that data set.
+
+        Args:
+            dataset: with a length and items by index; without a transform to tensors, which the preprocessing makes.
+            classes: names; by default the data set's own `classes`, or the numbers that occur.
+        Raises:
+            InputError: an item that is none such, or that cannot be had: its index is named.
+        """
+        own_name, own_split = map_style.known_as(dataset)
+        items = map_style.MapStyle.open(dataset)
+        named = classes if classes is not None else map_style.own_classes(dataset)
+        numbers, names = map_style.numbered(items.labels(), len(items), named)
+        pixels = items.in_memory()
+        fingerprint = hashlib.sha256(pixels.tobytes()).hexdigest() if pixels is not None else items.fingerprint(numbers)
+        held: dict[str, Any] = {"files": items} if pixels is None else {"pixels": pixels}
+        return cls(name or own_name, split or own_split, names, numbers, fingerprint, **held)
+
+    @classmethod
+    def from_huggingface(
+        cls,
+        dataset: Any,
+        *,
+        image: str = "image",
+        label: str = "label",
+        name: str | None = None,
+        split: str | None = None,
+    ) -> "ImageSet":
+        """The images of a `datasets.Dataset`; see `from_dataset`.
+
+        Args:
+            image, label: its columns.
+        Raises:
+            InputError: no such column, or as `from_dataset`.
+        """
+        columns = map_style.Columns.open(dataset, image, label)
+        names = (name or columns.name, split or columns.split)
+        return cls.from_dataset(columns, classes=columns.classes, name=names[0], split=names[1])
+
 
 def require_single_label(images: ImageSet) -> None:
     """Raises InputError where an image may show several classes, for protocols that take one."""
@@ -199,10 +279,7 @@ def decode_bytes(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            if image.mode.startswith("I;16") or image.mode == "I":
-                sixteen = np.asarray(image).astype(np.int64)
-                return Image.fromarray((sixteen.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return map_style.as_rgb(image)
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image that Pillow reads; remove or replace it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

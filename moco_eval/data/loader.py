@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +15,7 @@ from moco_eval.data.image_set import ImageSet
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.console import tell
-from moco_eval.runtime.device import to_device
+from moco_eval.runtime.device import borrowed_generator, to_device
 from moco_eval.runtime.rank import rank, world_size
 
 WINDOW = 16  # shards whose images are shuffled together
@@ -79,17 +78,6 @@ def draw_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
 
 
-@contextmanager
-def drawing(seed: int) -> Iterator[None]:
-    """What is drawn inside comes from `seed`; torch's CPU generator is as before afterwards.
-
-    `torch.manual_seed` would seed every device too, and costs more than the crop.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 @dataclass
 class Examples(Dataset):
     """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs.
@@ -106,7 +94,7 @@ class Examples(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item
         image = self._image(index)
-        with drawing(draw_seed(self.seed, epoch, index)):
+        with borrowed_generator(draw_seed(self.seed, epoch, index)):
             tensor = self.transform(image)
         labels = self.images.labels
         label = -1 if labels is None or labels.ndim == 2 else int(labels[index])
@@ -118,7 +106,7 @@ class Examples(Dataset):
         except InputError as error:
             if not self.tolerant:
                 raise
-            tell(f"warning: {error}; here a grey image takes its place")
+            tell(f"warning: {error}; here a grey image takes its place", "warnings")
             return Image.new("RGB", (64, 64), (128, 128, 128))
 
     def __len__(self) -> int:
@@ -221,6 +209,7 @@ def loader(
         worker_init_fn=_own_group if workers else None,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # for the workers' seeds, which nothing draws from: the host's generator stays
         collate_fn=_as_it_is if hasattr(examples, "__getitems__") else None,
     )
 

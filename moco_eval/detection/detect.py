@@ -24,7 +24,7 @@ from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results import run_directory
-from moco_eval.results.record import Cost, Result, repeats
+from moco_eval.results.record import Cost, ResultRecord, repeats
 from moco_eval.results.statistics import mean_and_std
 from moco_eval.runtime import collectives, console, files, rank
 
@@ -308,7 +308,7 @@ def _record(
     loss_curves([folder / "metrics.jsonl" for folder in folders], output / "losses.svg")
     published = config.protocol.startswith(("detect/voc", "detect/coco"))
     as_tested = config.precision == "fp32" and config.accumulate == 1  # what the tests of parity ran
-    result = Result(
+    result = ResultRecord(
         protocol=config.protocol,
         dataset=data.record(),
         encoder=encoder,

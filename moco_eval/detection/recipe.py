@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
+from moco_eval.config.deviations import differences
 from moco_eval.errors import InputError
-from moco_eval.results.record import deviations
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def recipe_deviations(recipe: DetectConfig, dataset: str, arch: str) -> list[str
             "by the linear rule"
         )
         canonical = followed
-    words += deviations(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
+    words += differences(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
     if dataset != protocol.dataset:
         words.append(f"dataset {dataset} instead of {protocol.dataset}")
     if protocol.arch not in (None, arch, arch.removesuffix("_msra")):  # the supervised baseline is MSRA's ResNet-50

@@ -1,15 +1,16 @@
 """The networks we train and load: torchvision's ResNets, their wider, narrower and CIFAR forms, and timm's ViTs."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_eval.config.load import did_you_mean
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime.device import borrowed_generator
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def build_backbone(name: str, fork: bool = True) -> nn.Module:
     Args:
         fork: draw from a copy of torch's generator, so that it is as before afterwards.
     """
-    with torch.random.fork_rng(devices=[], enabled=fork):
+    with borrowed_generator() if fork else nullcontext():
         if isinstance(architecture(name), VisionTransformer):
             return build_transformer(name)
         net = build_resnet(name)

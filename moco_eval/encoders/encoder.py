@@ -34,14 +34,15 @@ class Encoder:
         pretraining: protocol, dataset, epochs, config, deviations of the run that made it, where it says.
         norm_eps: of a ViT's layer norms, where it is not timm's.
         settings: the file beside the checkpoint that told of it, if one did.
+        wrapped: whether the backbone is somebody's network in memory; see `wrap.wrap`.
     """
 
     source: str
     run_name: str
     arch: str
-    backbone: nn.Module
+    backbone: nn.Module = field(repr=False)
     feature_dim: int
-    head: nn.Module | None
+    head: nn.Module | None = field(repr=False)
     origin: str
     sha256: str
     tensors_loaded: int
@@ -55,6 +56,7 @@ class Encoder:
     pretraining: dict[str, Any] | None = None
     norm_eps: float | None = None
     settings: str | None = None
+    wrapped: bool = False
 
     def record(self) -> dict[str, Any]:
         """The `encoder` part of a result record."""

@@ -21,12 +21,12 @@ from moco_eval.encoders.settings_files import of_timm
 from moco_eval.encoders.split import Parts
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime.device import borrowed_generator
 
 
 def random_weights(arch: str, seed: int) -> Encoder:
     found = architecture(arch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with borrowed_generator(seed):
         net = build_backbone(arch, fork=False)
     return Encoder(
         source=f"random:{arch}",

@@ -54,7 +54,7 @@ class _Stage(nn.Module):
 
 
 def _require_stage(encoder: Encoder, stage: str) -> None:
-    stages = architecture(encoder.arch).stages if encoder.tensors_loaded else ()
+    stages = architecture(encoder.arch).stages if encoder.tensors_loaded and not encoder.wrapped else ()
     if stage not in stages:
         has = f"it has pooled, head and {', '.join(stages)}" if stages else "it has pooled alone"
         raise InputError(f"--feature {stage!r} is no stage of {encoder.arch}; {has}")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from moco_eval.classification.protocols import by_name, load_config
 from moco_eval.config import load as configs
-from moco_eval.config.classification import FinetuneConfig, LinearConfig, QuickConfig, SweepConfig, judge_model
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.boxes import coco, voc
@@ -163,7 +163,7 @@ def _is_whole(record: Record) -> bool:
 
 def _ran_here(record: Record, processes: int, device: torch.device) -> bool:
     where = record["environment"]
-    command = shlex.split(where.get("command", ""))
+    command = shlex.split(where.get("command") or "")
     return (
         where.get("hardware") == hardware()
         and record["cost"].get("device", "").startswith(device.type)
@@ -189,8 +189,7 @@ def work(step: ChainStep, row: Row) -> list[tuple[Probe, float]]:
     if kind == "detect":
         found = _detection(step, configs.load(step.name, "detect", DetectConfig), arch)
     else:
-        judge = configs.load(step.name, kind, judge_model(step.name, kind, ()))
-        found = _classification(step, judge, arch, _side(step, row), trials)
+        found = _classification(step, load_config(step.name, kind), arch, _side(step, row), trials)
     return [(probe, trials * images) for probe, images in found]
 
 
@@ -209,19 +208,13 @@ def _pretraining(step: ChainStep, recipe: PretrainConfig) -> Iterator[tuple[Prob
         yield forward, keys + looks
 
 
-def _classification(step: ChainStep, judge: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:
+def _classification(step: ChainStep, config: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:
     """The images of one trial; features that are extracted once count for all trials together."""
     train, test = _images(step.dataset, "train"), _images(step.dataset, "test")
-    forward = Probe("forward", arch, size, judge.batch_size, judge.precision)
-    if isinstance(judge, FinetuneConfig):
-        epochs = judge.schedule.epochs
-        yield Probe("train", arch, size, judge.batch_size, judge.precision), train * epochs
-        yield forward, test * max(1, epochs // judge.test_every)
-    elif isinstance(judge, LinearConfig | SweepConfig):
-        yield forward, train * judge.schedule.epochs + test
-    else:
-        crops = judge.crops if isinstance(judge, QuickConfig) else 0
-        yield forward, (train * (1 + crops) + test) / trials
+    passes = by_name(config.protocol).code().passes(config, train, test)
+    if passes.trained:
+        yield Probe("train", arch, size, config.batch_size, config.precision), passes.trained
+    yield Probe("forward", arch, size, config.batch_size, config.precision), passes.forward + passes.extracted / trials
 
 
 def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tuple[Probe, float]]:

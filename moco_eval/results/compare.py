@@ -3,6 +3,7 @@
 See docs/statistics.md.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its result record, and what its trials said of each test image."""
+    """A finished run: its folder or what it is called, its result record, and what its trials said of each image."""
 
-    folder: Path
+    folder: Path | str
     record: dict[str, Any]
     answers: Answers
 
@@ -38,15 +39,21 @@ class Comparison:
     over_images: Difference
     discordant: tuple[int, int, float] | None
 
+    def __str__(self) -> str:
+        """In words, for a terminal."""
+        return describe(self)
 
-def compare(a: Path, b: Path) -> Comparison:
+
+def compare(a: Path | Run, b: Path | Run) -> Comparison:
     """Compare two runs by the main metric of their data set, its mean over each run's trials.
 
+    Args:
+        a, b: run directories, or runs that are in memory.
     Raises:
         InputError: a folder holds no finished classification run, or its files are damaged or disagree; or the runs
             were not tested on the same images.
     """
-    runs = read_run(a), read_run(b)
+    runs = (a if isinstance(a, Run) else read_run(a)), (b if isinstance(b, Run) else read_run(b))
     require_same_images(*runs)
     metric = main_metric(*runs)
     before, after = (_checked_value(run, metric) for run in runs)
@@ -78,7 +85,8 @@ def read_run(folder: Path) -> Run:
             f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one "
             "answer to each test image: moco-eval report sets detections side by side"
         )
-    return Run(folder, record, _read_answers(folder / "predictions.npz", len(record["trials"])))
+    answers = _read_answers(folder / "predictions.npz", len(record["trials"]))
+    return Run(folder, record, answers)
 
 
 def _read_answers(path: Path, trials: int) -> Answers:
@@ -93,8 +101,7 @@ def _read_answers(path: Path, trials: int) -> Answers:
         )
     try:
         with np.load(path, allow_pickle=False) as kept:
-            labels = kept["label"]
-            parts = {"predictions": kept["prediction"]} if labels.ndim == 1 else {"scores": kept["scores"]}
+            labels, parts = kept["label"], _answers(kept)
     except Exception as error:  # whatever a damaged file makes numpy raise
         raise InputError(f"{path} cannot be read ({error}); run the evaluation again into another --output") from None
     name, array = next(iter(parts.items()))
@@ -109,6 +116,20 @@ def _read_answers(path: Path, trials: int) -> Answers:
     if labels.ndim == 2 and not (np.isfinite(array).all() and np.isin(labels, (-1, 0, 1)).all()):
         raise InputError(f"{path} is damaged: a score is not finite, or a label is none of 1, 0 and -1")
     return Answers(labels, **{name: array})
+
+
+def _answers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What counts of the arrays of predictions.npz: the classes predicted, or the scores of images of several."""
+    if arrays["label"].ndim == 1:
+        return {"predictions": arrays["prediction"]}
+    return {"scores": arrays["scores"]}
+
+
+def run_in_memory(name: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Run:
+    """A run that no folder holds. Raises InputError where it has no answer to each image: a detection."""
+    if "label" not in arrays:
+        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; compare takes classifications")
+    return Run(name, record, Answers(arrays["label"], **_answers(arrays)))
 
 
 def require_same_images(a: Run, b: Run) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -13,20 +12,18 @@ from typing import Any
 import torch
 
 from moco_eval import __version__
+from moco_eval.runtime import command
 
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "pycocotools", "pillow", "detectron2")
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
-    """Command line, versions, hardware, git commit, seed."""
+    """Command line (null where a Python program made the result), versions, hardware, git commit, seed."""
     return {
-        "command": shlex.join(["moco-eval", *sys.argv[1:]]),
+        "command": command.line(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"moco-eval": __version__, "python": platform.python_version()}
-        | {
-            name: _version(name)
-            for name in ("torch", "torchvision", "numpy", "scikit-learn", "pycocotools", "pillow", "detectron2")
-        },
+        | {name: _version(name) for name in LIBRARIES},
         "hardware": hardware(),
         "commit": _commit(),
         "seed": seed,

@@ -1,4 +1,4 @@
-"""The run directory and the result record: what was done, on what, with which weights, and how it came out."""
+"""The result record: what was done, on what, with which weights, and how it came out."""
 
 import time
 from collections.abc import Iterator
@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from moco_eval.config.deviations import differences
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.results.environment import environment, peak_memory_mb
 from moco_eval.results.statistics import REPEATS, summarise
@@ -51,8 +48,8 @@ class Cost:
 
 
 @dataclass
-class Result:
-    """The result record; percent under `metrics`. Field meanings: docs/results.md.
+class ResultRecord:
+    """What a result record is made of; percent under `metrics`. Field meanings: docs/results.md.
 
     `over` says what the trials vary: head, labels (which few are drawn), finetune or pretrain; `interval` is over test
     images, per metric.
@@ -105,8 +102,3 @@ def repeats(record: dict[str, Any]) -> str:
     if over == "head" and record["dataset"].get("labels_per_class"):
         over = "labels"  # as records said before label draws had a word of their own
     return f"{len(record['trials'])} {REPEATS.get(over, over)}"
-
-
-def deviations(ours: BaseModel, canonical: BaseModel, free: tuple[str, ...] = ()) -> list[str]:
-    """Differences of a config from its protocol's, in words; see `config.differences`."""
-    return differences(ours, canonical, free)

@@ -6,7 +6,9 @@ from typing import Any
 import yaml
 
 from moco_eval.config import load as configs
+from moco_eval.config.base import is_among
 from moco_eval.config.deviations import flatten
+from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.results.environment import environment
@@ -23,7 +25,7 @@ WHY = {"processes": " (the BN groups and the exchange of keys between them belon
 
 def default_output(command: str, encoder: Encoder, dataset: str, protocol: str | None = None) -> Path:
     """runs/<command>-<run name>-<sha8>-<dataset>-<protocol>: two encoders never collide. A suite has no protocol."""
-    last = [protocol.split("@")[0].split("/")[-1]] if protocol else []
+    last = [ProtocolName.parse(protocol).name] if protocol else []
     return Path("runs") / "-".join((command, encoder.run_name, encoder.sha256[:8], dataset, *last))
 
 
@@ -43,11 +45,16 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
         found = holds(output, resolved)
         if (output / "result.json").is_file():
             return found  # finished: its environment is that of the run, not of whoever looks at it again
-        files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        files.write_json(output / "environment.json", environment(resolved.get("config", {}).get("seed")))
+        write_resolved(output, resolved, environment(resolved.get("config", {}).get("seed")))
         return found
 
     return found_by_main(look)
+
+
+def write_resolved(output: Path, resolved: dict[str, Any], where: dict[str, Any]) -> None:
+    """config.yaml and environment.json, of what defines a run and of `environment.environment`."""
+    files.write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    files.write_json(output / "environment.json", where)
 
 
 def holds(output: Path, resolved: dict[str, Any]) -> bool:
@@ -62,7 +69,7 @@ def holds(output: Path, resolved: dict[str, Any]) -> bool:
     old, new = flatten(before), flatten(_plain(resolved))
     for key in dict.fromkeys((*new, *old)):
         kept = key.removeprefix("config.")
-        if old.get(key) != new.get(key) and not kept.startswith(RESUMABLE_KEYS):
+        if old.get(key) != new.get(key) and not is_among(kept, RESUMABLE_KEYS):
             raise InputError(
                 f"--output {output} holds another run: {key} is {old.get(key)} there and {new.get(key)} now"
                 f"{WHY.get(key, '')}; choose another --output"

@@ -1,19 +1,47 @@
-"""What a person sees: lines and progress bars on stderr, from the first process."""
+"""What a person sees: lines and progress bars on stderr, from the first process.
+
+A command says everything; in a library the host decides, and hears warnings alone unless it asks for more.
+"""
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 
+from moco_eval.errors import InputError
+from moco_eval.runtime.command import is_command
 from moco_eval.runtime.rank import is_main
 
+LEVELS = ("silent", "warnings", "info")
+_level: str | None = None
+_bar = threading.Lock()  # a terminal has room for the bar of one thread
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def tell(message: str) -> None:
+def set_verbosity(level: str) -> None:
+    """How much is said on stderr: silent, warnings (the default in a library), or info, with progress bars.
+
+    Raises:
+        InputError: another level.
+    """
+    global _level
+    if level not in LEVELS:
+        raise InputError(f"level is {level!r}; take {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+    _level = level
+
+
+def _says(level: str) -> bool:
+    """Whether what belongs to a level is said."""
+    chosen = _level or ("info" if is_command() else "warnings")
+    return LEVELS.index(chosen) >= LEVELS.index(level)
+
+
+def tell(message: str, level: str = "info") -> None:
     """One line to stderr, from whichever process calls."""
-    console.print(message, markup=False)
+    if _says(level):
+        console.print(message, markup=False)
 
 
 def log(message: str) -> None:
@@ -23,7 +51,9 @@ def log(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    log(f"warning: {message}")
+    """One line to stderr, from the first process only, which a library says too."""
+    if is_main():
+        tell(f"warning: {message}", "warnings")
 
 
 class _Rate(ProgressColumn):
@@ -53,7 +83,10 @@ def progress(title: str, total: int, images: int = 1, done: int = 0, unit: str =
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    with Progress(*columns, console=console, disable=not (is_main() and console.is_terminal)) as bar:
+    with (
+        _alone(is_main() and console.is_terminal and _says("info")) as shown,
+        Progress(*columns, console=console, disable=not shown) as bar,
+    ):
         task = bar.add_task(title, total=total, completed=done, images=images, unit=unit, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
@@ -62,6 +95,17 @@ def progress(title: str, total: int, images: int = 1, done: int = 0, unit: str =
                 bar.update(task, note=note)
 
         yield advance
+
+
+@contextlib.contextmanager
+def _alone(wanted: bool) -> Iterator[bool]:
+    """Whether this bar is shown: not beside the bar of another thread, or inside another bar."""
+    shown = wanted and _bar.acquire(blocking=False)
+    try:
+        yield shown
+    finally:
+        if shown:
+            _bar.release()
 
 
 def track(items: Iterable, title: str, total: int, images: int = 1) -> Iterator:

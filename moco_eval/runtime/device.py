@@ -1,12 +1,11 @@
-"""Device, precision, processes: the same command on a CPU, one GPU or many.
-
-Collectives vanish at world size 1.
-"""
+"""Device and precision: the same work on a CPU or a GPU."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +57,67 @@ def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 arithmetic where the precision says so. TF32 is off: fp32 is fp32, also for the logits of a bf16 run."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    """bf16 arithmetic where the precision says so; see `exact_arithmetic` for the rest."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+_generator = threading.RLock()
+
+
+def _renew() -> None:
+    """A forked process has no thread that could give the lock back."""
+    global _generator
+    _generator = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+@contextlib.contextmanager
+def borrowed_generator(seed: int | None = None) -> Iterator[None]:
+    """torch's generator on the CPU for one thread alone, seeded where asked to; afterwards it is as before.
+
+    `torch.manual_seed` would seed every device too, and costs more than a crop.
+    """
+    with _generator, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
+_exact, _exact_users = threading.Lock(), 0
+_before: list[Any] = []
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """TF32 is off within: fp32 is fp32, also for the logits of a bf16 run. Afterwards all is as it was.
+
+    torch keeps this switch for the whole process; of several threads the first turns it off, the last turns it back.
+    """
+    global _exact_users, _before
+    with _exact:
+        if _exact_users == 0:
+            _before = [getattr(place, name) for place, name, _ in _switches()]
+            for place, name, off in _switches():
+                setattr(place, name, off)
+        _exact_users += 1
+    try:
+        yield
+    finally:
+        with _exact:
+            _exact_users -= 1
+            if _exact_users == 0:
+                for (place, name, _), value in zip(_switches(), _before):
+                    setattr(place, name, value)
+
+
+def _switches() -> list[tuple[Any, str, Any]]:
+    """Where torch keeps whether float32 products may be TF32, and the value that says no; torch 2.9 has a new way."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 
 
 @lru_cache

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moco_eval.runtime.console import warn
-from moco_eval.runtime.device import choose_device
+from moco_eval.runtime.device import choose_device, exact_arithmetic
 
 # With it torchrun opens a new store at each restart; in a shared one the dead workers' addresses are still found.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -32,7 +32,8 @@ def processes(device: str) -> Iterator[torch.device]:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
-        yield chosen
+        with exact_arithmetic():
+            yield chosen
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Interruption: a signal becomes a flag that long work looks at between steps."""
 
 import signal
+import threading
 import time
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from moco_eval.errors import Interrupted
 from moco_eval.runtime.collectives import all_sum
+from moco_eval.runtime.command import is_command
 from moco_eval.runtime.rank import is_main, world_size
 
 
@@ -15,6 +17,7 @@ class Stop:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that long work looks at between steps.
 
     A second SIGINT ends the process at once. Every rank must agree before it stops: `requested` is collective.
+    In a library signals are the host's: nothing is asked to stop, and what is kept between steps is kept.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -26,7 +29,8 @@ class Stop:
         self._next = 0
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        ours = is_command() and threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS if ours}
         return self
 
     def __exit__(self, *_: object) -> None:

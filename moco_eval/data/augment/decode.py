@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from moco_eval.data.image_set import ImageSet, decode_bytes
+from moco_eval.data.map_style import MapStyle
 
 LARGEST = 2**26  # pixels; PIL, which decides about larger ones, refuses from 2.7 times as many
 
@@ -16,6 +17,8 @@ def photo(images: ImageSet, index: int) -> torch.Tensor:
     Plain JPEG files by libjpeg-turbo, which needs two thirds of PIL's time for the same pixels; whatever it does not
     take (CMYK, PNG, damaged files) by PIL, which also says what is wrong with it.
     """
+    if isinstance(images.files, MapStyle):
+        return torch.from_numpy(np.array(images.image(index))).permute(2, 0, 1)
     data = images.read(index)
     if data[:3] == b"\xff\xd8\xff":
         try:

@@ -15,9 +15,10 @@ from torchvision.utils import save_image
 from moco_eval.data.augment.decode import cut, photo
 from moco_eval.data.augment.steps import Crop, Fuse, ViewRecipe, unfused
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.loader import draw_seed, drawing
+from moco_eval.data.loader import draw_seed
 from moco_eval.errors import InputError
 from moco_eval.runtime import files
+from moco_eval.runtime.device import borrowed_generator
 
 
 @dataclass
@@ -85,7 +86,7 @@ class TwoViews(Dataset):
         views = self._room(len(items))
         for n, (epoch, index) in enumerate(items):
             image, substitute[n] = self.decoded(index)
-            with drawing(draw_seed(self.seed, epoch, index)):
+            with borrowed_generator(draw_seed(self.seed, epoch, index)):
                 for view in views:
                     view[n] = self.published(image)
         return views

@@ -1,0 +1,234 @@
+"""The commands of the classification protocols, one for each kind in the table; the suite, and features."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moco_eval.classification.protocols import Protocol, feature_override, followed_by, kinds
+from moco_eval.cli.options import (
+    FOLDER,
+    Options,
+    data_option,
+    dataset_options,
+    encoder_options,
+    extraction_options,
+    feature_options,
+    run_options,
+
+    trial_options,
+    with_options,
+)
+from moco_eval.cli.shared import launch_again, load_config, load_encoder
+from moco_eval.config import load as configs
+from moco_eval.errors import InputError
+
+# Options of one kind alone
+OWN: dict[str, tuple[Callable, ...]] = {
+    "knn": (
+        click.option(
+            "--memory",
+            type=click.FloatRange(0, min_open=True),
+            metavar="GB",
+            help="Of the search's working blocks, in each process.  [default: 1; on a GPU a quarter of what is free]",
+        ),
+    ),
+    "svm": (
+        click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples."),
+    ),
+}
+
+
+def command_of(kind: str, rows: tuple[Protocol, ...]) -> click.Command:
+    """The command of a kind of protocol, with the options that its protocols have a use for."""
+    first = rows[0]
+    names = list(dict.fromkeys([*(row.name.name for row in rows), *configs.short_names(kind)]))
+
+    @click.command(kind, help=_help(rows))
+    @click.argument("checkpoint")
+    @with_options(
+        click.option(
+            "--protocol", default=first.name.name, show_default=True, help=f"{', '.join(names)}, or a file."
+        ),
+        *OWN.get(kind, ()),
+        dataset_options(first.dataset),
+        *([feature_options] if first.frozen else []),
+        *([trial_options] if any(row.trials for row in rows) else []),
+        data_option,
+        encoder_options,
+        run_options,
+    )
+    def command(checkpoint: str, protocol: str, options: Options, **own: Any) -> int:
+        return classify(kind, checkpoint, *_own(kind, protocol, options, **own))
+
+    return command
+
+
+def _help(rows: tuple[Protocol, ...]) -> str:
+    """A command's help: what the kind is, and each of its protocols."""
+    others = "\n".join(f"{row.protocol}: {row.title}" for row in rows[1:])
+    return f"{rows[0].title}\n\n\b\n{others}" if others else rows[0].title
+
+
+def _own(
+    kind: str, protocol: str, options: Options, memory: float | None = None, low_shot: bool = False
+) -> tuple[str, Options]:
+    """The protocol and the options with those of one kind alone turned into what all kinds have."""
+    if memory is not None:
+        options = replace(options, overrides=(*options.overrides, f"memory={memory}"))
+    if low_shot and not protocol.endswith((".yaml", ".yml")):  # a file says its own protocol
+        protocol = f"{protocol}-low-shot"
+    return protocol, options
+
+
+def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int:
+    """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
+    from moco_eval.api import judged
+    from moco_eval.classification.judge import check, prepared
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
+
+    row = followed_by(protocol, kind, options.overrides)
+    named = feature_override(row.model, options.feature)  # then the config says the feature
+    first = load_config(protocol, kind, row.model, replace(options, batch_size=None), named)
+    task, regime = open_task(checkpoint, options if not named else replace(options, feature=None), first.seed)
+    config = load_config(row.code().shipped(protocol, task.encoder), kind, row.model, options, named)
+    output = options.output or default_output(kind, task.encoder, regime, config.protocol)
+    if options.dry_run:
+        check(prepared(task, config), config)
+        click.echo(_plan(task, config, output))
+        return 0
+    if options.nproc > 1:
+        return launch_again(options.nproc)
+    with processes(options.device) as device:
+        result = judged(task, config, output, device)
+        if is_main():
+            click.echo(str(result))
+    return 0
+
+
+def open_task(checkpoint: str, options: Options, seed: int) -> tuple[Any, str]:
+    """The encoder on the data: a `task.Task`; and the data's name with what --labels says, for a run directory."""
+    from moco_eval.classification.task import Task
+    from moco_eval.data.catalogue import open_splits
+    from moco_eval.data.label_option import parse_labels
+
+    labels, dataset = parse_labels(options.labels), str(options.dataset)
+    encoder = load_encoder(checkpoint, options, seed)
+    train, test = open_splits(dataset, options.data, options.train_split, options.test_split)
+    if labels and labels.per_class is None:
+        train = labels.of(train, seed)
+    task = Task(
+        encoder=encoder,
+        train=train,
+        test=test,
+        feature=options.feature or "pooled",
+        labels_per_class=labels.per_class if labels else None,
+        trials=options.trials,
+        cache=options.cache or Path("runs/features"),
+    )
+    return task, f"{dataset}-{labels.name}" if labels else dataset
+
+
+def _plan(task: Any, config: Any, output: Path) -> str:
+    encoder, train, test = task.encoder, task.train, task.test
+    return "\n".join(
+        [
+            f"{config.protocol} of {encoder.source}",
+            f"encoder: {encoder.origin}, {encoder.arch}, {encoder.tensors_loaded} tensors loaded",
+            f"data: {train.name}, {len(train)} training and {len(test)} test images, {len(train.classes)} classes",
+            f"output: {output}",
+            configs.dump(config).rstrip(),
+        ]
+    )
+
+
+def _tasks_help() -> str:
+    """The protocols that a suite takes, each with its short name."""
+    rows = [row for group in kinds().values() for row in group if row.short]
+    names = ", ".join(f"{row.protocol} ({row.short[0]})" for row in rows)
+    return f"Between commas: {names}.  [default: knn,quick,logistic; for several labels an image svm]"
+
+
+@click.command()
+@click.argument("checkpoint")
+@with_options(
+    click.option("--tasks", metavar="NAMES", help=_tasks_help()),
+    dataset_options(),
+    feature_options,
+    trial_options,
+    data_option,
+    encoder_options,
+    click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes."),
+    extraction_options,
+    click.option("--dry-run", is_flag=True, help="Check everything, print the plan and about how long it takes."),
+)
+def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
+    """Several protocols on features extracted once, in one table: moco-eval suite CHECKPOINT --tasks knn,quick"""
+    from moco_eval.classification import suite as suites
+    from moco_eval.classification.forecast import describe, forecast
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.runtime.device import choose_device
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
+
+    task, regime = open_task(checkpoint, options, options.seed or 0)
+    output = options.output or default_output("suite", task.encoder, regime)
+    rows = suites.protocols(tasks, task.test.multi_label)
+    chosen = suites.items(task, rows, output, options.of_every_config)
+    suites.check(chosen)
+    if options.dry_run:
+        needs = suites.needs(chosen, task.cache, options.batch_size)
+        click.echo(describe(chosen, forecast(chosen, needs, choose_device(options.device), options.nproc), output))
+        return 0
+    if options.nproc > 1:
+        return launch_again(options.nproc)
+    with processes(options.device) as device:
+        records, extraction = suites.run(chosen, task.cache, device, options.batch_size)
+        if is_main():
+            click.echo(suites.table(records, extraction))
+    return 0
+
+
+@click.command()
+@click.argument("checkpoint")
+@with_options(
+    click.option("--crops", type=click.IntRange(0), default=0, show_default=True, help="Epochs of training crops, too."),
+    click.option("--split", type=click.Choice(["train", "test", "both"]), default="both", show_default=True),
+    dataset_options(),
+    feature_options,
+    data_option,
+    encoder_options,
+    extraction_options,
+)
+def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
+    """Extract features into the cache, and print their folders: split, crop, shape, dtype, folder."""
+    from moco_eval.classification import linear_quick
+    from moco_eval.config.classification import QuickConfig
+    from moco_eval.features import cache
+    from moco_eval.features.stages import network
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
+
+    if crops and split == "test":
+        raise InputError("--crops are of training images; take --split train or both")
+    task, _ = open_task(checkpoint, options, options.seed or 0)
+    network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    overrides = (f"crops={crops}", f"batch_size={options.batch_size}", *options.of_every_config)
+    config = configs.load("quick", "linear", QuickConfig, overrides)
+    wanted = [task.source(task.train, config, kind) for kind in (None, *linear_quick.crops(config)) if split != "test"]
+    wanted += [task.source(task.test, config)] if split != "train" else []
+    if options.nproc > 1:
+        return launch_again(options.nproc)
+    with processes(options.device) as device:
+        for source in wanted:
+            extracted = cache.features_of(source, task.cache, device)
+            if is_main():
+                click.echo(cache.line(source, extracted, task.cache))
+    return 0
+
+
+COMMANDS = [command_of(kind, rows) for kind, rows in kinds().items()] + [suite, features]

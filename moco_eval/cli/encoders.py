@@ -1,0 +1,53 @@
+"""moco-eval inspect, convert and fetch."""
+
+from pathlib import Path
+
+import click
+
+from moco_eval.cli.options import FOLDER, Options, encoder_options, with_options
+from moco_eval.errors import InputError
+
+
+@click.command()
+@click.argument("checkpoint")
+@with_options(encoder_options)
+def inspect(checkpoint: str, options: Options) -> None:
+    """Whose checkpoint is this? Every tensor accounted for, or it says why not."""
+    from moco_eval.encoders.inspect import describe, format_description
+
+    click.echo(format_description(describe(checkpoint, options.arch, options.encoder)))
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("out", type=FOLDER)
+@with_options(
+    click.option("--to", required=True, type=click.Choice(["detectron2", "torchvision", "timm", "safetensors"])),
+    click.option("--force", is_flag=True, help="Overwrite OUT."),
+    encoder_options,
+)
+def convert(checkpoint: str, out: Path, to: str, force: bool, options: Options) -> None:
+    """Write an encoder in another framework's format, and prove the copy."""
+    from moco_eval.encoders.export.convert import convert as convert_checkpoint
+
+    click.echo(convert_checkpoint(checkpoint, out, to, arch=options.arch, encoder=options.encoder, force=force))
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--output", type=FOLDER, metavar="FILE", help="Where to put it; in the cache where not given.")
+@click.option("--list", "list_names", is_flag=True, help="Name every known checkpoint.")
+def fetch(name: str | None, output: Path | None, list_names: bool) -> None:
+    """A known public checkpoint, downloaded and verified: moco-eval fetch moco_v2_800ep
+
+    Prints the file's path. Running it again goes on where it was cut, or verifies what is there.
+    """
+    from moco_eval.encoders import download, zoo
+
+    if list_names:
+        for line in zoo.lines():
+            click.echo(line)
+        return
+    if name is None:
+        raise InputError("fetch needs a NAME; moco-eval fetch --list names them")
+    click.echo(download.fetch(name, output))

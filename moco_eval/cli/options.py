@@ -1,0 +1,148 @@
+"""The options that many commands share, and the one frozen object in which a command finds what was given."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+DATASETS = (
+    "digits (built in), imagefolder, imagenet, cifar10, cifar100, stl10, flowers102, pets, food101, dtd, voc07, "
+    "voc-folder"
+)  # what can be evaluated on; `moco-eval datasets` says more
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the shared options were given; a command that lacks an option finds its default here.
+
+    Attributes:
+        overrides: what --set says, as key=value.
+        folders: what --data says where it names data sets: NAME=FOLDER.
+    """
+
+    dataset: str | None = None
+    data: Path | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    arch: str | None = None
+    encoder: str | None = None
+    feature: str | None = None
+    cache: Path | None = None
+    labels: str | None = None
+    trials: int = 1
+    output: Path | None = None
+    device: str = "auto"
+    nproc: int = 1
+    precision: str | None = None
+    workers: int | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    overrides: tuple[str, ...] = ()
+    dry_run: bool = False
+    runs: Path = Path("runs")
+    folders: tuple[str, ...] = ()
+    released: bool = False
+
+    @property
+    def of_every_config(self) -> list[str]:
+        """The options that are keys of every config, as overrides."""
+        given = {"precision": self.precision, "workers": self.workers, "seed": self.seed}
+        return [f"{key}={value}" for key, value in given.items() if value is not None]
+
+
+SHARED = {field.name for field in fields(Options)}
+
+
+def with_options(*wanted: click.Option | Callable) -> Callable:
+    """Click options for a command, shown in the order given; what is shared comes to it as `options`."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def called(**given: Any) -> Any:
+            shared = {name: given.pop(name) for name in list(given) if name in SHARED}
+            return command(options=Options(**shared), **given)
+
+        return several(*wanted)(called)
+
+    return decorate
+
+
+def several(*wanted: click.Option | Callable) -> Callable:
+    """Several click options as one decorator, shown in the order given."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(wanted):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+machine_options = several(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."),
+    click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; the config's where not given."),
+    click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
+    click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
+)
+run_options = several(
+    click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
+    machine_options,
+    click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any config key; may be repeated."),
+    click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+)
+extraction_options = several(
+    machine_options,
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Of the extraction, over all processes; the protocols keep theirs.",
+    ),
+)
+data_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")
+encoder_options = several(
+    click.option("--arch", help="Architecture, where the shapes leave it open (the heads of a ViT) or are misread."),
+    click.option(
+        "--encoder",
+        type=click.Choice(["query", "key"]),
+        help="key is the momentum encoder.  [default: query; DINO: key]",
+    ),
+)
+split_options = several(
+    click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
+    click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
+)
+feature_options = several(
+    click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
+    click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),
+)
+trial_options = several(
+    click.option(
+        "--labels",
+        metavar="WHICH",
+        help="Train on N-per-class, drawn anew in each trial; 1% or 10% (DATA/1percent.txt), or any list of names.",
+    ),
+    click.option(
+        "--trials", type=click.IntRange(1), default=1, show_default=True, help="Repetitions with their own seeds."
+    ),
+)
+places_options = several(
+    click.option("--runs", type=FOLDER, default=Path("runs"), show_default=True, help="Where the results are."),
+    click.option("--data", "folders", multiple=True, metavar="NAME=FOLDER", help="Of a data set; may be repeated."),
+    click.option("--released", is_flag=True, help="Take the authors' checkpoints instead of pretraining."),
+    click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes of every step."),
+)
+
+
+def dataset_options(default: str = "imagenet") -> Callable:
+    """--dataset and the splits that a voc-folder has."""
+    return several(
+        click.option("--dataset", default=default, show_default=True, help=f"{DATASETS}."), split_options
+    )

@@ -1,0 +1,59 @@
+"""moco-eval pretrain."""
+
+from pathlib import Path
+
+import click
+
+from moco_eval.cli.options import DATASETS, Options, data_option, run_options, with_options
+from moco_eval.cli.shared import launch_again, load_config
+from moco_eval.errors import InputError
+
+
+@click.command()
+@click.argument("config")
+@with_options(
+    click.option("--dataset", help=f"{DATASETS}, flat or webdataset."),
+    data_option,
+    run_options,
+    click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died."),
+    click.option("--profile", "profiled", type=click.IntRange(1), help="Run so many steps, say what limits, keep nothing."),
+)
+def pretrain(config: str, max_restarts: int, profiled: int | None, options: Options) -> int:
+    """Train an encoder by momentum contrast.
+
+    CONFIG is a file or a shipped name (see `moco-eval configs`): moco-eval pretrain digits --dataset digits
+    """
+    import torch
+
+    from moco_eval.config.pretrain import PretrainConfig
+    from moco_eval.runtime.console import log
+    from moco_eval.runtime.device import choose_device
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main, world_size
+    from pretraining.plan import plan
+    from pretraining.train import pretrain as train
+
+    if options.dataset is None:
+        raise InputError("pretrain needs --dataset; for example: moco-eval pretrain digits --dataset digits")
+    resolved = load_config(config, "pretrain", PretrainConfig, options)
+    output = options.output or Path("runs") / f"pretrain-{Path(config).stem}-{options.dataset}"
+    if options.nproc > 1 or options.dry_run:
+        device = choose_device(options.device) if options.dry_run else torch.device("cpu")
+        planned = plan(resolved, options.dataset, options.data, options.nproc, device)
+        if options.dry_run:
+            click.echo(f"{planned.describe()}\noutput: {output}")
+            return 0
+        return launch_again(options.nproc, max_restarts)
+    with processes(options.device) as device:
+        run = plan(resolved, options.dataset, options.data, world_size(), device)
+        log(run.describe())
+        if profiled:
+            from pretraining.profile import profile
+
+            parts = profile(run, device, profiled)
+            if is_main():
+                click.echo(parts.report())
+            return 0
+        last = train(run, output, device)
+        log(f"done: {last}")
+    return 0

@@ -1,0 +1,57 @@
+"""What several commands do: resolve a config, warn, start processes."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from moco_eval.cli.options import Options
+
+
+def tell_once(message: str) -> None:
+    """A line to stderr, from the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(message, err=True)
+
+
+def load_config(name: str, kind: str, model: Any, options: Options, more: Sequence[str] = ()) -> Any:
+    """A config with --set and the shared options applied; --batch-size carries the learning rate along.
+
+    Args:
+        more: further overrides.
+    """
+    from moco_eval.config import load as configs
+    from moco_eval.config.batch import rescaled
+
+    overrides = [*options.overrides, *more, *options.of_every_config]
+    if options.batch_size is not None:
+        carried, message = rescaled(configs.merged(name, kind, overrides), options.batch_size)
+        overrides += carried
+        if message:
+            tell_once(message)
+    return configs.load(name, kind, model, overrides)
+
+
+def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:
+    """The encoder, with the doubts of its load where they would move a number."""
+    from moco_eval.encoders.load import load
+    from moco_eval.runtime.console import warn
+
+    encoder = load(checkpoint, options.arch, options.encoder, seed)
+    for doubt in encoder.warnings:
+        warn(f"{encoder.source}: {doubt}")
+    return encoder
+
+
+def launch_again(nproc: int, max_restarts: int = 0) -> int:
+    """This very command in `nproc` processes."""
+    from moco_eval.runtime.launch import launch
+
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and argument != "--nproc" and not argument.startswith("--nproc="):
+            kept.append(argument)
+        skip = argument == "--nproc"
+    return launch(nproc, kept, max_restarts)

@@ -1,0 +1,61 @@
+"""moco-eval configs, datasets and demo."""
+
+from pathlib import Path
+
+import click
+
+from moco_eval.cli.options import FOLDER, Options, data_option, split_options, with_options
+from moco_eval.errors import InputError
+
+
+@click.command()
+@click.argument("action", type=click.Choice(["list", "show"]), default="list")
+@click.argument("name", required=False)
+def configs(action: str, name: str | None) -> None:
+    """Name the shipped configs, or show one: moco-eval configs show pretrain/cifar10"""
+    from moco_eval.config import load
+
+    if action == "list":
+        for shipped in load.shipped():
+            click.echo(shipped)
+        return
+    if name not in load.shipped():
+        raise InputError(f"no shipped config named {name!r}.{load.did_you_mean(str(name), load.shipped())}")
+    click.echo((load.folder() / f"{name}.yaml").read_text(encoding="utf-8"), nl=False)
+
+
+@click.command()
+@click.argument("action", type=click.Choice(["list", "check"]), default="list")
+@click.argument("name", required=False)
+@with_options(data_option, split_options)
+def datasets(action: str, name: str | None, options: Options) -> None:
+    """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
+    from moco_eval.data import catalogue
+    from moco_eval.data.boxes import check as boxes
+
+    if action == "list":
+        for line in catalogue.known() + boxes.known():
+            click.echo(line)
+        return
+    if name is None:
+        raise InputError("datasets check needs a NAME; moco-eval datasets names them")
+    where = (name, options.data, options.train_split, options.test_split)
+    if name in boxes.NAMES:
+        lines, refusal = boxes.check(*where)
+        lines += catalogue.check_too(*where)
+    else:
+        lines, refusal = catalogue.check(*where), None
+    for line in lines:
+        click.echo(line)
+    if refusal:
+        raise InputError(f"detect refuses these data: {refusal}")
+
+
+@click.command()
+@click.option("--output", type=FOLDER, default=Path("runs/demo"), show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def demo(output: Path, device: str) -> None:
+    """The whole path on built-in real data, in minutes, on a CPU."""
+    from moco_eval.demo import run
+
+    run(output, device)

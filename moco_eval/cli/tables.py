@@ -1,0 +1,141 @@
+"""moco-eval compare, table, reproduce and report."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moco_eval.cli.options import FOLDER, Options, places_options, with_options
+from moco_eval.errors import InputError
+
+
+@click.command()
+@click.argument("run_a", type=FOLDER)
+@click.argument("run_b", type=FOLDER)
+def compare(run_a: Path, run_b: Path) -> None:
+    """Is RUN_B better than RUN_A? Paired over the same test images, with what such a test could have seen.
+
+    Both are finished classification runs (folders with result.json and predictions.npz).
+    """
+    from moco_eval.results import compare as comparison
+
+    click.echo(str(comparison.compare(run_a, run_b)))
+
+
+@click.command()
+@click.argument("table_id", metavar="ID", required=False)
+@with_options(
+    click.option("--list", "list_tables", is_flag=True, help="Name every table."),
+    click.option("--commands", is_flag=True, help="Only the commands that are left to run, as a shell script."),
+    places_options,
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["text", "markdown", "csv", "latex", "html"]),
+        default="text",
+        show_default=True,
+    ),
+)
+def table(table_id: str | None, list_tables: bool, commands: bool, form: str, options: Options) -> None:
+    """A paper's table with our runs beside it, and how to produce what is missing."""
+    from moco_eval.papers import tables
+
+    if list_tables:
+        for name, caption in tables.tables():
+            click.echo(f"{name:<24} {caption}")
+        return
+    from moco_eval.papers import match, render, todo
+
+    if table_id is None:
+        raise InputError("table needs an ID; moco-eval table --list names them")
+    published, places = tables.load_table(table_id), _places(options)
+    records = _records(places)
+    left = todo.find(published, records, places)
+    if commands:
+        click.echo(todo.stopping_script(left))
+    else:
+        click.echo(render.render(match.compare(published, records), form, left))
+
+
+@click.command()
+@click.argument("table_id", metavar="ID", required=False)
+@with_options(
+    click.option("--rows", multiple=True, metavar="LABEL", help="A row's label or a part of it; may be repeated."),
+    places_options,
+    click.option("--slurm", is_flag=True, help="Submit what is left as SLURM jobs, and end."),
+    click.option(
+        "--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated."
+    ),
+    click.option("--dry-run", is_flag=True, help="Check everything, print the plan and the commands, do nothing."),
+)
+def reproduce(
+    table_id: str | None, rows: tuple[str, ...], slurm: bool, sbatch: tuple[str, ...], options: Options
+) -> None:
+    """A paper's table from nothing: pretrain, convert and evaluate what is left of its rows, and show it.
+
+    ID is a table (see `moco-eval table --list`) or a YAML file of your own. Running it again goes on where it stopped.
+    """
+    from moco_eval.papers import match, render
+    from moco_eval.papers import reproduce as chains
+    from moco_eval.papers import slurm as jobs
+
+    if table_id is None:
+        raise InputError(
+            "reproduce needs an ID; for example: moco-eval reproduce cifar10-demo --data cifar10=/datasets"
+        )
+    if sbatch and not slurm:
+        raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
+    places = _places(options)
+    records = _records(places) if places.runs.is_dir() else []
+    plan = chains.plan(table_id, rows, places, records)
+    waiting = jobs.states(places.runs)
+    if options.dry_run:
+        click.echo(chains.describe(plan, waiting, chains.costs_of(plan, records)))
+    if plan.left:
+        from pretraining.plan import plan as could_start
+
+        chains.check(plan, ["moco-eval", *sys.argv[1:]], could_start)
+    if options.dry_run:
+        return
+    if slurm and plan.left:
+        with chains.alone(places.runs):
+            for line in jobs.submit(plan.left, places.runs, sbatch):
+                click.echo(line)
+        click.echo(chains.describe(plan, jobs.states(places.runs)))
+        return
+    click.echo(chains.describe(plan, waiting), err=True)
+    with chains.alone(places.runs) as lock:
+        chains.run(plan, waiting, lock)
+    click.echo(render.render(match.compare(plan.table, _records(places)), "text"))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
+@click.option("--output", type=FOLDER, default=Path("report.html"), show_default=True)
+def report(runs: tuple[Path, ...], output: Path) -> None:
+    """One self-contained HTML page about runs."""
+    from moco_eval.report.page import write_report
+
+    write_report(list(runs), output)
+    click.echo(output)
+
+
+def _places(options: Options) -> Any:
+    """Where things are: a `papers.steps.Places`."""
+    from moco_eval.papers.steps import Places
+
+    data = {}
+    for pair in options.folders:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise InputError(f"--data {pair} is not NAME=FOLDER; for example --data imagenet=/datasets/imagenet")
+        data[name] = Path(folder)
+    return Places(options.runs, data, options.nproc, options.released)
+
+
+def _records(places: Any) -> list[dict[str, Any]]:
+    """Our results; none where there is no folder of the default name yet."""
+    from moco_eval.results import run_directory
+
+    return run_directory.read(places.runs) if places.runs.is_dir() or places.runs != Path("runs") else []

@@ -1,0 +1,31 @@
+"""What a batch of another size carries along."""
+
+from typing import Any
+
+
+def rescaled(values: dict[str, Any], batch: int) -> tuple[list[str], str]:
+    """Overrides that belong to a batch of another size: the rate linearly, and the dictionary that is the batch.
+
+    Args:
+        values: of a config, not checked yet.
+        batch: the batch size that is asked for.
+    Returns:
+        The overrides, and what they change in a sentence; none and "" where the batch is the config's own.
+    Source: Goyal et al. 2017, arXiv:1706.02677, the linear scaling rule.
+    """
+    before, optimizer = values.get("batch_size"), values.get("optimizer")
+    if batch == before:
+        return [], ""
+    overrides, changes = [f"batch_size={batch}"], []
+    is_known = isinstance(before, int) and bool(before)
+    rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
+    if is_known and isinstance(rate, int | float):
+        overrides.append(f"optimizer.lr={rate * batch / before!r}")
+        changes.append(f"lr {rate * batch / before:g} instead of {rate:g}")
+    if is_known and isinstance(rates := values.get("learning_rates"), list):
+        overrides.append(f"learning_rates={[rate * batch / before for rate in rates]!r}")
+        changes.append(f"learning rates times {batch / before:g}")
+    if values.get("mechanism") == "end_to_end" and isinstance(parts := values.get("accumulate", 1), int) and parts:
+        overrides.append(f"queue_size={batch // parts}")
+        changes.append(f"K {batch // parts} instead of {values.get('queue_size')}")
+    return overrides, f"--batch-size {batch} instead of {before}: {', '.join(changes)}" if changes else ""
