@@ -369,19 +369,16 @@ def detect(
     encoder = load(checkpoint, given["arch"], given["encoder"], config.seed)
     _warn(encoder)
     output = given["output"] or default_output("detect", encoder, dataset, config.protocol)
+    task = detection.DetectionTask(encoder, config, dataset, data, train_split, test_split, engine, trials)
     if nproc > 1 or given["dry_run"]:
-        planned = detection.plan(
-            encoder, dataset, data, config, output, train_split, test_split, engine, trials, processes=nproc
-        )
+        planned = detection.plan(task, output, nproc)
         if given["dry_run"]:
             choose_device(given["device"])
             click.echo(planned)
             return 0
         return _launch(nproc)
     with processes(given["device"]) as device:
-        record = detection.detect(
-            encoder, dataset, data, config, output, device, train_split, test_split, engine, trials
-        )
+        record = detection.detect(task, output, device)
         if is_main():
             click.echo(detection.format_table(record))
     return 0
