@@ -13,6 +13,7 @@ from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.plots import loss_curves, per_class_bars
+from moco_eval.detection.recipe import is_on
 from moco_eval.detection.task import DetectionTask, pixels
 from moco_eval.errors import InputError
 from moco_eval.results import run_directory
@@ -110,7 +111,7 @@ def _judge(
     data: DetectionData, config: DetectConfig, folder: Path, cost: Cost, detections: Sequence[Detections]
 ) -> dict[str, Any]:
     """Write the detections, and last of all what they are worth."""
-    metrics, per_class = evaluate(data, detections, rounded=config.protocol.startswith("detect/voc"))
+    metrics, per_class = evaluate(data, detections, rounded=is_on(config.protocol, "voc"))
     files.write_json(folder / "detections.json", _detections(data, detections))
     pictures = draw_pictures(data, detections, folder / "pictures")
     trial = {
@@ -164,7 +165,7 @@ def _record(
 
 def _equivalences(config: DetectConfig, engine: str) -> list[str]:
     """The engines' parity, of published protocols as its tests ran them."""
-    published = config.protocol.startswith(("detect/voc", "detect/coco"))
+    published = is_on(config.protocol, "voc", "coco")
     as_tested = config.precision == "fp32" and config.accumulate == 1
     return [PARITY] if engine == "torchvision" and published and as_tested else []
 

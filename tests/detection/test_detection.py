@@ -20,7 +20,7 @@ from moco_eval.detection import fine_tune, inputs, torchvision_engine
 from moco_eval.detection.detect import _mean_per_class, detect, format_table, plan
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.fine_tune import optimizer_for
-from moco_eval.detection.recipe import PROTOCOLS, learning_rate, recipe_deviations, rescaled
+from moco_eval.detection.recipe import PROTOCOLS, is_on, learning_rate, recipe_deviations, rescaled
 from moco_eval.detection.task import DetectionTask, open_digits
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.architectures import architecture, build_backbone
@@ -91,6 +91,24 @@ def test_every_protocol_has_its_config_and_no_deviation_from_itself():
         "dataset voc-folder instead of voc",
         "arch resnet18 instead of resnet50",
     ]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "data"),
+    [
+        ("detect/voc-r50-c4-24k@1", "voc"),
+        ("detect/voc07-r50-c4-9k@10", "voc"),
+        ("detect/voc-mine", "voc"),
+        ("detect/coco-r50-fpn-1x@10", "coco"),
+        ("detect/digits-r50-c4@1", None),
+        ("linear/voc@1", None),
+        ("mine-of-detect/voc@1", None),
+        ("voc", None),
+    ],
+)
+def test_a_protocol_of_detection_says_its_data(protocol, data):
+    assert [name for name in ("voc", "coco") if is_on(protocol, name)] == ([data] if data else [])
+    assert is_on(protocol, "voc", "coco") == bool(data)
 
 
 def test_a_smaller_batch_carries_rate_and_schedule_along_and_is_one_deviation():
