@@ -14,6 +14,7 @@ from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_splits
 from moco_eval.detection.detect import detect
+from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.report.page import write_report
@@ -42,8 +43,8 @@ def run(output: Path, device: str) -> None:
         log("5/5 detection: Faster R-CNN R50-C4 layout on scenes of digits")
         scenes = configs.load("digits_r50_c4", "detect", DetectConfig)
         for name in ("moco", "random"):
-            place = output / f"detect-{name}"
-            detect(encoders[name], "digits", output / "scenes", scenes, place, chosen, engine="torchvision")
+            task = DetectionTask(encoders[name], scenes, "digits", output / "scenes", engine="torchvision")
+            detect(task, output / f"detect-{name}", chosen)
         write_report([output], output / "report.html")
     log(f"done in {(time.perf_counter() - started) / 60:.1f} minutes: open {output / 'report.html'}")
 

@@ -34,7 +34,7 @@ from moco_eval.config.load import dump
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.boxes.voc import read_voc_folder
 from moco_eval.detection import inputs
-from moco_eval.detection.detect import open_digits
+from moco_eval.detection.task import open_digits
 from moco_eval.encoders.load import load
 from moco_eval.results.environment import hardware, peak_memory_mb
 from moco_eval.results.record import Cost
@@ -45,7 +45,7 @@ WARM_UP = 2  # iterations that are not counted
 def measure(engine: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds per iteration (median) and peak memory in MB of one engine, in this process."""
     recipe = configs.load(given.recipe, "detect", DetectConfig, given.set)
-    data = read_voc_folder(given.data, None, None, clip=True) if given.data else open_digits(folder, SCENES, None, None)
+    data = read_voc_folder(given.data, None, None, clip=True) if given.data else open_digits(folder, SCENES)
     step = (ours if engine == "torchvision" else theirs)(given, recipe, data, folder)
     device, seconds = torch.device(given.device), []
     for _ in range(WARM_UP + given.iterations):

@@ -31,3 +31,12 @@ class ProtocolName:
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}@{self.version}"
+
+
+def kind_and_name(text: str) -> tuple[str, str]:
+    """Kind and name of a protocol as far as the text has them: what strangers wrote need not have the form.
+
+    detect/voc-mine has them without a version; of a text without a slash all is the kind.
+    """
+    kind, _, rest = text.partition("/")
+    return kind, rest.partition("@")[0]

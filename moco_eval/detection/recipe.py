@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.deviations import differences
+from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 
 
@@ -42,6 +43,15 @@ DEFAULTS = {
     "coco-folder": "coco_r50_fpn_1x",
     "digits": "digits_r50_c4",
 }  # the recipe of a data set where none is given
+
+
+def is_on(protocol: str, *data: str) -> bool:
+    """Whether a protocol's name says that it is detection on one of these data: detect/voc-r50-c4-24k@1 on voc.
+
+    It may be one of the user's own.
+    """
+    kind, name = kind_and_name(protocol)
+    return kind == "detect" and name.startswith(data)
 
 
 def recipe_deviations(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:

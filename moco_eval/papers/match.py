@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from moco_eval.config import base
+from moco_eval.config.base import is_neutral
 from moco_eval.config.deviations import flatten
 from moco_eval.encoders import zoo
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
@@ -229,7 +229,7 @@ def _kind(record: Record) -> list[Any]:
     pretraining = record["encoder"]["pretraining"] or {}
     data = [record["dataset"].get("fingerprint"), (pretraining.get("dataset") or {}).get("fingerprint")]
     settings = _settings(record["encoder"]) if _config(record["encoder"]) else {}
-    settings = {key: value for key, value in settings.items() if not key.startswith(base.NEUTRAL_KEYS)}
+    settings = {key: value for key, value in settings.items() if not is_neutral(key)}
     return [data, len(record["trials"]), pretraining.get("bn"), pretraining.get("processes"), settings]
 
 

@@ -160,14 +160,14 @@ def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) 
     """Open a step's data as the step will. Raises InputError."""
     from moco_eval.config.detection import DetectConfig
     from moco_eval.data.catalogue import open_splits
-    from moco_eval.detection.detect import open_data
+    from moco_eval.detection.task import open_data
 
     folder = places.data.get(step.dataset)
     try:
         if step.recipe:
             could_start(step.recipe.resolved(), step.dataset, folder, places.processes)
         elif step.words[0] == "detect":
-            open_data(step.dataset, folder, None, None, configs.load(step.name, "detect", DetectConfig))
+            open_data(step.dataset, folder, (None, None), configs.load(step.name, "detect", DetectConfig))
         else:
             open_splits(step.dataset, folder)
     except InputError as error:

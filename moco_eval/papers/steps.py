@@ -10,6 +10,7 @@ from typing import Literal
 
 from moco_eval.config import base, deviations
 from moco_eval.config import load as configs
+from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 from moco_eval.papers import match
 from moco_eval.papers.match import Record
@@ -208,7 +209,7 @@ def _converted(trained: ChainStep, checkpoint: str) -> ChainStep:
 def command(column: Column) -> str:
     """The command whose protocol a column is."""
     assert column.protocol
-    return column.protocol.split("/")[0]
+    return kind_and_name(column.protocol)[0]
 
 
 @cache
@@ -218,7 +219,7 @@ def evaluation(protocol: str) -> str:
     Raises:
         InputError: no protocol of ours, or several configs follow it.
     """
-    kind, _, name = protocol.partition("@")[0].partition("/")
+    kind, name = kind_and_name(protocol)
     followed = _followed(kind)
     if followed.get(name) == protocol:
         return name

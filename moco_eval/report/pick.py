@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.report.runs import Run, sha_of
 
 TASKS = ("linear", "knn")  # the protocols whose answers are shown first
@@ -58,7 +59,7 @@ def what(run: Run) -> tuple:
 def preference(run: Run) -> tuple:
     """All labels before few, linear before kNN before all others, pooled features first: the higher the better."""
     protocol, few, subset, judged, _ = what(run)
-    task = protocol.split("/")[0]
+    task, _ = kind_and_name(protocol)
     return few is None and subset is None, -TASKS.index(task) if task in TASKS else -len(TASKS), judged == "pooled"
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from moco_eval.config import deviations as configs
+from moco_eval.config.base import is_among
 from moco_eval.report.pictures import CLASS_METRICS
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results.record import repeats
@@ -79,7 +80,7 @@ def _pretraining_facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     words = _data_words(dataset) if isinstance(dataset, dict) else str(dataset)
     fingerprint = dataset.get("fingerprint", "") if isinstance(dataset, dict) else ""
     skipped = ("protocol", "expect")
-    recipe = {key: value for key, value in recipe.items() if not key.startswith(skipped) and value is not None}
+    recipe = {key: value for key, value in recipe.items() if not is_among(key, skipped) and value is not None}
     return [
         ("data", words),
         ("fingerprint", fingerprint),

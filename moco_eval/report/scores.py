@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results.record import repeats
 
@@ -94,12 +95,12 @@ def _title(metric: str) -> str:
 def _key(record: dict[str, Any], metric: str) -> tuple:
     """What a column holds fixed: labels, protocol, data, metric, and the settings that left the protocol."""
     dataset = record["dataset"]
-    order = list(TASKS).index(record["protocol"].split("/")[0]) if record["protocol"].split("/")[0] in TASKS else 9
+    task, _ = kind_and_name(record["protocol"])
     own = tuple(words for words in record["deviations"] if not words.startswith("encoder: "))
     where = (dataset["name"], dataset.get("split"), dataset.get("fingerprint"))
     return (
         dataset.get("labels_per_class"),
-        order,
+        list(TASKS).index(task) if task in TASKS else 9,
         record["protocol"],
         where,
         f"{_rank(metric):03}",
@@ -110,7 +111,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
 
 
 def _column(record: dict[str, Any], metric: str) -> Column:
-    task, few = record["protocol"].split("/")[0], record["dataset"].get("labels_per_class")
+    task, few = kind_and_name(record["protocol"])[0], record["dataset"].get("labels_per_class")
     regime = f"{few} labels per class" if few else record["dataset"].get("subset", "all labels")
     return Column(TASKS.get(task, task), regime, record["dataset"]["name"], _title(metric), record["protocol"])
 

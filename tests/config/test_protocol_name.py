@@ -2,7 +2,7 @@
 
 import pytest
 
-from moco_eval.config.protocol_name import ProtocolName
+from moco_eval.config.protocol_name import ProtocolName, kind_and_name
 from moco_eval.errors import InputError
 
 
@@ -24,3 +24,17 @@ def test_versions_are_numbers():
 def test_another_form_is_refused_with_the_value(text):
     with pytest.raises(InputError, match="no protocol; the form is kind/name@version"):
         ProtocolName.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name"),
+    [
+        ("linear/moco-lincls@10", "linear", "moco-lincls"),
+        ("detect/voc-mine", "detect", "voc-mine"),
+        ("odd", "odd", ""),
+        ("", "", ""),
+        ("a/b/c@1", "a", "b/c"),
+    ],
+)
+def test_what_strangers_wrote_has_the_parts_that_it_has(text, kind, name):
+    assert kind_and_name(text) == (kind, name)

@@ -19,8 +19,9 @@ from torch import nn
 from moco_eval.config.detection import Scenes
 from moco_eval.data.loader import share
 from moco_eval.detection import fine_tune, inputs
-from moco_eval.detection.detect import detect, open_digits
+from moco_eval.detection.detect import detect
 from moco_eval.detection.detector import build_detector
+from moco_eval.detection.task import DetectionTask, open_digits
 from moco_eval.errors import Interrupted
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, rank, stop
@@ -75,7 +76,7 @@ def precise(bn: str) -> torch.Tensor:
 def one_step(folder, bn: str, accumulate: int) -> tuple[dict[str, float], torch.Tensor]:
     """Losses and weights after one step of SGD; on one process too."""
     r = recipe("digits_r50_c4", *SMALL, f"bn={bn}", f"accumulate={accumulate}")
-    data = open_digits(folder / "scenes", Scenes(train=4, test=3), None, None)
+    data = open_digits(folder / "scenes", Scenes(train=4, test=3))
     place = rank.rank(), rank.world_size()
     batch = next(inputs.training_batches(inputs.trainable(data.train), r, 0, 1, *place))
     model = share_statistics(build_detector(encoder(), 10, r), r.bn)
@@ -100,8 +101,9 @@ def one_without_objects(folder) -> tuple[dict[str, float], bool]:
 
 
 def whole(folder, *settings: str) -> dict:
-    given = "digits", folder.parent / "scenes", recipe("digits_r50_c4", *SMALL, *settings), folder, CPU
-    return detect(encoder(), *given, engine="torchvision")
+    config = recipe("digits_r50_c4", *SMALL, *settings)
+    task = DetectionTask(encoder(), config, "digits", folder.parent / "scenes", engine="torchvision")
+    return detect(task, folder, CPU)
 
 
 def interrupted(folder) -> str:

@@ -17,10 +17,11 @@ from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.data.boxes.samples import make_sample
 from moco_eval.detection import fine_tune, inputs, torchvision_engine
-from moco_eval.detection.detect import _mean_per_class, check, detect, format_table, open_digits
+from moco_eval.detection.detect import _mean_per_class, detect, format_table, plan
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.fine_tune import optimizer_for
-from moco_eval.detection.recipe import PROTOCOLS, learning_rate, recipe_deviations, rescaled
+from moco_eval.detection.recipe import PROTOCOLS, is_on, learning_rate, recipe_deviations, rescaled
+from moco_eval.detection.task import DetectionTask, open_digits
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.architectures import architecture, build_backbone
 from moco_eval.encoders.encoder import Encoder
@@ -61,7 +62,8 @@ def recipe(name="digits_r50_c4", *overrides):
 
 def run(output, *overrides, dataset="digits", data=None, trials=1, **options):
     config = recipe("digits_r50_c4", *TINY, *overrides)
-    return detect(encoder(**options), dataset, data, config, output, CPU, engine="torchvision", trials=trials)
+    task = DetectionTask(encoder(**options), config, dataset, data, engine="torchvision", trials=trials)
+    return detect(task, output, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,24 @@ def test_every_protocol_has_its_config_and_no_deviation_from_itself():
         "dataset voc-folder instead of voc",
         "arch resnet18 instead of resnet50",
     ]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "data"),
+    [
+        ("detect/voc-r50-c4-24k@1", "voc"),
+        ("detect/voc07-r50-c4-9k@10", "voc"),
+        ("detect/voc-mine", "voc"),
+        ("detect/coco-r50-fpn-1x@10", "coco"),
+        ("detect/digits-r50-c4@1", None),
+        ("linear/voc@1", None),
+        ("mine-of-detect/voc@1", None),
+        ("voc", None),
+    ],
+)
+def test_a_protocol_of_detection_says_its_data(protocol, data):
+    assert [name for name in ("voc", "coco") if is_on(protocol, name)] == ([data] if data else [])
+    assert is_on(protocol, "voc", "coco") == bool(data)
 
 
 def test_a_smaller_batch_carries_rate_and_schedule_along_and_is_one_deviation():
@@ -227,7 +247,7 @@ def test_precise_bn_is_fvcores():
 def test_a_batch_in_parts_takes_the_mean_of_their_gradients(tmp_path):
     """SGD's first step is the gradient itself; each part has BN and a seed of its own."""
     r = recipe("digits_r50_c4", *TINY, "accumulate=2", "optimizer.weight_decay=0")
-    data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     batch = next(inputs.training_batches(inputs.trainable(data.train), r, 0, 1))
     model = build_detector(encoder(), 10, r)
     start, gradients = parameters_to_vector(model.parameters()), []
@@ -257,7 +277,7 @@ def test_other_layouts_are_refused(tmp_path, arch):
     odd = encoder()
     odd.arch = arch
     with pytest.raises(InputError, match="detect"):
-        detect(odd, "digits", None, recipe(), tmp_path / "run", CPU)
+        detect(DetectionTask(odd, recipe(), "digits"), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
 
 
@@ -376,10 +396,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_coco_folder_by_pycocotools(tmp_path):
-    open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     record = run(tmp_path / "run", dataset="coco-folder", data=tmp_path / "scenes/coco")
     assert {"APbb", "APbb50", "APbb75"} <= set(record["metrics"])  # and by size, as there are objects
     assert "dataset coco-folder instead of digits" in record["deviations"]
+
+
+def test_data_that_are_open_already_give_what_their_folder_gives(tmp_path):
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
+    config = recipe("digits_r50_c4", *TINY)
+    folder = DetectionTask(encoder(), config, "voc-folder", tmp_path / "scenes/voc", engine="torchvision")
+    held = DetectionTask(encoder(), config, data=folder.open(), engine="torchvision")
+    assert plan(held, tmp_path / "run") == plan(folder, tmp_path / "run")
+    records = [detect(task, tmp_path / name, CPU) for task, name in ((folder, "folder"), (held, "held"))]
+    for key in ("metrics", "per_class", "dataset", "deviations", "trials"):
+        assert records[0][key] == records[1][key], key
+    assert detect(held, tmp_path / "held", CPU) == records[1]  # finished: read, not run again
+    other = DetectionTask(encoder(), config, data=dataclasses.replace(held.data, fingerprint="0"), engine="torchvision")
+    with pytest.raises(InputError, match="fingerprint"):
+        detect(other, tmp_path / "held", CPU)
+
+
+def test_data_that_are_open_already_have_their_splits_and_what_they_lack_is_refused(tmp_path):
+    data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
+    config = recipe("digits_r50_c4", *TINY)
+    with pytest.raises(InputError, match="train_split and test_split are of data in a folder; digits is open already"):
+        DetectionTask(encoder(), config, data=data, test_split="train", engine="torchvision").check(1)
+    masks = recipe("digits_r50_c4", *TINY, "masks=true")
+    with pytest.raises(InputError, match=f"asks for masks and no object of {data.train_split} in digits has one"):
+        DetectionTask(encoder(), masks, data=data).open()
+    for both_or_none in ({"dataset": "digits", "data": data}, {}):
+        with pytest.raises(AssertionError):
+            DetectionTask(encoder(), config, **both_or_none)
 
 
 @pytest.mark.parametrize(
@@ -419,28 +467,30 @@ MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channe
 )
 def test_what_does_not_fit_is_refused_before_the_data_are_opened(overrides, change, options, words):
     ours = dataclasses.replace(encoder(), **change)
-    given = {"dataset": "digits", "engine": "torchvision", "processes": 1} | options
+    given = {"dataset": "digits", "processes": 1} | options
+    task = DetectionTask(ours, recipe("digits_r50_c4", *TINY, *overrides), given["dataset"], engine="torchvision")
     with pytest.raises(InputError, match=words) as error:
-        check(ours, config=recipe("digits_r50_c4", *TINY, *overrides), **given)
+        task.check(given["processes"])
     assert "\n" not in str(error.value)
 
 
 def test_colours_that_agree_are_no_deviation():
     config = recipe("digits_r50_c4", "input.format=bgr")
-    check(dataclasses.replace(encoder(), preprocessing=MSRA), "digits", config, "torchvision", 1)
+    ours = dataclasses.replace(encoder(), preprocessing=MSRA)
+    DetectionTask(ours, config, "digits", engine="torchvision").check(1)
     assert recipe_deviations(config, "digits", "resnet18_quarter") == []
 
 
 def test_masks_and_keypoints_that_the_data_do_not_have_are_refused(tmp_path):
-    open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     for path in (tmp_path / "scenes/coco/annotations").iterdir():
         values = json.loads(path.read_text())
         bare = [{name: value for name, value in one.items() if name != "segmentation"} for one in values["annotations"]]
         path.write_text(json.dumps(values | {"annotations": bare}))
-    for what in ("masks", "keypoints"):
-        fpn = recipe("coco_r50_fpn_1x", "masks=false", f"{what}=true")
-        with pytest.raises(InputError, match=rf"{what}.*or (other )?data"):
-            detect(encoder(), "coco-folder", tmp_path / "scenes/coco", fpn, tmp_path / "run", CPU)
+    for head in ("masks", "keypoints"):
+        fpn = recipe("coco_r50_fpn_1x", "masks=false", f"{head}=true")
+        with pytest.raises(InputError, match=rf"{head}.*or (other )?data"):
+            detect(DetectionTask(encoder(), fpn, "coco-folder", tmp_path / "scenes/coco"), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
 
 
@@ -465,7 +515,7 @@ def test_the_built_in_scenes_keep_their_splits(plan, tmp_path, capfd, monkeypatc
 
 
 def test_an_image_damaged_since_it_was_listed_stops_in_one_line(tmp_path):
-    data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    data = open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     data.train[0].path.write_bytes(data.train[0].path.read_bytes()[:200])
     for workers in (0, 1):
         r = recipe("digits_r50_c4", f"workers={workers}", "batch_size=4")
@@ -475,7 +525,7 @@ def test_an_image_damaged_since_it_was_listed_stops_in_one_line(tmp_path):
 
 
 def test_a_training_split_without_boxes_is_refused(tmp_path):
-    open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     path = tmp_path / "scenes/coco/annotations/instances_train2017.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     with pytest.raises(InputError, match="none of the 4 training images of train2017 has an object"):
@@ -485,10 +535,8 @@ def test_a_training_split_without_boxes_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_detector_learns_the_scenes_and_shuffled_labels_do_not(tmp_path):
     def ap50(name, *overrides):
-        record = detect(
-            encoder("resnet50_quarter"), "digits", None, recipe(*overrides), tmp_path / name, CPU, engine="torchvision"
-        )
-        return record["metrics"]["AP50"]
+        task = DetectionTask(encoder("resnet50_quarter"), recipe(*overrides), "digits", engine="torchvision")
+        return detect(task, tmp_path / name, CPU)["metrics"]["AP50"]
 
     real, control = (
         ap50("real", "digits_r50_c4"),
@@ -500,7 +548,7 @@ def test_a_detector_learns_the_scenes_and_shuffled_labels_do_not(tmp_path):
 
 @pytest.mark.parametrize("split, words", [("train2017", "of train2017"), ("val2017", "of val2017")])
 def test_a_split_without_masks_is_refused_before_anything_is_written(tmp_path, split, words):
-    open_digits(tmp_path / "scenes", Scenes(train=4, test=2), None, None)
+    open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     path = tmp_path / f"scenes/coco/annotations/instances_{split}.json"
     values = json.loads(path.read_text())
     for item in values["annotations"]:
@@ -525,8 +573,9 @@ def test_a_finished_run_keeps_the_environment_it_had(whole):
 
 
 def test_a_rate_that_never_falls_is_warned_of(capfd):
-    check(encoder(), "digits", recipe("digits_r50_c4", "schedule.iterations=150"), "torchvision", 1)
-    check(encoder(), "digits", recipe("digits_r50_c4", "schedule.iterations=151"), "torchvision", 1)
+    for iterations in (150, 151):
+        config = recipe("digits_r50_c4", f"schedule.iterations={iterations}")
+        DetectionTask(encoder(), config, "digits", engine="torchvision").check(1)
     assert " ".join(capfd.readouterr().err.split()).count("the rate never falls") == 1
 
 

@@ -16,10 +16,11 @@ from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.detection import engine as engines
 from moco_eval.detection import torchvision_engine
 from moco_eval.detection.average_precision import evaluate
-from moco_eval.detection.detect import detect, open_digits
+from moco_eval.detection.detect import detect
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.detector_names import detector_to_detectron2
 from moco_eval.detection.engine import choose
+from moco_eval.detection.task import DetectionTask, open_digits
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime.stop import Stop
@@ -47,7 +48,7 @@ def encoder(name=QUARTER):
 
 
 def run(output, *overrides, name="digits_r50_c4", dataset="digits", data=None):
-    return detect(encoder(), dataset, data, recipe(name, *overrides), output, CPU, engine="detectron2")
+    return detect(DetectionTask(encoder(), recipe(name, *overrides), dataset, data, engine="detectron2"), output, CPU)
 
 
 # The choice
@@ -255,7 +256,8 @@ class TestRuns:
 
     def test_another_engine_is_another_run(self, whole):
         with pytest.raises(InputError, match="engine is detectron2 there and torchvision now"):
-            detect(encoder(), "digits", None, recipe("digits_r50_c4", *TINY), whole[0], CPU, engine="torchvision")
+            task = DetectionTask(encoder(), recipe("digits_r50_c4", *TINY), "digits", engine="torchvision")
+            detect(task, whole[0], CPU)
 
     def test_interrupted_and_resumed(self, tmp_path, monkeypatch):
         from moco_eval.detection import detectron2_engine
@@ -283,7 +285,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_damaged_image_stops_in_one_line(self, tmp_path, workers):
-        data = open_digits(tmp_path / "scenes", Scenes(train=6, test=2), None, None)
+        data = open_digits(tmp_path / "scenes", Scenes(train=6, test=2))
         for sample in data.train:  # as JPEG, whose header is whole when its end is gone
             Image.open(sample.path).save(sample.path.with_suffix(".jpg"))
             sample.path.unlink()
@@ -294,7 +296,7 @@ class TestRuns:
         assert "\n" not in str(error.value)
 
     def test_16_bit_greys_are_refused(self, tmp_path):
-        data = open_digits(tmp_path / "scenes", Scenes(train=6, test=2), None, None)
+        data = open_digits(tmp_path / "scenes", Scenes(train=6, test=2))
         for sample in data.train:
             Image.new("I;16", sample.size, 40000).save(sample.path)
         with pytest.raises(InputError, match=r"16-bit greys.* --engine torchvision"):
@@ -310,7 +312,7 @@ class TestRuns:
         assert len(found) == 2
 
     def test_masks_and_shuffled_labels(self, tmp_path):
-        open_digits(tmp_path / "scenes", Scenes(train=6, test=2), None, None)
+        open_digits(tmp_path / "scenes", Scenes(train=6, test=2))
         record = run(
             *(tmp_path / "run", *SMALL, "data.shuffle_labels=true"),
             name="coco_r50_fpn_1x",
@@ -345,8 +347,8 @@ def test_one_trained_detector_has_one_ap_on_both_engines(tmp_path):
     from moco_eval.detection.detectron2_config import config_of
 
     ours, settings = encoder(), recipe("digits_r50_c4")
-    record = detect(ours, "digits", None, settings, tmp_path / "run", CPU, engine="torchvision")
-    data = open_digits(tmp_path / "run/scenes", settings.scenes, None, None)
+    record = detect(DetectionTask(ours, settings, "digits", engine="torchvision"), tmp_path / "run", CPU)
+    data = open_digits(tmp_path / "run/scenes", settings.scenes)
     state = torch.load(tmp_path / "run/checkpoints/last.pth", weights_only=True)["model"]
     detector = build_detector(ours, len(data.classes), settings)
     detector.load_state_dict(state)

@@ -292,6 +292,7 @@ def test_detectors_with_masks_and_keypoints_are_timed(recipe):
 def test_the_prediction_is_within_a_factor_of_three(steps, table, tmp_path, empty_cache):
     """A pretraining and a fine-tuned detector on built-in data, against what they really take in this process."""
     from moco_eval.detection.detect import detect
+    from moco_eval.detection.task import DetectionTask
     from moco_eval.encoders.load import load
     from pretraining.plan import plan
     from pretraining.train import pretrain
@@ -303,6 +304,6 @@ def test_the_prediction_is_within_a_factor_of_three(steps, table, tmp_path, empt
     took = time.perf_counter() - began
     assert pretraining.seconds / 3 < took < pretraining.seconds * 3
     recipe = configs.load("digits_r50_c4", "detect", DetectConfig)
-    record = detect(load("random:resnet50_quarter"), "digits", None, recipe, tmp_path / "detect", CPU)
+    record = detect(DetectionTask(load("random:resnet50_quarter"), recipe, "digits"), tmp_path / "detect", CPU)
     took = 2 * record["cost"]["seconds"]  # of two trials
     assert detection.seconds / 3 < took < detection.seconds * 3

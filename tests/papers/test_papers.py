@@ -675,6 +675,35 @@ def test_repeats_share_their_batch_norm_and_their_data():
     assert [line.ours.over for line in ours([first, five])] == ["head"]  # five heads and one are no two pretrainings
 
 
+@pytest.mark.parametrize(
+    ("key", "repeats"),
+    [
+        ("knn", 2),
+        ("knn2", 1),
+        ("workers", 2),
+        ("workers_of_another_kind", 1),
+        ("views.backend", 2),
+        ("views.backend_x", 1),
+        ("seed", 2),
+        ("seeding", 1),
+    ],
+)
+def test_a_key_is_neutral_by_its_dotted_parts_and_not_by_its_first_letters(key, repeats):
+    """Another version's checkpoints may have keys that begin like ours."""
+    group, _, last = key.rpartition(".")
+    first, second = (cifar_record(80.0 + seed, seed=seed) for seed in range(2))
+    for value, record in enumerate((first, second), 5):
+        settings = record["encoder"]["pretraining"]["config"]
+        (settings[group] if group else settings)[last] = value
+    assert [line.ours.n for line in ours([first, second])] == [repeats]
+
+
+@pytest.mark.parametrize("protocol", ["linear", "", "linear/x@10", "linear/moco-lincls@10", "lin@ear/x", "a/b/c@1"])
+def test_no_protocol_of_ours_is_said_to_be_none_whatever_its_form(protocol):
+    with pytest.raises(InputError, match="no protocol '"):
+        chain.evaluation(protocol)
+
+
 def test_pretrainings_in_folders_of_one_name_are_judged_in_places_of_their_own(tmp_path):
     table = tables.load_table("cifar10-demo")
     rows = [row for row in table.rows if row.label in ("asymmetric loss, 200 epochs", "asymmetric loss, 400 epochs")]

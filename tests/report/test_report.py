@@ -262,6 +262,30 @@ def test_what_users_name_is_escaped_wherever_it_stands(tmp_path):
     assert elements.count["script"] == 1 and elements.wrong == [] and elements.open == []
 
 
+def test_protocols_that_strangers_named_are_shown_as_they_are(tmp_path):
+    odd = ("odd", "knn", "a/b/c@1", "linear/x@1", "linear/x@10")
+    for number, protocol in enumerate(odd):
+        write_run(tmp_path / "runs" / f"{number}", "linear", record(MOCO, 60.0 + number, protocol=protocol))
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text().replace("/<wbr>", "/")
+    assert all(f"<br>{protocol}</small>" in text for protocol in odd)
+    runs = read.read_runs([tmp_path / "runs"])
+    columns = scores.result_columns(runs, read.encoder_names(runs))
+    assert [(column.task, column.protocol) for column in columns] == [
+        ("linear", "linear/x@1"),
+        ("linear", "linear/x@10"),
+        ("kNN", "knn"),
+        ("a", "a/b/c@1"),
+        ("odd", "odd"),
+    ]
+
+
+def test_a_pretrainings_recipe_is_shown_without_its_protocol_and_what_is_expected_of_it():
+    config = {"protocol": "pretrain/x@1", "protocols": 2, "expect": {"metrics": {"top1": 1.0}}, "expectation": 3}
+    facts = dict(provenance._pretraining_facts({"dataset": "digits", "config": config}))
+    assert facts["recipe"] == "protocols 2, expectation 3"
+
+
 def test_what_users_name_is_escaped(page):
     assert HOSTILE not in page
     assert page.count("&lt;script&gt;") >= 3  # in the title twice, and as a class of the detections

@@ -1,0 +1,261 @@
+"""What one detection evaluation is about: the encoder, the data, the recipe; its checks, and opening the data."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moco_eval.config.detection import DetectConfig, Scenes
+from moco_eval.config.load import did_you_mean
+from moco_eval.data.boxes.coco import read_coco, read_coco_folder
+from moco_eval.data.boxes.samples import DetectionData, Sample
+from moco_eval.data.boxes.scenes import DIGITS, write_scenes
+from moco_eval.data.boxes.voc import read_voc, read_voc07, read_voc_folder
+from moco_eval.detection import engine as engines
+from moco_eval.detection.detector import check_architecture
+from moco_eval.detection.recipe import recipe_deviations
+from moco_eval.encoders.encoder import Encoder
+from moco_eval.errors import InputError
+from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime import collectives, console
+
+DATASETS = ("voc", "voc07", "coco", "voc-folder", "coco-folder", "digits")
+OFFICIAL = {"voc": read_voc, "voc07": read_voc07}
+BOXES_ONLY = ("voc", "voc07", "voc-folder", "digits")
+
+
+@dataclass(frozen=True)
+class DetectionTask:
+    """What one detection evaluation is about.
+
+    Attributes:
+        encoder: from whose weights every fine-tuning starts.
+        config: the recipe; its seed is the first trial's.
+        dataset: one of DATASETS; empty where `data` is open already.
+        data: the data set's folder, or the data themselves, opened. For 'digits' the folder where its scenes are kept,
+            by default output/scenes; for others None stands for MOCO_EVAL_DATA or DETECTRON2_DATASETS.
+        train_split, test_split: for voc-folder and coco-folder.
+        engine: auto, torchvision or detectron2.
+        trials: fine-tunings of the one encoder, with seeds from config.seed on.
+    """
+
+    encoder: Encoder
+    config: DetectConfig
+    dataset: str = ""
+    data: Path | DetectionData | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    engine: str = "auto"
+    trials: int = 1
+
+    def __post_init__(self) -> None:
+        assert bool(self.dataset) != isinstance(self.data, DetectionData), "a data set by its name, or open data"
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.data.name if isinstance(self.data, DetectionData) else self.dataset
+
+    @property
+    def folder(self) -> Path | None:
+        """The data set's folder, where one was given."""
+        return None if isinstance(self.data, DetectionData) else self.data
+
+    @property
+    def scenes(self) -> Scenes | None:
+        """What is drawn for 'digits'; None where nothing is drawn."""
+        return (self.config.scenes or Scenes()) if self.dataset == "digits" else None
+
+    @property
+    def seeds(self) -> range:
+        """Of the trials."""
+        return range(self.config.seed, self.config.seed + self.trials)
+
+    def of_seed(self, seed: int) -> DetectConfig:
+        """The recipe of one trial."""
+        return self.config.model_copy(update={"seed": seed})
+
+    def check(self, processes: int) -> str:
+        """Everything that can be refused before the data are opened; returns the engine, and says which `auto` is.
+
+        Raises:
+            InputError: an encoder that no detector takes, or that expects other colours than the recipe says; masks or
+                keypoints where there are none; splits of data that have their own; a batch that the processes cannot
+                share; see also `detection.engine.choose`.
+        """
+        if self.dataset and self.dataset not in DATASETS:
+            raise InputError(
+                f"--dataset {self.dataset!r} is no detection data set.{did_you_mean(self.dataset, DATASETS)}"
+            )
+        check_architecture(self.encoder)
+        _check_colours(self.encoder, self.config)
+        _check_heads(self.dataset, self.config)
+        _check_schedule(self.config, processes)
+        engine = engines.choose(self.engine, self.encoder, self.config)
+        _check_splits(self)
+        return engine
+
+    def open(self) -> DetectionData | None:
+        """The data, which are only read; None for 'digits', whose scenes are drawn below the run directory.
+
+        Raises:
+            InputError: no folder, no masks or keypoints that the recipe asks for, or what the readers refuse.
+        """
+        if isinstance(self.data, DetectionData):
+            _check_kinds(self.config, self.data, self.name)
+            return self.data
+        return None if self.scenes else open_data(self.dataset, self.folder, self.splits, self.config)
+
+    def draw(self, output: Path) -> DetectionData:
+        """The scenes of 'digits', drawn below `output` if they are not there. Collective."""
+        assert self.scenes
+        return open_digits(self.folder or output / "scenes", self.scenes)
+
+    @property
+    def splits(self) -> tuple[str | None, str | None]:
+        """The training and the test split that were asked for."""
+        return self.train_split, self.test_split
+
+    def deviations(self, data: DetectionData | None = None) -> list[str]:
+        """In words, where the run leaves its protocol; warns where test images of the opened data are trained on."""
+        deviations = recipe_deviations(self.config, self.name, self.encoder.arch)
+        shared = {sample.path for sample in data.train} & {sample.path for sample in data.test} if data else ()
+        if data and shared:
+            deviations.append(f"{len(shared)} of {len(data.test)} test images are also trained on")
+            console.warn(deviations[-1])
+        return deviations
+
+    def resolved(self, engine: str, data: DetectionData | None) -> dict[str, Any]:
+        """What config.yaml says of the run: everything that decides its numbers."""
+        return {
+            "command": "detect",
+            "dataset": self.name,
+            "data": str(self.folder) if self.folder else None,
+            "fingerprint": data.fingerprint if data else None,
+            "splits": list(self.splits),
+            "encoder": self.encoder.identity(),
+            "engine": engine,
+            "trials": self.trials,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+
+# Checks
+
+
+def _check_colours(encoder: Encoder, config: DetectConfig) -> None:
+    """Raises InputError where the recipe names other colours than the encoder expects."""
+    expected = pixels(encoder)["channels"]
+    if config.input.format.upper() not in ("AUTO", expected):
+        stated = "expects" if encoder.preprocessing else "does not say what it expects and is given"
+        raise InputError(
+            f"input.format {config.input.format} in the recipe, and {encoder.source} {stated} {expected}; "
+            "take --set input.format=auto, which follows the encoder"
+        )
+
+
+def pixels(encoder: Encoder) -> dict[str, Any]:
+    """What the encoder is given: colours, mean and standard deviation; and whether its checkpoint says so."""
+    given = (encoder.preprocessing or Preprocessing()).to_dict()
+    return {name: given[name] for name in ("channels", "mean", "std", "range")} | {
+        "from": "encoder" if encoder.preprocessing else "default: the encoder does not say"
+    }
+
+
+def _check_heads(dataset: str, config: DetectConfig) -> None:
+    """Raises InputError where the recipe has a head for masks or keypoints, and the data set has boxes only."""
+    if dataset in BOXES_ONLY and (config.masks or config.keypoints):
+        head = "masks" if config.masks else "keypoints"
+        raise InputError(
+            f"--dataset {dataset} has boxes only and recipe {config.protocol} asks for {head}; take "
+            f"--set {head}=false, or data in COCO format (--dataset coco-folder)"
+        )
+
+
+def _check_schedule(config: DetectConfig, processes: int) -> None:
+    """Warns of a rate that never falls. Raises InputError where the processes cannot share a batch."""
+    schedule, unit = config.schedule, processes * config.accumulate
+    if schedule.steps and schedule.steps[0] >= schedule.iterations:
+        console.warn(
+            f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
+        )
+    if config.batch_size % unit:
+        near = [size for size in (config.batch_size // unit * unit, -(-config.batch_size // unit) * unit) if size]
+        raise InputError(
+            f"batch_size {config.batch_size} does not divide into {processes} processes x {config.accumulate} parts; "
+            f"take --batch-size {' or '.join(map(str, near))}, or another --nproc"
+        )
+
+
+def _check_splits(task: DetectionTask) -> None:
+    """Raises InputError where splits are named of a data set whose splits are fixed."""
+    if task.dataset not in ("voc-folder", "coco-folder") and any(task.splits):
+        if not task.dataset:
+            raise InputError(f"train_split and test_split are of data in a folder; {task.name} is open already")
+        other = "coco-folder" if task.dataset == "coco" else "voc-folder"
+        raise InputError(f"--dataset {task.dataset} has its own splits; for others take --dataset {other}")
+
+
+def _check_kinds(config: DetectConfig, data: DetectionData, where: str) -> None:
+    """Raises InputError where a split has nothing of a kind that the recipe trains and judges."""
+    for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
+        _check_split(config, samples, f"{split} in {where}")
+
+
+def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) -> None:
+    if config.masks and not any(mask is not None for sample in samples for mask in sample.masks):
+        raise InputError(
+            f"recipe {config.protocol} asks for masks and no object of {where} has one; "
+            "take --set masks=false, or data with segmentations"
+        )
+    labelled = (sample.keypoints is not None and (sample.keypoints[..., 2] > 0).any() for sample in samples)
+    if config.keypoints and not any(labelled):
+        raise InputError(
+            f"recipe {config.protocol} asks for keypoints and no object of {where} has a labelled one; "
+            "take --set keypoints=false, or data with keypoints"
+        )
+
+
+# Data
+
+
+def open_data(
+    dataset: str, data: Path | None, splits: tuple[str | None, str | None], config: DetectConfig
+) -> DetectionData:
+    """The images and boxes of a data set on disk, with the masks or keypoints that the recipe asks for.
+
+    Args:
+        splits: for training and for testing, of voc-folder and coco-folder; None for their usual ones.
+    Raises:
+        InputError: no folder, no masks, or what the readers refuse.
+    """
+    for variable in ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS"):
+        data = data or (Path(os.environ[variable]) if os.environ.get(variable) else None)
+    if data is None:
+        raise InputError(
+            f"--dataset {dataset} needs --data (or MOCO_EVAL_DATA, or DETECTRON2_DATASETS); for example: "
+            f"moco-eval detect CHECKPOINT --dataset {dataset} --data path/to/data"
+        )
+    if not data.is_dir():
+        raise InputError(f"--data {data} {'is a file' if data.exists() else 'does not exist'}; give the data's folder")
+    opened = _read(dataset, data, splits, config)
+    _check_kinds(config, opened, str(data))
+    return opened
+
+
+def _read(dataset: str, data: Path, splits: tuple[str | None, str | None], config: DetectConfig) -> DetectionData:
+    clip = config.data.clip
+    if dataset in OFFICIAL:
+        return OFFICIAL[dataset](data)
+    if dataset == "voc-folder":
+        return read_voc_folder(data, *splits, clip)
+    if dataset == "coco":
+        return read_coco(data, keypoints=config.keypoints)
+    return read_coco_folder(data, *splits, clip, keypoints=config.keypoints)
+
+
+def open_digits(folder: Path, scenes: Scenes) -> DetectionData:
+    """The built-in scenes, drawn if they are not there, read as any VOC folder. Collective."""
+    collectives.found_by_main(lambda: str(write_scenes(folder, seed=scenes.seed, train=scenes.train, test=scenes.test)))
+    return read_voc_folder(folder / "voc", None, None, name="digits", classes=DIGITS)
