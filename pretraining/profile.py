@@ -32,18 +32,7 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
             f"take fewer, or --set schedule.epochs={math.ceil((steps + warm) / run.steps_per_epoch)}"
         )
     trainer = Trainer(run, Path(os.devnull), device)
-    batches = trainer.batches()
-    for batch in itertools.islice(batches, warm):
-        trainer.train_step(batch)
-    wait_for(device)
-    trainer.measured.restart()
-    started = time.perf_counter()
-    for batch in itertools.islice(batches, steps):
-        trainer.train_step(batch)
-    wait_for(device)
-    loop, waiting = (time.perf_counter() - started) / steps, trainer.measured.waited / steps
-    batches.close()
-
+    batch, loop, waiting = _loop(trainer, warm, steps)
     feed, images = trainer.feed, len(batch.index)
     items = [(0, index) for index in range(images)]
     worker, decoding = (0.0, 0.0) if feed.in_memory else of_a_worker(feed.views, items)
@@ -63,6 +52,22 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
         decoding=decoding / images,
         workers=run.config.workers,
     )
+
+
+def _loop(trainer: Trainer, warm: int, steps: int) -> tuple[Batch, float, float]:
+    """The real loop, after `warm` steps that do not count: its last batch, seconds of a step, of them waiting."""
+    batches = trainer.batches()
+    for batch in itertools.islice(batches, warm):
+        trainer.train_step(batch)
+    wait_for(trainer.device)
+    trainer.measured.restart()
+    started = time.perf_counter()
+    for batch in itertools.islice(batches, steps):
+        trainer.train_step(batch)
+    wait_for(trainer.device)
+    loop, waiting = (time.perf_counter() - started) / steps, trainer.measured.waited / steps
+    batches.close()
+    return batch, loop, waiting
 
 
 def exchange(trainer: Trainer, batch: Batch) -> None:
