@@ -31,7 +31,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def of_a_worker(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:
+def worker_seconds(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:
     """Seconds that a loader process takes for a batch, and for decoding it; on one thread, as it has."""
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import all_sum, gather
 from moco_eval.runtime.device import to_device
 from moco_eval.runtime.rank import world_size
-from pretraining.bottleneck import Parts, of_a_worker, seconds, wait_for
+from pretraining.bottleneck import Parts, seconds, wait_for, worker_seconds
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import permutation, shuffle
 from pretraining.train import Trainer
@@ -35,7 +35,7 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
     batch, loop, waiting = _loop(trainer, warm, steps)
     feed, images = trainer.feed, len(batch.index)
     items = [(0, index) for index in range(images)]
-    worker, decoding = (0.0, 0.0) if feed.in_memory else of_a_worker(feed.views, items)
+    worker, decoding = (0.0, 0.0) if feed.in_memory else worker_seconds(feed.views, items)
     views = torch.stack([batch.view_q, batch.view_k]).cpu()
     pinned = views.pin_memory() if device.type == "cuda" else views
     return Parts(

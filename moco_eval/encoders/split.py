@@ -152,6 +152,9 @@ def _joined_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
+# Values
+
+
 def _unfold(parts: Parts) -> None:
     """Statistics of 0 and 1 for batch norms that have only a scale and a shift, as detectron2 loads them."""
     scales = [name for name in parts.backbone if re.search(r"(^|\.)(bn\d|downsample\.1)\.weight$", name)]
