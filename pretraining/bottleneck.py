@@ -31,7 +31,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def of_a_worker(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:
+def worker_seconds(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:
     """Seconds that a loader process takes for a batch, and for decoding it; on one thread, as it has."""
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -98,29 +98,29 @@ class Parts:
         lines += [f"{name:<40} {1000 * value:>9.1f} ms {100 * value / self.loop:>6.1f} %" for name, value in rows]
         lines += [f"{'per image, one loader process':<40} {1000 * self.worker:>9.2f} ms"] if self.worker else []
         lines += [f"{'  of that, decoding':<40} {1000 * self.decoding:>9.2f} ms"] if self.decoding else []
-        return "\n".join([*lines, "", *self.words()])
+        return "\n".join([*lines, "", *self.advice()])
 
-    def words(self) -> list[str]:
+    def advice(self) -> list[str]:
         """What limits and what to change, a sentence a line."""
         rate, most = self.images / self.loop, self.images / self.busy
-        said = [f"{rate:.0f} images/s; the training device alone would take {most:.0f}."]
+        sentences = [f"{rate:.0f} images/s; the training device alone would take {most:.0f}."]
         if self.worker:
-            said.append(
+            sentences.append(
                 f"One core makes views of {1 / self.worker:.0f} images/s, so this device needs {self.cores} "
                 f"loader processes; there are {self.workers}."
             )
         if self.loop < self.busy * (1 + NOTICED):
-            return [*said, *self._busy()]
+            return [*sentences, *self._busy()]
         if self.worker and self.waiting > NOTICED * self.loop:
-            return [*said, *self._starved()]
-        return [*said, "The loop takes longer than its parts: other programs share this machine, or steps differ."]
+            return [*sentences, *self._starved()]
+        return [*sentences, "The loop takes longer than its parts: other programs share this machine, or steps differ."]
 
     def _starved(self) -> list[str]:
         share = self.decoding / self.worker
-        what = f"decoding ({100 * share:.0f} % of it)" if share > 0.5 else "cutting and augmenting"
+        work = f"decoding ({100 * share:.0f} % of it)" if share > 0.5 else "cutting and augmenting"
         if self.workers < self.cores:
             return [
-                f"The loader limits, mostly {what}: the device waits. Take --workers {self.cores} where there are the "
+                f"The loader limits, mostly {work}: the device waits. Take --workers {self.cores} where there are the "
                 "cores; photos stored at 256 to 400 pixels on their shorter side decode faster."
             ]
         return [
@@ -129,12 +129,12 @@ class Parts:
         ]
 
     def _busy(self) -> list[str]:
-        said = []
+        sentences = []
         if self.augmentation > NOTICED * self.busy:
-            said.append(f"Augmentation takes {100 * self.augmentation / self.busy:.0f} % of the device's time.")
+            sentences.append(f"Augmentation takes {100 * self.augmentation / self.busy:.0f} % of the device's time.")
         if self.collectives > NOTICED * self.busy:
-            said.append(
+            sentences.append(
                 f"Exchanges between processes would take {100 * self.collectives / self.busy:.0f} % if nothing hid "
                 "them: fewer, larger processes or a faster network."
             )
-        return [*said, "The model limits: its arithmetic. --precision bf16 and compile=true are the ways to less."]
+        return [*sentences, "The model limits: its arithmetic. --precision bf16 and compile=true are the ways to less."]

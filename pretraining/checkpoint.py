@@ -5,6 +5,7 @@ No generator state is stored: every random draw comes from (seed, epoch, image) 
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,9 +41,31 @@ def save(
     Returns:
         The file written.
     """
+    state = _state(run, model, optimizer, step, rows, unreadable)
+    epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
+    last = folder / "last.pth"
+    whole = step_in_epoch == 0
+    written = folder / f"epoch_{epoch:04d}.pth" if whole else last
+    with files.atomic(written) as path:
+        torch.save(state, path)
+    if whole:
+        with files.atomic(last) as path:
+            files.second_name(written, path)
+    return written
+
+
+def _state(
+    run: Plan,
+    model: Mechanism,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    rows: torch.Tensor,
+    unreadable: set[int],
+) -> dict[str, Any]:
+    """What a checkpoint holds: the official layout, then what resuming needs, then what travels with the weights."""
     about = run.about()
     epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
-    state = {
+    return {
         "epoch": epoch,
         "arch": about["arch"],
         "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
@@ -55,15 +78,6 @@ def save(
         **about,
         "pretraining": {**about["pretraining"], "epochs": epoch, "steps": step},
     }
-    last = folder / "last.pth"
-    whole = step_in_epoch == 0
-    written = folder / f"epoch_{epoch:04d}.pth" if whole else last
-    with files.atomic(written) as path:
-        torch.save(state, path)
-    if whole:
-        with files.atomic(last) as path:
-            files.second_name(written, path)
-    return written
 
 
 def prune(folder: Path, keep: KeepCheckpoints) -> None:

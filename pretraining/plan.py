@@ -133,8 +133,8 @@ class Plan:
                 f"chance level of the loss: {self.chance:.4f}"
                 + (f"; the queue is filled after {self.full_step} steps" if config.mechanism == "moco" else ""),
                 *self._bytes(),
-                *(f"warning: {words}" for words in self.warnings),
-                *(f"differs from {config.protocol}: {words}" for words in self.deviations),
+                *(f"warning: {warning}" for warning in self.warnings),
+                *(f"differs from {config.protocol}: {deviation}" for deviation in self.deviations),
             ]
         )
 
@@ -218,16 +218,22 @@ def _require_shares(run: Plan) -> None:
 
 def _warnings(run: Plan) -> list[str]:
     config, keys = run.config, run.config.queue_size
-    found = []
+    warnings = []
     if run.bn == "shuffle" and run.processes == 1:
-        found.append("bn: shuffle on one process protects nothing: queries and keys share statistics; take bn: split")
+        warnings.append(
+            "bn: shuffle on one process protects nothing: queries and keys share statistics; take bn: split"
+        )
     if config.mechanism == "moco" and keys % config.pushed:
-        found.append(f"queue_size {keys} is no multiple of the {config.pushed} keys of a step: the queue wraps round")
+        warnings.append(
+            f"queue_size {keys} is no multiple of the {config.pushed} keys of a step: the queue wraps round"
+        )
     if config.mechanism == "moco" and run.full_step > run.steps:
-        found.append(f"the {run.steps} steps of the schedule never fill the queue of {keys}: random keys stay in it")
+        warnings.append(f"the {run.steps} steps of the schedule never fill the queue of {keys}: random keys stay in it")
     if config.mechanism == "end_to_end" and config.accumulate > 1:
-        found.append(f"accumulate adds no negatives to end_to_end: a query meets the {keys - 1} other keys of its part")
-    return found
+        warnings.append(
+            f"accumulate adds no negatives to end_to_end: a query meets the {keys - 1} other keys of its part"
+        )
+    return warnings
 
 
 def _deviations(run: Plan) -> list[str]:

@@ -12,7 +12,7 @@ from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import all_sum, gather
 from moco_eval.runtime.device import to_device
 from moco_eval.runtime.rank import world_size
-from pretraining.bottleneck import Parts, of_a_worker, seconds, wait_for
+from pretraining.bottleneck import Parts, seconds, wait_for, worker_seconds
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import permutation, shuffle
 from pretraining.train import Trainer
@@ -32,21 +32,10 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
             f"take fewer, or --set schedule.epochs={math.ceil((steps + warm) / run.steps_per_epoch)}"
         )
     trainer = Trainer(run, Path(os.devnull), device)
-    batches = trainer.batches()
-    for batch in itertools.islice(batches, warm):
-        trainer.train_step(batch)
-    wait_for(device)
-    trainer.measured.restart()
-    started = time.perf_counter()
-    for batch in itertools.islice(batches, steps):
-        trainer.train_step(batch)
-    wait_for(device)
-    loop, waiting = (time.perf_counter() - started) / steps, trainer.measured.waited / steps
-    batches.close()
-
+    batch, loop, waiting = _loop(trainer, warm, steps)
     feed, images = trainer.feed, len(batch.index)
     items = [(0, index) for index in range(images)]
-    worker, decoding = (0.0, 0.0) if feed.in_memory else of_a_worker(feed.views, items)
+    worker, decoding = (0.0, 0.0) if feed.in_memory else worker_seconds(feed.views, items)
     views = torch.stack([batch.view_q, batch.view_k]).cpu()
     pinned = views.pin_memory() if device.type == "cuda" else views
     return Parts(
@@ -63,6 +52,22 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
         decoding=decoding / images,
         workers=run.config.workers,
     )
+
+
+def _loop(trainer: Trainer, warm: int, steps: int) -> tuple[Batch, float, float]:
+    """The real loop, after `warm` steps that do not count: its last batch, seconds of a step, of them waiting."""
+    batches = trainer.batches()
+    for batch in itertools.islice(batches, warm):
+        trainer.train_step(batch)
+    wait_for(trainer.device)
+    trainer.measured.restart()
+    started = time.perf_counter()
+    for batch in itertools.islice(batches, steps):
+        trainer.train_step(batch)
+    wait_for(trainer.device)
+    loop, waiting = (time.perf_counter() - started) / steps, trainer.measured.waited / steps
+    batches.close()
+    return batch, loop, waiting
 
 
 def exchange(trainer: Trainer, batch: Batch) -> None:

@@ -69,16 +69,16 @@ class Measurements:
             What gives the line; asked a step later, it finds it arrived and stops no device. It raises as `together`.
         """
         rows, seconds, waited = torch.stack(self.rows), time.perf_counter() - self.started, self.waited
-        found = torch.full_like(rows[:1], len(self.unreadable) - self.known)
-        arrives = to_host(gather(torch.cat([rows, found])[None]))
+        unreadable = torch.full_like(rows[:1], len(self.unreadable) - self.known)
+        arrives = to_host(gather(torch.cat([rows, unreadable])[None]))
         self.rows = []
         self.restart()
         return lambda: self._line(step, lr, arrives(), seconds, waited)
 
     def _line(self, step: int, lr: float, values: torch.Tensor, seconds: float, waited: float) -> dict[str, Any]:
-        values, found = values[:, :-1], values[:, -1, 0]
+        values, unreadable = values[:, :-1], values[:, -1, 0]
         self._require_finite(values, step)
-        if self._too_many(self.known + int(found.sum())):  # the same on every rank, if some are counted twice
+        if self._too_many(self.known + int(unreadable.sum())):  # the same on every rank, if some are counted twice
             self._require_few_unreadable()
         loss, accuracy, feature_std = values.double().mean(dim=(0, 1)).tolist()
         return {

@@ -135,12 +135,12 @@ class Trainer:
 
     def batches(self) -> Generator[Batch, None, None]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
-        asked = time.perf_counter()
+        started = time.perf_counter()
         for batch, unreadable in self.feed(self.step):
-            self.measured.waited += time.perf_counter() - asked
+            self.measured.waited += time.perf_counter() - started
             self.measured.note_unreadable(unreadable)
             yield batch
-            asked = time.perf_counter()
+            started = time.perf_counter()
 
     def after_step(self) -> str | None:
         """Log, save and judge where it is due; a note for the progress bar. Lines are read a step after their last."""
@@ -164,12 +164,12 @@ class Trainer:
     def pause_if_asked(self, stop: Stop) -> None:
         """Save inside an epoch where it is due; stop where a signal or max_steps says so. Raises Interrupted."""
         keep, last = self.config.checkpoints, self.config.max_steps
-        asked, late = stop.look(self.step, time.monotonic() - self.saved_at > 60 * keep.minutes)
+        signalled, late = stop.look(self.step, time.monotonic() - self.saved_at > 60 * keep.minutes)
         reached = last is not None and last <= self.step < self.run.steps
-        if asked or late or reached or (keep.steps and self.step % keep.steps == 0):
+        if signalled or late or reached or (keep.steps and self.step % keep.steps == 0):
             self.save()
         where = f"saved at step {self.step} of {self.run.steps}"
-        if asked:
+        if signalled:
             stop.check(f"{where}: run the same command to go on")
         if reached:
             raise Interrupted(f"max_steps reached and {where}; without max_steps it goes on")

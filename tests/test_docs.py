@@ -12,7 +12,7 @@ from documented import PAGES, anchors, blocks, links, name_of, prose
 from pydantic import BaseModel
 
 from moco_eval.cli.main import cli
-from moco_eval.config import base
+from moco_eval.config import base, classification, detection, pretrain
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.index import EXTENSIONS
@@ -66,7 +66,8 @@ def test_options_named_exist(page):
     assert named <= ours | FOREIGN, f"{name_of(page)} names {sorted(named - ours - FOREIGN)}"
 
 
-MODELS = [one for one in vars(configs).values() if isinstance(one, type) and issubclass(one, base.Model)]
+SCHEMAS = [value for module in (base, classification, detection, pretrain) for value in vars(module).values()]
+MODELS = [schema for schema in SCHEMAS if isinstance(schema, type) and issubclass(schema, base.Model)]
 
 
 def keys(model: type[BaseModel]) -> set[str]:
@@ -84,7 +85,7 @@ def is_model(value: object) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_keys_that_are_set_exist(page):
-    known = set().union(*(keys(model) for model in (*MODELS, DetectConfig)))
+    known = set().union(*(keys(model) for model in MODELS))
     named = re.findall(r"--set[ =]'?([a-z_.0-9]+)=", TEXTS[page])
     known |= {"key"}  # of `--set key=value`
     assert set(named) <= known, f"{name_of(page)} sets {sorted(set(named) - known)}"

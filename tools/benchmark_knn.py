@@ -8,7 +8,7 @@ each repeat, so a drift of the machine's speed meets all alike. A ratio is the m
 over the first row's in the same repeat; memory is the largest peak beyond that of the loaded libraries.
 
 - products: the float32 matrix products alone, in blocks of queries and bank as ours, the results dropped.
-- ours: moco_eval.neighbours.nearest, cosine.
+- ours: moco_eval.classification.neighbours.nearest, cosine.
 - mm and topk: both sides normalised whole, one torch.mm, one torch.topk.
 - scikit-learn: NearestNeighbors, brute force, cosine.
 """

@@ -17,7 +17,6 @@ from moco_eval.cli.options import (
     extraction_options,
     feature_options,
     run_options,
-
     trial_options,
     with_options,
 )
@@ -35,9 +34,7 @@ OWN: dict[str, tuple[Callable, ...]] = {
             help="Of the search's working blocks, in each process.  [default: 1; on a GPU a quarter of what is free]",
         ),
     ),
-    "svm": (
-        click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples."),
-    ),
+    "svm": (click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples."),),
 }
 
 
@@ -49,9 +46,7 @@ def command_of(kind: str, rows: tuple[Protocol, ...]) -> click.Command:
     @click.command(kind, help=_help(rows))
     @click.argument("checkpoint")
     @with_options(
-        click.option(
-            "--protocol", default=first.name.name, show_default=True, help=f"{', '.join(names)}, or a file."
-        ),
+        click.option("--protocol", default=first.name.name, show_default=True, help=f"{', '.join(names)}, or a file."),
         *OWN.get(kind, ()),
         dataset_options(first.dataset),
         *([feature_options] if first.frozen else []),
@@ -196,7 +191,9 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
 @click.command()
 @click.argument("checkpoint")
 @with_options(
-    click.option("--crops", type=click.IntRange(0), default=0, show_default=True, help="Epochs of training crops, too."),
+    click.option(
+        "--crops", type=click.IntRange(0), default=0, show_default=True, help="Epochs of training crops, too."
+    ),
     click.option("--split", type=click.Choice(["train", "test", "both"]), default="both", show_default=True),
     dataset_options(),
     feature_options,

@@ -143,6 +143,4 @@ places_options = several(
 
 def dataset_options(default: str = "imagenet") -> Callable:
     """--dataset and the splits that a voc-folder has."""
-    return several(
-        click.option("--dataset", default=default, show_default=True, help=f"{DATASETS}."), split_options
-    )
+    return several(click.option("--dataset", default=default, show_default=True, help=f"{DATASETS}."), split_options)

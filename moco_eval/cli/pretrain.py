@@ -16,7 +16,9 @@ from moco_eval.errors import InputError
     data_option,
     run_options,
     click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died."),
-    click.option("--profile", "profiled", type=click.IntRange(1), help="Run so many steps, say what limits, keep nothing."),
+    click.option(
+        "--profile", "profiled", type=click.IntRange(1), help="Run so many steps, say what limits, keep nothing."
+    ),
 )
 def pretrain(config: str, max_restarts: int, profiled: int | None, options: Options) -> int:
     """Train an encoder by momentum contrast.

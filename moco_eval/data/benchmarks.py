@@ -95,30 +95,32 @@ def read_benchmark(name: str, folder: Path, split: str) -> ImageSet:
     Raises:
         InputError: the files are not there, not the published ones, or an image is missing.
     """
-    one = BENCHMARKS[name]
+    benchmark = BENCHMARKS[name]
     root = _root(name, folder)
-    parts = [_read_part(name, root, part) for part in one.splits[split]]
+    parts = [_read_part(name, root, part) for part in benchmark.splits[split]]
     classes = parts[0][2]
     if any(part[2] != classes for part in parts):
-        raise InputError(f"{name}: its {' and '.join(one.splits[split])} lists have not the same classes")
+        raise InputError(f"{name}: its {' and '.join(benchmark.splits[split])} lists have not the same classes")
     paths, labels = [path for part in parts for path in part[0]], [label for part in parts for label in part[1]]
     if not paths or not 0 <= min(labels) <= max(labels) < len(classes):
-        raise InputError(f"{root / one.marker}: {split} lists {len(paths)} images, or a label outside its classes")
-    return _file_set(name, split, root, paths, np.array(labels, np.int64), classes, one.metric)
+        raise InputError(
+            f"{root / benchmark.marker}: {split} lists {len(paths)} images, or a label outside its classes"
+        )
+    return _file_set(name, split, root, paths, np.array(labels, np.int64), classes, benchmark.metric)
 
 
 def _root(name: str, folder: Path) -> Path:
     """The folder that the set's own folder lies in."""
-    one = BENCHMARKS[name]
-    own, _, inside = one.marker.partition("/")
-    if (folder / one.marker).is_dir():
+    benchmark = BENCHMARKS[name]
+    own, _, inside = benchmark.marker.partition("/")
+    if (folder / benchmark.marker).is_dir():
         return folder
     absolute = folder.absolute()  # of '.', too
     if absolute.name == own and (folder / inside).is_dir():
         return absolute.parent
     raise InputError(
-        f"{folder} has no {one.marker}; --dataset {name} reads torchvision's layout: {one.layout} below --data. "
-        f"Published at {one.url}"
+        f"{folder} has no {benchmark.marker}; --dataset {name} reads torchvision's layout: {benchmark.layout} below "
+        f"--data. Published at {benchmark.url}"
     )
 
 
@@ -126,19 +128,19 @@ def _read_part(name: str, root: Path, part: str) -> tuple[list[Path], list[int],
     """Paths, labels and class names of one of torchvision's splits."""
     from torchvision import datasets
 
-    one = BENCHMARKS[name]
+    benchmark = BENCHMARKS[name]
     try:
-        found: Any = getattr(datasets, one.reader)(root, split=part)
+        dataset: Any = getattr(datasets, benchmark.reader)(root, split=part)
     except Exception as error:  # whatever damaged lists make torchvision's readers raise
-        words = " ".join(str(error).replace(" You can use download=True to download it", "").split())
+        reason = " ".join(str(error).replace(" You can use download=True to download it", "").split())
         raise InputError(
-            f"{root / one.marker}: torchvision cannot read {name}'s {part} split ({type(error).__name__}: {words}); "
-            f"it takes {one.layout} as published at {one.url}"
+            f"{root / benchmark.marker}: torchvision cannot read {name}'s {part} split ({type(error).__name__}: "
+            f"{reason}); it takes {benchmark.layout} as published at {benchmark.url}"
         ) from None
-    labels = [int(label) for label in found._labels]
+    labels = [int(label) for label in dataset._labels]
     # torchvision before 0.22 has no names of the flowers, which are numbered from 1
-    classes = getattr(found, "classes", None) or [str(number + 1) for number in range(102)]
-    return getattr(found, one.paths), labels, tuple(classes)
+    classes = getattr(dataset, "classes", None) or [str(number + 1) for number in range(102)]
+    return getattr(dataset, benchmark.paths), labels, tuple(classes)
 
 
 def _file_set(
@@ -154,11 +156,11 @@ def _file_set(
 
     Its fingerprint covers the labels too: they are not in the paths.
     """
-    found = [(os.fsencode(path.relative_to(root)), _size(path, name)) for path in paths]
-    order = sorted(range(len(found)), key=found.__getitem__)
-    found, labels = [found[i] for i in order], labels[order]
-    digest = hashlib.sha256(fingerprint(found).encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()
-    images = packed(str(root), [relative for relative, _ in found], [size for _, size in found])
+    entries = [(os.fsencode(path.relative_to(root)), _size(path, name)) for path in paths]
+    order = sorted(range(len(entries)), key=entries.__getitem__)
+    entries, labels = [entries[i] for i in order], labels[order]
+    digest = hashlib.sha256(fingerprint(entries).encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()
+    images = packed(str(root), [relative for relative, _ in entries], [size for _, size in entries])
     return ImageSet(name, split, classes, labels, digest, files=images, metric=metric)
 
 
@@ -196,7 +198,7 @@ def read_voc_folder(
 
     Args:
         root: holds JPEGImages, Annotations and ImageSets/Main.
-        train_split, test_split: files of ImageSets/Main; by default as in detection, see `voc.read_voc_folder`.
+        train_split, test_split: files of ImageSets/Main; by default as in detection, see `boxes.voc.read_voc_folder`.
     Raises:
         InputError: what is missing or damaged, with its file; a class in the test split only.
     """

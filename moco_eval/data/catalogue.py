@@ -38,10 +38,10 @@ OFFICIAL: dict[tuple[str, str], int] = {
     ("imagenet", "val"): 50_000,
     ("voc07", "trainval"): 5_011,
     ("voc07", "test"): 4_952,
-    **{(name, split): count for name, one in BENCHMARKS.items() for split, count in one.images.items()},
+    **{(name, split): count for name, benchmark in BENCHMARKS.items() for split, count in benchmark.images.items()},
 }
 
-METRICS = {"voc07": "mAP", "voc-folder": "mAP", **{name: one.metric for name, one in BENCHMARKS.items()}}
+METRICS = {"voc07": "mAP", "voc-folder": "mAP", **{name: benchmark.metric for name, benchmark in BENCHMARKS.items()}}
 LAYOUTS = {
     "imagefolder": "train/CLASS/*.jpg -> val/CLASS/*.jpg",
     "voc-folder": "JPEGImages, Annotations, ImageSets/Main",
@@ -114,19 +114,20 @@ def open_splits(
     return train, test
 
 
-def split_deviations(*images: ImageSet) -> list[str]:
+def split_deviations(*splits: ImageSet) -> list[str]:
     """In words, where a split of a known data set has not the number of images it was published with.
 
     Also where a list file chose the training images and is none that was published. Of a subset, its whole is counted.
     """
-    whole = [one.whole or one for one in images]
     counts = [
-        f"{one.name} {one.split} of {len(one)} images instead of {OFFICIAL[one.name, one.split]}"
-        for one in whole
-        if len(one) != OFFICIAL.get((one.name, one.split), len(one))
+        f"{images.name} {images.split} of {len(images)} images instead of {OFFICIAL[images.name, images.split]}"
+        for images in (split.whole or split for split in splits)
+        if len(images) != OFFICIAL.get((images.name, images.split), len(images))
     ]
-    listed = [one for one in images if one.subset and one.labels_per_class is None]
-    return counts + [f"{one.name} {one.split}: {one.subset}" for one in listed if not is_published(one.subset)]
+    listed = [split for split in splits if split.subset and split.labels_per_class is None]
+    return counts + [
+        f"{images.name} {images.split}: {images.subset}" for images in listed if not is_published(images.subset)
+    ]
 
 
 def known() -> list[str]:
@@ -150,12 +151,14 @@ def check(name: str, data: Path | None, train_split: str | None = None, test_spl
         splits: tuple[ImageSet, ...] = (open_images(name, data, "train"),)
     else:
         splits = open_splits(name, data, train_split, test_split)
-    lines = [f"{one.name} {one.split}: {len(one):,} images, fingerprint {one.fingerprint}" for one in splits]
+    lines = [
+        f"{images.name} {images.split}: {len(images):,} images, fingerprint {images.fingerprint}" for images in splits
+    ]
     if splits[0].classes:
         several = ", several in an image" if splits[0].multi_label else ""
         lines.append(f"{len(splits[0].classes)} classes{several}; metric {splits[0].metric}")
-    lines += [f"not as published: {words}" for words in split_deviations(*splits)]
-    return lines + [f"damaged: {words}" for one in splits for words in one.damaged]
+    lines += [f"not as published: {deviation}" for deviation in split_deviations(*splits)]
+    return lines + [f"damaged: {damage}" for images in splits for damage in images.damaged]
 
 
 def check_too(name: str, data: Path | None, train_split: str | None, test_split: str | None) -> list[str]:
@@ -178,10 +181,10 @@ def require_whole(images: ImageSet, limit: int) -> list[str]:
     if not images.damaged:
         return []
     several = ", ..." if len(images.damaged) > 5 else ""
-    words = f"{len(images.damaged)} damaged in {images.name}: {', '.join(images.damaged[:5])}{several}"
+    message = f"{len(images.damaged)} damaged in {images.name}: {', '.join(images.damaged[:5])}{several}"
     if len(images.damaged) > limit:
-        raise InputError(f"{words}; mend them, or allow for them by --set bad_images={len(images.damaged)}")
-    return [f"{words}; the images before each damage are used"]
+        raise InputError(f"{message}; mend them, or allow for them by --set bad_images={len(images.damaged)}")
+    return [f"{message}; the images before each damage are used"]
 
 
 def data_folder(name: str, data: Path | None) -> Path:
@@ -208,21 +211,21 @@ def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
         raise InputError(
             f"{folder} has no {directory}/ folder; an imagefolder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
         )
-    found = list_images(folder, directory)
-    if name == "imagenet" and len(found.classes) != 1000:
+    listing = list_images(folder, directory)
+    if name == "imagenet" and len(listing.classes) != 1000:
         raise InputError(
-            f"{folder} has {len(found.classes)} class folders, ImageNet has 1000; for other data take "
+            f"{folder} has {len(listing.classes)} class folders, ImageNet has 1000; for other data take "
             "--dataset imagefolder"
         )
-    return ImageSet(name, directory, found.classes, found.labels, found.fingerprint, files=found.files)
+    return ImageSet(name, directory, listing.classes, listing.labels, listing.fingerprint, files=listing.files)
 
 
 def _unlabelled(name: str, folder: Path, split: str) -> ImageSet:
     if split != "train":
         raise InputError(f"--dataset {name} has no labels: it is for pretraining only; take imagefolder to evaluate")
     if name == "flat":
-        found = list_images(folder, None)
-        return ImageSet("flat", "train", (), None, found.fingerprint, files=found.files)
+        listing = list_images(folder, None)
+        return ImageSet("flat", "train", (), None, listing.fingerprint, files=listing.files)
     shards, fingerprint, damaged = open_shards(folder)
     return ImageSet("webdataset", "train", (), None, fingerprint, files=shards, damaged=damaged)
 

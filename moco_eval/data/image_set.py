@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moco_eval.data import label_subsets as choices
-from moco_eval.data import map_style
+from moco_eval.data import label_subsets, map_style
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
@@ -133,7 +132,7 @@ class ImageSet:
             subset: what it is, in words; by default what this set is.
         """
         rows = np.asarray(rows, dtype=np.int64)
-        words = f"{subset} of {self.subset}" if subset and self.subset else subset or self.subset
+        description = f"{subset} of {self.subset}" if subset and self.subset else subset or self.subset
         files = self.files
         assert self.pixels is not None or isinstance(files, ImageFiles | map_style.MapStyle)
         return replace(
@@ -143,7 +142,7 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[rows],
             labels_per_class=labels_per_class or self.labels_per_class,
             rows=rows if self.rows is None else self.rows[rows],
-            subset=words,
+            subset=description,
             whole=self.whole or self,
         )
 
@@ -165,8 +164,8 @@ class ImageSet:
             raise InputError(
                 f"--labels {per_class}-per-class: class {self.classes[rarest]!r} has {counts[rarest]} images"
             )
-        words = f"{per_class} labels per class, seed {seed}"
-        return self.take(choices.draw(self.labels, per_class, seed), words, per_class)
+        description = f"{per_class} labels per class, seed {seed}"
+        return self.take(label_subsets.draw(self.labels, per_class, seed), description, per_class)
 
     def listed(self, path: Path) -> "ImageSet":
         """The subset that a list file names: an image a line, by its name, or by CLASS/NAME.
@@ -177,8 +176,8 @@ class ImageSet:
         """
         if not isinstance(self.files, ImageFiles):
             raise InputError(f"--labels {path}: the images of {self.name} have no file names; take N-per-class instead")
-        names, title = choices.read_list(path)
-        return self.take(choices.find(names, self.files, path), title)
+        names, title = label_subsets.read_list(path)
+        return self.take(label_subsets.find(names, self.files, path), title)
 
     @classmethod
     def from_arrays(

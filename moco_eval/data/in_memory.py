@@ -114,7 +114,7 @@ def _stl10_file(path: Path, row: int) -> np.ndarray:
     """(N, row) bytes of one file."""
     if not path.is_file():
         raise InputError(f"{path} is missing; --data must hold stl10_binary with its .bin files")
-    found = np.fromfile(path, dtype=np.uint8)
-    if not len(found) or len(found) % row:
-        raise InputError(f"{path} has {len(found)} bytes, no whole number of {row}; fetch the data set again")
-    return found.reshape(-1, row)
+    values = np.fromfile(path, dtype=np.uint8)
+    if not len(values) or len(values) % row:
+        raise InputError(f"{path} has {len(values)} bytes, no whole number of {row}; fetch the data set again")
+    return values.reshape(-1, row)

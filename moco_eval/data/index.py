@@ -120,23 +120,23 @@ def list_images(folder: Path, split: str | None) -> Listing:
     """
     key = f"{os.path.realpath(folder)}\0{split or ''}"
     path = cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.npz"
-    found = _from_index(path, folder)
-    if found is None:
+    listing = _from_index(path, folder)
+    if listing is None:
         with files.one_at_a_time(path):
-            found = _from_index(path, folder) or _listed(path, folder, split)
-    return found
+            listing = _from_index(path, folder) or _listed(path, folder, split)
+    return listing
 
 
 def _listed(path: Path, folder: Path, split: str | None) -> Listing:
     began = time.time()
-    found = _list_flat(folder) if split is None else _list_classes(folder, split)
-    settled = abs(began - max(found.folders.values()) / 1e9) > SETTLED
-    if len(found.files) >= KEPT_FROM and settled:
+    listing = _list_flat(folder) if split is None else _list_classes(folder, split)
+    settled = abs(began - max(listing.folders.values()) / 1e9) > SETTLED
+    if len(listing.files) >= KEPT_FROM and settled:
         try:
-            _keep(path, found)
+            _keep(path, listing)
         except (InputError, RunFailed) as error:
             say_not_kept(str(error))
-    return found
+    return listing
 
 
 @functools.cache
@@ -149,10 +149,10 @@ def say_not_kept(reason: str) -> None:
 
 
 def _list_flat(folder: Path) -> Listing:
-    found, folders = scan(folder, b"", EXTENSIONS)
-    if not found:
+    images, folders = scan(folder, b"", EXTENSIONS)
+    if not images:
         raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
-    return Listing(_packed(folder, found), (), np.empty(0, np.int64), fingerprint(found), folders)
+    return Listing(_packed(folder, images), (), np.empty(0, np.int64), fingerprint(images), folders)
 
 
 def _list_classes(folder: Path, split: str) -> Listing:
@@ -162,17 +162,17 @@ def _list_classes(folder: Path, split: str) -> Listing:
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         raise InputError(f"{root} holds no class folders; for images without classes take --dataset flat")
-    found: list[tuple[bytes, int]] = []
+    images: list[tuple[bytes, int]] = []
     counts: list[int] = []
     for name in classes:
         more, below = scan(folder, os.fsencode(f"{split}/{name}"), EXTENSIONS)
         if not more:
             raise InputError(f"class folder {root / name} holds no images; fill or remove it")
-        found += more
+        images += more
         counts.append(len(more))
         folders |= below
     labels = np.repeat(np.arange(len(classes)), counts)
-    return Listing(_packed(folder, found), tuple(classes), labels, fingerprint(found), folders)
+    return Listing(_packed(folder, images), tuple(classes), labels, fingerprint(images), folders)
 
 
 def scan(folder: Path, start: bytes, endings: tuple[str, ...]) -> tuple[list[tuple[bytes, int]], dict[bytes, int]]:
@@ -184,7 +184,7 @@ def scan(folder: Path, start: bytes, endings: tuple[str, ...]) -> tuple[list[tup
         InputError: a folder or a file cannot be looked at.
     """
     wanted = tuple(ending.encode() for ending in endings)
-    found: list[tuple[bytes, int]] = []
+    listed: list[tuple[bytes, int]] = []
     folders: dict[bytes, int] = {}
     waiting: list[tuple[bytes, tuple]] = [(start, ())]
     root = os.fsencode(folder)
@@ -203,14 +203,14 @@ def scan(folder: Path, start: bytes, endings: tuple[str, ...]) -> tuple[list[tup
                     if entry.is_dir():
                         waiting.append((prefix + entry.name, (*above, this)))
                     elif entry.name.lower().endswith(wanted):
-                        found.append((prefix + entry.name, entry.stat().st_size))
+                        listed.append((prefix + entry.name, entry.stat().st_size))
         except OSError as error:
             raise InputError(f"cannot read {os.fsdecode(error.filename or path)}: {error.strerror}") from None
-    return sorted(found), folders
+    return sorted(listed), folders
 
 
-def _packed(folder: Path, found: list[tuple[bytes, int]]) -> ImageFiles:
-    return packed(str(folder), [name for name, _ in found], np.fromiter((size for _, size in found), np.int64))
+def _packed(folder: Path, images: list[tuple[bytes, int]]) -> ImageFiles:
+    return packed(str(folder), [name for name, _ in images], np.fromiter((size for _, size in images), np.int64))
 
 
 def fingerprint(sizes: list[tuple[bytes, int]]) -> str:
@@ -229,19 +229,19 @@ def cache_folder() -> Path:
     return files.cache_folder("index")
 
 
-def _keep(path: Path, found: Listing) -> None:
+def _keep(path: Path, listing: Listing) -> None:
     with files.atomic(path) as temporary:
         np.savez(
             temporary,
             version=VERSION,
-            names=found.files.names,
-            ends=found.files.ends,
-            sizes=found.files.sizes,
-            labels=found.labels,
-            classes=np.asarray(found.classes, dtype=np.str_),
-            fingerprint=found.fingerprint,
-            folders=np.frombuffer(b"\0".join(found.folders), np.uint8),
-            changed=np.asarray(list(found.folders.values()), np.int64),
+            names=listing.files.names,
+            ends=listing.files.ends,
+            sizes=listing.files.sizes,
+            labels=listing.labels,
+            classes=np.asarray(listing.classes, dtype=np.str_),
+            fingerprint=listing.fingerprint,
+            folders=np.frombuffer(b"\0".join(listing.folders), np.uint8),
+            changed=np.asarray(list(listing.folders.values()), np.int64),
         )
 
 

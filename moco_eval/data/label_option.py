@@ -65,8 +65,8 @@ def parse_labels(text: str | None) -> Labels | None:
     """
     if text is None:
         return None
-    if found := re.fullmatch(r"0*([1-9][0-9]*)-per-class", text):
-        return Labels(per_class=int(found[1]))
+    if match := re.fullmatch(r"0*([1-9][0-9]*)-per-class", text):
+        return Labels(per_class=int(match[1]))
     if text in SHARES:
         return Labels(share=text)
     if Path(text).is_file():

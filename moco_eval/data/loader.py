@@ -1,4 +1,4 @@
-"""Transforms and loaders for evaluation. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
+"""Transforms, batches and loaders. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,7 +161,8 @@ class Batches:
         for number, at in enumerate(range(0, len(shards), WINDOW), start=1):
             window = shards[at : at + WINDOW]
             if skip < sizes[window].sum():
-                images = np.concatenate([np.arange(self.shards[one] - sizes[one], self.shards[one]) for one in window])
+                ends = self.shards[window]
+                images = np.concatenate([np.arange(end - size, end) for end, size in zip(ends, sizes[window])])
                 yield np.random.default_rng((self.seed, epoch, number)).permutation(images)[skip:]
             skip = max(0, skip - int(sizes[window].sum()))
 

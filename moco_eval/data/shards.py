@@ -108,29 +108,29 @@ def open_shards(folder: Path) -> tuple[Shards, str, tuple[str, ...]]:
         InputError: no shards, compressed ones, no images in them.
     """
     listed = _list(folder)
-    found = _summaries(listed)
-    counts = [one.images for one in found]
-    damaged = tuple(one.damage for one in found if one.damage)
+    summaries = _summaries(listed)
+    counts, others = [summary.images for summary in summaries], sum(summary.others for summary in summaries)
+    damaged = tuple(summary.damage for summary in summaries if summary.damage)
     if not sum(counts):
-        first = f"; {damaged[0]} is damaged" if damaged else f", but {sum(one.others for one in found)} other members"
+        first = f"; {damaged[0]} is damaged" if damaged else f", but {others} other members"
         raise InputError(f"the {len(listed)} tar files in {folder} hold no images ({', '.join(EXTENSIONS)}){first}")
-    shards = Shards(tuple(listed), np.cumsum(counts, dtype=np.int64), sum(one.others for one in found))
+    shards = Shards(tuple(listed), np.cumsum(counts, dtype=np.int64), others)
     return shards, fingerprint([(os.fsencode(shard.name), shard.size) for shard in listed]), damaged
 
 
 def _list(folder: Path) -> list[Shard]:
-    found, _ = scan(folder, b"", (".tar", *COMPRESSED))
-    compressed = [os.fsdecode(name) for name, _ in found if not name.lower().endswith(b".tar")]
+    tars, _ = scan(folder, b"", (".tar", *COMPRESSED))
+    compressed = [os.fsdecode(name) for name, _ in tars if not name.lower().endswith(b".tar")]
     if compressed:
         raise InputError(
             f"{folder} holds {len(compressed)} compressed shards (first: {compressed[0]}); images are read from their "
             "places, which needs plain .tar: unpack them (gunzip, unzstd, ...)"
         )
-    if not found:
+    if not tars:
         raise InputError(f"{folder} holds no .tar files; for image files take --dataset flat")
-    changed = (os.stat(f"{folder}/{os.fsdecode(name)}").st_mtime_ns for name, _ in found)  # noqa: PTH116
+    changed = (os.stat(f"{folder}/{os.fsdecode(name)}").st_mtime_ns for name, _ in tars)  # noqa: PTH116
     root = os.path.realpath(folder)
-    return [Shard(root, os.fsdecode(name), size, at) for (name, size), at in zip(found, changed)]
+    return [Shard(root, os.fsdecode(name), size, at) for (name, size), at in zip(tars, changed)]
 
 
 # Indexing
@@ -263,7 +263,7 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
         at: where a member's first header starts.
     """
     start = at
-    said: dict[str, str] = {}
+    records: dict[str, str] = {}
     while True:
         header = os.pread(handle, BLOCK, at)
         if header.count(0) == BLOCK:
@@ -273,10 +273,10 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
             if kind in b"xXgLK":
                 if not 0 <= size <= LONGEST_NAME or at + BLOCK + size > end:
                     raise ValueError
-                said |= _extension(kind, os.pread(handle, size, at + BLOCK))
+                records |= _extension(kind, os.pread(handle, size, at + BLOCK))
                 at += BLOCK + _padded(size)
                 continue
-            name, size = said.get("path", name), int(said.get("size", size))
+            name, size = records.get("path", name), int(records.get("size", size))
             if size < 0:
                 raise ValueError
         except ValueError:
@@ -288,7 +288,7 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
         if not whole:
             return
         at += BLOCK + _padded(size)
-        start, said = at, {}
+        start, records = at, {}
 
 
 def _padded(size: int) -> int:
@@ -320,12 +320,12 @@ def _extension(kind: bytes, data: bytes) -> dict[str, str]:
     """What the next member is really called and how long it is, from a GNU long name or pax records."""
     if kind == b"L":
         return {"path": _text(data)}
-    said: dict[str, str] = {}
+    records: dict[str, str] = {}
     while kind in b"xX" and data.strip(b"\0"):
         length = int(data.partition(b" ")[0])
         if not 0 < length <= len(data):
             raise ValueError
         key, _, value = data[: length - 1].partition(b" ")[2].partition(b"=")
-        said[os.fsdecode(key)] = os.fsdecode(value)
+        records[os.fsdecode(key)] = os.fsdecode(value)
         data = data[length:]
-    return said
+    return records

@@ -124,20 +124,20 @@ def architecture(name: str) -> Architecture | VisionTransformer:
     """Raises InputError for an unknown name, with the nearest known one."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    if not (found := _VIT.fullmatch(name)):
+    if not (match := _VIT.fullmatch(name)):
         raise InputError(f"unknown architecture {name!r}.{did_you_mean(name, names())}")
-    patch, size = int(found[2]), int(found[3])
+    patch, size = int(match[2]), int(match[3])
     if not 0 < patch <= size or size % patch or size > 1024:
         raise InputError(f"{name}: {size} pixels (at most 1024) must divide into patches of {patch}")
-    return VisionTransformer(*TRANSFORMERS[found[1]], patch, size)
+    return VisionTransformer(*TRANSFORMERS[match[1]], patch, size)
 
 
 def resnet(name: str) -> Architecture:
     """Raises InputError where the name is no ResNet's."""
-    found = architecture(name)
-    if not isinstance(found, Architecture):
+    arch = architecture(name)
+    if not isinstance(arch, Architecture):
         raise InputError(f"{name} is a vision transformer; this takes a ResNet: {', '.join(ARCHITECTURES)}")
-    return found
+    return arch
 
 
 class _WidthResNet(ResNet):

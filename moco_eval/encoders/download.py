@@ -1,4 +1,4 @@
-"""Downloads that go on where they were cut, and are verified."""
+"""The files of known checkpoints: downloads that go on where they were cut, and are verified."""
 
 import http.client
 import math
@@ -61,15 +61,6 @@ class Place:
         return f"fetch {self.entry.url} by other means and put it at {self.path}"
 
 
-def path_of(name: str) -> Path:
-    """The file of `zoo:NAME`: verified, and fetched first where it is not there.
-
-    Raises:
-        InputError, RunFailed, Interrupted: as `fetch`.
-    """
-    return fetch(name)
-
-
 def fetch(name: str, output: Path | None = None) -> Path:
     """Have a checkpoint's file here: download it where it is not there, go on where a download was cut, verify it.
 
@@ -81,9 +72,9 @@ def fetch(name: str, output: Path | None = None) -> Path:
         RunFailed: not reachable, cut, or not what was published; the message says what is kept and the way out.
         Interrupted: Ctrl-C; what has arrived is kept.
     """
-    one = entry(name)
+    checkpoint = entry(name)
     folder = files.cache_folder("zoo")
-    place = Place(name, one, output or folder / f"{name}{one.ending}")
+    place = Place(name, checkpoint, output or folder / f"{name}{checkpoint.ending}")
     if place.path.is_dir():
         raise InputError(f"--output {place.path} is a folder; name a file in it")
     with files.one_at_a_time(folder / name):
@@ -97,13 +88,13 @@ def fetch(name: str, output: Path | None = None) -> Path:
     return place.path
 
 
-def _tell(place: Place, what: str, sha256: str) -> None:
+def _tell(place: Place, state: str, sha256: str) -> None:
     """That the file is there, and what is known of it; its sha256 is recorded for the next time."""
     from moco_eval.runtime.console import log, warn
 
     checksum = place.entry.checksum
     known = f"{checksum} as published" if checksum else f"no published checksum; sha256 of what was fetched: {sha256}"
-    log(f"{place.name}: {what}, {known}")
+    log(f"{place.name}: {state}, {known}")
     if _recorded(place) != sha256:
         try:
             files.write_text(place.record, f"{sha256}  {place.path.name}\n")
@@ -136,9 +127,9 @@ def _difference(place: Place, file: Path, sha256: str) -> str:
     if place.entry.bytes not in (None, size):
         return f"{size} bytes, expected {place.entry.bytes} as published"
     if checksum:
-        found = sha256 if checksum.algorithm == "sha256" else files.digest_of(file, checksum.algorithm)
-        if not found.startswith(checksum.digest):
-            return f"{checksum.algorithm} {found}, expected {checksum} as published"
+        digest = sha256 if checksum.algorithm == "sha256" else files.digest_of(file, checksum.algorithm)
+        if not digest.startswith(checksum.digest):
+            return f"{checksum.algorithm} {digest}, expected {checksum} as published"
     if before not in (None, sha256) and not (checksum and checksum.whole):
         return f"sha256 {sha256}, expected {before} as the last time (to accept it, remove {place.record})"
     return ""
@@ -147,10 +138,10 @@ def _difference(place: Place, file: Path, sha256: str) -> str:
 def _recorded(place: Place) -> str | None:
     """The sha256 of an earlier fetch, where there was one."""
     try:
-        found = re.match(r"[0-9a-f]{64}\b", place.record.read_text(encoding="utf-8"))
+        match = re.match(r"[0-9a-f]{64}\b", place.record.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return None
-    return found[0] if found else None
+    return match[0] if match else None
 
 
 def _forget(place: Place) -> None:
@@ -231,12 +222,12 @@ def _open(place: Place, headers: dict[str, str]) -> http.client.HTTPResponse:
             f"{url} answers {error.code} {error.reason}; see {place.entry.source}, or {place.by_hand}"
         ) from None
     except (OSError, http.client.HTTPException) as error:
-        reason = _words(getattr(error, "reason", error))
+        reason = _reason(getattr(error, "reason", error))
         raise RunFailed(f"cannot reach {place.host} ({reason}); {place.by_hand}") from None
 
 
-def _words(reason: Any) -> str:
-    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+def _reason(error: Any) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _start(place: Place, response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
@@ -250,11 +241,11 @@ def _start(place: Place, response: http.client.HTTPResponse, have: int) -> tuple
     length = response.headers.get("Content-Length", "")
     total = int(length) if length.isdigit() else None
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if not found or int(found[1]) != have:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if not match or int(match[1]) != have:
             _forget(place)
             raise RunFailed(f"{place.host} sends another part than was asked for; run the same command to start anew")
-        total = int(found[2])
+        total = int(match[2])
     else:
         have = 0
         with files.disk_errors_named(place.part):
@@ -304,7 +295,7 @@ def _blocks(place: Place, response: http.client.HTTPResponse) -> Iterator[bytes]
         while block := response.read(MB):
             yield block
     except (OSError, http.client.HTTPException) as error:
-        raise RunFailed(_cut(place, _words(error))) from None
+        raise RunFailed(_cut(place, _reason(error))) from None
 
 
 def _cut(place: Place, reason: str) -> str:

@@ -16,7 +16,7 @@ class Encoder:
     Attributes:
         source: the CHECKPOINT argument as the user gave it.
         run_name: short name for folders and tables ('moco_v2_r50', 'random-resnet18').
-        arch: a name that `build.architecture` knows, or 'pixels'.
+        arch: a name that `architectures.architecture` knows, or 'pixels'.
         backbone: (N, 3, H, W) to pooled features (N, feature_dim); a ResNet with torchvision's module names, `fc` the
             identity, or timm's VisionTransformer.
         feature_dim: length of the pooled feature.
@@ -28,7 +28,7 @@ class Encoder:
         taken: 'query' or 'key' (the momentum encoder): the part of that file.
         which: the same, or for a copy that `convert` wrote, what it was made of.
         usual: which of them the method's own evaluation takes.
-        dropped: (what, why) of each group of tensors in the file that the backbone does not use.
+        dropped: (part, reason) of each group of tensors in the file that the backbone does not use.
         warnings: doubts, in words.
         preprocessing: what the weights expect; None where the checkpoint does not say (`random:`).
         pretraining: protocol, dataset, epochs, config, deviations of the run that made it, where it says.
@@ -75,14 +75,14 @@ class Encoder:
 
     def identity(self) -> dict[str, Any]:
         """What tells its runs from those of another."""
-        told = {name: self.record()[name] for name in ("preprocessing", "norm_eps")} if self.settings else {}
-        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **told}
+        from_settings = {name: self.record()[name] for name in ("preprocessing", "norm_eps")} if self.settings else {}
+        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **from_settings}
 
     def deviations(self) -> list[str]:
         """What an evaluation inherits from it, in words."""
         other = [f"the {self.which} encoder instead of the {self.usual} encoder"] if self.which != self.usual else []
-        return other + [f"encoder: {words}" for words in (self.pretraining or {}).get("deviations", [])]
+        return other + [f"encoder: {deviation}" for deviation in (self.pretraining or {}).get("deviations", [])]
 
     def equivalences(self) -> list[str]:
         """What an evaluation inherits from it that was shown to be harmless, in words."""
-        return [f"encoder: {words}" for words in (self.pretraining or {}).get("equivalences", [])]
+        return [f"encoder: {equivalence}" for equivalence in (self.pretraining or {}).get("equivalences", [])]

@@ -35,11 +35,11 @@ def build_head(source: str, tensors: dict[str, Tensor], feature_dim: int) -> nn.
 def _layers(source: str, tensors: dict[str, Tensor]) -> list[nn.Module]:
     places: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        place, _, what = name.partition(".")
-        if not re.fullmatch(r"1?[0-9]", place) or "." in what:
+        place, _, parameter = name.partition(".")
+        if not re.fullmatch(r"1?[0-9]", place) or "." in parameter:
             held = ", ".join(list(tensors)[:6])
             raise InputError(f"{source}: the projection head is neither linear nor a sequence of layers: {held}")
-        places.setdefault(int(place), {})[what] = tensor
+        places.setdefault(int(place), {})[parameter] = tensor
     return [_layer(source, places[i]) if i in places else nn.ReLU() for i in range(max(places) + 1)]
 
 

@@ -28,9 +28,9 @@ def infer(source: str, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         InputError: they are of none that we build; the message says what they are.
     """
-    found = _transformer(source, tensors) if is_transformer(tensors) else _resnet(tensors)
-    if found is not None:
-        return found
+    arch = _transformer(source, tensors) if is_transformer(tensors) else _resnet(tensors)
+    if arch is not None:
+        return arch
     best, share = nearest(tensors)
     if share < 0.9 and structure(tensors) != structure(expected(best)):
         raise InputError(
@@ -75,7 +75,7 @@ def _resnet(tensors: Mapping[str, Tensor]) -> str | None:
     width, groups = stem[0] / 64, second[0] // second[1]
     if not groups:
         return None
-    found = Architecture(
+    resnet = Architecture(
         Bottleneck if bottleneck else BasicBlock,
         tuple(len(blocks) for blocks in _blocks(tensors).values()),  # type: ignore[arg-type]
         width=width,
@@ -83,7 +83,7 @@ def _resnet(tensors: Mapping[str, Tensor]) -> str | None:
         groups=groups,
         group_width=int(second[0] / groups / width) if bottleneck else 64,
     )
-    return next((name for name, arch in ARCHITECTURES.items() if arch == found), None)
+    return next((name for name, arch in ARCHITECTURES.items() if arch == resnet), None)
 
 
 _FIRST_BLOCK = ("layer1.0.conv1", "layer1.0.conv2")
@@ -99,8 +99,8 @@ def _blocks(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
     """The blocks of each stage, by number."""
     blocks: dict[str, set[str]] = {}
     for name in tensors:
-        if found := re.match(r"layer(\d+)\.(\d+)\.", name):
-            blocks.setdefault(found[1], set()).add(found[2])
+        if match := re.match(r"layer(\d+)\.(\d+)\.", name):
+            blocks.setdefault(match[1], set()).add(match[2])
     return dict(sorted(blocks.items(), key=lambda stage: int(stage[0])))
 
 
@@ -132,7 +132,7 @@ def _transformers(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _depth(tensors: Mapping[str, Tensor]) -> int:
-    return len({found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))})
+    return len({match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))})
 
 
 # In words
@@ -141,7 +141,7 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
 def structure(tensors: Mapping[str, Tensor]) -> str:
     """A network's tensors in words: blocks per stage, widths, stem and shortcuts; dim, depth and patches of a ViT."""
     if is_transformer(tensors):
-        return _transformer_words(tensors)
+        return _transformer_structure(tensors)
     blocks, stem = _blocks(tensors), _kernel(tensors, "conv1.weight")
     if not blocks or stem is None or len(blocks) > 8:
         first = ", ".join(list(tensors)[:3])
@@ -151,15 +151,15 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     kernels = (_kernel(tensors, f"layer{stage}.0.conv1.weight") for stage in blocks)
     widths = "-".join(str(kernel[0]) for kernel in kernels if kernel)
     groups, sides = _groups(tensors), "x".join(map(str, stem[2:]))
-    extras = [words for mark, words in _RESNET_EXTRAS.items() if any(re.search(mark, name) for name in tensors)]
+    extras = [extra for mark, extra in _RESNET_EXTRAS.items() if any(re.search(mark, name) for name in tensors)]
     if not any(".downsample." in name or ".shortcut." in name for name in tensors):
         extras.append("shortcuts without parameters")
     if not any(name.endswith("running_mean") for name in tensors):
         extras.append("norm layers without running statistics")
-    words = [f"stem of {stem[0]} channels and {sides} pixels", *extras]
+    parts = [f"stem of {stem[0]} channels and {sides} pixels", *extras]
     return (
         f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {widths} channels wide"
-        f"{f' in {groups} groups' if groups > 1 else ''}, {', '.join(words)}"
+        f"{f' in {groups} groups' if groups > 1 else ''}, {', '.join(parts)}"
     )
 
 
@@ -190,12 +190,12 @@ _EXTRAS = {
 }
 
 
-def _transformer_words(tensors: Mapping[str, Tensor]) -> str:
+def _transformer_structure(tensors: Mapping[str, Tensor]) -> str:
     patches, tokens = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("pos_embed")
     stem = f"patches of {patches[2]} pixels" if patches else "patches from a stem of convolutions"
     dim = tokens.shape[-1] if tokens is not None and tokens.ndim else "unknown"
     count = f"{tokens.shape[1]} positions" if tokens is not None and tokens.ndim == 3 else "no learnt positions"
-    extras = sorted({words for mark, words in _EXTRAS.items() if any(mark in name for name in tensors)})
+    extras = sorted({extra for mark, extra in _EXTRAS.items() if any(mark in name for name in tensors)})
     return (
         f"a vision transformer of {_depth(tensors)} blocks of {dim} dimensions, {stem}, {count}"
         f"{', with ' + ', '.join(extras) if extras else ''}"

@@ -35,8 +35,8 @@ def format_description(facts: dict[str, Any]) -> str:
         f"  sha256         {facts['sha256']}",
         f"  activations    {facts['activations']['sha256'][:16]}  "
         + " ".join(f"{value:.4g}" for value in facts["activations"]["first"]),
-        *(f"  left out       {what}: {why}" for what, why in facts["dropped"]),
-        *(f"  warning        {words}" for words in facts["warnings"]),
+        *(f"  left out       {part}: {reason}" for part, reason in facts["dropped"]),
+        *(f"  warning        {warning}" for warning in facts["warnings"]),
     ]
     return "\n".join(lines)
 
@@ -51,10 +51,10 @@ def _preprocessing(values: dict[str, Any] | None) -> str:
     )
 
 
-def _pretraining(said: dict[str, Any] | None) -> str:
-    if said is None:
+def _pretraining(values: dict[str, Any] | None) -> str:
+    if values is None:
         return "not said"
-    dataset = said.get("dataset")
+    dataset = values.get("dataset")
     name = dataset.get("name") if isinstance(dataset, dict) else dataset
-    parts = [said.get("protocol"), f"on {name}" if name else None, f"{said.get('epochs', 'unknown')} epochs"]
+    parts = [values.get("protocol"), f"on {name}" if name else None, f"{values.get('epochs', 'unknown')} epochs"]
     return ", ".join(str(part) for part in parts if part)

@@ -36,7 +36,7 @@ class Layout:
         head, key_head: what precedes the projection head, a plain sequence of layers with ReLUs; None where it is
             absent or of another kind.
         names: to torchvision's names (timm's for a ViT), applied to what follows the prefix.
-        dropped: (regular expression, what, why) of further tensors that an evaluation does not use.
+        dropped: (regular expression, part, reason) of further tensors that an evaluation does not use.
         variants: what the shapes do not tell of the architecture, as rules on its name.
         preprocessing: what the weights expect; None where the file itself says.
         cifar: the same for a network with the CIFAR stem; None where nothing says.
@@ -88,17 +88,17 @@ _PROTOTYPES = (r"prototypes\.", "prototypes", "the clusters of pretraining")
 _CHILDREN: Rules = (
     (r"^0\.", "conv1."),
     (r"^1\.", "bn1."),
-    (r"^([4-7])\.", lambda found: f"layer{int(found[1]) - 3}."),
+    (r"^([4-7])\.", lambda match: f"layer{int(match[1]) - 3}."),
 )
 _CIFAR_CHILDREN: Rules = (
     (r"^(net\.)?0\.", "conv1."),
     (r"^(net\.)?1\.", "bn1."),
-    (r"^(net\.)?([3-6])\.", lambda found: f"layer{int(found[2]) - 2}."),
+    (r"^(net\.)?([3-6])\.", lambda match: f"layer{int(match[2]) - 2}."),
 )
 # detectron2's names of a ResNet, and the older Caffe2 names that it translates
 DETECTRON2: Rules = (
     (r"^stem\.", ""),
-    (r"^res([2-5])\.", lambda found: f"layer{int(found[1]) - 1}."),
+    (r"^res([2-5])\.", lambda match: f"layer{int(match[1]) - 1}."),
     (r"conv([1-3])\.norm\.", r"bn\1."),
     (r"shortcut\.norm\.", "downsample.1."),
     (r"shortcut\.", "downsample.0."),
@@ -108,20 +108,20 @@ _CAFFE2: Rules = (
     (r"_bn_b$", "_bn.bias"),
     (r"_w$", ".weight"),
     (r"^res_conv1_bn\.", "bn1."),
-    (r"^res([2-5])_(\d+)_", lambda found: f"layer{int(found[1]) - 1}.{found[2]}."),
+    (r"^res([2-5])_(\d+)_", lambda match: f"layer{int(match[1]) - 1}.{match[2]}."),
     (r"branch1_bn\.", "downsample.1."),
     (r"branch1\.", "downsample.0."),
-    (r"branch2([abc])_bn\.", lambda found: f"bn{'abc'.index(found[1]) + 1}."),
-    (r"branch2([abc])\.", lambda found: f"conv{'abc'.index(found[1]) + 1}."),
+    (r"branch2([abc])_bn\.", lambda match: f"bn{'abc'.index(match[1]) + 1}."),
+    (r"branch2([abc])\.", lambda match: f"conv{'abc'.index(match[1]) + 1}."),
 )
 _HF_RESNET: Rules = (
     (r"^embedder\.embedder\.convolution\.", "conv1."),
     (r"^embedder\.embedder\.normalization\.", "bn1."),
-    (r"^encoder\.stages\.(\d)\.layers\.", lambda found: f"layer{int(found[1]) + 1}."),
+    (r"^encoder\.stages\.(\d)\.layers\.", lambda match: f"layer{int(match[1]) + 1}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"\.layer\.(\d)\.convolution\.", lambda found: f".conv{int(found[1]) + 1}."),
-    (r"\.layer\.(\d)\.normalization\.", lambda found: f".bn{int(found[1]) + 1}."),
+    (r"\.layer\.(\d)\.convolution\.", lambda match: f".conv{int(match[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
 )
 # To timm's names of a ViT. Hugging Face writes its older names to disk, and has newer ones in memory.
 _HF_VIT: Rules = (
@@ -267,7 +267,7 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "moco-eval safetensors",
-        "moco_eval/encoders/export.py",
+        "moco_eval/encoders/export/convert.py",
         format=SAFETENSORS,
         head=r"head\.",
         preprocessing=None,

@@ -25,7 +25,7 @@ from moco_eval.runtime.device import borrowed_generator
 
 
 def random_weights(arch: str, seed: int) -> Encoder:
-    found = architecture(arch)
+    shape = architecture(arch)
     with borrowed_generator(seed):
         net = build_backbone(arch, fork=False)
     return Encoder(
@@ -33,12 +33,12 @@ def random_weights(arch: str, seed: int) -> Encoder:
         run_name=f"random-{arch}",
         arch=arch,
         backbone=net.eval(),
-        feature_dim=found.feature_dim,
+        feature_dim=shape.feature_dim,
         head=None,
         origin=f"random initialisation, seed {seed}",
         sha256=sha256_of_tensors(net.state_dict()),
         tensors_loaded=len(net.state_dict()),
-        preprocessing=sized(Preprocessing(), found) if isinstance(found, VisionTransformer) else None,
+        preprocessing=sized(Preprocessing(), shape) if isinstance(shape, VisionTransformer) else None,
     )
 
 
@@ -89,8 +89,8 @@ def _download(source: str, weights) -> dict[str, Tensor]:
 
 
 def _offline(source: str, url: str, error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return f"{source}: cannot download {url} ({words}); without a network, give the path of a file"
+    reason = " ".join(str(error).split())[:200]
+    return f"{source}: cannot download {url} ({reason}); without a network, give the path of a file"
 
 
 def from_timm(rest: str, seed: int) -> Encoder:

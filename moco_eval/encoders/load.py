@@ -61,15 +61,15 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
 
 def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
     path = Path(source)
-    found = recognise(path)
-    layout, sha256 = found.layout, files.sha256_of(path)
-    said = settings_beside(path, sha256, layout.origin) or FileSettings("")
+    checkpoint = recognise(path)
+    layout, sha256 = checkpoint.layout, files.sha256_of(path)
+    settings = settings_beside(path, sha256, layout.origin) or FileSettings("")
     taken = encoder or layout.usual
-    parts = split(found, taken)
-    chosen = arch or _architecture(found, infer(source, parts.backbone), said)
+    parts = split(checkpoint, taken)
+    chosen = arch or _architecture(checkpoint, infer(source, parts.backbone), settings)
     shape = architecture(chosen)
     backbone = prove(source, parts.backbone, chosen, parts.warnings)
-    norm_eps = _norm_eps(found, said)
+    norm_eps = _norm_eps(checkpoint, settings)
     set_norm_eps(backbone, norm_eps)
     loaded = Encoder(
         source=source,
@@ -78,19 +78,23 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         backbone=backbone,
         feature_dim=shape.feature_dim,
         head=build_head(source, parts.head, shape.feature_dim),
-        origin=_origin(found) + (f", settings of {said.name}" if said.name else ""),
+        origin=_origin(checkpoint) + (f", settings of {settings.name}" if settings.name else ""),
         sha256=sha256,
         tensors_loaded=len(parts.backbone),
         path=path,
         taken=taken,
-        which=said.which or _copied(found, "which", taken),
-        usual=said.usual or _copied(found, "usual", layout.usual),
+        which=settings.which or _copied(checkpoint, "which", taken),
+        usual=settings.usual or _copied(checkpoint, "usual", layout.usual),
         dropped=parts.dropped,
-        warnings=[*parts.warnings, *doubts(parts.backbone, layout.folded), *_open_questions(found, arch, chosen, said)],
-        preprocessing=_preprocessing(found, shape, said),
-        pretraining=said.pretraining or _pretraining(found),
+        warnings=[
+            *parts.warnings,
+            *doubts(parts.backbone, layout.folded),
+            *_open_questions(checkpoint, arch, chosen, settings),
+        ],
+        preprocessing=_preprocessing(checkpoint, shape, settings),
+        pretraining=settings.pretraining or _pretraining(checkpoint),
         norm_eps=norm_eps,
-        settings=said.name or None,
+        settings=settings.name or None,
     )
     other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
     return replace(loaded, run_name=loaded.run_name + other)
@@ -99,7 +103,7 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
 def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
     """A known public checkpoint: fetched where it is not there yet, and held against what its manifest expects."""
     entry = zoo.entry(name)
-    loaded = _from_file(str(download.path_of(name)), arch, encoder)
+    loaded = _from_file(str(download.fetch(name)), arch, encoder)
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
     other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
@@ -109,46 +113,48 @@ def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
 # What the shapes do not tell
 
 
-def _architecture(found: Checkpoint, inferred: str, said: FileSettings) -> str:
+def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings) -> str:
     """The architecture as the settings or the layout's code base have it; as the shapes say where neither tells.
 
     Raises:
         InputError: the settings tell of heads or strides that no network built here has.
     """
-    if said.arch or (found.layout.format == SAFETENSORS and found.values.get("arch")):
-        return said.arch or str(found.values["arch"])
-    name = rename(inferred, found.layout.variants)
+    if settings.arch or (checkpoint.layout.format == SAFETENSORS and checkpoint.values.get("arch")):
+        return settings.arch or str(checkpoint.values["arch"])
+    name = rename(inferred, checkpoint.layout.variants)
     if name not in names() and not isinstance(architecture(inferred), VisionTransformer):
         name = inferred
     shape = architecture(name)
-    if isinstance(shape, VisionTransformer) and said.heads not in (None, shape.heads):
+    if isinstance(shape, VisionTransformer) and settings.heads not in (None, shape.heads):
         name = name.replace("_patch", "_12h_patch")
-        if "_12h_12h_" in name or architecture(name).heads != said.heads:  # type: ignore[union-attr]
-            raise InputError(f"{found.path}: {said.name} says {said.heads} heads, which no {inferred} built here has")
-    if isinstance(shape, Architecture) and said.stride_in_1x1 and shape.block is Bottleneck and not shape.stride_in_1x1:
+        if "_12h_12h_" in name or architecture(name).heads != settings.heads:  # type: ignore[union-attr]
+            heads = f"{settings.heads} heads, which no {inferred} built here has"
+            raise InputError(f"{checkpoint.path}: {settings.name} says {heads}")
+    in_3x3 = isinstance(shape, Architecture) and shape.block is Bottleneck and not shape.stride_in_1x1
+    if in_3x3 and settings.stride_in_1x1:
         name = f"{name}_msra"
     architecture(name)
     return name
 
 
-def _open_questions(found: Checkpoint, given: str | None, arch: str, said: FileSettings) -> list[str]:
-    """What only the user can know, in words; silent where --arch settles it."""
-    shape, layout = architecture(arch), found.layout
-    if given or said.arch:
+def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
+    """What only the user can know, in words; none where `override` (--arch) settles it."""
+    shape, layout = architecture(arch), checkpoint.layout
+    if override or settings.arch:
         return []
-    words = []
+    questions = []
     if isinstance(shape, VisionTransformer):
         usual = "_12h" not in arch and shape.dim <= 384
-        if usual and said.heads is None and not layout.settled:
-            words.append(_HEADS.format(heads=shape.heads, other=arch.replace("_patch", "_12h_patch")))
-    elif layout.origin == "detectron2" and said.stride_in_1x1 is None and "__author__" not in found.values:
-        words += [_STRIDE.format(other=f"{arch}_msra")] if shape.block is Bottleneck else []
+        if usual and settings.heads is None and not layout.settled:
+            questions.append(_HEADS.format(heads=shape.heads, other=arch.replace("_patch", "_12h_patch")))
+    elif layout.origin == "detectron2" and settings.stride_in_1x1 is None and "__author__" not in checkpoint.values:
+        questions += [_STRIDE.format(other=f"{arch}_msra")] if shape.block is Bottleneck else []
     elif arch.endswith("_cifar") and layout.origin.startswith(PREFIXED.origin):
-        words.append(_PADDING.format(other=f"{arch}_pad2"))
-    stated = found.values.get("arch")
+        questions.append(_PADDING.format(other=f"{arch}_pad2"))
+    stated = checkpoint.values.get("arch")
     if isinstance(stated, str) and layout.format is None and not arch.startswith(stated.lower()):
-        words.append(f"the file says that it is a {shown(stated)}; its tensors look like {arch}")
-    return words
+        questions.append(f"the file says that it is a {shown(stated)}; its tensors look like {arch}")
+    return questions
 
 
 _HEADS = (
@@ -162,12 +168,12 @@ _STRIDE = (
 _PADDING = "the shapes do not tell the padding of a CIFAR stem; 1 was taken. solo-learn's is 2: --arch {other}"
 
 
-def _norm_eps(found: Checkpoint, said: FileSettings) -> float | None:
+def _norm_eps(checkpoint: Checkpoint, settings: FileSettings) -> float | None:
     """Of the layer norms, where it is not timm's."""
-    copied = found.values.get("norm_eps") if found.layout.format == SAFETENSORS else None
-    eps = said.norm_eps or copied or found.layout.norm_eps
+    copied = checkpoint.values.get("norm_eps") if checkpoint.layout.format == SAFETENSORS else None
+    eps = settings.norm_eps or copied or checkpoint.layout.norm_eps
     if eps is not None and not (isinstance(eps, float) and 0 < eps < 1):
-        raise InputError(f"{found.path}: the layer norms' epsilon is {eps!r}; it must lie between 0 and 1")
+        raise InputError(f"{checkpoint.path}: the layer norms' epsilon is {eps!r}; it must lie between 0 and 1")
     return eps
 
 
@@ -182,22 +188,22 @@ def set_norm_eps(net: nn.Module, eps: float | None) -> None:
 
 
 def _preprocessing(
-    found: Checkpoint, arch: Architecture | VisionTransformer, said: FileSettings
+    checkpoint: Checkpoint, arch: Architecture | VisionTransformer, settings: FileSettings
 ) -> Preprocessing | None:
     """What the weights expect: as the file itself says, or settings beside it, or its layout.
 
     Raises:
         InputError: settings with another image size than a ViT has.
     """
-    layout = found.layout
+    layout = checkpoint.layout
     if layout.preprocessing is None:
-        return _said(found)
-    if said.preprocessing:
-        if isinstance(arch, VisionTransformer) and said.preprocessing.size != arch.size:
-            there = f"{said.preprocessing.size} pixels, but the network takes {arch.size}"
-            raise InputError(f"{found.path}: {said.name} says images of {there}; correct it, or move it away")
-        return said.preprocessing
-    if said.arch:
+        return _own_preprocessing(checkpoint)
+    if settings.preprocessing:
+        if isinstance(arch, VisionTransformer) and settings.preprocessing.size != arch.size:
+            there = f"{settings.preprocessing.size} pixels, but the network takes {arch.size}"
+            raise InputError(f"{checkpoint.path}: {settings.name} says images of {there}; correct it, or move it away")
+        return settings.preprocessing
+    if settings.arch:
         return None  # our own settings say so
     if isinstance(arch, VisionTransformer):
         return sized(layout.preprocessing, arch)
@@ -206,33 +212,33 @@ def _preprocessing(
     return layout.cifar if arch.cifar_stem else layout.preprocessing
 
 
-def _said(found: Checkpoint) -> Preprocessing | None:
-    values = found.values.get("preprocessing")
+def _own_preprocessing(checkpoint: Checkpoint) -> Preprocessing | None:
+    values = checkpoint.values.get("preprocessing")
     if values is None:
         return None
     try:
         return Preprocessing.from_dict(values)
     except InputError as error:
-        raise InputError(f"{found.path}: {error}") from None
+        raise InputError(f"{checkpoint.path}: {error}") from None
 
 
-def _origin(found: Checkpoint) -> str:
+def _origin(checkpoint: Checkpoint) -> str:
     """The layout; for a copy that our `convert` wrote, also what it was made of."""
-    made_of = found.values.get("origin") if found.layout.format == SAFETENSORS else None
-    return f"{found.layout.origin}, from {made_of}" if made_of else found.layout.origin
+    made_of = checkpoint.values.get("origin") if checkpoint.layout.format == SAFETENSORS else None
+    return f"{checkpoint.layout.origin}, from {made_of}" if made_of else checkpoint.layout.origin
 
 
-def _copied(found: Checkpoint, name: str, usual: str) -> str:
+def _copied(checkpoint: Checkpoint, name: str, usual: str) -> str:
     """For a copy that our `convert` wrote, what it was made of."""
-    return str(found.values.get(name, usual)) if found.layout.format == SAFETENSORS else usual
+    return str(checkpoint.values.get(name, usual)) if checkpoint.layout.format == SAFETENSORS else usual
 
 
-def _pretraining(found: Checkpoint) -> dict[str, Any] | None:
+def _pretraining(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What the file says of its pretraining; others' pretraining checkpoints say how many epochs they have had."""
-    values: Any = found.values.get("pretraining")
+    values: Any = checkpoint.values.get("pretraining")
     if values is not None and not isinstance(values, dict):
-        raise InputError(f"{found.path}: its pretraining entry is a {type(values).__name__}, not a dict")
-    epochs = found.values.get("epoch")
-    if values is None and found.layout.head and isinstance(epochs, int):
+        raise InputError(f"{checkpoint.path}: its pretraining entry is a {type(values).__name__}, not a dict")
+    epochs = checkpoint.values.get("epoch")
+    if values is None and checkpoint.layout.head and isinstance(epochs, int):
         return {"epochs": epochs}
     return values

@@ -16,7 +16,7 @@ def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str
     Args:
         source: for messages.
         tensors: the backbone's, under torchvision's names (timm's for a ViT), parameters and BN buffers alike.
-        arch: a name that `architecture` knows.
+        arch: a name that `architectures.architecture` knows.
         warnings: doubts are appended here.
     Raises:
         InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
@@ -47,23 +47,23 @@ def _require_match(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[s
         "are unexpected": [name for name in tensors if name not in wanted],
         "have another dtype": [name for name in shared if tensors[name].dtype != wanted[name].dtype],
     }
-    wrong = {what: names for what, names in wrong.items() if names}
+    wrong = {problem: names for problem, names in wrong.items() if names}
     if not wrong:
         return
-    counts = ", ".join(f"{len(names)} {what}" for what, names in wrong.items())
-    what, names = next(iter(wrong.items()))
+    counts = ", ".join(f"{len(names)} {problem}" for problem, names in wrong.items())
+    problem, names = next(iter(wrong.items()))
     raise InputError(
         f"{source}: of the {len(wanted)} backbone tensors of {arch}, {counts} "
-        f"(first: {names[0]}{_detail(what, names[0], tensors, wanted)}). {_explanation(tensors, arch)}"
+        f"(first: {names[0]}{_detail(problem, names[0], tensors, wanted)}). {_explanation(tensors, arch)}"
     )
 
 
-def _detail(what: str, name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    if what == "have another shape":
+def _detail(problem: str, name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    if problem == "have another shape":
         return f", {size_words(tensors[name])}, expected {size_words(wanted[name])}"
-    if what == "have another dtype":
+    if problem == "have another dtype":
         return f", {tensors[name].dtype}, expected {wanted[name].dtype}"
-    return f", {size_words(wanted[name] if what == 'are missing' else tensors[name])}"
+    return f", {size_words(wanted[name] if problem == 'are missing' else tensors[name])}"
 
 
 def size_words(tensor: Tensor) -> str:
@@ -110,14 +110,14 @@ def doubts(tensors: Mapping[str, Tensor], folded: bool = False) -> list[str]:
     means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
     variances = [tensor for name, tensor in tensors.items() if name.endswith("running_var")]
     initial = all(not mean.any() for mean in means) and all((variance == 1).all() for variance in variances)
-    found = []
+    reasons = []
     if means and initial and not folded:
-        found.append("every BN running statistic is at its initial value: this encoder never saw data in train mode")
+        reasons.append("every BN running statistic is at its initial value: this encoder never saw data in train mode")
     if untrained(tensors):
-        found.append("every norm layer is as initialised, scale 1 (or 0) and shift 0: these weights look untrained")
+        reasons.append("every norm layer is as initialised, scale 1 (or 0) and shift 0: these weights look untrained")
     if any((variance < 0).any() for variance in variances):
-        found.append("a BN running variance is negative: the features will not be finite")
-    return found
+        reasons.append("a BN running variance is negative: the features will not be finite")
+    return reasons
 
 
 def untrained(tensors: Mapping[str, Tensor]) -> bool:

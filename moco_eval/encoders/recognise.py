@@ -68,7 +68,7 @@ class Checkpoint:
         layout: its row of LAYOUTS.
         tensors: by name, in the file's order, not copied out of it yet; without wrappers such as a leading `module.`.
         values: what stands beside the tensors.
-        dropped: (what, why) of values that are no tensors of the encoder and are not read.
+        dropped: (name, reason) of values that are no tensors of the encoder and are not read.
     """
 
     path: Path
@@ -135,9 +135,9 @@ def _instead(values: Mapping[str, Any]) -> str:
 def _companions(values: Mapping[str, Any]) -> list[str]:
     """Entries that belong together, such as DINO's student and teacher."""
     for names in COMPANIONS:
-        found = [name for name in names if isinstance(values.get(name), dict)]
-        if len(found) == len(names) or (found and names[0] != "model"):
-            return found
+        present = [name for name in names if isinstance(values.get(name), dict)]
+        if len(present) == len(names) or (present and names[0] != "model"):
+            return present
     return []
 
 
@@ -185,7 +185,7 @@ def _layout(path: Path, tensors: dict[str, torch.Tensor], format_: Any) -> tuple
 def _fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
     if row.format:
         return row.format == format_
-    return all(_found(mark, names) for mark in row.marks) and not any(_found(mark, names) for mark in row.unless)
+    return all(_has(mark, names) for mark in row.marks) and not any(_has(mark, names) for mark in row.unless)
 
 
 def _below(row: Layout, shared: str) -> Layout:
@@ -198,7 +198,7 @@ def _below(row: Layout, shared: str) -> Layout:
     return replace(row, query=NOTHING, key=row.query, head=None, key_head=row.head)
 
 
-def _found(mark: str, names: Iterable[str]) -> bool:
+def _has(mark: str, names: Iterable[str]) -> bool:
     return any(re.search(mark, name) for name in names)
 
 
@@ -208,13 +208,13 @@ def _prefixed(path: Path, names: Iterable[str]) -> Layout:
     Raises:
         InputError: no backbone under torchvision's or timm's names, or several.
     """
-    found = _backbones(names)
-    keys = [prefix for prefix in found if MOMENTUM.search(prefix)]
-    queries = [prefix for prefix in found if prefix not in keys]
+    backbones = _backbones(names)
+    keys = [prefix for prefix in backbones if MOMENTUM.search(prefix)]
+    queries = [prefix for prefix in backbones if prefix not in keys]
     if len(queries) > 1 or len(keys) > 1:
-        several = ", ".join(repr(prefix) for prefix in found)
+        several = ", ".join(repr(prefix) for prefix in backbones)
         raise InputError(f"{path} holds several networks, under {several}; save the one to be judged by itself")
-    if not found:
+    if not backbones:
         raise InputError(
             f"{path} has no layout we know{_looks(list(names))}; save the whole network; docs/encoders.md lists layouts"
         )
@@ -237,12 +237,12 @@ NOTHING = r"(?!)"  # matches no name
 
 def _backbones(names: Iterable[str]) -> list[str]:
     """The prefixes below which a ResNet or ViT begins."""
-    found: dict[str, None] = {}
+    prefixes: dict[str, None] = {}
     for stem, body in ((r"conv1\.weight", r"layer1"), (r"patch_embed\.proj\.weight", r"blocks\.0")):
         bodies = {match[1] for name in names if (match := re.match(rf"(.+?\.){body}\.", name))}
         starts = [match[1] for name in names if (match := re.fullmatch(rf"(.+\.){stem}", name))]
-        found |= dict.fromkeys(prefix for prefix in starts if prefix in bodies)
-    return list(found)
+        prefixes |= dict.fromkeys(prefix for prefix in starts if prefix in bodies)
+    return list(prefixes)
 
 
 def _looks(names: list[str]) -> str:
@@ -270,7 +270,7 @@ _ALTERED = (
 
 
 def _refuse_altered(path: Path, names: Iterable[str]) -> None:
-    for mark, words in _ALTERED:
+    for mark, reason in _ALTERED:
         first = next((name for name in names if re.search(mark, name)), None)
         if first:
-            raise InputError(f"{path} {words} (first: {first})")
+            raise InputError(f"{path} {reason} (first: {first})")

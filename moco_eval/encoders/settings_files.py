@@ -52,11 +52,11 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str) -> FileSettings 
         if not path.is_file() or not fits(origin):
             continue
         try:
-            said = {key: value for key, value in read(_contents(path)).items() if value is not None}
+            settings = {key: value for key, value in read(_contents(path)).items() if value is not None}
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: {error}; correct it, or move it away to go without") from None
-        if said:
-            return FileSettings(name, **said)
+        if settings:
+            return FileSettings(name, **settings)
     return None
 
 
@@ -130,13 +130,13 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     if wrong := [name for name, true in odd.items() if true]:
         raise InputError(f"says {wrong[0]}: {values[wrong[0]]!r}, which no network built here has")
     heads, eps = values.get("num_attention_heads"), values.get("layer_norm_eps")
-    said = {
+    settings = {
         "heads": int(heads) if heads is not None else None,
         "norm_eps": float(eps) if eps is not None else None,
         "stride_in_1x1": values.get("downsample_in_bottleneck"),
     }
     processor = checkpoint.with_name("preprocessor_config.json")
-    return said | (_pixels(_processor(_contents(processor))) if processor.is_file() else {})
+    return settings | (_pixels(_processor(_contents(processor))) if processor.is_file() else {})
 
 
 def _processor(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -174,14 +174,14 @@ def _side(value: Any) -> int:
 
 def _timm(values: dict[str, Any]) -> dict[str, Any]:
     """timm's `pretrained_cfg`."""
-    said = values.get("pretrained_cfg")
-    return _pixels(of_timm(said)) if isinstance(said, dict) and "mean" in said else {}
+    settings = values.get("pretrained_cfg")
+    return _pixels(of_timm(settings)) if isinstance(settings, dict) and "mean" in settings else {}
 
 
-def of_timm(said: dict[str, Any]) -> dict[str, Any]:
+def of_timm(settings: dict[str, Any]) -> dict[str, Any]:
     """timm's settings of a model's weights: the crop's side, and its share of the resize."""
-    size = int(said["input_size"][-1])
-    return {"size": size, "resize": int(size / said.get("crop_pct", 0.875)), "mean": said["mean"], "std": said["std"]}
+    size, mean, std = int(settings["input_size"][-1]), settings["mean"], settings["std"]
+    return {"size": size, "resize": int(size / settings.get("crop_pct", 0.875)), "mean": mean, "std": std}
 
 
 def _detectron2(values: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Parts:
         return cls(_fp32(backbone, warnings), _fp32(head, warnings), raw, [], warnings)
 
 
-def split(found: Checkpoint, encoder: str) -> Parts:
+def split(checkpoint: Checkpoint, encoder: str) -> Parts:
     """Cut a checkpoint into the backbone and head of one encoder, and the rest.
 
     Args:
@@ -42,54 +42,55 @@ def split(found: Checkpoint, encoder: str) -> Parts:
     Raises:
         InputError: the file lacks that encoder, or holds a tensor whose purpose is unknown.
     """
-    layout = found.layout
+    layout = checkpoint.layout
     prefix, head_prefix = layout.prefixes(encoder)
     if prefix is None:
-        raise InputError(f"--encoder {encoder}: {_none_at_all(found)}")
-    groups = _groups(found, encoder, prefix, head_prefix)
-    backbone = _renamed(found, groups["backbone"], prefix, layout.names)
+        raise InputError(f"--encoder {encoder}: {_none_at_all(checkpoint)}")
+    groups = _groups(checkpoint, encoder, prefix, head_prefix)
+    backbone = _renamed(checkpoint, groups["backbone"], prefix, layout.names)
     if not backbone:
-        raise InputError(f"{found.path}: {_absent(found, encoder)}")
-    parts = Parts.of(backbone, _renamed(found, groups["head"], head_prefix or "", ()))
+        raise InputError(f"{checkpoint.path}: {_absent(checkpoint, encoder)}")
+    parts = Parts.of(backbone, _renamed(checkpoint, groups["head"], head_prefix or "", ()))
     if layout.folded:
         _unfold(parts)
-    parts.dropped += [*_other(groups["other"], encoder), *_reasons(found, groups["dropped"]), *found.dropped]
+    parts.dropped += [*_other(groups["other"], encoder), *_reasons(checkpoint, groups["dropped"]), *checkpoint.dropped]
     return parts
 
 
-def _groups(found: Checkpoint, encoder: str, prefix: str, head: str | None) -> dict[str, list[str]]:
+def _groups(checkpoint: Checkpoint, encoder: str, prefix: str, head: str | None) -> dict[str, list[str]]:
     """Names by what they belong to: the backbone, its head, the other encoder, or what the layout drops.
 
     Raises:
         InputError: a name that belongs to none of them.
     """
-    others = [one for one in found.layout.prefixes("key" if encoder == "query" else "query") if one is not None]
+    layout = checkpoint.layout
+    others = [other for other in layout.prefixes("key" if encoder == "query" else "query") if other is not None]
     groups: dict[str, list[str]] = {"backbone": [], "head": [], "other": [], "dropped": []}
-    for name in found.tensors:
-        if any(re.match(mark, name) for mark, _, _ in found.layout.dropped):
+    for name in checkpoint.tensors:
+        if any(re.match(mark, name) for mark, _, _ in layout.dropped):
             groups["dropped"].append(name)
         elif head and re.match(head, name):
             groups["head"].append(name)
         elif re.match(prefix, name):
             groups["backbone"].append(name)
-        elif any(re.match(one, name) for one in others):
+        elif any(re.match(other, name) for other in others):
             groups["other"].append(name)
         else:
-            raise InputError(f"{found.path}: tensor {name} belongs to no part of a checkpoint of {found.layout.origin}")
+            raise InputError(f"{checkpoint.path}: tensor {name} belongs to no part of a checkpoint of {layout.origin}")
     return groups
 
 
-def _none_at_all(found: Checkpoint) -> str:
-    return f"checkpoints of {found.layout.origin} have one encoder only; leave it out"
+def _none_at_all(checkpoint: Checkpoint) -> str:
+    return f"checkpoints of {checkpoint.layout.origin} have one encoder only; leave it out"
 
 
-def _absent(found: Checkpoint, encoder: str) -> str:
+def _absent(checkpoint: Checkpoint, encoder: str) -> str:
     """Why a file lacks an encoder, and the way out."""
-    if encoder == "key" and "bank" in found.tensors:
+    if encoder == "key" and "bank" in checkpoint.tensors:
         return "--encoder key: a memory bank has no key encoder, its keys are the bank's slots; take --encoder query"
     other = "key" if encoder == "query" else "query"
-    there = found.layout.prefixes(other)[0]
-    if there is not None and any(re.match(there, name) for name in found.tensors):
+    there = checkpoint.layout.prefixes(other)[0]
+    if there is not None and any(re.match(there, name) for name in checkpoint.tensors):
         return f"only the {other} encoder is in this file: --encoder {other}"
     return "no backbone is in this file, only what stands on one; save the whole network"
 
@@ -102,19 +103,19 @@ def _other(names: list[str], encoder: str) -> list[tuple[str, str]]:
     return [(f"query encoder ({len(names)} tensors)", "the key encoder is evaluated; --encoder query takes this one")]
 
 
-def _reasons(found: Checkpoint, names: list[str]) -> list[tuple[str, str]]:
+def _reasons(checkpoint: Checkpoint, names: list[str]) -> list[tuple[str, str]]:
     """Each group of dropped tensors once, with its size where it has several."""
     counts: dict[tuple[str, str], int] = {}
     for name in names:
-        what = next((what, why) for mark, what, why in found.layout.dropped if re.match(mark, name))
-        counts[what] = counts.get(what, 0) + 1
-    return [(f"{what} ({count} tensors)" if count > 1 else what, why) for (what, why), count in counts.items()]
+        group = next((part, reason) for mark, part, reason in checkpoint.layout.dropped if re.match(mark, name))
+        counts[group] = counts.get(group, 0) + 1
+    return [(f"{part} ({count} tensors)" if count > 1 else part, reason) for (part, reason), count in counts.items()]
 
 
 # Names
 
 
-def _renamed(found: Checkpoint, names: list[str], prefix: str, rules: Rules) -> dict[str, Tensor]:
+def _renamed(checkpoint: Checkpoint, names: list[str], prefix: str, rules: Rules) -> dict[str, Tensor]:
     """Tensors without their prefix, under the names of the network that is built here.
 
     Raises:
@@ -124,8 +125,8 @@ def _renamed(found: Checkpoint, names: list[str], prefix: str, rules: Rules) -> 
     for name in names:
         plain = rename(re.sub(f"^({prefix})", "", name), rules)
         if plain in renamed:
-            raise InputError(f"{found.path} holds two tensors for {plain} (the second: {name})")
-        renamed[plain] = found.tensors[name]
+            raise InputError(f"{checkpoint.path} holds two tensors for {plain} (the second: {name})")
+        renamed[plain] = checkpoint.tensors[name]
     return _joined_attention(renamed)
 
 
@@ -140,15 +141,18 @@ def _joined_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Queries, keys and values that are stored apart, as the one tensor that timm has."""
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not (found := re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)", name)):
+        if not (match := re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)", name)):
             joined[name] = tensor
             continue
-        three = [tensors.get(f"{found[1]}{letter}{found[3]}") for letter in "qkv"]
+        three = [tensors.get(f"{match[1]}{letter}{match[3]}") for letter in "qkv"]
         if all(part is not None and part.shape == tensor.shape for part in three):
-            joined.setdefault(f"{found[1]}qkv{found[3]}", torch.cat(three))
+            joined.setdefault(f"{match[1]}qkv{match[3]}", torch.cat(three))
         else:
             joined[name] = tensor
     return joined
+
+
+# Values
 
 
 def _unfold(parts: Parts) -> None:

@@ -1,11 +1,9 @@
-"""Known public checkpoints, and their files: fetched, resumed, verified. The manifest is configs/zoo.yaml."""
+"""Known public checkpoints: what configs/zoo.yaml and the user's own manifest say of each."""
 
 import difflib
 import os
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -109,13 +107,13 @@ class Entry(Model):
     def ending(self) -> str:
         """What its file name ends with, such as '.pth.tar'."""
         name = urllib.parse.unquote(PurePosixPath(urllib.parse.urlsplit(self.url).path).name)
-        found = re.search(r"\.(pth\.tar|[A-Za-z]\w*)$", name)
-        return found[0] if found else ""
+        match = re.search(r"\.(pth\.tar|[A-Za-z]\w*)$", name)
+        return match[0] if match else ""
 
     @property
     def top1(self) -> float | None:
         """The first published top-1 accuracy."""
-        return next((found.metrics["top1"] for found in self.published if "top1" in found.metrics), None)
+        return next((result.metrics["top1"] for result in self.published if "top1" in result.metrics), None)
 
 
 class Manifest(Model):
@@ -177,7 +175,7 @@ def entry(name: str) -> Entry:
 
 def lines() -> Iterator[str]:
     """Each entry on a line: name, method, architecture, licence, published top-1; - where not published."""
-    for name, one in entries().items():
-        licence = one.licence.name if one.licence else "-"
-        top1 = "-" if one.top1 is None else f"{one.top1:.1f}"
-        yield f"{name:<34} {one.recipe.method:<15} {one.recipe.arch:<18} {licence:<13} {top1:>5}"
+    for name, checkpoint in entries().items():
+        licence = checkpoint.licence.name if checkpoint.licence else "-"
+        top1 = "-" if checkpoint.top1 is None else f"{checkpoint.top1:.1f}"
+        yield f"{name:<34} {checkpoint.recipe.method:<15} {checkpoint.recipe.arch:<18} {licence:<13} {top1:>5}"

@@ -81,8 +81,8 @@ class Source:
 
     def title(self) -> str:
         """For a progress bar."""
-        what = "clean crop" if self.crops is None else f"crops of epoch {self.crops.epoch}"
-        return f"{self.images.split} features, {what}"
+        crop = "clean crop" if self.crops is None else f"crops of epoch {self.crops.epoch}"
+        return f"{self.images.split} features, {crop}"
 
 
 def _sha256(data: bytes) -> str:
@@ -173,11 +173,11 @@ def several_features_of(sources: Sequence[Source], cache: Path | None, device: t
     assert all(s.encoder is first.encoder and s.images is first.images and s.crops == first.crops for s in sources)
     if cache is None:
         return [_in_memory(source, device) for source in sources]
-    found = [_whole(source, cache) for source in sources]
-    entries = [_Entry(source, source.folder(cache)) for source, whole in zip(sources, found) if whole is None]
+    wholes = [_whole(source, cache) for source in sources]
+    entries = [_Entry(source, source.folder(cache)) for source, whole in zip(sources, wholes) if whole is None]
     passed = _fill(entries, _plan(entries), device) if entries else 0
     opened = iter([replace(entry.open(), passed=passed) for entry in entries])
-    return [next(opened) if whole is None else whole for whole in found]
+    return [next(opened) if whole is None else whole for whole in wholes]
 
 
 def missing(source: Source, cache: Path) -> int:
@@ -210,11 +210,11 @@ def _passed(source: Source, rows: np.ndarray, device: torch.device) -> torch.Ten
     epoch = source.crops.epoch if source.crops else 0
     parts = np.array_split(rows, range(source.batch_size, len(rows), source.batch_size))
     batches = [[(epoch, int(row)) for row in part] for part in parts]
-    found = []
+    features = []
     for images in pixels(source.images, source.preprocessing, source.crops, batches, device, source.workers):
         with autocast(device, source.precision):
-            found.append(net(images).flatten(1).float().cpu())
-    return require_finite_features(torch.cat(found), source.title())
+            features.append(net(images).flatten(1).float().cpu())
+    return require_finite_features(torch.cat(features), source.title())
 
 
 def line(source: Source, features: Features, cache: Path) -> str:
@@ -248,8 +248,8 @@ def _in_memory(source: Source, device: torch.device) -> Features:
     net = network(source.encoder, source.feature).to(device).eval()
     settings: dict[str, Any] = {"batch_size": source.batch_size, "workers": source.workers}
     settings |= {"precision": source.precision, "title": source.title(), "crops": source.crops}
-    found = extract(net, source.images, source.preprocessing, device, **settings)
-    return Features([_encoded(found, source.precision)], passed=len(found))
+    features = extract(net, source.images, source.preprocessing, device, **settings)
+    return Features([_encoded(features, source.precision)], passed=len(features))
 
 
 def _whole(source: Source, cache: Path) -> Features | None:
@@ -307,14 +307,14 @@ class _Entry:
             self._make()
             files.write_json(path, key)
         try:
-            said = files.read_json(path)
+            kept = files.read_json(path)
         except InputError as error:
             raise InputError(f"{error}; remove that folder of features") from None
-        if said != key:
+        if kept != key:
             raise InputError(f"{path} does not say what this folder's name says; remove the folder")
-        for number, found in self._damaged():
-            warn(f"{found} is damaged: its bytes are not those that were written; shard {number} is extracted anew")
-            found.unlink()
+        for number, shard in self._damaged():
+            warn(f"{shard} is damaged: its bytes are not those that were written; shard {number} is extracted anew")
+            shard.unlink()
 
     def _make(self) -> None:
         try:
@@ -390,7 +390,7 @@ def _fill(entries: list[_Entry], wanted: list[int], device: torch.device) -> int
         views = pixels(source.images, source.preprocessing, source.crops, batches, device, source.workers)
         for batch, images in zip(batches, views) if batches else ():
             with autocast(device, source.precision):
-                rows.append([one.flatten(1).float().cpu() for one in net(images)])
+                rows.append([feature.flatten(1).float().cpu() for feature in net(images)])
             advance()
             if batch[-1][1] + 1 in bounds:
                 _keep(entries, next(shards), rows)

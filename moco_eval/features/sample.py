@@ -78,12 +78,12 @@ def read(path: Path) -> Sample:
         held = _arrays(path)
         classes = tuple(map(str, held["classes"].reshape(-1)))
     except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
-        said = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read ({said}); run the evaluation again into another --output") from None
-    found = Sample(held["index"], held["label"], classes, held["components"], held["variance"])
-    if trouble := _trouble(found):
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({reason}); run the evaluation again into another --output") from None
+    sample = Sample(held["index"], held["label"], classes, held["components"], held["variance"])
+    if trouble := _trouble(sample):
         raise InputError(f"{path} is damaged: {trouble}; run the evaluation again into another --output")
-    return found
+    return sample
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

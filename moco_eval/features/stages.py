@@ -75,23 +75,24 @@ class Several(nn.Module):
         self.stages = {feature for feature in self.features if feature not in ("pooled", "head")}
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
         hooks = [
-            self.backbone.get_submodule(stage).register_forward_hook(self._note(found, stage)) for stage in self.stages
+            self.backbone.get_submodule(stage).register_forward_hook(self._note(outputs, stage))
+            for stage in self.stages
         ]
         try:
-            found["pooled"] = self.backbone(images).flatten(1)
+            outputs["pooled"] = self.backbone(images).flatten(1)
         finally:
             for hook in hooks:
                 hook.remove()
         if "head" in self.features:
             assert self.head is not None
-            found["head"] = self.head(found["pooled"])
-        return [found[feature] for feature in self.features]
+            outputs["head"] = self.head(outputs["pooled"])
+        return [outputs[feature] for feature in self.features]
 
-    def _note(self, found: dict[str, torch.Tensor], stage: str) -> Callable:
+    def _note(self, outputs: dict[str, torch.Tensor], stage: str) -> Callable:
         def hook(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
             is_block = stage.startswith("blocks.")
-            found[stage] = self.backbone.norm(output)[:, 0] if is_block else output.mean(dim=(2, 3))
+            outputs[stage] = self.backbone.norm(output)[:, 0] if is_block else output.mean(dim=(2, 3))
 
         return hook

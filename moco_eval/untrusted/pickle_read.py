@@ -40,8 +40,8 @@ def read(path: Path, encoding: str = "ASCII") -> Any:
 
 
 def _load(file: BinaryIO, size: int, encoding: str) -> Any:
-    found = scan(file, size)
-    _require_arrays_only(found)
+    effects = scan(file, size)
+    _require_arrays_only(effects)
     file.seek(0)
     try:
         return _ArraysOnly(file, encoding=encoding).load()
@@ -51,13 +51,13 @@ def _load(file: BinaryIO, size: int, encoding: str) -> Any:
         raise Refused(f"is not a pickle of arrays ({shown(error)}): {DAMAGED}") from None
 
 
-def _require_arrays_only(found: Scan) -> None:
-    for name in found.names:
+def _require_arrays_only(effects: Scan) -> None:
+    for name in effects.names:
         if not ARRAYS.fullmatch(name):
             raise Refused(refusal(name))
-    if found.storages:
+    if effects.storages:
         raise Refused("is half of a torch checkpoint: a pickle without the tensor data that it asks for")
-    for name, arguments in found.calls:
+    for name, arguments in effects.calls:
         if name == "collections.OrderedDict" and not set(arguments) <= {"list", "dict", "tuple"}:
             raise Refused(f"calls {name} in a way that no checkpoint does; {DISTRUST}")
 
@@ -183,9 +183,9 @@ class _FromBuffer(StandIn):
     """What numpy's `_frombuffer` returns: an array of pickle protocol 5."""
 
     def __new__(cls, data: Any, dtype: Any, shape: Any, order: Any, *_axes: Any) -> Any:
-        found = super().__new__(_Array)
-        found.value = _array(shape, dtype, order == "F", data) if order in ("C", "F") else None
-        return found
+        array = super().__new__(_Array)
+        array.value = _array(shape, dtype, order == "F", data) if order in ("C", "F") else None
+        return array
 
 
 def _array(shape: Any, dtype: Any, fortran: bool, data: Any) -> np.ndarray | None:
@@ -285,14 +285,14 @@ class _Plain:
         if depth == DEEPEST:
             raise Refused(f"nests its entries more than {DEEPEST} deep; {DISTRUST}")
         members = [*value, *value.values()] if isinstance(value, dict) else list(value)
-        found, height, size = [], 1, 1
+        copies, height, size = [], 1, 1
         for member in members:
             copy, above, unfolded = self.copy(member, depth + 1)
-            found.append(copy)
+            copies.append(copy)
             height, size = max(height, above + 1), size + unfolded
         if depth + height > DEEPEST or size > MOST:
             raise Refused(f"nests the same entries in each other, {height} deep, to {size:,} entries; {DISTRUST}")
         if isinstance(value, dict):
-            return dict(zip(found[: len(value)], found[len(value) :])), height, size
+            return dict(zip(copies[: len(value)], copies[len(value) :])), height, size
         kind = next(kind for kind in (list, tuple, set) if isinstance(value, kind))
-        return kind(found), height, size
+        return kind(copies), height, size

@@ -82,8 +82,8 @@ def scan(file: BinaryIO, size: int) -> Scan:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise Refused(f"is a truncated or damaged pickle ({shown(error)}): {DAMAGED}") from None
-    machine.found.end = file.tell()
-    return machine.found
+    machine.effects.end = file.tell()
+    return machine.effects
 
 
 def shown(text: object, most: int = 90) -> str:
@@ -117,7 +117,7 @@ class _Bounded:
 
 class _Machine:
     def __init__(self, size: int):
-        self.found = Scan()
+        self.effects = Scan()
         self.size = size
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under the marks
@@ -138,7 +138,7 @@ class _Machine:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
         elif name == "PROTO":
-            self.found.protocol = argument
+            self.effects.protocol = argument
         elif name == "FRAME":
             if position + argument > self.size:
                 raise ValueError(f"a frame of {argument} bytes announced")
@@ -187,7 +187,7 @@ class _Machine:
         if "TUPLE" in name:
             return self._row(taken)
         if name in ("PERSID", "BINPERSID"):
-            self.found.storages.add(_storage(taken[0] if taken else argument))
+            self.effects.storages.add(_storage(taken[0] if taken else argument))
             return Thing("storage")
         if name.startswith("EXT"):
             raise Refused(f"has a pickle that calls code by number (copyreg's extensions); {DISTRUST}")
@@ -198,22 +198,22 @@ class _Machine:
     def _named(self, module: str, name: str) -> Name:
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused(f"has a pickle that hides the name of the code it wants to run; {DISTRUST}")
-        found = Name(python_3(module, name))
-        self.found.names[found] = None
-        if len(self.found.names) > MOST_NAMES:
+        full_name = Name(python_3(module, name))
+        self.effects.names[full_name] = None
+        if len(self.effects.names) > MOST_NAMES:
             raise Refused(f"has a pickle that names more than {MOST_NAMES} classes, as no checkpoint does; {DISTRUST}")
-        return found
+        return full_name
 
     def _called(self, function: Any, arguments: Any) -> Thing:
         if not isinstance(function, Name) or not isinstance(arguments, Row):
             raise Refused(f"has a pickle that calls what it has made itself; {DISTRUST}")
-        self.found.calls.add((str(function), tuple(_kind(argument) for argument in arguments[:8])))
+        self.effects.calls.add((str(function), tuple(_kind(argument) for argument in arguments[:8])))
         return Thing(f"{function}()", self._copy(arguments))
 
     def _built(self, target: Any, state: Any) -> Any:
         if not isinstance(target, Thing):
             raise Refused(f"has a pickle that hands a state to what has none; {DISTRUST}")
-        self.found.built.add(_kind(target))
+        self.effects.built.add(_kind(target))
         self._copy(state if isinstance(state, Row) else (state,))
         return target
 
@@ -221,7 +221,7 @@ class _Machine:
         if not isinstance(target, Thing):
             raise Refused(f"has a pickle that puts items into what holds none; {DISTRUST}")
         target.size += items
-        self.found.filled[target.kind] = how
+        self.effects.filled[target.kind] = how
         return target
 
     def _copy(self, values: tuple) -> int:

@@ -45,11 +45,11 @@ def read(path: Path) -> dict[str, Any]:
             kind = values.of if isinstance(values, StandIn) else type(values).__name__
             article = "an" if kind[0] in "aeiou" else "a"
             raise Refused(f"holds {article} {kind}, not a dict of named tensors: have a state_dict() saved")
-        found = plain(values, _Tensors(before.st_size).checked)
+        contents = plain(values, _Tensors(before.st_size).checked)
         now = path.stat()
         if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise Refused("changed while it was read: wait until it is written, then try again")
-        return found
+        return contents
     except Refused as error:
         raise InputError(f"{path} {error}") from None
     except MemoryError:
@@ -90,7 +90,7 @@ def _start(path: Path) -> tuple[bytes, os.stat_result]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         if path.is_symlink():
             raise Refused(f"is a link to {path.readlink()}, which does not exist: mend the link") from None
-        raise Refused(f"does not exist{_newest_words(path.parent, '; the newest there is ')}") from None
+        raise Refused(f"does not exist{_newest(path.parent, '; the newest there is ')}") from None
     if stat.S_ISDIR(about.st_mode):
         raise Refused(_folder(path))
     if not stat.S_ISREG(about.st_mode):
@@ -105,18 +105,18 @@ def _start(path: Path) -> tuple[bytes, os.stat_result]:
 def _folder(path: Path) -> str:
     inside = path / "checkpoints"
     if inside.is_dir():
-        return f"is a run directory{_newest_words(inside, '; give its newest checkpoint: ', full=True)}"
-    return f"is a folder, not a checkpoint{_newest_words(path, '; the newest there is ')}"
+        return f"is a run directory{_newest(inside, '; give its newest checkpoint: ', full=True)}"
+    return f"is a folder, not a checkpoint{_newest(path, '; the newest there is ')}"
 
 
-def _newest_words(folder: Path, words: str, full: bool = False) -> str:
-    """`words` and the newest checkpoint of a folder, or nothing."""
+def _newest(folder: Path, prefix: str, full: bool = False) -> str:
+    """`prefix` and the newest checkpoint of a folder, or nothing."""
     try:
         files = [file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and file.is_file()]
         newest = max(files, key=lambda file: (file.stat().st_mtime, file.name), default=None)
     except (OSError, ValueError):
         return ""
-    return f"{words}{newest if full else newest.name}" if newest else ""
+    return f"{prefix}{newest if full else newest.name}" if newest else ""
 
 
 # Memory
@@ -126,19 +126,19 @@ def _require_memory(path: Path, need: int, why: str, way_out: str) -> None:
     """Say what memory a large file needs before it is taken; Refused where there is not so much."""
     if need < LARGE:
         return
-    words, free = f"{why}, which cannot be mapped: to read it takes {need / 1e9:.1f} GB of memory", _free_memory()
+    message, free = f"{why}, which cannot be mapped: to read it takes {need / 1e9:.1f} GB of memory", _free_memory()
     if free is not None and need > free:
-        raise Refused(f"{words}, and {free / 1e9:.1f} GB are free; {way_out}")
-    warn(f"{path} {words}; to spare that, {way_out}")
+        raise Refused(f"{message}, and {free / 1e9:.1f} GB are free; {way_out}")
+    warn(f"{path} {message}; to spare that, {way_out}")
 
 
 def _free_memory() -> int | None:
     """Bytes; None where the system does not tell."""
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None
 
 
 class _Tensors:
@@ -203,10 +203,10 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise ValueError("the same name twice")
-    return found
+    return values
 
 
 # What else it may be
@@ -229,9 +229,9 @@ TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # at its end
 
 def _require_known(path: Path, start: bytes) -> None:
     """Raises Refused for a file that is plainly something else, and says what."""
-    for pattern, words in LOOKS:
+    for pattern, message in LOOKS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
-            raise Refused(words)
+            raise Refused(message)
     with path.open("rb") as file:
         file.seek(-min(8, path.stat().st_size), os.SEEK_END)
         if file.read() == TENSORFLOW_INDEX:

@@ -88,17 +88,17 @@ INERT = re.compile(
 )
 
 
-def _require_harmless(found: Scan) -> None:
+def _require_harmless(effects: Scan) -> None:
     """Raises Refused for the first global or call that no checkpoint needs."""
-    for name in found.names:
+    for name in effects.names:
         if name in NOT_DENSE:
             raise Refused(f"holds a tensor that is {NOT_DENSE[name]}; only dense tensors are read: have it saved dense")
         if name not in REBUILD | CALLED and not NAMED.fullmatch(name) and not INERT.fullmatch(name):
             raise Refused(refusal(name))
-    for name, arguments in sorted(found.calls):
+    for name, arguments in sorted(effects.calls):
         if not _harmless_call(name, arguments):
             raise Refused(f"calls {name} in a way that no checkpoint does; {DISTRUST}")
-    for kind in sorted(found.built | found.filled.keys()):
+    for kind in sorted(effects.built | effects.filled.keys()):
         if kind not in CHANGED and not INERT.fullmatch(kind.removesuffix("()")):
             raise Refused(f"changes a {shown(kind)} after it is made; {DISTRUST}")
 
@@ -123,10 +123,10 @@ WIDTHS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4
 WIDTHS |= {"Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1}
 
 
-def _storages(found: Scan, fields: int) -> dict[str, int]:
+def _storages(effects: Scan, fields: int) -> dict[str, int]:
     """Bytes of tensor data by key, as the pickle declares them before any is read."""
     needs: dict[str, int] = {}
-    for identity in found.storages:
+    for identity in effects.storages:
         if len(identity) != fields or identity[0] != "storage" or not _sensible(*identity[1:5]):
             raise Refused(f"asks for tensor data that is none ({shown(identity)}): {DAMAGED}")
         _, kind, key, _, count, *_ = identity
@@ -142,22 +142,24 @@ def _sensible(kind: Any, key: Any, location: Any, count: Any) -> bool:
     return named and isinstance(count, int) and count >= 0
 
 
-def _load(found: Scan, file: Any, **how: Any) -> Any:
+def _load(effects: Scan, file: Any, **how: Any) -> Any:
     """torch.load with stand-ins for what the pickle names; nothing in it is executed."""
-    names = [name for name in found.names if name not in CALLED and INERT.fullmatch(name)]
+    names = [name for name in effects.names if name not in CALLED and INERT.fullmatch(name)]
     try:
-        with _safe_globals([stand_in(str(name), found.filled.get(f"{name}()", "")) for name in names]):
+        with _safe_globals([stand_in(str(name), effects.filled.get(f"{name}()", "")) for name in names]):
             return torch.load(file, map_location="cpu", weights_only=True, **how)
     except (MemoryError, Refused):
         raise
     except Exception as error:  # torch raises a dozen kinds for a file that is not one of its own
         if "allocate memory" in str(error):
             raise MemoryError from None
-        if found.protocol > 2:
+        if effects.protocol > 2:
             again = "torch.save it again without pickle_protocol"
-            raise Refused(f"has pickle protocol {found.protocol}, which torch does not read safely: {again}") from None
-        words = shown(str(error).rpartition("WeightsUnpickler error: ")[2])
-        raise Refused(f"is damaged, or not as torch {torch.__version__} reads it ({words}): {DAMAGED}") from None
+            raise Refused(
+                f"has pickle protocol {effects.protocol}, which torch does not read safely: {again}"
+            ) from None
+        reason = shown(str(error).rpartition("WeightsUnpickler error: ")[2])
+        raise Refused(f"is damaged, or not as torch {torch.__version__} reads it ({reason}): {DAMAGED}") from None
 
 
 @contextmanager
@@ -188,15 +190,15 @@ def read_legacy(path: Path, size: int) -> Any:
         Refused: truncated, damaged, or made to harm.
     """
     with path.open("rb") as file:
-        found = [scan(file, size) for _ in range(5)]
-        for part in found:
+        pickles = [scan(file, size) for _ in range(5)]
+        for part in pickles:
             _require_harmless(part)
-        need = sum(8 + count for count in _storages(found[3], 6).values())
+        need = sum(8 + count for count in _storages(pickles[3], 6).values())
         left = size - file.tell()
         if need > left:
             raise Refused(f"is truncated: its tensors take {need:,} bytes, {left:,} are there; {DAMAGED}")
         file.seek(0)
-        return _load(found[3], file)
+        return _load(pickles[3], file)
 
 
 def read_archive(path: Path, size: int, mapped: bool) -> Any:
@@ -209,12 +211,12 @@ def read_archive(path: Path, size: int, mapped: bool) -> Any:
     """
     with path.open("rb") as file:
         records, pickled = zip_archive.check(file, size)
-        found = scan(io.BytesIO(pickled), len(pickled))
-        _require_harmless(found)
-        for key, need in _storages(found, 5).items():
+        effects = scan(io.BytesIO(pickled), len(pickled))
+        _require_harmless(effects)
+        for key, need in _storages(effects, 5).items():
             there = records.get(f"data/{key}")
             if there is None or there < need:
                 have = "absent" if there is None else f"{there:,} bytes"
                 raise Refused(f"says that its data/{shown(key)} has {need:,} bytes, but it is {have}: {DAMAGED}")
         file.seek(0)
-        return _load(found, str(path), mmap=True) if mapped else _load(found, file)
+        return _load(effects, str(path), mmap=True) if mapped else _load(effects, file)

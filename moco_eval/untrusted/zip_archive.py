@@ -23,14 +23,14 @@ def check(file: BinaryIO, size: int) -> tuple[dict[str, int], bytes]:
     """
     _require_one_directory(file, size)
     try:
-        with zipfile.ZipFile(file) as found:
-            root = _root(found.namelist())
-            records = _records(found, file, root)
-            if "byteorder" in records and found.read(f"{root}/byteorder") != sys.byteorder.encode():
+        with zipfile.ZipFile(file) as archive:
+            root = _root(archive.namelist())
+            records = _records(archive, file, root)
+            if "byteorder" in records and archive.read(f"{root}/byteorder") != sys.byteorder.encode():
                 raise Refused(
                     "was written in another byte order than this machine's: torch.save it again on one like this"
                 )
-            return records, found.read(f"{root}/data.pkl")
+            return records, archive.read(f"{root}/data.pkl")
     except Refused:
         raise
     except Exception as error:  # whatever a damaged archive makes zipfile raise
@@ -68,20 +68,20 @@ def _root(names: list[str]) -> str:
     return root
 
 
-def _records(found: zipfile.ZipFile, file: BinaryIO, root: str) -> dict[str, int]:
+def _records(archive: zipfile.ZipFile, file: BinaryIO, root: str) -> dict[str, int]:
     """Bytes by name, without the root."""
     records: dict[str, int] = {}
     end = 0
-    for entry in sorted(found.infolist(), key=lambda entry: entry.header_offset):
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         name = entry.orig_filename
         _require_as_written(entry, root)
         if entry.header_offset < end:
             raise Refused(f"is an archive whose records overlap ({shown(name)}): {DAMAGED}")
         end = _start(entry, file) + entry.file_size
-        if end > found.start_dir:
+        if end > archive.start_dir:
             raise Refused(f"is an archive whose {shown(name)} reaches beyond its end: {DAMAGED}")
         records[name.removeprefix(f"{root}/")] = entry.file_size
-    if len({name.lower() for name in records}) < len(found.infolist()):  # torch does not tell a from A
+    if len({name.lower() for name in records}) < len(archive.infolist()):  # torch does not tell a from A
         raise Refused(f"is an archive that holds the same name twice: {DAMAGED}")
     return records
 

@@ -181,7 +181,7 @@ def test_bank_rows_are_read_once_and_in_blocks(distance):
 
 BOUNDED = """
 import resource, sys, torch
-from moco_eval.neighbours import nearest
+from moco_eval.classification.neighbours import nearest
 torch.set_num_threads(1)
 
 class Drawn:  # 60,000 rows that nobody holds: 61 MB; all products would be 120 MB

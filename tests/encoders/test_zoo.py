@@ -328,7 +328,7 @@ def test_what_is_there_is_verified_and_not_fetched(served, server, cache, capfd,
     server.asked.clear()
     out, err = in_process(capfd, monkeypatch, "fetch", "mine")
     assert out == f"{cache}/mine.pth\n" and "mine: already there" in err and not server.asked
-    assert download.path_of("mine") == cache / "mine.pth"
+    assert download.fetch("mine") == cache / "mine.pth"
 
 
 def test_output(served, tmp_path, capfd, monkeypatch):
@@ -342,10 +342,10 @@ def test_a_file_put_there_by_hand_is_verified(served, server, cache):
     served(checksum={"md5": MD5[:6]})
     cache.mkdir(parents=True)
     (cache / "mine.pth").write_bytes(WEIGHTS)
-    assert download.path_of("mine").read_bytes() == WEIGHTS and not server.asked
+    assert download.fetch("mine").read_bytes() == WEIGHTS and not server.asked
     (cache / "mine.pth").write_bytes(CHANGED)
     with pytest.raises(InputError, match=r"mine.pth has md5 \w{32}, expected md5 starting with .* remove it"):
-        download.path_of("mine")
+        download.fetch("mine")
     assert (cache / "mine.pth").read_bytes() == CHANGED
 
 
@@ -512,7 +512,7 @@ def test_another_size_that_is_not_announced(served, server, cache, size, message
 
 
 def test_a_stream_without_end_ends(served, server, cache, monkeypatch):
-    monkeypatch.setattr(zoo, "LARGEST", 2 * zoo.MB)
+    monkeypatch.setattr(download, "LARGEST", 2 * zoo.MB)
     with pytest.raises(RunFailed, match="more than 2000000 are not fetched"):
         download.fetch("mine")
     server.length = False
@@ -610,7 +610,7 @@ def test_the_users_manifest_is_yaml(tmp_path, monkeypatch):
 
 
 def test_names_are_listed_without_torch():
-    code = "import sys; from moco_eval import zoo; list(zoo.lines()); sys.exit('torch' in sys.modules)"
+    code = "import sys; from moco_eval.encoders import zoo; list(zoo.lines()); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 

@@ -158,7 +158,7 @@ def test_pretraining_takes_resnets():
 
 def test_a_checkpoint_of_the_zoo(tmp_path, monkeypatch):
     path = written(tmp_path, {"state_dict": moco(mlp)})
-    monkeypatch.setattr(download, "path_of", lambda name: tmp_path / "encoder.pth")
+    monkeypatch.setattr(download, "fetch", lambda name: tmp_path / "encoder.pth")
     encoder = load("zoo:moco_v2_800ep")
     assert (encoder.source, encoder.run_name, encoder.origin) == (
         "zoo:moco_v2_800ep",

@@ -43,22 +43,22 @@ def test_the_cores_a_device_needs_are_its_rate_times_the_seconds_of_an_image():
 
 
 def test_a_busy_device_is_limited_by_the_model():
-    said = parts().words()
+    said = parts().advice()
     assert said[-1].startswith("The model limits") and not any("loader limits" in words for words in said)
     assert said[0] == "2438 images/s; the training device alone would take 2560."
 
 
 def test_a_starved_device_names_the_loader_and_what_it_needs():
-    said = parts(loop=0.3, waiting=0.2, workers=2).words()
+    said = parts(loop=0.3, waiting=0.2, workers=2).advice()
     assert "mostly decoding (75 % of it)" in said[-1] and "Take --workers 6" in said[-1]
-    assert "mostly cutting and augmenting" in parts(loop=0.3, waiting=0.2, workers=2, decoding=0.0005).words()[-1]
-    assert "Tar shards" in parts(loop=0.3, waiting=0.2).words()[-1]
-    assert "other programs share this machine" in parts(loop=0.3).words()[-1]
+    assert "mostly cutting and augmenting" in parts(loop=0.3, waiting=0.2, workers=2, decoding=0.0005).advice()[-1]
+    assert "Tar shards" in parts(loop=0.3, waiting=0.2).advice()[-1]
+    assert "other programs share this machine" in parts(loop=0.3).advice()[-1]
 
 
 def test_augmentation_and_exchanges_are_named_from_a_tenth_on():
-    assert any("Augmentation takes 24 %" in words for words in parts(augmentation=0.03, loop=0.125).words())
-    assert any("Exchanges between processes would take 20 %" in words for words in parts(collectives=0.02).words())
+    assert any("Augmentation takes 24 %" in words for words in parts(augmentation=0.03, loop=0.125).advice())
+    assert any("Exchanges between processes would take 20 %" in words for words in parts(collectives=0.02).advice())
 
 
 def test_data_in_memory_needs_no_loader():

@@ -570,7 +570,7 @@ def test_reading_hostile_files_takes_no_memory(hostile, in_tmp):
 import re, resource, sys
 from pathlib import Path
 import torch
-from moco_eval.encoders.read import read
+from moco_eval.untrusted.read import read
 from moco_eval.errors import InputError
 
 def kilobytes(what):

@@ -59,7 +59,7 @@ def crop_boxes(
     width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
     first = fits.argmax(1)[:, None]
-    height, width = (np.take_along_axis(one, first, 1)[:, 0] for one in (height, width))
+    height, width = (np.take_along_axis(tries, first, 1)[:, 0] for tries in (height, width))
     top, left = np.floor(u[:, 20] * (heights - height + 1)), np.floor(u[:, 21] * (widths - width + 1))
     boxes = np.stack([top, left, height, width], 1).astype(np.int64)
     for n in np.flatnonzero(~fits.any(1)):

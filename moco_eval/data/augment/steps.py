@@ -33,7 +33,7 @@ def on_chosen(images: Tensor, chosen: np.ndarray, operation: Operation, *paramet
     rows = np.flatnonzero(chosen)
     if len(rows) == 0:
         return images
-    values = [to_device(torch.from_numpy(one[rows].astype(np.float32)), images.device) for one in parameters]
+    values = [to_device(torch.from_numpy(each[rows].astype(np.float32)), images.device) for each in parameters]
     if len(rows) == len(images):
         return operation(images, *values)
     where = to_device(torch.from_numpy(rows), images.device)

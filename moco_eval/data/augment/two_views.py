@@ -93,10 +93,10 @@ class TwoViews(Dataset):
 
     def _of_files(self, index: np.ndarray, numbers: np.ndarray, substitute: Tensor) -> Tensor:
         views = self._room(len(index))
-        for n, one in enumerate(index.tolist()):
-            image, substitute[n] = self.decoded(one)
-            for view, one_of_two in zip(views, self._of_photo(image, numbers[:, n])):
-                view[n] = one_of_two
+        for n, number in enumerate(index.tolist()):
+            image, substitute[n] = self.decoded(number)
+            for view, pixels in zip(views, self._of_photo(image, numbers[:, n])):
+                view[n] = pixels
         return self.finish(views, numbers) if self.finished and self.crop else views
 
     def _of_photo(self, image: Tensor, numbers: np.ndarray) -> Sequence[Tensor] | Tensor:

@@ -16,13 +16,15 @@ NAMES = (*OFFICIAL, "voc-folder", "coco-folder")
 
 def known() -> list[str]:
     """A line about each data set that is for detection only."""
-    years = [sum(count for (_, split), count in voc.OFFICIAL.items() if split == one) for one in ("trainval", "test")]
+    train, test = (
+        sum(count for (_, listed), count in voc.OFFICIAL.items() if listed == split) for split in ("trainval", "test")
+    )
     splits = {
-        "voc": f"{years[0]:,} -> {years[1]:,}",
+        "voc": f"{train:,} -> {test:,}",
         "coco": " -> ".join(f"{count:,}" for count in coco.OFFICIAL.values()),
         "coco-folder": "annotations/instances_*.json, images",
     }
-    return [f"{name:<12} {words:<42} AP, for detect" for name, words in splits.items()]
+    return [f"{name:<12} {contents:<42} AP, for detect" for name, contents in splits.items()]
 
 
 def check(
@@ -65,8 +67,9 @@ def _look(
         _note_samples(samples, data.classes, findings)
     for sample in shared_images(data):
         findings.note(f"images that are in {data.train_split} too", str(sample.path))
-    found = [f"refused: {line}" for line in grouped(findings.refused)] + [f"note: {line}" for line in findings.notes()]
-    return [line.replace(f"{folder}/", "") for line in found] + summary(data), findings.refusal
+    lines = [f"refused: {line}" for line in grouped(findings.refused)]
+    lines += [f"note: {line}" for line in findings.notes()]
+    return [line.replace(f"{folder}/", "") for line in lines] + summary(data), findings.refusal
 
 
 def _read(

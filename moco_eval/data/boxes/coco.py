@@ -139,12 +139,12 @@ def read_coco(root: Path, keypoints: bool = False, findings: Findings | None = N
 
 def _check_counts(root: Path, values: dict[str, dict[str, Any]], findings: Findings) -> None:
     for split, count in OFFICIAL.items():
-        if (found := len(values[split]["images"])) != count:
+        if (listed := len(values[split]["images"])) != count:
             findings.begin(split)
             findings.refuse(
                 "splits of another size than the official one",
                 split,
-                f"{root} {split} lists {found} images and the official split {count}; "
+                f"{root} {split} lists {listed} images and the official split {count}; "
                 f"for other data take --dataset coco-folder --data {root}",
             )
 
@@ -209,22 +209,22 @@ def _have_ids(items: object, key: str) -> bool:
 
 def _categories(values: dict[str, Any], path: Path, split: str, keypoints: bool, findings: Findings) -> Categories:
     findings.begin(split)
-    found = {}
+    names_by_id = {}
     for item in sorted(values["categories"], key=lambda item: item["id"]):
         name = item.get("name")
         if not isinstance(name, str) or not name.strip() or one_line(name) != name:
             message = f"{path}: category {item['id']} has no name of one line; give it one"
             findings.refuse("categories without a name", str(item["id"]), message)
         else:
-            found[item["id"]] = name
-    findings.refuse_twice(found.values(), "names of categories", str(path))
-    if not found:
+            names_by_id[item["id"]] = name
+    findings.refuse_twice(names_by_id.values(), "names of categories", str(path))
+    if not names_by_id:
         findings.refuse("files without categories", str(path), f"{path} has no categories; export it again")
     names: tuple[str, ...] = ()
     if keypoints:
         with findings.catching("files without keypoints", str(path)):
             names = _keypoint_names(values["categories"], path)
-    return Categories(tuple(found), tuple(found.values()), names)
+    return Categories(tuple(names_by_id), tuple(names_by_id.values()), names)
 
 
 def _keypoint_names(categories: list[dict[str, Any]], path: Path) -> tuple[str, ...]:
@@ -279,16 +279,16 @@ def _read(
     listed = frozenset(item["id"] for item in values["images"])
     names = {item["id"]: item.get("name") for item in values["categories"]}
     part = Part(path, images, listed, names, categories, objects)
-    found: dict[Any, list[Annotated]] = {image_id: [] for image_id in images}
+    annotations: dict[Any, list[Annotated]] = {image_id: [] for image_id in images}
     kept: list[dict[str, Any]] = []
     for item in values["annotations"]:
-        one = _annotated(item, part)
-        if one is None:
+        annotation = _annotated(item, part)
+        if annotation is None:
             continue
-        found[one.image_id].append(one)
+        annotations[annotation.image_id].append(annotation)
         if keep:
-            kept.append(_for_pycocotools(len(kept) + 1, item, one, categories))
-    return [_sample(key, *images[key], found[key], len(categories.keypoints)) for key in images], kept
+            kept.append(_for_pycocotools(len(kept) + 1, item, annotation, categories))
+    return [_sample(key, *images[key], annotations[key], len(categories.keypoints)) for key in images], kept
 
 
 def _annotated(item: dict[str, Any], part: Part) -> Annotated | None:
@@ -346,32 +346,39 @@ def _points(value: Any, count: int, where: str) -> np.ndarray:
     return points.reshape(count, 3) + np.array([0.5, 0.5, 0])
 
 
-def _sample(image_id: Any, path: Path, size: tuple[int, int], found: list[Annotated], points: int) -> Sample:
-    rows = [(one.corners, one.label, False, one.crowd) for one in found]
-    masks = [one.mask for one in found] if any(one.mask is not None for one in found) else []
+def _sample(image_id: Any, path: Path, size: tuple[int, int], annotations: list[Annotated], points: int) -> Sample:
+    """An image with its annotations, of `points` keypoints each."""
+    rows = [(annotation.corners, annotation.label, False, annotation.crowd) for annotation in annotations]
+    masks = [annotation.mask for annotation in annotations]
+    if all(mask is None for mask in masks):
+        masks = []
     keypoints = None
     if points:
-        keypoints = np.array([one.keypoints for one in found], dtype=np.float64).reshape(-1, points, 3)
+        each = [annotation.keypoints for annotation in annotations]
+        keypoints = np.array(each, dtype=np.float64).reshape(-1, points, 3)
     return make_sample(image_id, path, size, rows, masks, keypoints)
 
 
-def _for_pycocotools(number: int, item: dict[str, Any], one: Annotated, categories: Categories) -> dict[str, Any]:
+def _for_pycocotools(
+    number: int, item: dict[str, Any], annotation: Annotated, categories: Categories
+) -> dict[str, Any]:
     """An annotation under a new number from 1 on: pycocotools takes a match with annotation 0 for none."""
-    x0, y0, x1, y1 = one.corners
+    x0, y0, x1, y1 = annotation.corners
     box = [x0, y0, x1 - x0, y1 - y0]
     kept = {
         "id": number,
-        "image_id": one.image_id,
-        "category_id": categories.ids[one.label],
+        "image_id": annotation.image_id,
+        "category_id": categories.ids[annotation.label],
         "bbox": box,
-        "area": one.area,
-        "iscrowd": int(one.crowd),
+        "area": annotation.area,
+        "iscrowd": int(annotation.crowd),
     }
-    if one.mask is not None:
-        kept["segmentation"] = one.mask if isinstance(one.mask, dict) else [part.tolist() for part in one.mask]
-    if one.keypoints is not None:
-        kept["keypoints"] = item.get("keypoints") or [0] * one.keypoints.size
-        kept["num_keypoints"] = int((one.keypoints[:, 2] > 0).sum())
+    if annotation.mask is not None:
+        mask = annotation.mask
+        kept["segmentation"] = mask if isinstance(mask, dict) else [part.tolist() for part in mask]
+    if annotation.keypoints is not None:
+        kept["keypoints"] = item.get("keypoints") or [0] * annotation.keypoints.size
+        kept["num_keypoints"] = int((annotation.keypoints[:, 2] > 0).sum())
     return kept
 
 
@@ -394,12 +401,12 @@ def _images(
     for item, path, size in zip(there, paths, image_sizes(paths, findings)):
         if size is None:
             continue
-        told = (item.get("width", size[0]), item.get("height", size[1]))
-        if told != size:
+        declared = (item.get("width", size[0]), item.get("height", size[1]))
+        if declared != size:
             findings.refuse(
                 "images of another size than the json says",
                 str(path),
-                f"{json_path} says {told[0]}x{told[1]} for {path} of {size[0]}x{size[1]} pixels "
+                f"{json_path} says {declared[0]}x{declared[1]} for {path} of {size[0]}x{size[1]} pixels "
                 "(after EXIF rotation); correct the one that is wrong",
             )
         else:

@@ -127,12 +127,12 @@ class Findings:
         except InputError as error:
             self.refuse(kind, place, str(error))
 
-    def refuse_twice(self, names: Iterable[Any], what: str, place: str) -> None:
+    def refuse_twice(self, names: Iterable[Any], kind: str, place: str) -> None:
         """Refuse names that stand there more than once."""
         for name, times in Counter(names).items():
             if times > 1:
-                message = f"{place}, {what}: {name!r} stands there {times} times; keep one"
-                self.refuse(f"{what} that stand there twice", f"{name} in {place}", message)
+                message = f"{place}, {kind}: {name!r} stands there {times} times; keep one"
+                self.refuse(f"{kind} that stand there twice", f"{name} in {place}", message)
 
     def note(self, kind: str, place: str) -> None:
         """Keep what does not stop `detect`."""
@@ -153,10 +153,10 @@ def one_line(text: str) -> str:
     return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
-def grouped(found: dict[tuple[str, str], list[str]]) -> list[str]:
+def grouped(places_by_kind: dict[tuple[str, str], list[str]]) -> list[str]:
     """A line for each kind: how many, and the first five places."""
     lines = []
-    for (split, kind), places in found.items():
+    for (split, kind), places in places_by_kind.items():
         different = list(dict.fromkeys(places))
         more = ", ..." if len(different) > 5 else ""
         lines.append(f"{split}: {len(places)} {kind}: {', '.join(different[:5])}{more}")
@@ -221,8 +221,8 @@ class Objects:
             return None
         return x0, y0, x1, y1
 
-    def _refuse(self, kind: str, corners: tuple[float, ...], where: str, words: str) -> None:
-        self.findings.refuse(kind, where, f"{where}: box {_show(corners)} {words}")
+    def _refuse(self, kind: str, corners: tuple[float, ...], where: str, message: str) -> None:
+        self.findings.refuse(kind, where, f"{where}: box {_show(corners)} {message}")
 
 
 def _show(corners: Iterable[float]) -> str:
@@ -282,12 +282,12 @@ def image_sizes(paths: Sequence[Path], findings: Findings) -> Iterator[tuple[int
 
     Headers alone take 35 us each, three times that on threads, which wait for each other.
     """
-    for path, found in zip(paths, _decoded(paths) if findings.go_on else map(_size_or_error, paths)):
-        if isinstance(found, InputError):
-            findings.refuse("images that cannot be read", str(path), str(found))
+    for path, size in zip(paths, _decoded(paths) if findings.go_on else map(_size_or_error, paths)):
+        if isinstance(size, InputError):
+            findings.refuse("images that cannot be read", str(path), str(size))
             yield None
         else:
-            yield found
+            yield size
 
 
 def _decoded(paths: Sequence[Path]) -> Iterator[tuple[int, int] | InputError]:
@@ -321,18 +321,18 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    words = getattr(error, "strerror", None) or str(error)
-    return "it is no image" if "cannot identify" in words else " ".join(words.split())
+    reason = getattr(error, "strerror", None) or str(error)
+    return "it is no image" if "cannot identify" in reason else " ".join(reason.split())
 
 
 def images_by_stem(folder: Path) -> dict[str, list[Path]]:
     """The image files of a folder under their names without suffix; none where there is no folder."""
-    found: dict[str, list[Path]] = {}
+    images: dict[str, list[Path]] = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:  # noqa: PTH208 (twice as fast)
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
         if suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault(stem, []).append(folder / name)
-    return found
+            images.setdefault(stem, []).append(folder / name)
+    return images
 
 
 def inside(name: str) -> bool:

@@ -163,7 +163,7 @@ def _read(
     drawn = {split: _annotations(entries, split, findings) for split, entries in (train | test).items()}
     if not classes:
         with findings.catching("training splits without objects", " and ".join(train)):
-            names = (one[0] for split in train for annotation in drawn[split] for one in annotation.objects)
+            names = (item[0] for split in train for annotation in drawn[split] for item in annotation.objects)
             classes = class_names(names, [entry for entries in train.values() for entry in entries])
     objects = Objects(classes, clip, findings)
     samples = {split: _samples(entries, drawn[split], split, objects) for split, entries in (train | test).items()}
@@ -217,10 +217,10 @@ def read_entries(root: Path, split: str, findings: Findings | None = None) -> li
     lines = _lines(path, findings)
     folders = {line.rpartition("/")[0] for line in lines}
     images = {
-        f"{folder}/{stem}" if folder else stem: found
+        f"{folder}/{stem}" if folder else stem: paths
         for folder in folders
         if inside(folder)
-        for stem, found in images_by_stem(root / "JPEGImages" / folder).items()
+        for stem, paths in images_by_stem(root / "JPEGImages" / folder).items()
     }
     # a list of one class has a second column, its presence; a name may itself hold a space
     names = [line if line in images else line.split()[0] for line in lines]
@@ -246,14 +246,14 @@ def _lines(path: Path, findings: Findings) -> list[str]:
 def _image(images: dict[str, list[Path]], name: str, root: Path, split: Path) -> Path:
     if not inside(name):
         raise InputError(f"{split} lists {name!r}, which is no name inside {root / 'JPEGImages'}; correct the list")
-    found = images.get(name, [])
-    if not found:
+    paths = images.get(name, [])
+    if not paths:
         raise InputError(
             f"{root / 'JPEGImages'} has no image {name} (any suffix), which {split} lists; add it or take it off"
         )
-    if len(found) > 1:
-        raise InputError(f"{root / 'JPEGImages'} has {' and '.join(path.name for path in found)}; keep one")
-    return found[0]
+    if len(paths) > 1:
+        raise InputError(f"{root / 'JPEGImages'} has {' and '.join(path.name for path in paths)}; keep one")
+    return paths[0]
 
 
 def _xml(root: Path, name: str) -> Path:
@@ -299,16 +299,16 @@ def _sample(entry: Entry, annotation: Annotation, size: tuple[int, int], objects
     return make_sample(entry.name, entry.image, size, rows)
 
 
-def _same_size(told: tuple[int, int], size: tuple[int, int], entry: Entry, findings: Findings) -> bool:
+def _same_size(declared: tuple[int, int], size: tuple[int, int], entry: Entry, findings: Findings) -> bool:
     """A wrong size means boxes on another scale."""
-    if told != size:
+    if declared != size:
         findings.refuse(
             "images of another size than their XML says",
             str(entry.image),
-            f"{entry.xml} says {told[0]}x{told[1]} and {entry.image.name} has {size[0]}x{size[1]} pixels "
+            f"{entry.xml} says {declared[0]}x{declared[1]} and {entry.image.name} has {size[0]}x{size[1]} pixels "
             "(after EXIF rotation); correct the one that is wrong",
         )
-    return told == size
+    return declared == size
 
 
 # XML

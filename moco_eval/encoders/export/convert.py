@@ -63,7 +63,7 @@ def convert(
         f"  {shown}",
         f"  beside it: {', '.join(path.name for path in beside if settings or path == about)}",
         *([f"  no {settings_file.name}: {why_none}"] if why_none else []),
-        *(f"  {words}" for words in _only_beside(loaded, to, about)),
+        *(f"  {warning}" for warning in _only_beside(loaded, to, about)),
     ]
     return "\n".join(lines)
 

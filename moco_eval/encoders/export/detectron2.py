@@ -18,7 +18,7 @@ from moco_eval.preprocessing import Preprocessing
 
 TO_DETECTRON2: Rules = (
     (r"^(?!layer)", "stem."),
-    (r"layer([1-4])", lambda found: f"res{int(found[1]) + 1}"),
+    (r"layer([1-4])", lambda match: f"res{int(match[1]) + 1}"),
     (r"bn([1-3])", r"conv\1.norm"),
     (r"downsample\.0", "shortcut"),
     (r"downsample\.1", "shortcut.norm"),

@@ -116,11 +116,11 @@ def _detectron2_backbone(settings: dict[str, Any], path: Path) -> nn.Module:
 def stages(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """A ResNet's activations under detectron2's names of its stages."""
     x = net.maxpool(net.relu(net.bn1(net.conv1(image))))
-    found = {}
+    activations = {}
     for stage in range(1, 5):
         x = getattr(net, f"layer{stage}")(x)
-        found[f"res{stage + 1}"] = x
-    return found
+        activations[f"res{stage + 1}"] = x
+    return activations
 
 
 def _compared(library: str, ours: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) -> str:
