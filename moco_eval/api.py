@@ -236,7 +236,7 @@ def detect(
         raise InputError(f"encoder {encoder.source!r} is a network in memory; detect takes encoders of moco_eval.load")
     config = configs.load(recipe, "detect", DetectConfig, configs.as_overrides({"seed": seed, **settings}))
     named = {"data": data} if isinstance(data, DetectionData) else {"dataset": data, "data": _path(folder)}
-    task = DetectionTask(encoder, config, **named, engine=engine, trials=_at_least_one(trials, "trials"))  # type: ignore[arg-type]
+    task = DetectionTask(encoder, config, **named, engine=engine, trials=_at_least_one(trials, "trials"))
     with _as_guest(encoder, device) as (_, place), _process_as_it_was(place), _folder(output) as run:
         return Result(detection.detect(task, run, place))
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moco_eval.classification import linear, linear_quick, linear_sweep
-from moco_eval.classification.judge import Task
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import LinearConfig, QuickConfig, SweepConfig
 from moco_eval.data.catalogue import open_splits

@@ -175,14 +175,15 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     rows = suites.protocols(tasks, task.test.multi_label)
     chosen = suites.items(task, rows, output, options.of_every_config)
     suites.check(chosen)
+    batch_size = options.batch_size or suites.BATCH
     if options.dry_run:
-        needs = suites.needs(chosen, task.cache, options.batch_size)
+        needs = suites.needs(chosen, task.cache, batch_size)
         click.echo(describe(chosen, forecast(chosen, needs, choose_device(options.device), options.nproc), output))
         return 0
     if options.nproc > 1:
         return launch_again(options.nproc)
     with processes(options.device) as device:
-        records, extraction = suites.run(chosen, task.cache, device, options.batch_size)
+        records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
             click.echo(suites.table(records, extraction))
     return 0

@@ -17,12 +17,11 @@ def rescaled(values: dict[str, Any], batch: int) -> tuple[list[str], str]:
     if batch == before:
         return [], ""
     overrides, changes = [f"batch_size={batch}"], []
-    is_known = isinstance(before, int) and bool(before)
     rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
-    if is_known and isinstance(rate, int | float):
+    if isinstance(before, int) and before and isinstance(rate, int | float):
         overrides.append(f"optimizer.lr={rate * batch / before!r}")
         changes.append(f"lr {rate * batch / before:g} instead of {rate:g}")
-    if is_known and isinstance(rates := values.get("learning_rates"), list):
+    if isinstance(before, int) and before and isinstance(rates := values.get("learning_rates"), list):
         overrides.append(f"learning_rates={[rate * batch / before for rate in rates]!r}")
         changes.append(f"learning rates times {batch / before:g}")
     if values.get("mechanism") == "end_to_end" and isinstance(parts := values.get("accumulate", 1), int) and parts:

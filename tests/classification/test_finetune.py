@@ -15,7 +15,8 @@ from ranks import run_ranks
 from torch import nn
 
 from moco_eval.classification import finetune
-from moco_eval.classification.judge import Outcome, Task
+from moco_eval.classification.judge import judge
+from moco_eval.classification.task import Outcome, Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
 from moco_eval.config.classification import FinetuneConfig
@@ -180,7 +181,7 @@ def test_the_heads_rate_is_a_hundred_times_the_backbones():
 def test_the_last_images_of_an_epoch(drop_last, sizes, tmp_path, monkeypatch):
     seen, step = [], finetune.EndToEnd.train_step
     monkeypatch.setattr(finetune.EndToEnd, "train_step", lambda *given: seen.append(given[4]) or step(*given))
-    finetune.evaluate(task(), recipe(f"drop_last={str(drop_last).lower()}"), tmp_path, CPU)
+    judge(task(), recipe(f"drop_last={str(drop_last).lower()}"), tmp_path, CPU)
     assert seen == 3 * sizes
 
 
@@ -209,7 +210,7 @@ def test_the_encoder_stays_and_each_trial_starts_from_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune, "new_classifier", noted)
     before = bits(work.encoder.backbone)
-    record = finetune.evaluate(work, recipe(), tmp_path, CPU)
+    record = judge(work, recipe(), tmp_path, CPU)
     assert same(before, bits(work.encoder.backbone)) and not work.encoder.backbone.training
     for net, start in made:
         assert same(before, start)
@@ -224,7 +225,7 @@ def test_the_encoder_stays_and_each_trial_starts_from_it(tmp_path, monkeypatch):
 def test_all_labels_vary_over_finetune(tmp_path):
     work = task(labels_per_class=None)
     work = replace(work, train=work.train.take(range(400)))
-    record = finetune.evaluate(work, recipe("optimizer.lr=0.1", "head_lr=2"), tmp_path, CPU)
+    record = judge(work, recipe("optimizer.lr=0.1", "head_lr=2"), tmp_path, CPU)
     assert record["over"] == "finetune"
     assert record["metrics"]["top1"] > 20  # chance is 10
     assert record["trials"][0]["best_on_test"]["of"] == 3
@@ -247,7 +248,7 @@ def test_other_labels_than_the_protocols_are_a_deviation(protocol, subset, few, 
     work = replace(work, train=replace(work.train, subset=subset))
     scores = torch.zeros(len(work.test), 10)
     monkeypatch.setattr(finetune, "run_trial", lambda *_: Outcome(scores, 1))
-    record = finetune.evaluate(work, configs.load(protocol, "finetune", FinetuneConfig), tmp_path, CPU)
+    record = judge(work, configs.load(protocol, "finetune", FinetuneConfig), tmp_path, CPU)
     told = [deviation for deviation in record["deviations"] if "label" in deviation]
     assert len(told) == len(words)
     for deviation, start in zip(told, words, strict=True):
@@ -257,7 +258,7 @@ def test_other_labels_than_the_protocols_are_a_deviation(protocol, subset, few, 
 def test_a_backbone_that_does_not_move_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     with pytest.raises(RunFailed, match="none of the backbone's 7 weights moved"):
-        finetune.evaluate(task(), recipe(), tmp_path, CPU)
+        judge(task(), recipe(), tmp_path, CPU)
     assert not (tmp_path / "result.json").exists()
 
 
@@ -265,7 +266,7 @@ def test_batch_norm_left_in_evaluation_is_caught(tmp_path, monkeypatch):
     step = finetune.EndToEnd.train_step
     monkeypatch.setattr(finetune.EndToEnd, "train_step", lambda self, *given: self.net.eval() and step(self, *given))
     with pytest.raises(RunFailed, match="none of the backbone's 2 running statistics moved"):
-        finetune.evaluate(task(), recipe(), tmp_path, CPU)
+        judge(task(), recipe(), tmp_path, CPU)
 
 
 def test_a_weight_that_alone_does_not_move_is_told(capfd):
@@ -283,7 +284,7 @@ def test_a_weight_that_alone_does_not_move_is_told(capfd):
 
 
 def test_the_best_on_test_stands_beside_the_last_epoch(tmp_path):
-    record = finetune.evaluate(task(), recipe(), tmp_path, CPU)
+    record = judge(task(), recipe(), tmp_path, CPU)
     [trial] = record["trials"]
     best = trial["best_on_test"]
     assert best["top1"] >= trial["metrics"]["top1"] == record["metrics"]["top1"]
@@ -293,7 +294,7 @@ def test_the_best_on_test_stands_beside_the_last_epoch(tmp_path):
 
 
 def test_looking_at_the_test_images_changes_nothing(tmp_path):
-    often, once = (finetune.evaluate(task(), recipe(f"test_every={n}"), tmp_path / str(n), CPU) for n in (1, 3))
+    often, once = (judge(task(), recipe(f"test_every={n}"), tmp_path / str(n), CPU) for n in (1, 3))
     assert often["metrics"] == once["metrics"]
     assert "best_on_test" not in once["trials"][0]
     scores = [np.load(tmp_path / n / "predictions.npz")["scores"] for n in ("1", "3")]
@@ -306,7 +307,7 @@ def test_looking_at_the_test_images_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("steps", [2, 5, 7, 15])
 def test_interrupted_it_goes_on_and_ends_the_same(steps, tmp_path, monkeypatch):
-    whole = finetune.evaluate(task(), recipe(), tmp_path / "whole", CPU)
+    whole = judge(task(), recipe(), tmp_path / "whole", CPU)
     step, count = finetune.EndToEnd.train_step, []
 
     def stops(self, *given):
@@ -318,8 +319,8 @@ def test_interrupted_it_goes_on_and_ends_the_same(steps, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune.EndToEnd, "train_step", stops)
     with pytest.raises(Interrupted, match=f"step {steps} of 15 is saved"):
-        finetune.evaluate(task(), recipe(), tmp_path / "parts", CPU)
-    parts = finetune.evaluate(task(), recipe(), tmp_path / "parts", CPU)
+        judge(task(), recipe(), tmp_path / "parts", CPU)
+    parts = judge(task(), recipe(), tmp_path / "parts", CPU)
     assert len(count) == 15
     assert parts["trials"] == whole["trials"]
     scores = [np.load(tmp_path / name / "predictions.npz")["scores"] for name in ("whole", "parts")]
@@ -340,7 +341,7 @@ def test_a_damaged_state_leaves_nothing_behind(tmp_path, capfd):
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
     with pytest.raises(RunFailed, match=r"the loss is .* at epoch 0"):
-        finetune.evaluate(task(), recipe("optimizer.lr=1e30"), tmp_path, CPU)
+        judge(task(), recipe("optimizer.lr=1e30"), tmp_path, CPU)
     assert not (tmp_path / "result.json").exists()
 
 
@@ -360,7 +361,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path):
 def test_what_cannot_be_trained_is_refused(settings, rest, words, tmp_path):
     given = {"encoder": load(rest["encoder"])} if rest else {}
     with pytest.raises(InputError, match=words):
-        finetune.evaluate(task(**given), recipe(*settings), tmp_path, CPU)
+        judge(task(**given), recipe(*settings), tmp_path, CPU)
 
 
 @pytest.mark.parametrize("settings", [["bn_groups=3", "drop_last=true"], ["bn_groups=2"]])
@@ -373,9 +374,9 @@ def test_groups_that_do_not_divide_are_refused(settings):
 
 
 def on_ranks(folder) -> dict:
-    record = finetune.evaluate(task(), recipe("batch_size=23"), folder / "run", CPU)
+    record = judge(task(), recipe("batch_size=23"), folder / "run", CPU)
     grouped = recipe("batch_size=20", "bn_groups=2", "drop_last=true")
-    groups = finetune.evaluate(task(), grouped, folder / "groups", CPU)
+    groups = judge(task(), grouped, folder / "groups", CPU)
     with pytest.raises(InputError, match="bn_groups 3 are not made up by 2 processes"):
         finetune.normalised(TinyNet(), 3)
     return {"run": record["metrics"]["top1"], "groups": groups["metrics"]["top1"]}
@@ -384,7 +385,7 @@ def on_ranks(folder) -> dict:
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Uneven shares (23 images, the last batch 21), batch norm over both: the scores of one process, nearly."""
-    finetune.evaluate(task(), recipe("batch_size=23"), tmp_path / "alone", CPU)
+    judge(task(), recipe("batch_size=23"), tmp_path / "alone", CPU)
     run_ranks(on_ranks, tmp_path, tmp_path)
     alone, both = (np.load(tmp_path / name / "predictions.npz")["scores"] for name in ("alone", "run"))
     assert np.allclose(alone, both, atol=1e-4)

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 from moco_eval.classification import knn
-from moco_eval.classification.judge import Task
+from moco_eval.classification.judge import judge
 from moco_eval.classification.neighbours import Neighbours, nearest
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import KnnConfig
 from moco_eval.data.catalogue import open_images
@@ -57,7 +58,7 @@ def test_accuracy_in_percent():
 def test_protocol_on_pixels_is_cosine_knn_and_leaves_a_record(tmp_path):
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
     config = configs.load("digits", "knn", KnnConfig)
-    record = knn.evaluate(Task(load("pixels"), train, test), config, tmp_path, CPU)
+    record = judge(Task(load("pixels"), train, test), config, tmp_path, CPU)
     assert record == json.loads((tmp_path / "result.json").read_text())
     assert record["protocol"] == "knn/instdisc@1" and record["dataset"]["name"] == "digits"
     assert record["deviations"] == ["k 20 instead of 200"]
@@ -67,7 +68,7 @@ def test_protocol_on_pixels_is_cosine_knn_and_leaves_a_record(tmp_path):
     with np.load(tmp_path / "predictions.npz") as kept:
         assert 100 * (kept["prediction"] == kept["label"]).mean() == pytest.approx(record["metrics"]["top1"])
     assert (tmp_path / "neighbours.png").is_file()
-    again = knn.evaluate(Task(load("pixels"), train, test), config, tmp_path, CPU)
+    again = judge(Task(load("pixels"), train, test), config, tmp_path, CPU)
     assert again == record
 
 
@@ -90,10 +91,10 @@ def test_query_and_key_encoder_are_two_runs_and_the_key_is_a_deviation(tmp_path)
     few = [open_images("digits", None, split).few_labels(3, 0) for split in ("train", "test")]
     config = configs.load("digits", "knn", KnnConfig, ["k=5"])
     query, key = (load(str(tmp_path / "moco.pth"), encoder=which) for which in ("query", "key"))
-    knn.evaluate(Task(query, *few), config, tmp_path / "run", CPU)
+    judge(Task(query, *few), config, tmp_path / "run", CPU)
     with pytest.raises(InputError, match=r"encoder.which is query there and key now"):
-        knn.evaluate(Task(key, *few), config, tmp_path / "run", CPU)
-    record = knn.evaluate(Task(key, *few), config, tmp_path / "key", CPU)
+        judge(Task(key, *few), config, tmp_path / "run", CPU)
+    record = judge(Task(key, *few), config, tmp_path / "key", CPU)
     assert "the key encoder instead of the query encoder" in record["deviations"]
 
 
@@ -101,7 +102,7 @@ def test_the_head_is_asked_only_of_encoders_that_have_one(tmp_path):
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
     config = configs.load("cifar10-demo", "knn", KnnConfig, ["workers=0"])
     with pytest.raises(InputError, match="has no projection head"):
-        knn.evaluate(Task(load("random:resnet18_quarter"), train, test), config, tmp_path, CPU)
+        judge(Task(load("random:resnet18_quarter"), train, test), config, tmp_path, CPU)
 
 
 def test_normalised_features_do_not_change_the_answer(features):

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 from moco_eval.classification import knn_grid
-from moco_eval.classification.judge import Task
+from moco_eval.classification.judge import judge
 from moco_eval.classification.knn_grid import GridPoint, choose, left_out
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import KnnGridConfig
 from moco_eval.data.catalogue import open_images
@@ -130,7 +131,7 @@ def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("grid")
     train, test = (open_images("digits", None, split).few_labels(12, 0) for split in ("train", "test"))
     config = grid("workers=0", "memory=0.001")
-    record = knn_grid.evaluate(Task(load("pixels"), train, test), config, output, CPU)
+    record = judge(Task(load("pixels"), train, test), config, output, CPU)
     return output, record, train, test
 
 

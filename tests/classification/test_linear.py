@@ -11,7 +11,8 @@ from ranks import run_ranks
 from torch import nn
 
 from moco_eval.classification import linear
-from moco_eval.classification.judge import Outcome, Task
+from moco_eval.classification.judge import judge
+from moco_eval.classification.task import Outcome, Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
 from moco_eval.config.classification import LinearConfig
@@ -108,7 +109,7 @@ def test_step_by_step_against_the_official_loop_restated(tmp_path):
 def test_the_backbone_is_bit_identical_and_the_head_moved(tmp_path):
     work = task(encoder=load("random:resnet18_quarter"))
     before = linear.snapshot(work.encoder.backbone)
-    record = linear.evaluate(work, recipe(), tmp_path, CPU)
+    record = judge(work, recipe(), tmp_path, CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in work.encoder.backbone.state_dict().items())
     assert record["metrics"]["top1"] > 20  # chance is 10
     assert record["selection"] == "last-epoch" and record["over"] == "head"
@@ -119,14 +120,14 @@ def test_the_backbone_is_bit_identical_and_the_head_moved(tmp_path):
 def test_a_backbone_left_in_train_mode_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "freeze", lambda net: net.requires_grad_(False).train())
     with pytest.raises(RunFailed, match=r"the frozen backbone changed: 3 of 7 tensors, first \['bn.running_mean'\]"):
-        linear.evaluate(task(), recipe(), tmp_path, CPU)
+        judge(task(), recipe(), tmp_path, CPU)
     assert not (tmp_path / "result.json").exists()
 
 
 def test_a_head_that_does_not_move_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     with pytest.raises(RunFailed, match="did not move"):
-        linear.evaluate(task(), recipe(), tmp_path, CPU)
+        judge(task(), recipe(), tmp_path, CPU)
 
 
 def test_the_classifier_starts_as_published():
@@ -141,7 +142,7 @@ def test_only_two_tensors_are_trained():
 
 
 def test_the_best_on_test_stands_beside_the_last_epoch(tmp_path):
-    record = linear.evaluate(task(), recipe(), tmp_path, CPU)
+    record = judge(task(), recipe(), tmp_path, CPU)
     [trial] = record["trials"]
     assert trial["best_on_test"]["top1"] >= trial["metrics"]["top1"] == record["metrics"]["top1"]
     assert 1 <= trial["best_on_test"]["epoch"] <= 3
@@ -156,7 +157,7 @@ def test_moco_v3_has_its_own_rate_for_a_vit():
 
 
 def test_few_labels_are_drawn_anew_in_each_trial(tmp_path):
-    record = linear.evaluate(task(labels_per_class=10, trials=3), recipe(), tmp_path, CPU)
+    record = judge(task(labels_per_class=10, trials=3), recipe(), tmp_path, CPU)
     assert [trial["seed"] for trial in record["trials"]] == [0, 1, 2]
     values = [trial["metrics"]["top1"] for trial in record["trials"]]
     assert record["metrics"]["top1"] == pytest.approx(np.mean(values))
@@ -166,7 +167,7 @@ def test_few_labels_are_drawn_anew_in_each_trial(tmp_path):
 
 
 def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    whole = linear.evaluate(task(), recipe(), tmp_path / "whole", CPU)
+    whole = judge(task(), recipe(), tmp_path / "whole", CPU)
     step, count = linear.OnCrops.train_step, []
 
     def stops(self, *arguments):
@@ -177,8 +178,8 @@ def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
     monkeypatch.setattr(linear.OnCrops, "train_step", stops)
     with pytest.raises(Interrupted, match="step 5 of 63 is saved"):
-        linear.evaluate(task(), recipe(), tmp_path / "parts", CPU)
-    parts = linear.evaluate(task(), recipe(), tmp_path / "parts", CPU)
+        judge(task(), recipe(), tmp_path / "parts", CPU)
+    parts = judge(task(), recipe(), tmp_path / "parts", CPU)
     assert len(count) == 3 * 21
     assert parts["trials"] == whole["trials"]
     scores = [np.load(tmp_path / name / "predictions.npz")["scores"] for name in ("whole", "parts")]
@@ -187,23 +188,23 @@ def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
     with pytest.raises(RunFailed, match=r"the loss is .* at epoch 0"):
-        linear.evaluate(task(), recipe("optimizer.lr=1e38"), tmp_path, CPU)
+        judge(task(), recipe("optimizer.lr=1e38"), tmp_path, CPU)
 
 
 def on_ranks(folder) -> dict:
-    return {"top1": linear.evaluate(task(), recipe(), folder / "run", CPU)["metrics"]["top1"]}
+    return {"top1": judge(task(), recipe(), folder / "run", CPU)["metrics"]["top1"]}
 
 
 @pytest.mark.slow
 def test_two_processes_are_as_good_as_one(tmp_path):
-    alone = linear.evaluate(task(), recipe(), tmp_path / "alone", CPU)
+    alone = judge(task(), recipe(), tmp_path / "alone", CPU)
     for rank in run_ranks(on_ranks, tmp_path, tmp_path):
         assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=0.21)  # one image in 500
 
 
 def test_a_damaged_trial_is_done_again(tmp_path, capfd):
     """Of two trials the first was kept, and its file has been cut since."""
-    whole = linear.evaluate(task(trials=2), recipe(), tmp_path / "whole", CPU)
+    whole = judge(task(trials=2), recipe(), tmp_path / "whole", CPU)
     work, kept, calls = task(trials=2), tmp_path / "run" / "trial_0.npz", []
     real = linear.run_trial
 
@@ -216,22 +217,22 @@ def test_a_damaged_trial_is_done_again(tmp_path, capfd):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "run_trial", second_fails)
         with pytest.raises(Interrupted):
-            linear.evaluate(work, recipe(), tmp_path / "run", CPU)
+            judge(work, recipe(), tmp_path / "run", CPU)
     kept.write_bytes(kept.read_bytes()[:200])
-    again = linear.evaluate(work, recipe(), tmp_path / "run", CPU)
+    again = judge(work, recipe(), tmp_path / "run", CPU)
     assert "this trial is done again" in " ".join(capfd.readouterr().err.split())
     assert again["trials"] == whole["trials"] and not kept.exists()
 
 
 def test_a_record_that_is_none_of_ours_is_refused(tmp_path):
-    linear.evaluate(task(), recipe(), tmp_path, CPU)
+    judge(task(), recipe(), tmp_path, CPU)
     (tmp_path / "result.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match="is no result record of ours"):
-        linear.evaluate(task(), recipe(), tmp_path, CPU)
+        judge(task(), recipe(), tmp_path, CPU)
 
 
 def test_another_feature_is_a_deviation(tmp_path):
-    record = linear.evaluate(task(encoder=load("random:resnet18_quarter"), feature="layer3"), recipe(), tmp_path, CPU)
+    record = judge(task(encoder=load("random:resnet18_quarter"), feature="layer3"), recipe(), tmp_path, CPU)
     assert "layer3 feature instead of pooled" in record["deviations"]
 
 
@@ -244,6 +245,6 @@ def test_a_vit_is_held_to_its_own_rate(tmp_path, monkeypatch):
     said = []
     for name in ("mocov3_vit", "mocov3"):
         config = configs.load(name, "linear", LinearConfig)
-        said.append(linear.evaluate(Task(vit, *few), config, tmp_path / name, CPU)["deviations"])
+        said.append(judge(Task(vit, *few), config, tmp_path / name, CPU)["deviations"])
     rate = "optimizer.lr 0.4 instead of 12.0"
     assert rate not in said[0] and rate in said[1]

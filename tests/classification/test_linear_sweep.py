@@ -10,9 +10,10 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from moco_eval.classification import linear, linear_quick, linear_sweep
-from moco_eval.classification.judge import Task
+from moco_eval.classification import linear, linear_sweep
+from moco_eval.classification.judge import judge
 from moco_eval.classification.linear_sweep import Heads, normalise
+from moco_eval.classification.task import Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
 from moco_eval.config.classification import QuickConfig, SweepConfig
@@ -99,7 +100,7 @@ def test_the_head_is_chosen_on_held_out_images_and_tested_once(tmp_path, monkeyp
 
     monkeypatch.setattr(linear_sweep.Head, "scores", noted)
     work, config = task(), recipe()
-    record = linear_sweep.evaluate(work, config, tmp_path, CPU)
+    record = judge(work, config, tmp_path, CPU)
     [trial] = record["trials"]
     assert tested == [40] * 12 + [100]  # every head on the held-out images, one on the test images
     assert trial["held_out_images"] == 40 and len(trial["heads"]) == 12
@@ -115,34 +116,34 @@ def test_no_held_out_image_is_trained_on(monkeypatch, tmp_path):
     kept, held = held_out(work.train.labels, 0.1, 0)
     assert not set(kept) & set(held) and len(kept) + len(held) == 400
     monkeypatch.setattr(linear_sweep, "Loop", lambda *given: trained.append(given[1].rows) or Loop(*given))
-    linear_sweep.evaluate(work, config, tmp_path, CPU)
+    judge(work, config, tmp_path, CPU)
     assert len(trained) == 1 and np.array_equal(trained[0], kept)
 
 
 def test_all_heads_lost_is_a_failure(tmp_path):
     with pytest.raises(RunFailed, match=r"the loss is .* smaller --set learning_rates"):
-        linear_sweep.evaluate(task(), recipe("learning_rates=[1e38]"), tmp_path, CPU)
+        judge(task(), recipe("learning_rates=[1e38]"), tmp_path, CPU)
 
 
 def test_one_label_per_class_leaves_none_to_choose_by(tmp_path):
     with pytest.raises(InputError, match="none to spare for the choice of a head"):
-        linear_sweep.evaluate(task(labels_per_class=1), recipe(), tmp_path, CPU)
+        judge(task(labels_per_class=1), recipe(), tmp_path, CPU)
 
 
 def test_a_choice_at_the_edge_of_the_grid_is_said(tmp_path, capfd):
-    linear_sweep.evaluate(task(), recipe("learning_rates=[1e-6,1e-5]"), tmp_path, CPU)
+    judge(task(), recipe("learning_rates=[1e-6,1e-5]"), tmp_path, CPU)
     assert "is at the edge of the grid" in " ".join(capfd.readouterr().err.split())
 
 
 def test_several_features_in_one_sweep(tmp_path):
-    record = linear_sweep.evaluate(task(), recipe("features=[layer3,pooled]"), tmp_path, CPU)
+    record = judge(task(), recipe("features=[layer3,pooled]"), tmp_path, CPU)
     assert {head["feature"] for head in record["trials"][0]["heads"]} == {"layer3", "pooled"}
     with pytest.raises(InputError, match="no stage of resnet18_quarter"):
-        linear_sweep.evaluate(task(), recipe("features=[blocks.1]"), tmp_path / "other", CPU)
+        judge(task(), recipe("features=[blocks.1]"), tmp_path / "other", CPU)
 
 
 def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    whole = linear_sweep.evaluate(task(), recipe(), tmp_path / "whole", CPU)
+    whole = judge(task(), recipe(), tmp_path / "whole", CPU)
     step, count = linear_sweep.Sweep.train_step, []
 
     def stops(self, *given):
@@ -153,8 +154,8 @@ def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
     monkeypatch.setattr(linear_sweep.Sweep, "train_step", stops)
     with pytest.raises(Interrupted, match="step 9 of 18 is saved"):
-        linear_sweep.evaluate(task(), recipe(), tmp_path / "parts", CPU)
-    parts = linear_sweep.evaluate(task(), recipe(), tmp_path / "parts", CPU)
+        judge(task(), recipe(), tmp_path / "parts", CPU)
+    parts = judge(task(), recipe(), tmp_path / "parts", CPU)
     assert len(count) == 18 and parts["trials"] == whole["trials"]
 
 
@@ -166,7 +167,7 @@ def on_ranks(folder) -> dict:
     for step in range(10):
         rows = torch.arange(9 * step, 9 * step + 9)[mine]
         group.step(features[rows], labels[rows], 1.0, 9)
-    top1 = linear_sweep.evaluate(task(cache=folder / "cache"), recipe(), folder / "run", CPU)["metrics"]["top1"]
+    top1 = judge(task(cache=folder / "cache"), recipe(), folder / "run", CPU)["metrics"]["top1"]
     return {"weight": group.weight, "var": group.norm.running_var, "top1": top1}
 
 
@@ -177,7 +178,7 @@ def test_two_processes_are_one(tmp_path):
     group = Heads(0, 12, 5, GRID, 0.9, True, 7, CPU)
     for step in range(10):
         group.step(features[9 * step : 9 * step + 9], labels[9 * step : 9 * step + 9], 1.0, 9)
-    alone = linear_sweep.evaluate(task(), recipe(), tmp_path / "alone", CPU)
+    alone = judge(task(), recipe(), tmp_path / "alone", CPU)
     for rank in run_ranks(on_ranks, tmp_path, tmp_path):
         assert torch.allclose(rank["weight"], group.weight, rtol=1e-4, atol=1e-5)
         assert torch.allclose(rank["var"], group.norm.running_var, atol=1e-5)
@@ -197,7 +198,7 @@ def quick_recipe(*settings: str) -> QuickConfig:
 def test_quick_is_the_official_loop_on_features_in_turn(tmp_path):
     """Three epochs: the clean crop, the first epoch of crops, the second; torch's SGD on features by hand."""
     work, config = task(), quick_recipe()
-    linear_quick.evaluate(work, config, tmp_path, CPU)
+    judge(work, config, tmp_path, CPU)
     net, size = work.encoder.backbone.eval(), work.preprocessing
     parts = [extract(net, work.train, size, CPU)]
     parts += [extract(net, work.train, size, CPU, crops=Crops(config.augmentation, 0, epoch)) for epoch in (0, 1)]
@@ -219,12 +220,12 @@ def test_quick_is_the_official_loop_on_features_in_turn(tmp_path):
 
 
 def test_quick_trials_share_their_features(tmp_path):
-    record = linear_quick.evaluate(task(cache=tmp_path / "cache", trials=2), quick_recipe(), tmp_path / "run", CPU)
+    record = judge(task(cache=tmp_path / "cache", trials=2), quick_recipe(), tmp_path / "run", CPU)
     assert len(list((tmp_path / "cache").iterdir())) == 4  # test, clean, two epochs of crops
     assert [trial["seed"] for trial in record["trials"]] == [0, 1] and record["over"] == "head"
 
 
 def test_quick_on_few_labels_looks_at_those_alone(tmp_path):
     work = task(cache=tmp_path / "cache", labels_per_class=3)
-    record = linear_quick.evaluate(work, quick_recipe(), tmp_path / "run", CPU)
+    record = judge(work, quick_recipe(), tmp_path / "run", CPU)
     assert record["cost"]["images"] == 3 * 30 + 100 and record["over"] == "labels"

@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy
 
 from moco_eval.classification import logistic
-from moco_eval.classification.judge import Task
+from moco_eval.classification.judge import judge
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.catalogue import SMALL, open_images
@@ -179,7 +180,7 @@ def evaluate(folder, *settings, per_class=None):
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
     config = configs.load("digits", "logistic", LogisticConfig, settings)
     task = Task(load("random:resnet18_quarter"), train, test.few_labels(20, 0), labels_per_class=per_class)
-    return logistic.evaluate(task, config, folder, CPU)
+    return judge(task, config, folder, CPU)
 
 
 def test_the_protocol_on_digits_leaves_a_record(tmp_path, one_process):

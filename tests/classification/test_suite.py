@@ -13,7 +13,7 @@ import torch
 from commands import error_line, in_process, moco_eval
 
 from moco_eval.classification import suite
-from moco_eval.classification.judge import Task
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import QuickConfig
 from moco_eval.data import in_memory

@@ -13,7 +13,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
 from moco_eval.classification import svm
-from moco_eval.classification.judge import Task
+from moco_eval.classification.judge import judge
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import SvmConfig
 from moco_eval.data.catalogue import open_images, open_splits
@@ -160,7 +161,7 @@ def test_the_protocol_on_digits_has_both_metrics(tmp_path, one_process):
     train, test = (open_images("digits", None, split).few_labels(20, 0) for split in ("train", "test"))
     task = Task(load("random:resnet18_quarter"), train, test)
     config = configs.load("digits", "svm", SvmConfig)
-    record = svm.evaluate(task, config, tmp_path, CPU)
+    record = judge(task, config, tmp_path, CPU)
     assert set(record["metrics"]) == {"top1", "mAP"} and record["metrics"]["top1"] > 60
     assert len(record["trials"][0]["AP"]) == 10
     assert record["metrics"]["mAP"] == pytest.approx(np.mean(record["trials"][0]["AP"]))
@@ -170,7 +171,7 @@ def test_low_shot_reports_both_choices_of_the_cost(tmp_path, one_process):
     train, test = (open_images("digits", None, split).few_labels(20, 0) for split in ("train", "test"))
     task = Task(load("random:resnet18_quarter"), train, test)
     config = configs.load("digits-low-shot", "svm", SvmConfig, ["shots=[1,2]", "costs=[0.1,1.0]"])
-    record = svm.evaluate(task, config, tmp_path, CPU)
+    record = judge(task, config, tmp_path, CPU)
     assert len(record["trials"]) == 3 and record["over"] == "labels" and set(record["std"]) == {"mAP_1", "mAP_2"}
     table = np.array([trial["mAP_by_C"] for trial in record["trials"]])
     for row, name in enumerate(("mAP_1", "mAP_2")):
@@ -178,7 +179,7 @@ def test_low_shot_reports_both_choices_of_the_cost(tmp_path, one_process):
         assert best["mean"] == pytest.approx(table[:, row].mean(axis=0).max())
         assert best["mean"] >= record["metrics"][name] - 1e-9 or record["trials"][0]["C"] != record["trials"][1]["C"]
     with pytest.raises(InputError, match="low-shot draws its own labels"):
-        svm.evaluate(replace(task, trials=2), config, tmp_path / "two", CPU)
+        judge(replace(task, trials=2), config, tmp_path / "two", CPU)
 
 
 @pytest.mark.data
@@ -188,7 +189,7 @@ def test_average_precision_on_voc_is_scikit_learns_called_by_hand(tmp_path, shar
     assert (test.labels == -1).any()
     task = Task(load("random:resnet18_quarter"), train, test)
     config = configs.load("voc07", "svm", SvmConfig, ["costs=[0.1,1.0,10.0]", "workers=0"])
-    record = svm.evaluate(task, config, tmp_path, CPU)
+    record = judge(task, config, tmp_path, CPU)
     X, Xt = (task.features(images, config, CPU).tensor().double().numpy() for images in (train, test))
     theirs = []
     for column, ours in enumerate(record["trials"][0]["AP"]):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moco_eval.config import classification, deviations
+from moco_eval.classification.protocols import followed_by, kinds
+from moco_eval.config import deviations
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.learning_rate import learning_rate
@@ -13,12 +14,12 @@ from pretraining.plan import plan
 MODELS = {"pretrain": PretrainConfig}
 
 
-@pytest.mark.parametrize("kind", [*MODELS, *classification.JUDGES])
+@pytest.mark.parametrize("kind", [*MODELS, *kinds()])
 def test_every_shipped_config_loads_and_is_named(kind):
     names = configs.shipped(kind)
     assert names
     for name in names:
-        model = classification.judge_model(name, kind) if kind in classification.JUDGES else MODELS[kind]
+        model = followed_by(name, kind).model if kind in kinds() else MODELS[kind]
         assert configs.load(name.split("/")[1], kind, model) == configs.load(name, kind, model)
 
 

@@ -11,7 +11,7 @@ from commands import error_line, in_process
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from moco_eval.cli import main
+from moco_eval.cli import options
 from moco_eval.data import catalogue as data_sets
 from moco_eval.data.benchmarks import BENCHMARKS
 from moco_eval.data.catalogue import NAMES, OFFICIAL, known, open_images, open_splits, split_deviations
@@ -311,7 +311,7 @@ def test_every_name_is_listed_and_in_the_help(capfd, monkeypatch):
     assert [line.split()[0] for line in out.splitlines()] == [*NAMES, "voc", "coco", "coco-folder"]
     assert "mean_per_class" in next(line for line in out.splitlines() if line.startswith("pets"))
     assert len(known()) == len(NAMES)
-    assert [word.split()[0] for word in main.DATASETS.split(", ")] == [
+    assert [word.split()[0] for word in options.DATASETS.split(", ")] == [
         n for n in NAMES if n not in data_sets.UNLABELLED
     ]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.special import i0
 
-from moco_eval.classification import knn, linear_quick
-from moco_eval.classification.judge import Task
+from moco_eval.classification.judge import judge
+from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.base import Augmentation
 from moco_eval.config.classification import KnnConfig, QuickConfig
@@ -213,7 +213,7 @@ def naive_features(work: Task, images, crops, rows) -> np.ndarray:
 def test_knn_leaves_a_sample_and_health_of_the_test_images(cached, encoder, tmp_path):
     """Without crops there is no alignment; from the cache or not, the numbers are the same."""
     work = task(encoder, cache=tmp_path / "cache" if cached else None)
-    record = knn.evaluate(work, knn_recipe(), tmp_path / "run", CPU)
+    record = judge(work, knn_recipe(), tmp_path / "run", CPU)
     clean = naive_features(work, work.test, None, range(30))
     assert record == read_json(tmp_path / "run" / "result.json") and record["health"].pop("alignment") is None
     assert record["health"].pop("crops") is None
@@ -228,9 +228,9 @@ def test_knn_leaves_a_sample_and_health_of_the_test_images(cached, encoder, tmp_
 
 
 def test_features_in_the_cache_pass_no_network_again(encoder, tmp_path, monkeypatch):
-    knn.evaluate(task(encoder, cache=tmp_path / "cache"), knn_recipe(), tmp_path / "first", CPU)
+    judge(task(encoder, cache=tmp_path / "cache"), knn_recipe(), tmp_path / "first", CPU)
     monkeypatch.setattr(cache, "pixels", None)
-    record = knn.evaluate(task(encoder, cache=tmp_path / "cache"), knn_recipe(), tmp_path / "second", CPU)
+    record = judge(task(encoder, cache=tmp_path / "cache"), knn_recipe(), tmp_path / "second", CPU)
     assert record["health"] == read_json(tmp_path / "first" / "result.json")["health"]
     files = [(tmp_path / run / "sample.npz").read_bytes() for run in ("first", "second")]
     assert files[0] == files[1]
@@ -240,7 +240,7 @@ def test_alignment_is_of_the_protocols_own_crops(encoder, tmp_path):
     recipe = configs.load(
         "quick", "linear", QuickConfig, ("crops=2", "schedule.epochs=2", "schedule.milestones=[1]", "workers=0")
     )
-    record = linear_quick.evaluate(task(encoder, cache=tmp_path / "cache"), recipe, tmp_path / "run", CPU)
+    record = judge(task(encoder, cache=tmp_path / "cache"), recipe, tmp_path / "run", CPU)
     work = task(encoder)
     two = [naive_features(work, work.train, Crops(recipe.augmentation, 0, epoch), range(60)) for epoch in (0, 1)]
     assert record["health"]["alignment"] == pytest.approx(health.alignment(*two), rel=1e-4)
@@ -252,17 +252,17 @@ def test_alignment_is_of_the_protocols_own_crops(encoder, tmp_path):
 
 def test_a_run_that_ended_before_its_record_makes_them_again(encoder, tmp_path):
     work, run = task(encoder), tmp_path / "run"
-    first = knn.evaluate(work, knn_recipe(), run, CPU)
+    first = judge(work, knn_recipe(), run, CPU)
     before = (run / "sample.npz").read_bytes()
     shutil.copytree(run, tmp_path / "again")
     for name in ("result.json", "sample.npz"):
         (tmp_path / "again" / name).unlink()
-    again = knn.evaluate(work, knn_recipe(), tmp_path / "again", CPU)
+    again = judge(work, knn_recipe(), tmp_path / "again", CPU)
     assert again["health"] == first["health"] and (tmp_path / "again" / "sample.npz").read_bytes() == before
 
 
 def test_a_real_run_fills_the_reports_new_sections(encoder, tmp_path):
-    knn.evaluate(task(encoder), knn_recipe(), tmp_path / "run", CPU)
+    judge(task(encoder), knn_recipe(), tmp_path / "run", CPU)
     write_report([tmp_path], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for words in ("Maps of features", "All 30 test images", "Health of the features", "Which classes are confused"):

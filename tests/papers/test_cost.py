@@ -9,7 +9,7 @@ import torch
 import yaml
 from test_papers import cifar_record
 
-from moco_eval.config import classification
+from moco_eval.classification.protocols import load_config
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
@@ -121,9 +121,9 @@ def test_only_moco_encodes_keys_without_gradient(mechanism, train, forward, step
 
 def test_what_each_protocol_looks_at(steps, table):
     arch = "resnet18_quarter"
-    epochs = configs.load("digits", "linear", classification.judge_model("digits", "linear")).schedule.epochs
-    crops = configs.load("quick", "linear", classification.judge_model("quick", "linear")).crops
-    tuned = configs.load("digits", "finetune", classification.judge_model("digits", "finetune"))
+    epochs = load_config("digits", "linear").schedule.epochs
+    crops = load_config("quick", "linear").crops
+    tuned = load_config("digits", "finetune")
     assert pieces(steps, table, "knn") == [("forward", arch, TRAIN + TEST)]
     assert pieces(steps, table, "linear") == [("forward", arch, 3 * (epochs * TRAIN + TEST))]  # three trials
     assert pieces(steps, table, "quick") == [("forward", arch, (1 + crops) * TRAIN + TEST)]

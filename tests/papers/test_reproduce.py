@@ -12,9 +12,9 @@ import torch
 import yaml
 from commands import environment, error_line, in_process, moco_eval
 
+from moco_eval.classification.protocols import followed_by
 from moco_eval.cli import main
 from moco_eval.config import load as configs
-from moco_eval.config.classification import judge_model
 from moco_eval.config.detection import DetectConfig
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import reproduce, slurm, tables
@@ -249,8 +249,8 @@ def test_evaluations_are_in_the_published_arithmetic():
     names = [name for name, _ in tables.tables()]
     columns = [column for name in names for column in tables.load_table(name).columns.values() if column.protocol]
     judged = {(chain.command(column), column.config or chain.evaluation(column.protocol)) for column in columns}
-    models = {kind: (judge_model if kind != "detect" else lambda *_: DetectConfig) for kind, _ in judged}
-    loaded = [configs.load(name, kind, models[kind](name, kind)) for kind, name in judged]
+    models = [DetectConfig if kind == "detect" else followed_by(name, kind).model for kind, name in judged]
+    loaded = [configs.load(name, kind, model) for (kind, name), model in zip(judged, models)]
     assert len(loaded) > 10 and {one.precision for one in loaded} == {"fp32"}
 
 
