@@ -47,7 +47,8 @@ def save(
     whole = step_in_epoch == 0
     written = folder / f"epoch_{epoch:04d}.pth" if whole else last
     with files.atomic(written) as path:
-        torch.save(state, path)
+        with path.open("wb") as file:  # a file's name would stand inside it: the same run is the same bytes
+            torch.save(state, file)
     if whole:
         with files.atomic(last) as path:
             files.second_name(written, path)

@@ -23,6 +23,7 @@ from moco_eval.results.metrics import accuracy, mean_average_precision, mean_per
 from moco_eval.results.record import Cost, ResultRecord
 from moco_eval.results.run_directory import finished, open_run
 from moco_eval.results.statistics import intervals
+from moco_eval.runtime.collectives import barrier
 from moco_eval.runtime.console import log
 from moco_eval.runtime.rank import is_main
 
@@ -77,6 +78,7 @@ def judge(task: Task, config: Any, output: Path, device: torch.device) -> dict[s
     record = result.write(output)
     if is_main():
         trials.forget(output)
+    barrier()  # every process finds the whole run directory
     return record
 
 

@@ -20,7 +20,7 @@ CELL = 24
 def confusion(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> list[dict[str, Any]]:
     """A group for each test set: a matrix, or the most confused pairs, for each encoder.
 
-    The runs are of one protocol, labels, feature and settings where the encoders have such runs; see `chosen.shared`.
+    The runs are of one protocol, labels, feature and settings where the encoders have such runs; see `pick.shared`.
 
     Raises:
         InputError: the predictions or the sample of a run are damaged.
