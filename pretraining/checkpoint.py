@@ -46,9 +46,8 @@ def save(
     last = folder / "last.pth"
     whole = step_in_epoch == 0
     written = folder / f"epoch_{epoch:04d}.pth" if whole else last
-    with files.atomic(written) as path:
-        with path.open("wb") as file:  # a file's name would stand inside it: the same run is the same bytes
-            torch.save(state, file)
+    with files.atomic(written) as path, path.open("wb") as file:
+        torch.save(state, file)  # by its name that would stand inside, and the same run be other bytes each time
     if whole:
         with files.atomic(last) as path:
             files.second_name(written, path)

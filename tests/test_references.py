@@ -57,6 +57,7 @@ def names_in(path: Path) -> frozenset[str]:
             names |= {alias.asname or alias.name for alias in node.names}
         else:
             names |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+            names |= {inner.asname or inner.name for inner in ast.walk(node) if isinstance(inner, ast.alias)}
     return frozenset(names)
 
 

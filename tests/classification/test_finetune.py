@@ -16,6 +16,7 @@ from torch import nn
 
 from moco_eval.classification import finetune
 from moco_eval.classification.judge import judge
+from moco_eval.classification.protocols import ONE_PERCENT, TEN_PERCENT, by_name
 from moco_eval.classification.task import Outcome, Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config import load as configs
@@ -98,7 +99,7 @@ def test_openselfsup_is_as_published(name, decay, v1, v2):
     assert rates == pytest.approx([0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004])
     assert [(one.metrics["top1"], one.metrics["top5"]) for one in config.expect] == [v1, v2]
     assert configs.load(name, "finetune", FinetuneConfig, ["optimizer.lr=0.1"]).expect is None
-    assert is_published(finetune.LABELS[name])
+    assert is_published(by_name(f"finetune/{name}@1").subset)
 
 
 def test_lightly_is_as_published():
@@ -234,20 +235,20 @@ def test_all_labels_vary_over_finetune(tmp_path):
 @pytest.mark.parametrize(
     ("protocol", "subset", "few", "words"),
     [
-        ("openselfsup-1percent", finetune.LABELS["openselfsup-1percent"], None, []),
-        ("openselfsup-1percent", finetune.LABELS["openselfsup-10percent"], None, ["labels of ImageNet 10 %"]),
+        ("openselfsup-1percent", ONE_PERCENT, None, []),
+        ("openselfsup-1percent", TEN_PERCENT, None, ["labels of ImageNet 10 %"]),
         ("openselfsup-10percent", None, None, ["all labels"]),
         ("openselfsup-10percent", None, 10, ["10 labels per class"]),
         ("lightly", None, None, []),
         ("lightly", None, 10, ["10 labels per class"]),
-        ("lightly", finetune.LABELS["openselfsup-1percent"], None, ["labels of ImageNet 1 % (SimCLR's list)"]),
+        ("lightly", ONE_PERCENT, None, ["labels of ImageNet 1 % (SimCLR's list)"]),
     ],
 )
 def test_other_labels_than_the_protocols_are_a_deviation(protocol, subset, few, words, tmp_path, monkeypatch):
     work = task(labels_per_class=few)
     work = replace(work, train=replace(work.train, subset=subset))
     scores = torch.zeros(len(work.test), 10)
-    monkeypatch.setattr(finetune, "run_trial", lambda *_: Outcome(scores, 1))
+    monkeypatch.setattr(finetune, "CODE", replace(finetune.CODE, run_trial=lambda *_: Outcome(scores, 1)))
     record = judge(work, configs.load(protocol, "finetune", FinetuneConfig), tmp_path, CPU)
     told = [deviation for deviation in record["deviations"] if "label" in deviation]
     assert len(told) == len(words)

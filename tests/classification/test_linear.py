@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_a_damaged_trial_is_done_again(tmp_path, capfd):
         return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "run_trial", second_fails)
+        patch.setattr(linear, "CODE", replace(linear.CODE, run_trial=second_fails))
         with pytest.raises(Interrupted):
             judge(work, recipe(), tmp_path / "run", CPU)
     kept.write_bytes(kept.read_bytes()[:200])

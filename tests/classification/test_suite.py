@@ -13,6 +13,7 @@ import torch
 from commands import error_line, in_process, moco_eval
 
 from moco_eval.classification import suite
+from moco_eval.classification.protocols import by_name
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import QuickConfig
@@ -168,12 +169,13 @@ def several_labels() -> tuple:
 
 def test_several_labels_an_image_are_for_svms(tmp_path):
     train, test = several_labels()
-    assert suite.protocols(None, test.multi_label) == ["svm/voc07@1"]
-    assert suite.protocols(None, False) == ["knn/instdisc@1", "linear/quick@1", "logistic/lbfgs@1"]
+    assert suite.protocols(None, test.multi_label) == [by_name("svm/voc07@1")]
+    usual = [row.protocol for row in suite.protocols(None, False)]
+    assert usual == ["knn/instdisc@1", "linear/quick@1", "logistic/lbfgs@1"]
     task = Task(loading.load(ENCODER), train, test, cache=tmp_path)
     for name in ("quick", "grid", "logistic"):
         [protocol] = suite.protocols(name, True)
-        with pytest.raises(InputError, match=f"{protocol}: digits has images of several classes"):
+        with pytest.raises(InputError, match=f"{protocol.protocol}: digits has images of several classes"):
             suite.check(suite.items(task, [protocol], tmp_path))
 
 
@@ -181,7 +183,7 @@ def test_no_class_may_be_in_every_image(tmp_path):
     train, test = several_labels()
     task = Task(loading.load(ENCODER), train, test, cache=tmp_path)
     with pytest.raises(InputError, match="svm/voc07@1: class 0 is in 240 of 240 training images"):
-        suite.check(suite.items(task, ["svm/voc07@1"], tmp_path))
+        suite.check(suite.items(task, [by_name("svm/voc07@1")], tmp_path))
 
 
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(capfd, monkeypatch, in_tmp):
