@@ -327,7 +327,7 @@ def test_data_are_given_as_name_and_folder(given, capfd, monkeypatch):
 
 
 def test_naming_the_tables_imports_no_torch():
-    code = "import sys; from moco_eval.cli import cli; cli(['table', '--list'], standalone_mode=False); "
+    code = "import sys; from moco_eval.cli.main import cli; cli(['table', '--list'], standalone_mode=False); "
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment())
 
