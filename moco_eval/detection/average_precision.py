@@ -41,7 +41,7 @@ Scores = dict[str, float | None]
 
 
 def evaluate(
-    data: DetectionData, found: Sequence[Detections], rounded: bool = False
+    data: DetectionData, detections: Sequence[Detections], rounded: bool = False
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """The metrics of a test split and those of each class, in percent.
 
@@ -50,16 +50,16 @@ def evaluate(
     APbb_medium, APbb_large of boxes; the same of masks (APmk) and keypoints (APkp) where the detector says them.
 
     Args:
-        found: one entry per image of data.test, in its order.
+        detections: one entry per image of data.test, in its order.
         rounded: VOC only: round as detectron2's evaluator does before it counts; see `_as_text`.
     Returns:
         Metrics over the classes that have objects, and per class; None for a class without objects.
     """
-    assert len(found) == len(data.test)
+    assert len(detections) == len(data.test)
     if data.coco is None:
-        metrics, per_class = voc_ap(data.test, found, data.classes, rounded)
+        metrics, per_class = voc_ap(data.test, detections, data.classes, rounded)
     else:
-        metrics, per_class = _coco_kinds(data, data.coco, found)
+        metrics, per_class = _coco_kinds(data, data.coco, detections)
     if absent := without_objects(per_class):
         log(f"{data.test_split} has no object of {', '.join(absent)}: no AP, and left out of the mean")
     return metrics, per_class
@@ -107,14 +107,14 @@ class Ranked:
 
 
 def voc_ap(
-    samples: Sequence[Sample], found: Sequence[Detections], classes: Sequence[str], rounded: bool = False
+    samples: Sequence[Sample], detections: Sequence[Detections], classes: Sequence[str], rounded: bool = False
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """VOC AP at IoU .5:.95, .5 and .75; see `evaluate`.
 
     Source: Everingham et al. 2010 and the devkit; AP over ten IoUs as in detectron2's VOC evaluator.
     """
     per_class: dict[str, Scores] = {}
-    for name, ranked in zip(classes, rank(samples, found, len(classes), rounded)):
+    for name, ranked in zip(classes, rank(samples, detections, len(classes), rounded)):
         curves = class_curves(ranked)
         per_class[name] = {}
         for suffix, area in (("", eleven_point), ("_area", area_under)):
@@ -157,15 +157,17 @@ def _first_of_each_object(hit: np.ndarray, owners: np.ndarray, objects: int) -> 
     return right
 
 
-def rank(samples: Sequence[Sample], found: Sequence[Detections], classes: int, rounded: bool = False) -> list[Ranked]:
+def rank(
+    samples: Sequence[Sample], detections: Sequence[Detections], classes: int, rounded: bool = False
+) -> list[Ranked]:
     """The detections of a split, class by class, best first.
 
     Of equal scores the earlier image comes first. `rounded` sorts as detectron2 does, by numpy's quicksort, which
     leaves equal scores in an order of its own: they are many among rounded scores.
     """
-    images, labels, boxes, scores = _flat([(one.labels, one.boxes, one.scores) for one in found])
+    images, labels, boxes, scores = _flat([(image.labels, image.boxes, image.scores) for image in detections])
     boxes, scores = _as_text(boxes, scores) if rounded else (boxes + ONE_BASED, scores)
-    where, kinds, truth, difficult = _flat([(one.labels, one.boxes, one.difficult) for one in samples])
+    where, kinds, truth, difficult = _flat([(sample.labels, sample.boxes, sample.difficult) for sample in samples])
     difficult = difficult.astype(bool)
     # an image's objects of one class stand together, and so do a class's detections, each in the order of images
     keys, place = labels * len(samples) + images, kinds * len(samples) + where
@@ -174,10 +176,10 @@ def rank(samples: Sequence[Sample], found: Sequence[Detections], classes: int, r
     place, truth, difficult = place[by_place], truth[by_place] + ONE_BASED, difficult[by_place]
     overlaps, owners = _best_overlaps(keys, boxes, place, truth)
     edges = np.arange(classes + 1) * len(samples)
-    detections, objects = np.searchsorted(keys, edges), np.searchsorted(place, edges)
+    starts, objects = np.searchsorted(keys, edges), np.searchsorted(place, edges)
     ranked = []
     for label in range(classes):
-        own, first = slice(detections[label], detections[label + 1]), objects[label]
+        own, first = slice(starts[label], starts[label + 1]), objects[label]
         order = np.argsort(-scores[own], kind="quicksort" if rounded else "stable")
         flags = difficult[first : objects[label + 1]]
         # a detection without an object may point behind the last one
@@ -237,43 +239,43 @@ def inclusive_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _coco_kinds(
-    data: DetectionData, truth: dict[str, Any], found: Sequence[Detections]
+    data: DetectionData, truth: dict[str, Any], detections: Sequence[Detections]
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """COCO's AP of boxes, and of masks and keypoints where the detector has a head for them."""
     said = {
         "bbox": True,
-        "segm": any(one.masks is not None for one in found),
-        "keypoints": any(one.keypoints is not None for one in found),
+        "segm": any(image.masks is not None for image in detections),
+        "keypoints": any(image.keypoints is not None for image in detections),
     }
     names = dict(zip(data.category_ids, data.classes))
     metrics: dict[str, float] = {}
     per_class: dict[str, Scores] = {name: {} for name in data.classes}
     for kind in [kind for kind in KINDS if said[kind]]:
-        means, scores = coco_ap(truth, coco_rows(data, found, kind), names, kind)
+        means, scores = coco_ap(truth, coco_rows(data, detections, kind), names, kind)
         metrics |= means
         for name in data.classes:
             per_class[name] |= scores[name]
     return metrics, per_class
 
 
-def coco_rows(data: DetectionData, found: Sequence[Detections], kind: str = "bbox") -> list[dict[str, Any]]:
+def coco_rows(data: DetectionData, detections: Sequence[Detections], kind: str = "bbox") -> list[dict[str, Any]]:
     """Detections as pycocotools and the COCO server take them; boxes as x, y, width, height.
 
     Rows of masks have no box, so that their size is the mask's; those of keypoints have one, as detectron2's.
     """
     rows = []
-    for sample, one in zip(data.test, found):
-        for place, (x0, y0, x1, y1) in enumerate(one.boxes.tolist()):
-            row: dict[str, Any] = {"image_id": sample.image_id, "category_id": data.category_ids[one.labels[place]]}
-            row["score"] = float(one.scores[place])
+    for sample, image in zip(data.test, detections):
+        for place, (x0, y0, x1, y1) in enumerate(image.boxes.tolist()):
+            row: dict[str, Any] = {"image_id": sample.image_id, "category_id": data.category_ids[image.labels[place]]}
+            row["score"] = float(image.scores[place])
             if kind == "segm":
-                assert one.masks is not None
-                row["segmentation"] = one.masks[place]
+                assert image.masks is not None
+                row["segmentation"] = image.masks[place]
             else:
                 row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
             if kind == "keypoints":
-                assert one.keypoints is not None
-                row["keypoints"] = one.keypoints[place].ravel().tolist()
+                assert image.keypoints is not None
+                row["keypoints"] = image.keypoints[place].ravel().tolist()
             rows.append(row)
     return rows
 
@@ -297,8 +299,8 @@ def coco_ap(
     for name in names.values():
         per_class[name] = {}
         for place, size in enumerate(judge.params.areaRngLbl):
-            found = precision[:, places[name], place].tolist() if name in places else [-1.0] * len(IOUS)
-            values = [100 * value if value > -1 else None for value in found]
+            precisions = precision[:, places[name], place].tolist() if name in places else [-1.0] * len(IOUS)
+            values = [100 * value if value > -1 else None for value in precisions]
             if size == "all":
                 per_class[name] |= _named(values, KINDS[kind])
             else:

@@ -194,13 +194,13 @@ def _detections(data: DetectionData, detections: Sequence[Detections]) -> dict[s
         "images": [
             {
                 "image": sample.image_id,
-                "boxes": of_image.boxes.tolist(),
-                "scores": of_image.scores.tolist(),
-                "labels": of_image.labels.tolist(),
+                "boxes": image.boxes.tolist(),
+                "scores": image.scores.tolist(),
+                "labels": image.labels.tolist(),
             }
-            | ({} if of_image.masks is None else {"masks": [_as_text(mask) for mask in of_image.masks]})
-            | ({} if of_image.keypoints is None else {"keypoints": of_image.keypoints.tolist()})
-            for sample, of_image in zip(data.test, detections)
+            | ({} if image.masks is None else {"masks": [_as_text(mask) for mask in image.masks]})
+            | ({} if image.keypoints is None else {"keypoints": image.keypoints.tolist()})
+            for sample, image in zip(data.test, detections)
         ],
     }
 

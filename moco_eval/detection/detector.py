@@ -48,8 +48,8 @@ class Detector(nn.Module):
         batch, sizes = self.batch(images)
         maps = self.backbone(batch)
         proposals, proposal_losses = self.rpn(maps, sizes, targets)
-        found, losses = self.heads(maps, proposals, sizes, targets)
-        return losses | proposal_losses if self.training else found
+        detections, losses = self.heads(maps, proposals, sizes, targets)
+        return losses | proposal_losses if self.training else detections
 
     def batch(self, images: list[Tensor]) -> tuple[Tensor, list[Size]]:
         """Normalise, then pad with zeros to the largest of the batch, or on to the multiple that the backbone needs."""

@@ -47,8 +47,8 @@ def _to(name: str, body: str) -> str:
         return body + to_detectron2(name.removeprefix(_BODY))
     if name.startswith(_LAYER4):
         return "roi_heads." + to_detectron2(name.removeprefix("heads.box_head."))
-    if found := re.fullmatch(r"backbone\.(lateral|output)\.(\d)\.(conv\.|norm\.)(\w+)", name):
-        kind, level, part, last = found.groups()
+    if match := re.fullmatch(r"backbone\.(lateral|output)\.(\d)\.(conv\.|norm\.)(\w+)", name):
+        kind, level, part, last = match.groups()
         return f"backbone.{_PYRAMID[kind]}{int(level) + 2}.{part.removeprefix('conv.')}{last}"
     theirs = _renamed(name, _PREFIXES)
     assert theirs is not None, name
@@ -58,8 +58,8 @@ def _to(name: str, body: str) -> str:
 def _from(name: str) -> str:
     if re.match(r"roi_heads\.res5\.\d", name):
         return "heads.box_head." + from_detectron2(name.removeprefix("roi_heads."))
-    if found := re.fullmatch(r"backbone\.(fpn_lateral|fpn_output)(\d)\.(norm\.)?(\w+)", name):
-        kind, level, norm, last = found.groups()
+    if match := re.fullmatch(r"backbone\.(fpn_lateral|fpn_output)(\d)\.(norm\.)?(\w+)", name):
+        kind, level, norm, last = match.groups()
         return f"backbone.{kind.removeprefix('fpn_')}.{int(level) - 2}.{norm or 'conv.'}{last}"
     if re.match(r"backbone\.(bottom_up\.)?(stem|res[2-5])\.", name):
         return _BODY + from_detectron2(name.removeprefix("backbone.").removeprefix("bottom_up."))

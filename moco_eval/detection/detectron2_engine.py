@@ -197,8 +197,8 @@ class _Trainer(SimpleTrainer):
             with self.cost.clock(), autocast(self.on, self.recipe.precision):
                 super().run_step()
         except FloatingPointError as error:
-            words = str(error).splitlines()[0].rstrip(".!")
-            raise RunFailed(f"iteration {self.iter + 1}: {words}; take a smaller optimizer.lr") from None
+            reason = str(error).splitlines()[0].rstrip(".!")
+            raise RunFailed(f"iteration {self.iter + 1}: {reason}; take a smaller optimizer.lr") from None
         self.cost.images += self.recipe.batch_size
 
 
@@ -330,7 +330,7 @@ def detect(
     resize = T.ResizeShortestEdge([recipe.input.min_size_test] * 2, recipe.input.max_size, "choice")
     read = _Mapper(False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
     first, world = rank.rank(), rank.world_size()
-    found = []
+    detections = []
     samples = data.test[first::world]
     for number, sample in enumerate(console.track(samples, "evaluate", len(samples), world)):
         if stop is not None and number < len(data.test) // world:  # as many as every process has
@@ -338,8 +338,8 @@ def detect(
         image = read(_image(number, sample))
         with autocast(device, recipe.precision):
             (result,) = model([image])
-        found.append(_detections(result["instances"].to("cpu")))
-    shares = collectives.gather_lists(found)
+        detections.append(_detections(result["instances"].to("cpu")))
+    shares = collectives.gather_lists(detections)
     return [shares[index % world][index // world] for index in range(len(data.test))]
 
 

@@ -179,8 +179,8 @@ def _to(batch: inputs.Batch, device: torch.device) -> inputs.Batch:
     return (
         [to_device(image, device) for image in images],
         [
-            {name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in one.items()}
-            for one in targets
+            {name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in target.items()}
+            for target in targets
         ],
     )
 

@@ -42,11 +42,11 @@ def trainable(samples: Sequence[Sample], masks: bool = False, keypoints: bool = 
         kept = [sample for sample in kept if sample.keypoints is not None and (sample.keypoints[..., 2] > 0).any()]
     kept = [sample for sample in kept if len(sample.labels)]
     if not kept:
-        what = "mask" if masks else "labelled keypoint" if keypoints else "box"
+        kind = "mask" if masks else "labelled keypoint" if keypoints else "box"
         asked = [f"--set {name}=false" for name, given in (("masks", masks), ("keypoints", keypoints)) if given]
         way_out = f"take {' '.join(asked)}, or other data" if asked else "take other data"
         raise InputError(
-            f"none of the {len(samples)} training images has an object with a {what} (crowd regions do not count); "
+            f"none of the {len(samples)} training images has an object with a {kind} (crowd regions do not count); "
             f"{way_out}"
         )
     return kept

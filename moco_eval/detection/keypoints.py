@@ -72,15 +72,15 @@ def keypoints_of(logits: Tensor, boxes: Tensor) -> Tensor:
         logits: (N, K, M, M).
         boxes: (N, 4).
     """
-    found = logits.new_zeros((*logits.shape[:2], 3))
+    points = logits.new_zeros((*logits.shape[:2], 3))
     sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     pixels = sizes.ceil()
     for here, maps, low, cell, (width, height) in zip(
-        found, logits, boxes[:, :2], sizes / pixels, pixels.long().tolist()
+        points, logits, boxes[:, :2], sizes / pixels, pixels.long().tolist()
     ):
         enlarged = F.interpolate(maps[None], size=(height, width), mode="bicubic", align_corners=False)[0]
         highest, place = enlarged.flatten(1).max(dim=1)
         corner = torch.stack((place % width, place // width), dim=1)
         here[:, :2] = low + (corner + 0.5) * cell
         here[:, 2] = 1 / (maps - highest[:, None, None]).exp().sum(dim=(1, 2))
-    return found
+    return points

@@ -21,7 +21,7 @@ Colour = tuple[int, int, int]
 
 
 def draw_pictures(
-    data: DetectionData, found: Sequence[Detections], folder: Path, count: int = 6, score: float = 0.3
+    data: DetectionData, detections: Sequence[Detections], folder: Path, count: int = 6, score: float = 0.3
 ) -> list[Path]:
     """Write PNGs of images spread over those of the test split that have an object, or over all where none has.
 
@@ -38,7 +38,7 @@ def draw_pictures(
         sample = data.test[index]
         path = folder / f"{number}-{Path(str(sample.image_id)).name}.png"
         with files.atomic(path) as temporary:
-            _picture(sample, found[index], data.classes, score).save(temporary, format="PNG")
+            _picture(sample, detections[index], data.classes, score).save(temporary, format="PNG")
         paths.append(path)
     return paths
 
@@ -57,7 +57,7 @@ def _picture(sample: Sample, detections: Detections, classes: Sequence[str], sco
     return both
 
 
-Thing = tuple[np.ndarray, int, str, Any, np.ndarray | None]  # box, label, words, mask, keypoints
+Thing = tuple[np.ndarray, int, str, Any, np.ndarray | None]  # box, label, text, mask, keypoints
 
 
 def _truth(sample: Sample, classes: Sequence[str]) -> list[Thing]:
@@ -75,10 +75,10 @@ def _said(detections: Detections, classes: Sequence[str], score: float) -> list[
     things: list[Thing] = []
     for place in np.flatnonzero(detections.scores >= score)[::-1].tolist():
         label = int(detections.labels[place])
-        words = f"{classes[label]} {detections.scores[place]:.2f}"
+        text = f"{classes[label]} {detections.scores[place]:.2f}"
         points = None if detections.keypoints is None else detections.keypoints[place]
         mask = None if detections.masks is None else detections.masks[place]
-        things.append((detections.boxes[place], label, words, mask, points))
+        things.append((detections.boxes[place], label, text, mask, points))
     return things
 
 
@@ -98,8 +98,8 @@ def _draw(small: Image.Image, things: list[Thing], classes: Sequence[str], size:
         for x, y, seen in (points * (*scale, 1)).tolist() if points is not None else ():
             if seen > 0:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour, outline="white")
-    for box, label, words, _, _ in things:
-        _write(draw, (box[0] * scale[0], box[1] * scale[1]), words, colour_of(label, len(classes)))
+    for box, label, text, _, _ in things:
+        _write(draw, (box[0] * scale[0], box[1] * scale[1]), text, colour_of(label, len(classes)))
     return image
 
 
@@ -122,15 +122,15 @@ def colour_of(label: int, classes: int) -> Colour:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _write(draw: ImageDraw.ImageDraw, corner: tuple[float, float], words: str, colour: Colour) -> None:
+def _write(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour) -> None:
     """Words on their colour above a corner, inside the image, dark on light colours and light on dark ones."""
     font = _font()
-    _, top, width, bottom = font.getbbox(words)
+    _, top, width, bottom = font.getbbox(text)
     image_width, _ = draw.im.size
     x, y = max(min(corner[0], image_width - width - 4), 0), max(corner[1] - (bottom - top) - 3, 0)
     draw.rectangle((x, y, x + width + 3, y + bottom - top + 3), fill=colour)
     light = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 140
-    draw.text((x + 2, y + 2 - top), words, fill="black" if light else "white", font=font)
+    draw.text((x + 2, y + 2 - top), text, fill="black" if light else "white", font=font)
 
 
 @cache

@@ -34,7 +34,7 @@ def per_class_bars(per_class: dict[str, Scores], metric: str, path: Path) -> Non
 
 def loss_curves(metrics: Sequence[Path], path: Path) -> None:
     """Draw the losses of one or more metrics.jsonl (trials) into a file; see `loss_figure`. Nothing without a line."""
-    trials = [lines for one in metrics if (lines := files.read_lines(one))]
+    trials = [lines for path in metrics if (lines := files.read_lines(path))]
     if trials:
         _save(loss_figure(trials), path)
 
@@ -80,8 +80,8 @@ def _bars(
     places = list(range(len(names)))
     axes.barh(places, [value or 0.0 for value in values], height=0.72, color=fill)
     for place, value in zip(places, values):
-        words = "no object" if value is None else f"{value:.1f}"
-        axes.text((value or 0.0) + 1, place, words, va="center", fontsize=7, color=muted if value is None else text)
+        note = "no object" if value is None else f"{value:.1f}"
+        axes.text((value or 0.0) + 1, place, note, va="center", fontsize=7, color=muted if value is None else text)
     axes.set(xlim=(0, 108), ylim=(rows - 0.4, -0.6), xticks=range(0, 101, 20))
     axes.set_yticks(places, [_short(name) for name in names])
     _plain(axes, shades)
@@ -111,8 +111,8 @@ def loss_figure(trials: Sequence[list[dict[str, Any]]], shades: tuple[str, str, 
         _curve(axes, lines, "loss", color=shades[1], linewidth=0.8, alpha=0.45)
     _curve(axes, trials[0], "loss", smooth=False, color=shades[1], linewidth=0.6, alpha=0.25)
     _curve(axes, trials[0], "loss", color=shades[1], linewidth=1.6, label="total")
-    for name, (words, colour) in PARTS.items():
-        _curve(axes, trials[0], name, color=colour, linewidth=1.1, label=words)
+    for name, (label, colour) in PARTS.items():
+        _curve(axes, trials[0], name, color=colour, linewidth=1.1, label=label)
     _mark_drops(axes, trials[0], shades[2])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("iteration", color=shades[0], fontsize=9)

@@ -60,20 +60,20 @@ def recipe_deviations(recipe: DetectConfig, dataset: str, arch: str) -> list[str
         return [f"protocol {recipe.protocol} is not one of moco-eval's"]
     protocol = PROTOCOLS[recipe.protocol]
     canonical = configs.load(protocol.recipe, "detect", DetectConfig)
-    words = []
+    deviations = []
     followed = rescaled(canonical, recipe.batch_size)
     if recipe.batch_size != canonical.batch_size and _rates(recipe) == _rates(followed):
-        words.append(
+        deviations.append(
             f"batch {recipe.batch_size} instead of {canonical.batch_size}: lr, iterations, steps and warm-up rescaled "
             "by the linear rule"
         )
         canonical = followed
-    words += differences(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
+    deviations += differences(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
     if dataset != protocol.dataset:
-        words.append(f"dataset {dataset} instead of {protocol.dataset}")
+        deviations.append(f"dataset {dataset} instead of {protocol.dataset}")
     if protocol.arch not in (None, arch, arch.removesuffix("_msra")):  # the supervised baseline is MSRA's ResNet-50
-        words.append(f"arch {arch} instead of {protocol.arch}")
-    return words
+        deviations.append(f"arch {arch} instead of {protocol.arch}")
+    return deviations
 
 
 def rescaled(recipe: DetectConfig, batch: int) -> DetectConfig:

@@ -104,8 +104,8 @@ class RegionHeads(nn.Module):
         _, logits, deltas = self.predict(maps, proposals)
         counts = [len(boxes) for boxes in proposals]
         images = zip(proposals, logits.softmax(dim=1).split(counts), deltas.split(counts), sizes)
-        found = [self._detect(*image) for image in images]
-        return self._look_closer(maps, found), {}
+        detections = [self._detect(*image) for image in images]
+        return self._look_closer(maps, detections), {}
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, target: dict[str, Any]) -> Regions:
@@ -165,9 +165,9 @@ class RegionHeads(nn.Module):
         keep = keep[solid(boxes[keep])]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep] + 1}
 
-    def _look_closer(self, maps: list[Tensor], found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _look_closer(self, maps: list[Tensor], detections: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Masks and keypoints of the detections, by their final boxes."""
-        boxes = [image["boxes"] for image in found]
+        boxes = [image["boxes"] for image in detections]
         counts = [len(image) for image in boxes]
         if self.mask_head is not None:
             features = (
@@ -176,13 +176,13 @@ class RegionHeads(nn.Module):
                 else self._pool_again(maps, boxes)
             )
             logits = self.mask_head(features)
-            labels = torch.cat([image["labels"] for image in found]) - 1
+            labels = torch.cat([image["labels"] for image in detections]) - 1
             masks = logits[torch.arange(len(logits), device=logits.device), labels].sigmoid()
-            found = [image | {"masks": mask} for image, mask in zip(found, masks.split(counts))]
+            detections = [image | {"masks": mask} for image, mask in zip(detections, masks.split(counts))]
         if self.keypoint_head is not None:
             points = keypoints_of(self.keypoint_head(self._pool_again(maps, boxes)), torch.cat(boxes))
-            found = [image | {"keypoints": part} for image, part in zip(found, points.split(counts))]
-        return found
+            detections = [image | {"keypoints": part} for image, part in zip(detections, points.split(counts))]
+        return detections
 
 
 def _part(regions: Regions, chosen: Tensor) -> Regions:

@@ -60,7 +60,7 @@ def _detect(
     images = inputs.images_to_detect(data.test[first::world], recipe)
     rounds = range(-(-len(data.test) // world))
     before = recipe.schedule.iterations + recipe.precise_bn  # the steps that this Stop has seen
-    found = []
+    detections = []
     for number, image in console.track(zip_longest(rounds, images), "evaluate", len(rounds), world):
         if stop.look(before + number, False)[0]:
             stop.check("the trained detector is saved; run the same command again to go on")
@@ -68,8 +68,8 @@ def _detect(
             (pixels,), (size,) = image
             with autocast(device, recipe.precision):
                 (result,) = model([to_device(pixels, device)])
-            found.append(on_disk(result, (pixels.shape[2], pixels.shape[1]), size))
-    shares = collectives.gather_lists(found)
+            detections.append(on_disk(result, (pixels.shape[2], pixels.shape[1]), size))
+    shares = collectives.gather_lists(detections)
     return [shares[index % world][index // world] for index in range(len(data.test))]
 
 

@@ -54,12 +54,12 @@ def cells(line: Line) -> tuple[str, ...]:
 def below(comparison: Comparison) -> list[str]:
     """The deviations of the marked runs, what the judgements mean, the paper's notes, the source."""
     table = comparison.table
-    found = [f"[{i}] not comparable: {words}" for i, words in enumerate(comparison.footnotes, 1)]
+    notes = [f"[{i}] not comparable: {footnote}" for i, footnote in enumerate(comparison.footnotes, 1)]
     if any(line.judgement for line in comparison.lines):
         over = REPEATS.get(str(table.over), str(table.over))
-        found.append(f"within, above, below: beside the published mean ± its standard deviation over {over}")
-    found += [f"{row.label}: {row.note}" for row in table.rows if row.note]
-    return [*found, f"published: {table.source}"]
+        notes.append(f"within, above, below: beside the published mean ± its standard deviation over {over}")
+    notes += [f"{row.label}: {row.note}" for row in table.rows if row.note]
+    return [*notes, f"published: {table.source}"]
 
 
 def heading(missing: Missing) -> str:

@@ -57,7 +57,7 @@ class Cost:
     basis: str
 
     @property
-    def words(self) -> str:
+    def phrase(self) -> str:
         if self.basis == "small":
             return "under a minute"
         return f"about {duration(self.seconds)}" + (f", as in {self.basis}" if self.basis != "timed" else "")
@@ -82,9 +82,9 @@ class Probe:
     recipe: str = ""
 
     @property
-    def words(self) -> str:
-        what = f"{self.recipe} on {self.arch}" if self.recipe else f"{self.arch} at {self.size} pixels"
-        return f"{what}, {self.kind}, {self.precision}, batch {self.batch}"
+    def phrase(self) -> str:
+        network = f"{self.recipe} on {self.arch}" if self.recipe else f"{self.arch} at {self.size} pixels"
+        return f"{network}, {self.kind}, {self.precision}, batch {self.batch}"
 
 
 def machine() -> str:
@@ -115,15 +115,15 @@ def costs(steps: Sequence[ChainStep], table: Table, records: Sequence[Record]) -
 def _cost(step: ChainStep, row: Row, table: Table, records: Sequence[Record], device: torch.device) -> Cost | None:
     if step.kind not in ("pretrain", "evaluate"):
         return Cost(30.0, "small")
-    if found := measured(step, row, table, records, device):
-        return found
+    if cost := measured(step, row, table, records, device):
+        return cost
     seconds = 0.0
     for probe, images in work(step, row):
         each = seconds_per_image(probe, device)
         if each is None or not images:
             return None
         seconds += each * images
-    at_once = _number(step.words, "--nproc") if device.type == "cuda" else 1  # processes share a CPU
+    at_once = _number(step.arguments, "--nproc") if device.type == "cuda" else 1  # processes share a CPU
     return Cost(seconds / at_once, "timed")
 
 
@@ -142,12 +142,12 @@ def measured(step: ChainStep, row: Row, table: Table, records: Sequence[Record],
         and record["dataset"]["name"] == column.dataset
         and record["encoder"]["arch"] == arch
         and _is_whole(record)
-        and _ran_here(record, _number(step.words, "--nproc"), device)
+        and _ran_here(record, _number(step.arguments, "--nproc"), device)
     ]
     if not alike:
         return None
     newest = max(alike, key=lambda record: record["environment"].get("time", ""))
-    seconds = newest["cost"]["seconds"] / len(newest["trials"]) * _number(step.words, "--trials")
+    seconds = newest["cost"]["seconds"] / len(newest["trials"]) * _number(step.arguments, "--trials")
     return Cost(seconds, newest.get("run", "an earlier run"))
 
 
@@ -157,7 +157,7 @@ def _is_whole(record: Record) -> bool:
         record.get("cost", {}).get("seconds", 0) > 0
         and not record["cost"].get("cached_images")
         and not {"labels_per_class", "subset"} & record["dataset"].keys()
-        and all(words.startswith("encoder: ") for words in record["deviations"])
+        and all(deviation.startswith("encoder: ") for deviation in record["deviations"])
     )
 
 
@@ -171,9 +171,13 @@ def _ran_here(record: Record, processes: int, device: torch.device) -> bool:
     )
 
 
-def _number(words: Sequence[str], option: str) -> int:
+def _number(arguments: Sequence[str], option: str) -> int:
     """The value of an option in a command; 1 where it is not given."""
-    return int(words[words.index(option) + 1]) if option in words else 1
+    return int(_value(arguments, option, "1"))
+
+
+def _value(arguments: Sequence[str], option: str, default: str) -> str:
+    return arguments[arguments.index(option) + 1] if option in arguments else default
 
 
 # What a step consists of
@@ -184,21 +188,20 @@ def work(step: ChainStep, row: Row) -> list[tuple[Probe, float]]:
     if step.kind == "pretrain":
         assert row.recipe
         return list(_pretraining(step, row.recipe.resolved()))
-    trials, arch = _number(step.words, "--trials"), _arch(step, row)
-    kind = step.words[0]
+    trials, arch = _number(step.arguments, "--trials"), _arch(step, row)
+    kind = step.arguments[0]
     if kind == "detect":
-        found = _detection(step, configs.load(step.name, "detect", DetectConfig), arch)
+        pieces = _detection(step, configs.load(step.name, "detect", DetectConfig), arch)
     else:
-        found = _classification(step, load_config(step.name, kind), arch, _side(step, row), trials)
-    return [(probe, trials * images) for probe, images in found]
+        pieces = _classification(step, load_config(step.name, kind), arch, _side(step, row), trials)
+    return [(probe, trials * images) for probe, images in pieces]
 
 
 def _pretraining(step: ChainStep, recipe: PretrainConfig) -> Iterator[tuple[Probe, float]]:
     """A query forward and backward and a key forward for each image, twice if symmetric; and the kNN monitor."""
     images, epochs = _images(step.dataset, "train"), recipe.schedule.epochs
-    given = step.words[step.words.index("--precision") + 1] if "--precision" in step.words else recipe.precision
-    precision = "bf16" if given == "bf16" else "fp32"
-    batch, size = max(1, recipe.batch_size // _number(step.words, "--nproc")), recipe.views.size
+    precision = "bf16" if _value(step.arguments, "--precision", recipe.precision) == "bf16" else "fp32"
+    batch, size = max(1, recipe.batch_size // _number(step.arguments, "--nproc")), recipe.views.size
     train, forward = (Probe(kind, recipe.arch, size, batch, precision) for kind in ("train", "forward"))
     views = images * epochs * (2 if recipe.symmetric else 1)
     yield train, views * (2 if recipe.mechanism == "end_to_end" else 1)
@@ -220,7 +223,7 @@ def _classification(step: ChainStep, config: Any, arch: str, size: int, trials: 
 def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tuple[Probe, float]]:
     """Every image of every iteration, a third of that for precise BN, which has no backward; and the test images."""
     test = recipe.scenes.test if recipe.scenes else DETECTION_TEST.get(step.dataset, 0)
-    batch = max(1, recipe.batch_size // recipe.accumulate // _number(step.words, "--nproc"))
+    batch = max(1, recipe.batch_size // recipe.accumulate // _number(step.arguments, "--nproc"))
     train, forward = (Probe(kind, arch, 0, batch, recipe.precision, step.name) for kind in ("train", "forward"))
     yield train, (recipe.schedule.iterations + recipe.precise_bn / 3) * recipe.batch_size
     yield forward, test
@@ -234,7 +237,7 @@ def _images(dataset: str, split: str) -> int:
 
 def _arch(step: ChainStep, row: Row) -> str:
     """The architecture of an evaluated encoder."""
-    kind, _, rest = step.words[1].partition(":")
+    kind, _, rest = step.arguments[1].partition(":")
     if kind == "zoo":
         arch = zoo.entry(rest).recipe.arch
         return f"{arch}_224" if arch.startswith("vit_") and not arch.endswith("_224") else arch  # named without pixels
@@ -246,7 +249,7 @@ def _arch(step: ChainStep, row: Row) -> str:
 
 def _side(step: ChainStep, row: Row) -> int:
     """Of an evaluated image, in pixels."""
-    if row.recipe and not step.words[1].startswith(("zoo:", "random:", "torchvision:")):
+    if row.recipe and not step.arguments[1].startswith(("zoo:", "random:", "torchvision:")):
         return row.recipe.resolved().views.size
     return preprocessing_for(step.dataset, None).size
 
@@ -259,10 +262,10 @@ def seconds_per_image(probe: Probe, device: torch.device) -> float | None:
     if device.type == "cpu":
         probe = replace(probe, batch=min(probe.batch, CPU_BATCH))
     path = files.cache_folder("costs.json")
-    key = f"{machine()}; torch {torch.__version__}; {probe.words}"
+    key = f"{machine()}; torch {torch.__version__}; {probe.phrase}"
     known = _known(path)
     if key not in known:
-        log(f"timing this machine once: {probe.words}")
+        log(f"timing this machine once: {probe.phrase}")
         took = measure(probe, device)
         if took is None:
             return None
@@ -290,17 +293,17 @@ def measure(probe: Probe, device: torch.device) -> float | None:
 
     Pieces grow. None where not even the smallest fits into memory.
     """
-    found = None
+    seconds = None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         for images, run in (_detector_pieces if probe.recipe else _pieces)(probe, device):
-            if found is not None and found * images > SECONDS:
+            if seconds is not None and seconds * images > SECONDS:
                 break
             try:
-                found = _fastest(run, device) / images
+                seconds = _fastest(run, device) / images
             except torch.OutOfMemoryError:
                 break
-    return found
+    return seconds
 
 
 def _fastest(run: Callable[[], None], device: torch.device) -> float:
@@ -385,7 +388,7 @@ def _scene(recipe: DetectConfig, share: float, batch: int, keypoints: int, devic
     corners = torch.rand(batch, OBJECTS, 2) * 0.5
     boxes = torch.cat([corners, corners + 0.2 + 0.3 * torch.rand(batch, OBJECTS, 2)], dim=2)
     boxes = boxes * torch.tensor([width, height, width, height])
-    return images, [_target(one, recipe, keypoints, device) for one in boxes]
+    return images, [_target(corners, recipe, keypoints, device) for corners in boxes]
 
 
 def _target(boxes: torch.Tensor, recipe: DetectConfig, keypoints: int, device: torch.device) -> dict[str, Any]:

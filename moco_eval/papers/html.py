@@ -19,7 +19,7 @@ def page(comparison: Comparison, missing: Missing) -> str:
         caption=table.caption,
         headings=cells.HEADINGS,
         groups=groups,
-        words=cells,
+        cells=cells,
         below=cells.below(comparison),
         unobtainable=cells.unobtainable(missing),
         missing=missing,

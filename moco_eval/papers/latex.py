@@ -3,7 +3,7 @@
 import re
 from itertools import groupby
 
-from moco_eval.papers import cells as words
+from moco_eval.papers import cells
 from moco_eval.papers.match import Comparison, Line
 from moco_eval.papers.todo import Missing, comment, script
 
@@ -42,7 +42,7 @@ def latex(comparison: Comparison, missing: Missing) -> str:
     share = 0.25 if any(line.ours for line in comparison.lines) else 0.4
     columns = (rf"p{{{share}\linewidth}} " if wide else "l ") + NUMBERS
     packages = r"\usepackage{booktabs}" + (r" and \usepackage{longtable}" if long else "")
-    caption = rf"\caption{{{escape(f'{words.title(table)}. {table.caption}')}}}"
+    caption = rf"\caption{{{escape(f'{cells.title(table)}. {table.caption}')}}}"
     head, rows = _head(), _rows(comparison.lines, r"\raggedright " if wide else "")
     size, below = r"\footnotesize\setlength{\tabcolsep}{3pt}", _below(comparison)
     if long:
@@ -56,23 +56,23 @@ def latex(comparison: Comparison, missing: Missing) -> str:
 
 
 def _head() -> list[str]:
-    row, metric, *numbers = words.HEADINGS
-    cells = [row, metric, *(rf"\multicolumn{{2}}{{c}}{{{one}}}" for one in numbers)]
-    return [r"\toprule", rf"{' & '.join(cells)} \\", r"\midrule"]
+    row, metric, *numbers = cells.HEADINGS
+    headings = [row, metric, *(rf"\multicolumn{{2}}{{c}}{{{heading}}}" for heading in numbers)]
+    return [r"\toprule", rf"{' & '.join(headings)} \\", r"\midrule"]
 
 
 def _rows(lines: list[Line], before_label: str) -> list[str]:
     """Lines of one row together, its label on the first of them."""
     groups = [(label, list(group)) for label, group in groupby(lines, key=lambda line: line.row)]
     apart = any(len(group) > 1 for _, group in groups)
-    found: list[str] = []
+    rows: list[str] = []
     for label, group in groups:
-        found += [r"\addlinespace"] if found and apart else []
+        rows += [r"\addlinespace"] if rows and apart else []
         for number, line in enumerate(group):
-            parts = (*words.published(line), *words.ours(line), *words.difference(line))
-            cells = ("" if number else before_label + escape(label), escape(words.metric(line)), *map(_number, parts))
-            found.append(" & ".join(cells) + r" \\")
-    return found
+            numbers = (*cells.published(line), *cells.ours(line), *cells.difference(line))
+            first = "" if number else before_label + escape(label)
+            rows.append(" & ".join((first, escape(cells.metric(line)), *map(_number, numbers))) + r" \\")
+    return rows
 
 
 def _number(text: str) -> str:
@@ -81,19 +81,19 @@ def _number(text: str) -> str:
 
 
 def _below(comparison: Comparison) -> str:
-    notes = " ".join(rf"{escape(one)}\par" for one in words.below(comparison))
+    notes = " ".join(rf"{escape(note)}\par" for note in cells.below(comparison))
     return rf"\par\medskip\begin{{minipage}}{{\linewidth}}\raggedright\footnotesize {notes}\end{{minipage}}"
 
 
 def escape(text: str) -> str:
     """Text that LaTeX prints as it is; a character that it may not know becomes a question mark."""
-    one_line = " ".join(text.split())  # an empty line would end a caption
-    found = "".join(SPECIAL.get(one, one if one.isascii() or one in KNOWN else "?") for one in one_line)
-    return f"{{}}{found}" if found.startswith("[") else found  # not an optional argument of the \\ before it
+    line = " ".join(text.split())  # an empty line would end a caption
+    escaped = "".join(SPECIAL.get(letter, letter if letter.isascii() or letter in KNOWN else "?") for letter in line)
+    return f"{{}}{escaped}" if escaped.startswith("[") else escaped  # not an optional argument of the \\ before it
 
 
 def _comments(missing: Missing) -> list[str]:
-    lines = words.unobtainable(missing)
+    lines = cells.unobtainable(missing)
     if missing.steps:
-        lines += [words.heading(missing), *script(missing).splitlines(), missing.total]
+        lines += [cells.heading(missing), *script(missing).splitlines(), missing.total]
     return [comment(line, "%") for line in lines]

@@ -89,8 +89,8 @@ def compare(table: Table, records: Sequence[Record]) -> Comparison:
     for row in table.rows:
         for name, published in row.published.items():
             column = table.columns[name]
-            found = [record for record in records if _belongs(record, column, row)]
-            groups: list[Ours | None] = [*_groups(found, column, row)]
+            cell_records = [record for record in records if _belongs(record, column, row)]
+            groups: list[Ours | None] = [*_groups(cell_records, column, row)]
             for ours in groups or [None]:
                 n = len(row.trials.get(name, ())) or (column.trials if column.trials > 1 else None)
                 line = Line(row.label, column, published, row.std.get(name), n, table.over, ours)
@@ -102,10 +102,10 @@ def compare(table: Table, records: Sequence[Record]) -> Comparison:
 def _mark(footnotes: list[str], ours: Ours | None) -> int | None:
     if ours is None or not ours.deviations:
         return None
-    words = f"{', '.join(ours.runs)}: {'; '.join(ours.deviations)}"
-    if words not in footnotes:
-        footnotes.append(words)
-    return footnotes.index(words) + 1
+    footnote = f"{', '.join(ours.runs)}: {'; '.join(ours.deviations)}"
+    if footnote not in footnotes:
+        footnotes.append(footnote)
+    return footnotes.index(footnote) + 1
 
 
 def _belongs(record: Record, column: Column, row: Row) -> bool:
@@ -184,9 +184,12 @@ def _bn(pretraining: Record) -> str:
 
 def _groups(records: list[Record], column: Column, row: Row) -> list[Ours]:
     """Records by their deviations, the comparable ones first, then those of enough trials, then the newest."""
-    newest_first = sorted(records, key=lambda one: (len(one["trials"]) >= column.trials, _time(one)), reverse=True)
+
+    def rank(record: Record) -> tuple[bool, float]:
+        return len(record["trials"]) >= column.trials, _time(record)
+
     by_deviations: dict[tuple[str, ...], list[Record]] = {}
-    for record in newest_first:
+    for record in sorted(records, key=rank, reverse=True):
         by_deviations.setdefault(tuple(_deviations(record, row)), []).append(record)
     kinds = sorted(by_deviations, key=bool)  # stable: the newest stay first
     return [_ours(by_deviations[kind], column, list(kind)) for kind in kinds]
@@ -196,9 +199,9 @@ def _deviations(record: Record, row: Row) -> list[str]:
     """A record's deviations, but for what the row's own recipe does as well (the ablations)."""
     if not row.recipe:
         return record["deviations"]
-    wanted, found = row.recipe.settings(), flatten(_config(record["encoder"]) or {})
-    asked = tuple(f"encoder: {key} " for key, value in wanted.items() if key in found and found[key] == value)
-    return [words for words in record["deviations"] if not words.startswith(asked)]
+    wanted, settings = row.recipe.settings(), flatten(_config(record["encoder"]) or {})
+    asked = tuple(f"encoder: {key} " for key, value in wanted.items() if key in settings and settings[key] == value)
+    return [deviation for deviation in record["deviations"] if not deviation.startswith(asked)]
 
 
 def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:

@@ -1,4 +1,4 @@
-"""A comparison as text, Markdown or CSV; latex.py and page.py have the other formats."""
+"""A comparison as text, Markdown or CSV; latex.py and html.py have the other formats."""
 
 import csv
 import io
@@ -61,7 +61,7 @@ def _markdown(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
     rows = [cells.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(cells.cells, comparison.lines)]
     grid = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
-    below = [f"- {_plain(one)}" for one in (*cells.below(comparison), *cells.unobtainable(missing))]
+    below = [f"- {_plain(note)}" for note in (*cells.below(comparison), *cells.unobtainable(missing))]
     lines = [f"**{_plain(cells.title(table))}.** {_plain(table.caption)}", "", *grid, "", *below]
     if missing.steps:
         lines += ["", cells.heading(missing), "", "```sh", script(missing), "```", "", missing.total]

@@ -102,19 +102,19 @@ def choose(table: Table, asked: Sequence[str]) -> tuple[list[Row], list[tuple[st
 
 def _named(table: Table, part: str) -> list[Row]:
     labels = [row.label for row in table.rows]
-    found = [row for row in table.rows if row.label.lower() == part.lower()]
-    found = found or [row for row in table.rows if part.lower() in row.label.lower()]
-    if not found:
+    named = [row for row in table.rows if row.label.lower() == part.lower()]
+    named = named or [row for row in table.rows if part.lower() in row.label.lower()]
+    if not named:
         near = difflib.get_close_matches(part, labels, 1)
         way_out = f"Did you mean {near[0]!r}?" if near else f"Its rows: {', '.join(map(repr, labels))}."
         raise InputError(f"no row of {table.id} has {part!r} in its label. {way_out}")
-    return found
+    return named
 
 
 def _with_reasons(rows: Sequence[Row], reasons: Mapping[str, str], shown: int = 5) -> str:
     """The labels, each with why there is nothing of ours."""
-    words = [f"{label!r} ({reasons[label]})" for label in dict.fromkeys(row.label for row in rows)]
-    return ", ".join(words[:shown]) + (f", and {len(words) - shown} more" if words[shown:] else "")
+    refusals = [f"{label!r} ({reasons[label]})" for label in dict.fromkeys(row.label for row in rows)]
+    return ", ".join(refusals[:shown]) + (f", and {len(refusals) - shown} more" if refusals[shown:] else "")
 
 
 # Data
@@ -133,7 +133,7 @@ def _folders(places: Places) -> Mapping[str, Path]:
     return (dict.fromkeys(known, Path(everywhere)) if everywhere else {}) | dict(places.data)
 
 
-def check(found: Plan, asked: Sequence[str], could_start: Callable[..., object]) -> None:
+def check(plan: Plan, asked: Sequence[str], could_start: Callable[..., object]) -> None:
     """Look whether every step that is left could start, as far as its data tell.
 
     Args:
@@ -142,18 +142,18 @@ def check(found: Plan, asked: Sequence[str], could_start: Callable[..., object])
     Raises:
         InputError: data that are not named, not there, or too few for a pretraining.
     """
-    if found.lacking:
-        more = [word for name in found.lacking for word in ("--data", f"{name}={USUAL.get(name, f'/datasets/{name}')}")]
+    if plan.lacking:
+        more = [word for name in plan.lacking for word in ("--data", f"{name}={USUAL.get(name, f'/datasets/{name}')}")]
         raise InputError(
-            f"{found.table.id} needs the folder of {' and of '.join(found.lacking)}; for example: "
+            f"{plan.table.id} needs the folder of {' and of '.join(plan.lacking)}; for example: "
             f"{shlex.join((*asked, *more))}"
         )
     looked_at = set()
-    for step in found.left:
-        what = (step.dataset, step.words[0], step.name if step.words[0] == "detect" else "")
-        if step.recipe or (step in found.reading and what not in looked_at):
-            _check(step, found.places, could_start)
-        looked_at.add(what)
+    for step in plan.left:
+        source = (step.dataset, step.arguments[0], step.name if step.arguments[0] == "detect" else "")
+        if step.recipe or (step in plan.reading and source not in looked_at):
+            _check(step, plan.places, could_start)
+        looked_at.add(source)
 
 
 def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) -> None:
@@ -166,7 +166,7 @@ def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) 
     try:
         if step.recipe:
             could_start(step.recipe.resolved(), step.dataset, folder, places.processes)
-        elif step.words[0] == "detect":
+        elif step.arguments[0] == "detect":
             open_data(step.dataset, folder, (None, None), configs.load(step.name, "detect", DetectConfig))
         else:
             open_splits(step.dataset, folder)
@@ -177,16 +177,16 @@ def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) 
 # The plan in words
 
 
-def costs_of(found: Plan, records: Sequence[Record]) -> "list[Cost | None]":
+def costs_of(plan: Plan, records: Sequence[Record]) -> "list[Cost | None]":
     """About how long each step that is left takes on this machine; imports torch and times it, where anything is."""
-    if not found.left:
+    if not plan.left:
         return []
     from moco_eval.papers.cost import costs
 
-    return costs(found.left, found.table, records)
+    return costs(plan.left, plan.table, records)
 
 
-def describe(found: Plan, jobs: Mapping[Path, str], costs: "Sequence[Cost | None] | None" = None) -> str:
+def describe(plan: Plan, jobs: Mapping[Path, str], costs: "Sequence[Cost | None] | None" = None) -> str:
     """Each step with its state, and the rows that are left out; with the costs also the commands that are left.
 
     Args:
@@ -196,31 +196,31 @@ def describe(found: Plan, jobs: Mapping[Path, str], costs: "Sequence[Cost | None
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("step", "rows", "state", *(["takes here"] if costs else [])):
         grid.add_column(heading)
-    takes = {step.words: cost.words if cost else "not known" for step, cost in zip(found.left, costs or [])}
-    for step in found.steps:
+    takes = {step.arguments: cost.phrase if cost else "not known" for step, cost in zip(plan.left, costs or [])}
+    for step in plan.steps:
         rows = "; ".join(dict.fromkeys(label for label, _ in step.cells))
-        cells = (_title(step), rows, _state(step, found, jobs), takes.get(step.words, ""))
+        cells = (_title(step), rows, _state(step, plan, jobs), takes.get(step.arguments, ""))
         grid.add_row(*(escape(cell) for cell in cells[: len(grid.columns)]))
-    shown = as_text(grid, *(f"left out: {label}: {why}" for label, why in found.left_out))
+    shown = as_text(grid, *(f"left out: {label}: {why}" for label, why in plan.left_out))
     if not costs:
         return shown
     # not through rich, which would break commands at the terminal's width
-    return "\n".join(filter(None, (shown, *(step.command for step in found.left), total(costs))))
+    return "\n".join(filter(None, (shown, *(step.command for step in plan.left), total(costs))))
 
 
 def _title(step: ChainStep) -> str:
     if step.kind == "convert":
         return "convert to detectron2"
-    return f"{step.words[0]} {step.name} on {step.dataset}"
+    return f"{step.arguments[0]} {step.name} on {step.dataset}"
 
 
-def _state(step: ChainStep, found: Plan, jobs: Mapping[Path, str]) -> str:
-    if step not in found.left:
-        done = chain.is_done(step, found.table, ()) or step.kind == "evaluate"
+def _state(step: ChainStep, plan: Plan, jobs: Mapping[Path, str]) -> str:
+    if step not in plan.left:
+        done = chain.is_done(step, plan.table, ()) or step.kind == "evaluate"
         return "done" if done else "not needed"  # all that it is for is done
     if step.output in jobs:
         return jobs[step.output]
-    if step in found.reading and step.dataset in found.lacking:
+    if step in plan.reading and step.dataset in plan.lacking:
         return f"data missing: {step.dataset}"
     return "begun" if step.output.exists() else "left"
 
@@ -253,7 +253,7 @@ def alone(runs: Path) -> Iterator[IO[Any]]:
         yield lock
 
 
-def run(found: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
+def run(plan: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
     """Run what is left, in order, each step a process of its own that resumes as the command itself does.
 
     Raises:
@@ -263,13 +263,13 @@ def run(found: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
     """
     from moco_eval.runtime.console import tell
 
-    for step in found.left:
+    for step in plan.left:
         if step.output in jobs:
             raise InputError(f"{step.output} is a SLURM job's ({jobs[step.output]}); take --slurm, or scancel the job")
-    for number, step in enumerate(found.left, 1):
-        tell(f"step {number} of {len(found.left)}: {step.command}")
-        code, told = _process(step.words, lock)
-        where = f"step {number} of {len(found.left)}"
+    for number, step in enumerate(plan.left, 1):
+        tell(f"step {number} of {len(plan.left)}: {step.command}")
+        code, told = _process(step.arguments, lock)
+        where = f"step {number} of {len(plan.left)}"
         if told or code == 3:
             raise Interrupted(f"stopped in {where}; {AGAIN}")
         if code == 2:
@@ -279,7 +279,7 @@ def run(found: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
             raise RunFailed(f"{where} failed ({how}): {step.command}; {AGAIN}")
 
 
-def _process(words: Sequence[str], lock: IO[Any]) -> tuple[int, bool]:
+def _process(arguments: Sequence[str], lock: IO[Any]) -> tuple[int, bool]:
     """Run a command of ours to its end: its exit code, and whether we were told to stop.
 
     Signals are passed on, and the process is waited for. What it prints goes to stderr: stdout is for the table.
@@ -294,7 +294,7 @@ def _process(words: Sequence[str], lock: IO[Any]) -> tuple[int, bool]:
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        process = subprocess.Popen([sys.executable, "-m", "moco_eval", *words], stdout=2, pass_fds=[lock.fileno()])
+        process = subprocess.Popen([sys.executable, "-m", "moco_eval", *arguments], stdout=2, pass_fds=[lock.fileno()])
         if told:  # before there was a process
             process.send_signal(told[0])
         return process.wait(), bool(told)

@@ -24,18 +24,18 @@ GRACE = 900  # seconds between a preempted job's SIGTERM and what comes next, at
 class Job:
     """A step on a compute node. submitit calls it, and `checkpoint` when SLURM is about to end the job."""
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = tuple(words)
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = tuple(arguments)
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> None:
-        command = [sys.executable, "-m", "moco_eval", *self.words]
+        command = [sys.executable, "-m", "moco_eval", *self.arguments]
         self.process = subprocess.Popen(command, preexec_fn=_leave_to_submitit)
         code = self.process.wait()
         if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
             time.sleep(GRACE)
         if code:
-            raise RuntimeError(f"exit code {code}: moco-eval {' '.join(self.words)}")
+            raise RuntimeError(f"exit code {code}: moco-eval {' '.join(self.arguments)}")
 
     def checkpoint(self) -> Any:
         """Let the step save what it does; the job that goes on with it. Called from a signal's handler."""
@@ -48,7 +48,7 @@ class Job:
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             except (ProcessLookupError, ChildProcessError):
                 pass  # it has ended
-        return DelayedSubmission(Job(self.words))
+        return DelayedSubmission(Job(self.arguments))
 
 
 def _leave_to_submitit() -> None:
@@ -73,7 +73,7 @@ def submit(steps: Sequence[ChainStep], runs: Path, given: Sequence[str]) -> list
     for step in steps:
         if step.output in waiting:
             continue
-        before = next((ids[str(one.output)] for one in steps[::-1] if one.is_before(step)), None)
+        before = next((ids[str(other.output)] for other in steps[::-1] if other.is_before(step)), None)
         number, earlier = _submit(executor, step, parameters, before), ids.get(str(step.output))
         ids[str(step.output)] = number
         files.write_json(_jobs(runs), ids)
@@ -95,23 +95,23 @@ def _executor(runs: Path) -> Any:
 
 
 def _parameters(given: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = dict(DEFAULTS)
-    for words in given:
-        key, equals, value = words.removeprefix("--").partition("=")
+    parameters: dict[str, Any] = dict(DEFAULTS)
+    for option in given:
+        key, equals, value = option.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         if key in OURS or not key:
-            raise InputError(f"--sbatch {words!r}: reproduce sets that itself; for example --sbatch partition=gpu")
+            raise InputError(f"--sbatch {option!r}: reproduce sets that itself; for example --sbatch partition=gpu")
         if key in ONE_TASK:
-            raise InputError(f"--sbatch {words!r}: a step is one task on one machine; --nproc says its processes")
-        found[key] = value if equals else True
-    return found
+            raise InputError(f"--sbatch {option!r}: a step is one task on one machine; --nproc says its processes")
+        parameters[key] = value if equals else True
+    return parameters
 
 
 def _submit(executor: Any, step: ChainStep, parameters: Mapping[str, Any], before: str | None) -> str:
-    more = {**parameters, "job_name": f"{NAME}{step.words[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
+    more = {**parameters, "job_name": f"{NAME}{step.arguments[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
     executor.update_parameters(additional_parameters=more | ({"dependency": f"afterok:{before}"} if before else {}))
     try:
-        return str(executor.submit(Job(step.words)).job_id)
+        return str(executor.submit(Job(step.arguments)).job_id)
     except Exception as error:  # submitit has its own for each way in which sbatch can fail
         said = str(error).strip().splitlines()
         raise RunFailed(f"sbatch refuses {step.command}: {said[-1] if said else type(error).__name__}") from None
@@ -139,7 +139,7 @@ def states(runs: Path) -> dict[Path, str]:
     if done.returncode and "Invalid job id" not in done.stderr:  # it forgets jobs that have ended
         raise RunFailed(f"squeue does not answer: {done.stderr.strip()}")
     lines = [line.split() for line in done.stdout.splitlines()]
-    said = {words[0]: words[1] for words in lines if words[2:] and words[2].startswith(NAME)}  # numbers come again
+    said = {fields[0]: fields[1] for fields in lines if fields[2:] and fields[2].startswith(NAME)}  # numbers come again
     return {Path(output): f"job {number}, {said[number].lower()}" for output, number in ids.items() if number in said}
 
 

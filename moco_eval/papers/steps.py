@@ -43,7 +43,7 @@ class ChainStep:
     """One command.
 
     Attributes:
-        words: after `moco-eval`.
+        arguments: the command line after `moco-eval`.
         output: the run directory, or the file, that it leaves.
         dataset: what it reads.
         name: of its config: what the pretraining or the evaluation is.
@@ -53,7 +53,7 @@ class ChainStep:
     """
 
     kind: Literal["pretrain", "convert", "evaluate"]
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     output: Path
     dataset: str
     name: str
@@ -63,7 +63,7 @@ class ChainStep:
 
     @property
     def command(self) -> str:
-        return shlex.join(("moco-eval", *self.words))
+        return shlex.join(("moco-eval", *self.arguments))
 
     @property
     def before(self) -> "list[ChainStep]":
@@ -71,7 +71,7 @@ class ChainStep:
         return [self.after, *self.after.before] if self.after else []
 
     def is_before(self, other: "ChainStep") -> bool:
-        return any(step.words == self.words for step in other.before)
+        return any(step.arguments == self.arguments for step in other.before)
 
 
 def steps(table: Table, rows: Sequence[Row], places: Places) -> list[ChainStep]:
@@ -81,13 +81,13 @@ def steps(table: Table, rows: Sequence[Row], places: Places) -> list[ChainStep]:
         InputError: a column's protocol or config is none of ours.
     """
     there = _finished(places.runs) if any(row.recipe for row in rows) else []
-    found: dict[tuple[str, ...], ChainStep] = {}
+    by_arguments: dict[tuple[str, ...], ChainStep] = {}
     for row in rows:
         for step in _of_row(table, row, places, there):
-            before = found.get(step.words)
+            before = by_arguments.get(step.arguments)
             cells = (*before.cells, *step.cells) if before else step.cells
-            found[step.words] = replace(step, cells=tuple(dict.fromkeys(cells)))
-    return list(found.values())
+            by_arguments[step.arguments] = replace(step, cells=tuple(dict.fromkeys(cells)))
+    return list(by_arguments.values())
 
 
 def why_none(table: Table, row: Row) -> str | None:
@@ -110,7 +110,7 @@ def _of_row(table: Table, row: Row, places: Places, there: Sequence["Run"]) -> I
         yield converted
     for asked in _evaluations(columns):
         first = converted if converted and command(columns[asked[0]]) == "detect" else trained
-        yield _evaluated(row, {one: columns[one] for one in asked}, checkpoint, name, first, places)
+        yield _evaluated(row, {key: columns[key] for key in asked}, checkpoint, name, first, places)
 
 
 # Encoders
@@ -125,18 +125,18 @@ def _encoder(row: Row, places: Places, there: Sequence["Run"]) -> tuple[ChainSte
         return None, weights.format(row.match.arch), f"{row.match.weights}-{row.match.arch}"
     assert row.recipe
     folder = _of(row.recipe, there) or places.runs / folder_name(row.recipe)
-    words = (*_pretraining(row.recipe, places), "--output", str(folder))
+    arguments = (*_pretraining(row.recipe, places), "--output", str(folder))
     cells = tuple((row.label, column) for column in row.published)
-    trained = ChainStep("pretrain", words, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
+    trained = ChainStep("pretrain", arguments, folder, row.recipe.dataset, row.recipe.config, cells, recipe=row.recipe)
     place = folder.relative_to(places.runs).parts if folder.is_relative_to(places.runs) else folder.parts[-2:]
     return trained, str(folder / "checkpoints/last.pth"), "-".join(place).removeprefix("pretrain-")
 
 
 def _pretraining(recipe: RowRecipe, places: Places) -> tuple[str, ...]:
-    words = ["pretrain", recipe.config, "--dataset", recipe.dataset, *_data(recipe.dataset, places)]
+    arguments = ["pretrain", recipe.config, "--dataset", recipe.dataset, *_data(recipe.dataset, places)]
     for override in recipe.overrides:
-        words += ["--set", override]
-    return (*words, "--precision", "fp32", *_processes(places))  # published arithmetic, also on a GPU that has bf16
+        arguments += ["--set", override]
+    return (*arguments, "--precision", "fp32", *_processes(places))  # published arithmetic, also on a GPU that has bf16
 
 
 def folder_name(recipe: RowRecipe) -> str:
@@ -160,8 +160,8 @@ def _of(recipe: RowRecipe, there: Sequence[Run]) -> Path | None:
 def _finished(runs: Path) -> list[Run]:
     """Every finished pretraining below a folder; other files of that name are passed over."""
     paths = sorted(runs.rglob("config.yaml")) if runs.is_dir() else []
-    found = [(path.parent, _read(path)) for path in paths if (path.parent / "checkpoints").is_dir()]
-    return [(folder, values) for folder, values in found if _is_finished(folder, values)]
+    candidates = [(path.parent, _read(path)) for path in paths if (path.parent / "checkpoints").is_dir()]
+    return [(folder, values) for folder, values in candidates if _is_finished(folder, values)]
 
 
 def _read(path: Path) -> Record:
@@ -199,8 +199,8 @@ def _is_of(values: Record, recipe: RowRecipe) -> bool:
 def _converted(trained: ChainStep, checkpoint: str) -> ChainStep:
     """The backbone for detectron2, the copy proven, before hours of fine-tuning."""
     out = trained.output / "detectron2.pkl"
-    words = ("convert", checkpoint, str(out), "--to", "detectron2")
-    return ChainStep("convert", words, out, trained.dataset, "detectron2", trained.cells, trained)
+    arguments = ("convert", checkpoint, str(out), "--to", "detectron2")
+    return ChainStep("convert", arguments, out, trained.dataset, "detectron2", trained.cells, trained)
 
 
 # Evaluations
@@ -223,11 +223,11 @@ def evaluation(protocol: str) -> str:
     followed = _followed(kind)
     if followed.get(name) == protocol:
         return name
-    following = [one for one, other in followed.items() if other == protocol]
+    following = [config for config, other in followed.items() if other == protocol]
     if len(following) > 1:
         raise InputError(f"{protocol} is followed by {', '.join(following)}; the column must say which: `config: ...`")
     if not following:
-        known = sorted({one for kind in EVALUATIONS for one in _followed(kind).values()})
+        known = sorted({other for kind in EVALUATIONS for other in _followed(kind).values()})
         raise InputError(f"no protocol {protocol!r}.{configs.did_you_mean(protocol, known)}")
     return following[0]
 
@@ -235,8 +235,8 @@ def evaluation(protocol: str) -> str:
 def _followed(kind: str) -> dict[str, str]:
     """The protocol of each shipped config of a kind."""
     return {
-        one.partition("/")[2]: configs.read_yaml(configs.folder() / f"{one}.yaml")[0]["protocol"]
-        for one in configs.shipped(kind)
+        path.partition("/")[2]: configs.read_yaml(configs.folder() / f"{path}.yaml")[0]["protocol"]
+        for path in configs.shipped(kind)
         if kind in EVALUATIONS
     }
 
@@ -269,16 +269,16 @@ def _evaluated(
     column = next(iter(columns.values()))
     assert column.dataset
     kind, asked = command(column), _config(column)
-    words = [kind, checkpoint, "--dataset", column.dataset, *_data(column.dataset, places)]
-    words += ["--recipe" if kind == "detect" else "--protocol", asked]
-    trials = max(one.trials for one in columns.values())
-    words += ["--trials", str(trials)] if trials > 1 else []
-    words += ["--cache", str(places.runs / "features")] if kind in CACHED and places.runs != Path("runs") else []
+    arguments = [kind, checkpoint, "--dataset", column.dataset, *_data(column.dataset, places)]
+    arguments += ["--recipe" if kind == "detect" else "--protocol", asked]
+    trials = max(column.trials for column in columns.values())
+    arguments += ["--trials", str(trials)] if trials > 1 else []
+    arguments += ["--cache", str(places.runs / "features")] if kind in CACHED and places.runs != Path("runs") else []
     folder = [kind, name, column.dataset, Path(asked).stem, *([f"{trials}-trials"] if trials > 1 else [])]
     output = places.runs / "-".join(folder)
-    cells = tuple((row.label, one) for one in columns)
-    words += [*_processes(places), "--output", str(output)]
-    return ChainStep("evaluate", tuple(words), output, column.dataset, asked, cells, after)
+    cells = tuple((row.label, key) for key in columns)
+    arguments += [*_processes(places), "--output", str(output)]
+    return ChainStep("evaluate", tuple(arguments), output, column.dataset, asked, cells, after)
 
 
 def _data(dataset: str, places: Places) -> list[str]:
@@ -294,12 +294,12 @@ def _processes(places: Places) -> list[str]:
 
 def left(steps: Sequence[ChainStep], table: Table, records: Sequence[Record]) -> list[ChainStep]:
     """What has to run: what is not done, but for encoders that nothing takes which is left."""
-    found: list[ChainStep] = []
+    remaining: list[ChainStep] = []
     for step in reversed(steps):
-        takers = [one for one in steps if step.is_before(one)]
-        if not is_done(step, table, records) and (not takers or any(one in found for one in takers)):
-            found.append(step)
-    return found[::-1]
+        takers = [taker for taker in steps if step.is_before(taker)]
+        if not is_done(step, table, records) and (not takers or any(taker in remaining for taker in takers)):
+            remaining.append(step)
+    return remaining[::-1]
 
 
 def is_done(step: ChainStep, table: Table, records: Sequence[Record]) -> bool:
@@ -315,7 +315,7 @@ def is_done(step: ChainStep, table: Table, records: Sequence[Record]) -> bool:
 
 def _is_there(step: ChainStep, column: Column, row: Row, records: Sequence[Record]) -> bool:
     """Whether a record gives a cell: one in the step's own place also with deviations, which its config may have."""
-    own = [one for one in records if Path(one.get("run", "")) == step.output]
-    return any(match.is_of(one, column, row) for one in own) or any(
-        match.is_comparable(one, column, row) for one in records
+    own = [record for record in records if Path(record.get("run", "")) == step.output]
+    return any(match.is_of(record, column, row) for record in own) or any(
+        match.is_comparable(record, column, row) for record in records
     )

@@ -154,10 +154,8 @@ class Row(Model):
         if bool(self.recipe) != bool(self.states):
             raise ValueError(f"row {self.label!r}: recipe and states go together")
         if self.recipe and self.states:
-            wanted, found = self.states.model_dump(), States.of(self.recipe).model_dump()
-            differ = [
-                f"{key} {wanted[key]} in the paper, {found[key]} in it" for key in wanted if wanted[key] != found[key]
-            ]
+            paper, ours = self.states.model_dump(), States.of(self.recipe).model_dump()
+            differ = [f"{key} {paper[key]} in the paper, {ours[key]} in it" for key in paper if paper[key] != ours[key]]
             if differ:
                 raise ValueError(f"row {self.label!r} has a recipe that is not its own: {'; '.join(differ)}")
         return self
@@ -206,7 +204,8 @@ class Table(Model):
         titles = [column.title for column in self.columns.values()]
         if len(set(titles)) < len(titles):
             raise ValueError("two columns of one title: a column holds one metric of one protocol")
-        held = [(one.metric, one.protocol, one.dataset) for one in self.columns.values() if one.protocol]
+        measured = [column for column in self.columns.values() if column.protocol]
+        held = [(column.metric, column.protocol, column.dataset) for column in measured]
         if len(set(held)) < len(held):
             raise ValueError("two columns of one metric, protocol and data set: each would show the other's runs")
         labels = [row.label for row in self.rows]

@@ -87,7 +87,7 @@ def script(missing: Missing) -> str:
     for step, cost in missing.steps:
         rows = "; ".join(dict.fromkeys(label for label, _ in step.cells))
         lines += [] if rows == before else [comment(rows)]
-        lines += [comment(cost.words if cost else "cost unknown"), step.command]
+        lines += [comment(cost.phrase if cost else "cost unknown"), step.command]
         before = rows
     return "\n".join(lines)
 
@@ -96,7 +96,7 @@ def stopping_script(missing: Missing) -> str:
     """The same as a shell script that ends with the first command that fails."""
     if not missing.steps:
         return comment("nothing is left to run")
-    unnamed = any("FOLDER" in step.words for step, _ in missing.steps)
+    unnamed = any("FOLDER" in step.arguments for step, _ in missing.steps)
     way_out = [comment("put the data set's folder in place of FOLDER, or name it: --data NAME=...")] if unnamed else []
     return "\n".join(("set -e", *way_out, script(missing)))
 

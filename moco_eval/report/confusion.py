@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from moco_eval.errors import InputError
 from moco_eval.features import sample
-from moco_eval.report.pick import by_test_set, has_answers, shared, unlike, words
+from moco_eval.report.pick import by_test_set, description, has_answers, shared, unlike
 from moco_eval.report.runs import Run
 from moco_eval.results import compare
 
@@ -27,10 +27,10 @@ def confusion(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) 
     """
     groups = []
     for data, tested in by_test_set(runs):
-        found = shared([run for run in tested if has_answers(run)], names, order)
-        shown = list(found.values())
-        if found:
-            groups.append({"data": data, "encoders": [_encoder(name, run, shown) for name, run in found.items()]})
+        chosen = shared([run for run in tested if has_answers(run)], names, order)
+        shown = list(chosen.values())
+        if chosen:
+            groups.append({"data": data, "encoders": [_encoder(name, run, shown) for name, run in chosen.items()]})
     return groups
 
 
@@ -39,10 +39,11 @@ def _encoder(name: str, run: Run, shown: Sequence[Run]) -> dict[str, Any]:
     counts = count(run)
     classes = class_names(run, len(counts))
     trials = len(run.record["trials"])
+    about = (description(run), unlike(run, shown), f"mean of {trials} trials" * (trials > 1))
     small = len(counts) <= CLASSES
     return {
         "name": name,
-        "what": ", ".join(filter(None, (words(run), unlike(run, shown), f"mean of {trials} trials" * (trials > 1)))),
+        "description": ", ".join(filter(None, about)),
         "classes": len(counts),
         "matrix": matrix(counts, classes, f"Confusion matrix of {name}") if small else None,
         "pairs": [] if small else most_confused(counts, classes),
@@ -80,7 +81,7 @@ def most_confused(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, 
     """The pairs of classes that are confused most often, the most frequent first; ties by the share of the class."""
     wrong = counts * (1 - np.eye(len(counts)))
     total = counts.sum(axis=1)
-    true, taken = (found.tolist() for found in np.nonzero(wrong))
+    true, taken = (indices.tolist() for indices in np.nonzero(wrong))
     first = sorted(zip(true, taken), key=lambda pair: (-wrong[pair], -wrong[pair] / total[pair[0]], pair))[:PAIRS]
     return [
         {

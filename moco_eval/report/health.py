@@ -12,10 +12,10 @@ def health(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> 
     groups = []
     for data, tested in by_test_set(runs):
         kept = [run for run in tested if run.record and run.record.get("health")]
-        for one in sorted({feature(run) for run in kept}, key=lambda name: (name != "pooled", name)):
-            found = by_encoder([run for run in kept if feature(run) == one], names, order, _has_alignment)
-            title = data if one == "pooled" else f"{data}, {one} feature"
-            rows = [{"name": name, **run.record["health"]} for name, run in found.items() if run.record]
+        for stage in sorted({feature(run) for run in kept}, key=lambda name: (name != "pooled", name)):
+            chosen = by_encoder([run for run in kept if feature(run) == stage], names, order, _has_alignment)
+            title = data if stage == "pooled" else f"{data}, {stage} feature"
+            rows = [{"name": name, **run.record["health"]} for name, run in chosen.items() if run.record]
             _one_alignment(rows)
             groups.append({"data": title, "rows": rows, "aligned": any(row["alignment"] is not None for row in rows)})
     return groups

@@ -32,9 +32,9 @@ def maps(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> li
     groups = []
     for data, tested in by_test_set(runs):
         kept = [run for run in tested if (run.path / sample.NAME).is_file()]
-        found = by_encoder(kept, names, order, lambda run: feature(run) == "pooled")
-        if found:
-            shown = [_encoder(name, run) for name, run in found.items()]
+        chosen = by_encoder(kept, names, order, lambda run: feature(run) == "pooled")
+        if chosen:
+            shown = [_encoder(name, run) for name, run in chosen.items()]
             groups.append({"data": data, "encoders": shown})
     return groups
 
@@ -133,22 +133,22 @@ def _map(
     places = _placed(points)
     grey = ~np.isin(label, shown)
     parts = [_dots(places[grey], "var(--muted)", "round", "other images", 0.35)] if grey.any() else []
-    for number, one in enumerate(shown):
+    for number, index in enumerate(shown):
         cap = ("round", "square")[number % 2]
-        parts.append(_dots(places[label == one], COLOURS[number], cap, classes[one], 0.9))
-    medians = [(classes[one], *np.median(places[label == one], axis=0)) for one in shown]
-    parts += [_label(*one) for one in apart(medians)]
-    parts += [_axis(words, sideways) for words, sideways in zip(axes, (False, True))]
+        parts.append(_dots(places[label == index], COLOURS[number], cap, classes[index], 0.9))
+    medians = [(classes[index], *np.median(places[label == index], axis=0)) for index in shown]
+    parts += [_label(*median) for median in apart(medians)]
+    parts += [_axis(title, sideways) for title, sideways in zip(axes, (False, True))]
     return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
         title, SIDE, SIDE, Markup("").join(parts)
     )
 
 
-def _axis(words: str, sideways: bool) -> Markup:
+def _axis(title: str, sideways: bool) -> Markup:
     x, y = (9.0, SIDE / 2) if sideways else (SIDE / 2, SIDE - 2.0)
     turn = Markup(' transform="rotate(-90 {:g} {:g})"').format(x, y) if sideways else ""
     return Markup('<text x="{:g}" y="{:g}"{} text-anchor="middle" font-size="10" fill="var(--muted)">{}</text>').format(
-        x, y, turn, words
+        x, y, turn, title
     )
 
 
@@ -175,7 +175,7 @@ def _dots(places: np.ndarray, colour: str, cap: str, title: str, opacity: float)
 def apart(labels: Sequence[tuple[str, float, float]], height: float = 12) -> list[tuple[str, float, float]]:
     """Names with their places, kept within the map, and moved down until none lies on another."""
     placed: list[tuple[str, float, float]] = []
-    for name, x, y in sorted(labels, key=lambda one: one[2]):
+    for name, x, y in sorted(labels, key=lambda label: label[2]):
         x = min(max(x, _half(name)), SIDE - _half(name))
         for other, at_x, at_y in placed:
             if abs(x - at_x) < _half(name) + _half(other) and abs(y - at_y) < height:

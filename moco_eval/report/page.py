@@ -51,8 +51,7 @@ def write_report(runs: list[Path], output: Path, title: str = "moco-eval report"
     """
     if output.is_dir():
         raise InputError(f"--output {output} is a folder; name a file in it, such as {output / 'report.html'}")
-    found = read_runs(runs)
-    page = _template().render(title=title, version=__version__, **_script(), **_contents(found))
+    page = _template().render(title=title, version=__version__, **_script(), **_contents(read_runs(runs)))
     written = page.encode("utf-8", "backslashreplace")  # a folder's name may be no UTF-8
     if len(written) > PAGE_BYTES:
         warn(f"{output} has {len(written) / 1e6:.1f} MB; report on fewer runs for a lighter page")
@@ -90,7 +89,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "summary": summary(columns, order, kinds, together),
         "columns": columns,
         "papers": papers(runs),
-        "words": cells,
+        "cells": cells,
         "encoders": order,
         "kinds": kinds,
         "curves": [curves(run) for run in runs if any("loss" in line for line in run.metrics)],

@@ -7,7 +7,7 @@ import numpy as np
 from markupsafe import Markup
 
 from moco_eval.report.confusion import class_names
-from moco_eval.report.pick import by_encoder, by_test_set, has_answers, preference, what, words
+from moco_eval.report.pick import by_encoder, by_test_set, description, has_answers, preference, terms
 from moco_eval.report.runs import Run
 from moco_eval.results import compare
 from moco_eval.results.statistics import RESAMPLES, percentiles, resampled_means
@@ -28,15 +28,15 @@ def paired(
     Raises:
         InputError: the answers of a run are damaged.
     """
-    found = []
+    comparisons = []
     for data, tested in by_test_set(runs):
         answered = [run for run in tested if has_answers(run)]
         both = [(*two, *same) for two in pairs(order, kinds) if (same := _common(answered, names, *two))]
-        shown = [_comparison(data, *one) for one in both[:PAIRS]]
+        shown = [_comparison(data, *pair) for pair in both[:PAIRS]]
         for last in shown[-1:]:
             last["not_shown"] = len(both) - len(shown)
-        found += shown
-    return found
+        comparisons += shown
+    return comparisons
 
 
 def pairs(order: Sequence[str], kinds: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -48,8 +48,9 @@ def pairs(order: Sequence[str], kinds: dict[str, str]) -> Iterator[tuple[str, st
 
 def _common(runs: Sequence[Run], names: dict[str, str], *two: str) -> tuple[Run, Run] | None:
     """The newest runs of two encoders by one protocol on the same labels: the one that is shown first of those."""
-    for kind in sorted({what(run): preference(run) for run in runs}.items(), key=lambda item: item[1], reverse=True):
-        same = by_encoder([run for run in runs if what(run) == kind[0]], names, two, lambda run: 0)
+    preferences = {terms(run): preference(run) for run in runs}
+    for kind in sorted(preferences, key=lambda kind: preferences[kind], reverse=True):
+        same = by_encoder([run for run in runs if terms(run) == kind], names, two, lambda run: 0)
         if len(same) == 2:
             return same[two[0]], same[two[1]]
     return None
@@ -65,7 +66,7 @@ def _comparison(data: str, name: str, rival: str, run: Run, rival_run: Run) -> d
         "name": name,
         "rival": rival,
         "data": data,
-        "what": words(run),
+        "description": description(run),
         "metric": done.metric,
         "images": len(labels),
         "difference": f"{done.difference:+.1f}",
@@ -94,10 +95,10 @@ def by_class(
         difference: how much more often each image was classified rightly, -1 to 1, (N,).
     """
     rows = []
-    for one in np.unique(labels):
-        own = 100 * difference[labels == one]
+    for index in np.unique(labels):
+        own = 100 * difference[labels == index]
         low, high = percentiles(resampled_means(own, np.zeros(len(own), dtype=int), RESAMPLES))
-        rows.append((classes[one], float(own.mean()), low, high, len(own) >= FEWEST and not low <= 0 <= high))
+        rows.append((classes[index], float(own.mean()), low, high, len(own) >= FEWEST and not low <= 0 <= high))
     return sorted(rows, key=lambda row: -row[1])
 
 

@@ -14,8 +14,8 @@ from moco_eval.report.runs import Run
 def papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each published table of which one of these runs has a number: the columns they have, whole."""
     records = [run.record | {"run": run.name} for run in runs if run.record]
-    found = (match.compare(load_table(name), records) for name, _ in tables()) if records else ()
-    return [_shown(comparison) for comparison in found if any(_meets(line) for line in comparison.lines)]
+    comparisons = (match.compare(load_table(name), records) for name, _ in tables()) if records else ()
+    return [_shown(comparison) for comparison in comparisons if any(_meets(line) for line in comparison.lines)]
 
 
 def _meets(line: match.Line) -> bool:

@@ -30,12 +30,12 @@ def by_encoder(
     runs: Sequence[Run], names: dict[str, str], order: Sequence[str], rank: Callable[[Run], Any]
 ) -> dict[str, Run]:
     """Of each encoder, in order, the run that ranks highest; of equals the newest."""
-    found: dict[str, Run] = {}
+    chosen: dict[str, Run] = {}
     for run in runs:
         name = names[sha_of(run)]
-        if name not in found or rank(run) >= rank(found[name]):
-            found[name] = run
-    return {name: found[name] for name in order if name in found}
+        if name not in chosen or rank(run) >= rank(chosen[name]):
+            chosen[name] = run
+    return {name: chosen[name] for name in order if name in chosen}
 
 
 def feature(run: Run) -> str:
@@ -48,7 +48,7 @@ def has_answers(run: Run) -> bool:
     return bool(run.record and "top1" in run.record["metrics"] and (run.path / "predictions.npz").is_file())
 
 
-def what(run: Run) -> tuple:
+def terms(run: Run) -> tuple:
     """What two runs must share to be set against each other: protocol, labels, feature, deviations of their own."""
     assert run.record
     dataset = run.record["dataset"]
@@ -58,29 +58,31 @@ def what(run: Run) -> tuple:
 
 def preference(run: Run) -> tuple:
     """All labels before few, linear before kNN before all others, pooled features first: the higher the better."""
-    protocol, few, subset, judged, _ = what(run)
+    protocol, few, subset, judged, _ = terms(run)
     task, _ = kind_and_name(protocol)
     return few is None and subset is None, -TASKS.index(task) if task in TASKS else -len(TASKS), judged == "pooled"
 
 
 def shared(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> dict[str, Run]:
     """Of each encoder, in order, one run: of what most encoders were judged by, else of what it was judged by."""
-    kinds = {what(run): preference(run) for run in runs}
-    same = {kind: by_encoder([run for run in runs if what(run) == kind], names, order, lambda run: 0) for kind in kinds}
-    found = by_encoder(runs, names, order, preference)
-    return found | max(same.values(), key=lambda some: (len(some), max(map(preference, some.values()))), default={})
+    kinds = {terms(run): preference(run) for run in runs}
+    same = {
+        kind: by_encoder([run for run in runs if terms(run) == kind], names, order, lambda run: 0) for kind in kinds
+    }
+    preferred = by_encoder(runs, names, order, preference)
+    return preferred | max(same.values(), key=lambda some: (len(some), max(map(preference, some.values()))), default={})
 
 
-def words(run: Run) -> str:
+def description(run: Run) -> str:
     """A run's protocol, labels and feature in words."""
-    protocol, few, subset, judged, _ = what(run)
+    protocol, few, subset, judged, _ = terms(run)
     labels = f"{few} labels per class" if few else subset
     return ", ".join(filter(None, (protocol, labels, "" if judged == "pooled" else f"{judged} feature")))
 
 
 def unlike(run: Run, others: Sequence[Run]) -> str:
     """The settings by which a run left its protocol, where others that are shown with it did not leave it so."""
-    settings = what(run)[-1]
-    if all(what(other)[-1] == settings for other in others):
+    settings = terms(run)[-1]
+    if all(terms(other)[-1] == settings for other in others):
         return ""
     return f"with {'; '.join(settings)}" if settings else "with the protocol's own settings"

@@ -27,9 +27,9 @@ def neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list
     """A group for each test set: the picture of each encoder, of its newest run that drew one."""
     groups = []
     for data, tested in by_test_set(runs):
-        found = by_encoder([run for run in tested if has(run, "neighbours.png")], names, order, lambda run: 0)
-        if found:
-            shown = [(name, image(run.path / "neighbours.png")) for name, run in found.items()]
+        chosen = by_encoder([run for run in tested if has(run, "neighbours.png")], names, order, lambda run: 0)
+        if chosen:
+            shown = [(name, image(run.path / "neighbours.png")) for name, run in chosen.items()]
             groups.append({"data": data, "encoders": shown})
     return groups
 
@@ -46,9 +46,9 @@ def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list
             assert run.record
             groups.setdefault((data, run.record["protocol"]), {})[names[sha_of(run)]] = run
     shown = []
-    for (dataset, protocol), found in groups.items():
-        drawn = [_detection(name, found[name]) for name in order if name in found]
-        if drawn := [one for one in drawn if one["images"] or one["bars"] or one["losses"]]:
+    for (dataset, protocol), by_name in groups.items():
+        drawn = [_detection(name, by_name[name]) for name in order if name in by_name]
+        if drawn := [run for run in drawn if run["images"] or run["bars"] or run["losses"]]:
             shown.append({"dataset": dataset, "protocol": protocol, "runs": drawn})
     return shown
 
@@ -56,7 +56,8 @@ def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list
 def _detection(name: str, run: Run) -> dict[str, Any]:
     assert run.record
     pictures = sorted(run.path.glob("pictures/*.png")) or sorted(run.path.glob("trial_*/pictures/*.png"))
-    per_class = {one: scores for one, scores in (run.record.get("per_class") or {}).items() if isinstance(scores, dict)}
+    each = run.record.get("per_class") or {}
+    per_class = {label: scores for label, scores in each.items() if isinstance(scores, dict)}
     metric = next((m for m in CLASS_METRICS if any(scores.get(m) is not None for scores in per_class.values())), None)
     shades = (TEXT, ACCENT, MUTED)
     return {

@@ -11,18 +11,19 @@ from moco_eval.results.record import repeats
 
 def deviations_by_protocol(runs: list[Run]) -> list[tuple[str, list[tuple[list[str], list[str]]]]]:
     """By protocol: the deviations from it, those that the same runs have together, and these runs."""
-    found: dict[str, dict[str, list[str]]] = {}
+    by_protocol: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        for words in run.record["deviations"] if run.record else ():
-            found.setdefault(run.record["protocol"], {}).setdefault(words, []).append(run.name)  # type: ignore[index]
-    return [(protocol, _together(found[protocol])) for protocol in sorted(found)]
+        record = run.record or {"deviations": ()}
+        for deviation in record["deviations"]:
+            by_protocol.setdefault(record["protocol"], {}).setdefault(deviation, []).append(run.name)
+    return [(protocol, _together(by_protocol[protocol])) for protocol in sorted(by_protocol)]
 
 
 def _together(deviations: dict[str, list[str]]) -> list[tuple[list[str], list[str]]]:
     by_runs: dict[tuple[str, ...], list[str]] = {}
-    for words, runs in deviations.items():
-        by_runs.setdefault(tuple(runs), []).append(words)
-    return [(words, list(runs)) for runs, words in by_runs.items()]
+    for deviation, runs in deviations.items():
+        by_runs.setdefault(tuple(runs), []).append(deviation)
+    return [(together, list(runs)) for runs, together in by_runs.items()]
 
 
 def provenance(run: Run, names: dict[str, str]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _evaluation_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     dataset, encoder, cost = record["dataset"], record["encoder"], record["cost"]
     seeds = ", ".join(str(trial["seed"]) for trial in record["trials"])
     return [
-        ("data", _data_words(dataset)),
+        ("data", _data_line(dataset)),
         ("fingerprint", dataset.get("fingerprint", "")),
         ("weights", f"{encoder['path']} ({encoder['arch']}, {encoder['origin']})"),
         ("sha256", encoder["sha256"]),
@@ -77,22 +78,20 @@ def _per_class(scores: dict[str, Any]) -> str:
 
 def _pretraining_facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     dataset, recipe = values.get("dataset"), configs.flatten(values.get("config") or {})
-    words = _data_words(dataset) if isinstance(dataset, dict) else str(dataset)
+    line = _data_line(dataset) if isinstance(dataset, dict) else str(dataset)
     fingerprint = dataset.get("fingerprint", "") if isinstance(dataset, dict) else ""
     skipped = ("protocol", "expect")
     recipe = {key: value for key, value in recipe.items() if not is_among(key, skipped) and value is not None}
     return [
-        ("data", words),
+        ("data", line),
         ("fingerprint", fingerprint),
         ("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())),
     ]
 
 
-def _data_words(dataset: dict[str, Any]) -> str:
+def _data_line(dataset: dict[str, Any]) -> str:
     few = dataset.get("labels_per_class")
     counts = [f"{dataset[key]} {key}" for key in ("images", "classes") if dataset.get(key)]
     return " ".join(filter(None, (dataset["name"], dataset.get("split")))) + "".join(
-        f", {words}"
-        for words in (*counts, *([f"{few} labels per class"] if few else []), dataset.get("subset"))
-        if words
+        f", {part}" for part in (*counts, *([f"{few} labels per class"] if few else []), dataset.get("subset")) if part
     )

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, 
 
 from moco_eval.errors import InputError
 
-Words = InstanceOf[str]  # of any characters: names of files may be no UTF-8
+Text = InstanceOf[str]  # of any characters: names of files may be no UTF-8
 Numbers = dict[str, float]
 WAY_OUT = "leave that run out, or run it again into another --output"
 SAID = dict.fromkeys(("model_type", "dict_type"), "no mapping of keys to values")
@@ -19,33 +19,33 @@ class _Expected(BaseModel):
 
 
 class _Dataset(_Expected):
-    name: Words
-    split: Words | None = None
-    fingerprint: Words | None = None
+    name: Text
+    split: Text | None = None
+    fingerprint: Text | None = None
     images: int | None = None
     classes: int | None = None
     labels_per_class: int | None = None
-    subset: Words | None = None
+    subset: Text | None = None
 
 
 class _Named(_Expected):
-    name: Words | None = None
+    name: Text | None = None
 
 
 class _Pretraining(_Expected):
-    protocol: Words | None = None
+    protocol: Text | None = None
     dataset: _Named = _Named()
     epochs: float | None = None
-    bn: Words = "none"
+    bn: Text = "none"
     config: dict[str, Any] = {}
 
 
 class _Encoder(_Expected):
-    path: Words
-    sha256: Words
-    origin: Words
-    arch: Words
-    which: Words = "query"
+    path: Text
+    sha256: Text
+    origin: Text
+    arch: Text
+    which: Text = "query"
     pretraining: _Pretraining | None
 
 
@@ -57,7 +57,7 @@ class _Cost(_Expected):
     seconds: float
     images: int
     peak_memory: float = Field(alias="peak_memory_MB")
-    device: Words
+    device: Text
 
 
 class _Health(_Expected):
@@ -70,13 +70,13 @@ class _Health(_Expected):
 
 
 class _Hardware(_Expected):
-    gpus: list[Words] | None = None
+    gpus: list[Text] | None = None
 
 
 class Environment(_Expected):
     """environment.json, and the same in a record."""
 
-    time: Words = ""
+    time: Text = ""
     hardware: _Hardware | None = None
     versions: dict[str, Any] | None = None
 
@@ -84,17 +84,17 @@ class Environment(_Expected):
 class Record(_Expected):
     """result.json. Records of 0.1.0 have no `health` and may have no `interval`."""
 
-    protocol: Words
+    protocol: Text
     dataset: _Dataset
     encoder: _Encoder
     metrics: Numbers
     std: Numbers
     interval: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
     trials: list[_Trial] = Field(min_length=1)
-    over: Words
-    selection: Words
-    equivalences: list[Words]
-    deviations: list[Words]
+    over: Text
+    selection: Text
+    equivalences: list[Text]
+    deviations: list[Text]
     cost: _Cost
     environment: Environment = Environment()
     health: _Health | None = None
@@ -102,22 +102,22 @@ class Record(_Expected):
 
 
 class _Feature(_Expected):
-    feature: Words = "pooled"
+    feature: Text = "pooled"
 
 
 class Evaluation(_Expected):
     """config.yaml of an evaluation."""
 
-    command: Words
+    command: Text
     encoder: _Feature | None = None
 
 
 class Pretraining(_Expected):
     """config.yaml of a pretraining."""
 
-    command: Words
-    dataset: _Dataset | Words | None = None
-    bn: Words = "none"
+    command: Text
+    dataset: _Dataset | Text | None = None
+    bn: Text = "none"
     config: dict[str, Any] | None = None
 
 
@@ -164,5 +164,5 @@ def require(model: type[_Expected], value: Any, path: Path | str) -> None:
 
 
 def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) <= 60 else f"{words[:57]}..."
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

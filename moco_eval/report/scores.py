@@ -24,7 +24,7 @@ class Score:
     interval: tuple[float, float] | None
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
 
     def against(self, other: "Score") -> str:
@@ -96,7 +96,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
     """What a column holds fixed: labels, protocol, data, metric, and the settings that left the protocol."""
     dataset = record["dataset"]
     task, _ = kind_and_name(record["protocol"])
-    own = tuple(words for words in record["deviations"] if not words.startswith("encoder: "))
+    own = tuple(deviation for deviation in record["deviations"] if not deviation.startswith("encoder: "))
     where = (dataset["name"], dataset.get("split"), dataset.get("fingerprint"))
     return (
         dataset.get("labels_per_class"),
@@ -144,10 +144,10 @@ def summary(
     if not columns:
         return []
     first = columns[0]
-    reached = ", ".join(f"{name} {first.scores[name].words}" for name in encoders if name in first.scores)
-    what = _what(first)
-    what = what if what.startswith("kNN") else what[0].upper() + what[1:]
-    sentences = [f"{what} on {first.dataset}, in percent: {reached}."]
+    reached = ", ".join(f"{name} {first.scores[name].text}" for name in encoders if name in first.scores)
+    measure = _measure(first)
+    measure = measure if measure.startswith("kNN") else measure[0].upper() + measure[1:]
+    sentences = [f"{measure} on {first.dataset}, in percent: {reached}."]
     for name in encoders:
         for rival in encoders:
             if kinds[name] == "trained" and kinds[rival] != "trained":
@@ -155,16 +155,18 @@ def summary(
     return sentences
 
 
-def _what(column: Column) -> str:
-    words = f"{column.task} {column.metric}"
-    return words if column.task == "detection" else f"{words} with {column.regime}"
+def _measure(column: Column) -> str:
+    measure = f"{column.task} {column.metric}"
+    return measure if column.task == "detection" else f"{measure} with {column.regime}"
 
 
 def _verdict(column: Column, name: str, rival: str, paired: Sequence[dict[str, Any]]) -> str:
-    what = column.protocol + ("" if column.regime == "all labels" else f", {column.regime}")
-    for one in paired if column.metric == METRICS["top1"] else ():
-        if (one["name"], one["rival"], one["what"]) == (name, rival, what) and one["data"].split()[0] == column.dataset:
-            return one["verdict"]
+    description = column.protocol + ("" if column.regime == "all labels" else f", {column.regime}")
+    wanted = (name, rival, description, column.dataset)
+    for comparison in paired if column.metric == METRICS["top1"] else ():
+        names, data = (comparison[key] for key in ("name", "rival", "description")), comparison["data"]
+        if (*names, data.split()[0]) == wanted:
+            return comparison["verdict"]
     return column.scores[name].against(column.scores[rival])
 
 
@@ -173,14 +175,14 @@ def _standing(columns: Sequence[Column], name: str, rival: str, paired: Sequence
     places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
     for column in columns:
         if name in column.scores and rival in column.scores:
-            places[_verdict(column, name, rival, paired)].append(_what(column))
-    judged = {words: where for words, where in places.items() if where}
+            places[_verdict(column, name, rival, paired)].append(_measure(column))
+    judged = {standing: where for standing, where in places.items() if where}
     if not judged:
         return []
     if len(judged) == 1 and len(columns) > 1:
-        ((words, where),) = judged.items()
-        return [f"{name} is {words} {rival} in {'all' if where[1:] else 'the'} {_count(where)} they share."]
-    parts = [f"{words} {rival} in {', '.join(where)}" for words, where in judged.items()]
+        ((standing, where),) = judged.items()
+        return [f"{name} is {standing} {rival} in {'all' if where[1:] else 'the'} {_count(where)} they share."]
+    parts = [f"{standing} {rival} in {', '.join(where)}" for standing, where in judged.items()]
     return [f"{name} is {'; '.join(parts)}."]
 
 

@@ -1,12 +1,17 @@
 """What is made of class scores: accuracy, its mean over classes, average precision. All in percent."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from moco_eval.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
 
-def accuracy(scores: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
+
+def accuracy(scores: "torch.Tensor", labels: "torch.Tensor", top: int = 1) -> float:
     """Top-k accuracy in percent; 100 where there are no more classes than k.
 
     Args:
@@ -18,20 +23,23 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
     return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
 
 
-def mean_per_class(scores: torch.Tensor, labels: torch.Tensor) -> float:
+def mean_per_class(scores: "torch.Tensor", labels: "torch.Tensor") -> float:
     """Top-1 accuracy of each class that has images, averaged over these classes, in percent.
 
     Args:
         scores: (N, C); labels: (N,).
     """
     right = (scores.argmax(dim=1) == labels).double()
-    images = torch.bincount(labels, minlength=scores.shape[1])
-    each = torch.bincount(labels, weights=right, minlength=scores.shape[1])[images > 0] / images[images > 0]
+    images = labels.bincount(minlength=scores.shape[1])
+    each = labels.bincount(weights=right, minlength=scores.shape[1])[images > 0] / images[images > 0]
     return 100 * each.mean().item()
 
 
+# Average precision
+
+
 def mean_average_precision(
-    scores: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray, points: str = "area"
+    scores: "torch.Tensor | np.ndarray", labels: "torch.Tensor | np.ndarray", points: str = "area"
 ) -> tuple[np.ndarray, float]:
     """AP of each class over the images, and its mean over the classes, in percent.
 
@@ -65,11 +73,25 @@ def precision_recall(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     Args:
         scores: (N,); labels: (N,), 1 shown, 0 not, -1 ignored; at least one is 1.
     """
-    scores, shown = scores[labels >= 0], labels[labels >= 0] > 0
-    order = np.argsort(-scores, kind="stable")
-    scores, right = scores[order], np.cumsum(shown[order])
-    last = np.append(scores[1:] != scores[:-1], True)  # of the images with one score
-    return (right / np.arange(1, len(right) + 1))[last], (right / right[-1])[last]
+    order, levels, positive = _ranked(scores, labels)
+    last = np.append(np.diff(levels) > 0, True)  # of the images with one score
+    right = np.cumsum(positive)
+    return (right / np.arange(1, len(order) + 1))[last], (right / right[-1])[last]
+
+
+def _ranked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One class's images that are not ignored, highest score first; each (images,).
+
+    Images of equal score enter together, so the order of a file decides nothing.
+
+    Returns:
+        Their indices, the level of each (0 for the highest score, 1 for the next) and whether it shows the class.
+    """
+    used = np.flatnonzero(labels >= 0)
+    order = used[np.argsort(-scores[used], kind="stable")]
+    ranked = scores[order]
+    levels = np.cumsum(np.append(False, ranked[1:] != ranked[:-1])[: len(ranked)])
+    return order, levels, labels[order] > 0
 
 
 LEVELS = np.arange(0.0, 1.1, 0.1)  # recalls of the 11-point rule; the fourth is a little more than 0.3
@@ -87,4 +109,58 @@ def area_under(recall: np.ndarray, precision: np.ndarray) -> float:
 
 
 def _envelope(precision: np.ndarray) -> np.ndarray:
-    return np.maximum.accumulate(precision[::-1])[::-1]
+    """The highest precision at the same or a higher recall, along the first axis."""
+    return np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+
+
+class Ranking:
+    """One class's test images by falling score, for the area of `area_under` under any weights of the images.
+
+    Only the levels at which a positive enters are kept: precision peaks nowhere else.
+
+    Args:
+        scores: of the class, (N,). labels: 1 there, 0 not there, -1 ignored, (N,).
+    """
+
+    def __init__(self, scores: np.ndarray, labels: np.ndarray):
+        order, levels, positive = _ranked(scores, labels)
+        peaks = np.unique(levels[positive])
+        part = np.searchsorted(peaks, levels)  # up to and with which of these each image enters
+        inside = part < len(peaks)
+        self.order, part, positive = order[inside], part[inside], positive[inside]
+        self.starts = np.searchsorted(part, np.arange(len(peaks)))
+        self.positive = self.order[positive]
+        self.positive_starts = np.searchsorted(part[positive], np.arange(len(peaks)))
+
+    def average_precision(self, weights: np.ndarray) -> np.ndarray:
+        """AP (0 to 1) under each column of weights, (N, resamples) -> (resamples,); not a number without positives."""
+        if not len(self.positive):
+            return np.full(weights.shape[1], np.nan)
+        entered = np.add.reduceat(weights[self.order], self.starts, axis=0, dtype=np.int64).cumsum(axis=0)
+        new = np.add.reduceat(weights[self.positive], self.positive_starts, axis=0, dtype=np.int64)
+        right = new.cumsum(axis=0)
+        precision = np.divide(right, entered, out=np.zeros(right.shape), where=entered > 0)
+        with np.errstate(invalid="ignore"):
+            return (_envelope(precision) * new).sum(axis=0) / right[-1]
+
+
+def rankings(scores: np.ndarray, labels: np.ndarray) -> list[Ranking]:
+    """One of each class, from (N, C) scores and labels."""
+    return [Ranking(scores[:, index], labels[:, index]) for index in range(labels.shape[1])]
+
+
+def weighted_mean_average_precision(ranked: Sequence[Ranking], weights: np.ndarray) -> np.ndarray:
+    """`mean_average_precision` in percent under each column of weights, (N, resamples) -> (resamples,).
+
+    Not a number where no class has a positive. With weights of 1 it is that mean but for its last bits: it adds the
+    area up in positives, not in recall, as whole numbers.
+    """
+    each = np.stack([ranking.average_precision(weights) for ranking in ranked])
+    return 100 * mean_where_any(np.where(np.isnan(each), 0, each), ~np.isnan(each), axis=0)
+
+
+def mean_where_any(total: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
+    """Mean along an axis of total / count where count is not 0; not a number where it is 0 everywhere."""
+    ratio = np.divide(total, count, out=np.zeros(total.shape), where=count > 0)
+    with np.errstate(invalid="ignore"):
+        return ratio.sum(axis=axis) / (count > 0).sum(axis=axis)

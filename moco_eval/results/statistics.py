@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moco_eval.results.metrics import mean_where_any, rankings, weighted_mean_average_precision
+
 # what the trials of a record vary (its `over`), said of several
 REPEATS = {"head": "heads", "labels": "label draws", "finetune": "fine-tunings", "pretrain": "pretrainings"}
 RESAMPLES = 2000
@@ -56,7 +58,7 @@ class Answers:
         if top == 1:
             chosen = self.predictions if self.predictions is not None else self._scores().argmax(axis=2)
             return (chosen == self.labels).mean(axis=0)
-        return np.mean([_among_best(one, self.labels, top) for one in self._scores()], axis=0)
+        return np.mean([_among_best(trial, self.labels, top) for trial in self._scores()], axis=0)
 
     def _scores(self) -> np.ndarray:
         assert self.scores is not None, "this metric needs scores"
@@ -140,15 +142,8 @@ def resampled_means(values: np.ndarray, group: np.ndarray, resamples: int, seed:
     for size in _blocks(resamples, len(count)):
         drawn = generator.multinomial(images, count / images, size=size)
         total = np.add.reduceat(drawn * kinds[1], starts, axis=1)
-        means.append(_mean_where_any(total, np.add.reduceat(drawn, starts, axis=1), axis=1))
+        means.append(mean_where_any(total, np.add.reduceat(drawn, starts, axis=1), axis=1))
     return np.concatenate(means)
-
-
-def _mean_where_any(total: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
-    """Mean along an axis of total / count where count is not 0; not a number where it is 0 everywhere."""
-    ratio = np.divide(total, count, out=np.zeros(total.shape), where=count > 0)
-    with np.errstate(invalid="ignore"):
-        return ratio.sum(axis=axis) / (count > 0).sum(axis=axis)
 
 
 def _blocks(resamples: int, width: int) -> Iterator[int]:
@@ -158,7 +153,7 @@ def _blocks(resamples: int, width: int) -> Iterator[int]:
         yield min(size, resamples - start)
 
 
-# Average precision
+# Resampled average precision
 
 
 def draw_weights(images: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -172,61 +167,13 @@ def draw_weights(images: int, resamples: int, seed: int = 0) -> Iterator[np.ndar
         yield np.ascontiguousarray(counts.astype(kind).reshape(size, images).T)
 
 
-class Ranking:
-    """One class's test images by falling score, for average precision under any weights of the images.
-
-    AP is the area under the precision-recall curve after each precision was raised to the highest at the same or a
-    higher recall (VOC 2010's rule). Images of equal score enter together, so the order of a file decides nothing.
-
-    Args:
-        scores: of the class, (N,). labels: 1 there, 0 not there, -1 ignored, (N,).
-    """
-
-    def __init__(self, scores: np.ndarray, labels: np.ndarray):
-        used = np.flatnonzero(labels >= 0)
-        order = used[np.argsort(-scores[used], kind="stable")]
-        positive = labels[order] == 1
-        level = np.cumsum(np.diff(scores[order], prepend=np.inf) != 0) - 1  # 0 for the highest score, 1 for the next
-        found = np.unique(level[positive])  # the precision peaks only where a positive enters
-        part = np.searchsorted(found, level)  # up to and with which of these each image enters
-        inside = part < len(found)
-        self.order, part, positive = order[inside], part[inside], positive[inside]
-        self.starts = np.searchsorted(part, np.arange(len(found)))
-        self.positive = self.order[positive]
-        self.positive_starts = np.searchsorted(part[positive], np.arange(len(found)))
-
-    def average_precision(self, weights: np.ndarray) -> np.ndarray:
-        """AP (0 to 1) under each column of weights, (N, resamples) -> (resamples,); not a number without positives."""
-        if not len(self.positive):
-            return np.full(weights.shape[1], np.nan)
-        entered = np.add.reduceat(weights[self.order], self.starts, axis=0, dtype=np.int64).cumsum(axis=0)
-        new = np.add.reduceat(weights[self.positive], self.positive_starts, axis=0, dtype=np.int64)
-        found = new.cumsum(axis=0)
-        precision = np.divide(found, entered, out=np.zeros(found.shape), where=entered > 0)
-        envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-        with np.errstate(invalid="ignore"):
-            return (envelope * new).sum(axis=0) / found[-1]
-
-
-def rankings(scores: np.ndarray, labels: np.ndarray) -> list[Ranking]:
-    """One of each class, from (N, C) scores and labels."""
-    return [Ranking(scores[:, index], labels[:, index]) for index in range(labels.shape[1])]
-
-
-def mean_average_precision(ranked: Sequence[Ranking], weights: np.ndarray) -> np.ndarray:
-    """Mean AP in percent over the classes that have a positive, under each column of weights, (resamples,)."""
-    each = np.stack([ranking.average_precision(weights) for ranking in ranked])
-    there = ~np.isnan(each)
-    return 100 * _mean_where_any(np.where(there, each, 0), there, axis=0)
-
-
 def _resampled_map(answers: Answers, less: Answers | None, resamples: int, seed: int) -> np.ndarray:
-    ours, theirs = ([rankings(one, run.labels) for one in run._scores()] if run else [] for run in (answers, less))
+    ours, theirs = ([rankings(trial, run.labels) for trial in run._scores()] if run else [] for run in (answers, less))
     parts = []
     for weights in draw_weights(len(answers.labels), resamples, seed):
-        value = np.mean([mean_average_precision(ranked, weights) for ranked in ours], axis=0)
+        value = np.mean([weighted_mean_average_precision(ranked, weights) for ranked in ours], axis=0)
         if theirs:
-            value = value - np.mean([mean_average_precision(ranked, weights) for ranked in theirs], axis=0)
+            value = value - np.mean([weighted_mean_average_precision(ranked, weights) for ranked in theirs], axis=0)
         parts.append(value)
     return np.concatenate(parts)
 
@@ -234,9 +181,9 @@ def _resampled_map(answers: Answers, less: Answers | None, resamples: int, seed:
 def value(metric: str, answers: Answers) -> float:
     """The metric itself, mean over trials, in percent: the same definition as is resampled."""
     if metric == "mAP":
-        every = np.ones((len(answers.labels), 1), dtype=np.int64)
+        every, trials = np.ones((len(answers.labels), 1), dtype=np.int64), answers._scores()
         return float(
-            np.mean([mean_average_precision(rankings(one, answers.labels), every)[0] for one in answers._scores()])
+            np.mean([weighted_mean_average_precision(rankings(trial, answers.labels), every)[0] for trial in trials])
         )
     return 100 * mean_of_means(answers.right(5 if metric == "top5" else 1), groups(metric, answers.labels))
 

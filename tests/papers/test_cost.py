@@ -53,7 +53,7 @@ def table():
 @pytest.fixture
 def steps(table):
     return {
-        step.words[0] if step.kind != "evaluate" else step.cells[0][1]: step
+        step.arguments[0] if step.kind != "evaluate" else step.cells[0][1]: step
         for step in chain.steps(table, table.rows, chain.Places(Path("none")))
     }
 
@@ -94,9 +94,9 @@ def test_durations_in_the_unit_that_fits(seconds, words):
 
 
 def test_what_a_cost_says():
-    assert cost.Cost(10_800.0, "timed").words == "about 3.0 h"
-    assert cost.Cost(10_800.0, "runs/a").words == "about 3.0 h, as in runs/a"
-    assert cost.Cost(30.0, "small").words == "under a minute"
+    assert cost.Cost(10_800.0, "timed").phrase == "about 3.0 h"
+    assert cost.Cost(10_800.0, "runs/a").phrase == "about 3.0 h, as in runs/a"
+    assert cost.Cost(30.0, "small").phrase == "under a minute"
 
 
 # How many images go through what
@@ -208,9 +208,9 @@ PROBE = cost.Probe("forward", "resnet18_quarter", 32, 4, "fp32")
 
 def test_a_piece_is_timed_once(empty_cache, monkeypatch, capfd):
     first = cost.seconds_per_image(PROBE, CPU)
-    assert first > 0 and f"timing this machine once: {PROBE.words}" in capfd.readouterr().err
+    assert first > 0 and f"timing this machine once: {PROBE.phrase}" in capfd.readouterr().err
     (key,) = json.loads(empty_cache.read_text())
-    assert cost.machine() in key and torch.__version__ in key and PROBE.words in key
+    assert cost.machine() in key and torch.__version__ in key and PROBE.phrase in key
     monkeypatch.setattr(cost, "measure", lambda probe, device: pytest.fail("timed again"))
     assert cost.seconds_per_image(PROBE, CPU) == first
     assert capfd.readouterr().err == ""

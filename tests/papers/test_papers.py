@@ -506,10 +506,12 @@ def test_the_chain_of_a_detection_row_is_pretrain_convert_detect():
     pretrain, convert, detect = chain.steps(table, [row], places)
     assert [step.kind for step in (pretrain, convert, detect)] == ["pretrain", "convert", "evaluate"]
     assert pretrain.after is None
-    assert (convert.after.words, detect.after.words) == (pretrain.words, convert.words)
+    assert (convert.after.arguments, detect.after.arguments) == (pretrain.arguments, convert.arguments)
     last = "here/pretrain-moco_v1_r50-imagenet/checkpoints/last.pth"
-    assert convert.words == ("convert", last, "here/pretrain-moco_v1_r50-imagenet/detectron2.pkl", "--to", "detectron2")
-    assert detect.words[:6] == ("detect", last, "--dataset", "voc", "--data", "VOCdevkit")
+    assert convert.command == shlex.join(
+        ("moco-eval", "convert", last, "here/pretrain-moco_v1_r50-imagenet/detectron2.pkl", "--to", "detectron2")
+    )
+    assert detect.arguments[:6] == ("detect", last, "--dataset", "voc", "--data", "VOCdevkit")
     assert "--recipe r50_c4_24k" in detect.command and detect.command.count("--nproc 8") == 1
     assert detect.cells == tuple((row.label, name) for name in ("AP50", "AP", "AP75"))
 
@@ -517,7 +519,7 @@ def test_the_chain_of_a_detection_row_is_pretrain_convert_detect():
 def test_encoders_that_are_not_pretrained_need_no_step_before():
     table = tables.load_table("moco-v1-2b")
     found = chain.steps(table, table.rows, chain.Places())
-    checkpoints = [step.words[1] for step in found if step.kind == "evaluate"]
+    checkpoints = [step.arguments[1] for step in found if step.kind == "evaluate"]
     assert checkpoints[:2] == ["random:resnet50", "zoo:detectron2_msra_r50"]
     assert [step.kind for step in found] == ["evaluate", "evaluate", "pretrain", "convert", "evaluate"]
     assert not [step for step in found if ("MoCo, IG-1B", "AP") in step.cells]

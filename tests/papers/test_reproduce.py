@@ -259,7 +259,7 @@ def test_the_table_of_the_page_is_one(in_tmp, monkeypatch):
     Path("mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     places = chain.Places(data={"imagefolder": Path("FOLDER")})
     table = tables.load_table("mine.yaml")
-    assert [step.words[0] for step in chain.steps(table, table.rows, places)] == ["pretrain", "knn", "knn"]
+    assert [step.arguments[0] for step in chain.steps(table, table.rows, places)] == ["pretrain", "knn", "knn"]
 
 
 # What is left
@@ -336,7 +336,7 @@ def test_a_pretraining_with_another_setting_is_not_taken_and_foreign_files_are_p
 
 def test_features_are_kept_beside_the_runs(in_tmp):
     table = write_table(in_tmp)
-    assert "--cache" not in planned(table).steps[1].words
+    assert "--cache" not in planned(table).steps[1].arguments
     assert "--cache there/features" in planned(table, runs="there").steps[1].command
 
 
@@ -587,4 +587,4 @@ def test_a_job_whose_time_is_over_lets_its_step_save_and_goes_on_as_another(in_t
     finally:
         signal.signal(signal.SIGALRM, before)
     assert Path("saved").exists()  # and SIGUSR2, which SLURM sends to all, has not ended it
-    assert isinstance(asked[0], submitit.helpers.DelayedSubmission) and asked[0].function.words == ("pretrain",)
+    assert isinstance(asked[0], submitit.helpers.DelayedSubmission) and asked[0].function.arguments == ("pretrain",)

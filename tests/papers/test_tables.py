@@ -230,11 +230,11 @@ def test_a_cell_with_a_comparable_number_needs_neither_evaluation_nor_pretrainin
     table, places = TABLES["cifar10-demo"], chain.Places(Path("none"))
     before = left(table, [], places)
     after = left(table, [cifar_record()], places)
-    gone = [step for step in before if step.words not in [one.words for one in after]]
+    gone = [step for step in before if step.arguments not in [one.arguments for one in after]]
     assert [step.kind for step in gone] == ["pretrain", "evaluate"]
     assert {cell for step in gone for cell in step.cells} == {("asymmetric loss, 200 epochs", "knn_top1")}
     marked = left(table, [cifar_record(deviations=["k 20 instead of 200"])], places)
-    assert [step.words for step in marked] == [step.words for step in before]
+    assert [step.arguments for step in marked] == [step.arguments for step in before]
 
 
 def test_a_pretraining_that_fills_no_cell_is_not_asked_for():
@@ -327,7 +327,7 @@ def test_data_are_given_as_name_and_folder(given, capfd, monkeypatch):
 
 
 def test_naming_the_tables_imports_no_torch():
-    code = "import sys; from moco_eval.cli import cli; cli(['table', '--list'], standalone_mode=False); "
+    code = "import sys; from moco_eval.cli.main import cli; cli(['table', '--list'], standalone_mode=False); "
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment())
 

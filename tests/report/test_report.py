@@ -203,7 +203,7 @@ def test_a_difference_within_the_spread_is_no_win(mine, other, words):
 def test_a_spread_is_named_by_what_it_is_over(over, few, words):
     done = record(MOCO, 88.0, std=1.5, few=few, over=over)
     score = scores._score(done, "top1")
-    assert (score.words, score.trials, score.interval) == ("88.0 ± 1.5", words, (86, 90))
+    assert (score.text, score.trials, score.interval) == ("88.0 ± 1.5", words, (86, 90))
     assert ("trials", f"{words}, seeds 0, 1, 2, 3, 4") in provenance._evaluation_facts(done)
 
 

@@ -298,7 +298,7 @@ def test_the_counts_are_a_naive_loops_mean_over_trials(tmp_path):
     (run,) = read(tmp_path)[0]
     np.testing.assert_allclose(confusion.count(run), wanted)
     (group,) = confusion.confusion(*read(tmp_path))
-    assert group["encoders"][0]["what"] == "linear/moco-lincls@1, mean of 3 trials"
+    assert group["encoders"][0]["description"] == "linear/moco-lincls@1, mean of 3 trials"
 
 
 def test_the_matrix_is_in_percent_of_its_rows(tmp_path):
@@ -316,7 +316,7 @@ def test_the_linear_classifier_on_all_labels_is_shown_first_and_the_newest(tmp_p
     write_run(tmp_path / "new", **right, time=2)
     (group,) = confusion.confusion(*read(tmp_path))
     (one,) = group["encoders"]
-    assert one["what"] == "linear/moco-lincls@1" and "1 taken for 1: 4 of 4" in one["matrix"]
+    assert one["description"] == "linear/moco-lincls@1" and "1 taken for 1: 4 of 4" in one["matrix"]
 
 
 def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path):
@@ -371,7 +371,7 @@ def test_a_trained_encoder_is_set_against_each_other_kind(tmp_path):
     kinds = {NAMES[kind]: kind for kind in NAMES}
     first, second = paired.paired(*read(tmp_path), kinds)
     assert (first["rival"], second["rival"]) == (NAMES["random"], NAMES["pixels"])
-    assert (first["what"], second["what"]) == ("linear/moco-lincls@1", "knn/instdisc@1")
+    assert (first["description"], second["description"]) == ("linear/moco-lincls@1", "knn/instdisc@1")
     assert first["difference"] == "+33.3" and second["difference"] == "+0.0" and second["p"] == "p = 1.000"
     assert "0: +100.0 points, [+100.0, +100.0]" in first["plot"] and "var(--accent)" in first["plot"]
     assert "1: +0.0 points" in second["plot"] and "var(--accent)" not in second["plot"]
@@ -503,7 +503,7 @@ def test_confusion_takes_what_the_encoders_share(tmp_path):
     other = {"deviations": ["k 1000 instead of 200"]}
     write_run(tmp_path / "many", "trained", labels, 0 * labels, protocol="knn/instdisc@1", time=3, **other)
     (group,) = confusion.confusion(*read(tmp_path))
-    assert [one["what"] for one in group["encoders"]] == ["knn/instdisc@1"] * 2
+    assert [one["description"] for one in group["encoders"]] == ["knn/instdisc@1"] * 2
     assert all(
         "3 taken for" not in one["matrix"] and one["matrix"].count("<g><title>") == 3 for one in group["encoders"]
     )
@@ -514,7 +514,7 @@ def test_a_run_that_stands_alone_says_its_settings(tmp_path):
     write_run(tmp_path / "trained", "trained", labels, labels, **{"deviations": ["k 20 instead of 200"]})
     write_run(tmp_path / "random", "random", labels, labels)
     (group,) = confusion.confusion(*read(tmp_path))
-    assert sorted(one["what"] for one in group["encoders"]) == [
+    assert sorted(one["description"] for one in group["encoders"]) == [
         "linear/moco-lincls@1, with k 20 instead of 200",
         "linear/moco-lincls@1, with the protocol's own settings",
     ]

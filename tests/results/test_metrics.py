@@ -7,7 +7,14 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, pr
 
 from moco_eval.classification import knn
 from moco_eval.errors import InputError
-from moco_eval.results.metrics import accuracy, mean_average_precision, mean_per_class, precision_recall
+from moco_eval.results.metrics import (
+    accuracy,
+    mean_average_precision,
+    mean_per_class,
+    precision_recall,
+    rankings,
+    weighted_mean_average_precision,
+)
 
 
 def drawn(seed: int, images: int = 60, classes: int = 4, levels: int | None = None):
@@ -99,6 +106,24 @@ def test_ignored_images_and_classes_without_positives_do_not_count():
     np.testing.assert_array_equal(mean_average_precision(moved, labels)[0], each)
     with pytest.raises(InputError, match="shows any of the classes"):
         mean_average_precision(scores, np.minimum(labels, 0))
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_weights_say_how_often_each_image_is_there(levels):
+    scores, labels = drawn(2, levels=levels)
+    weights = np.random.default_rng(1).integers(0, 4, (len(scores), 6))
+    weights[:, 0] = 1
+    wanted = [
+        mean_average_precision(*(np.repeat(x, column, axis=0) for x in (scores, labels)))[1] for column in weights.T
+    ]
+    assert weighted_mean_average_precision(rankings(scores, labels), weights) == pytest.approx(wanted, abs=1e-11)
+
+
+def test_a_class_of_ignored_images_or_without_positives_has_no_average_precision_under_any_weights():
+    labels = np.array([[-1, 0, 1], [-1, 0, 0]])
+    ranked = rankings(np.array([[3.0, 2.0, np.inf], [1.0, 1.0, np.inf]]), labels)
+    each = [ranking.average_precision(np.ones((2, 1), dtype=np.int64))[0] for ranking in ranked]
+    assert np.isnan(each[:2]).all() and each[2] == 0.5  # infinite scores are as equal as others
 
 
 def test_precision_and_recall_of_a_small_case():
