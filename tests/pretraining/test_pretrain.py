@@ -275,10 +275,8 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_3(tmp_path, number):
     process = start(*command(tmp_path / "run", epochs=50))
     wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)
