@@ -7,7 +7,6 @@ an argument is a ValueError that names it.
 
 import contextlib
 import functools
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +38,7 @@ from moco_eval.results.compare import Comparison
 from moco_eval.results.result import Result
 from moco_eval.runtime.console import set_verbosity, warn
 from moco_eval.runtime.device import choose_device, exact_arithmetic
+from moco_eval.runtime.text import without_dashes
 
 __all__ = [
     "Comparison",
@@ -72,12 +72,6 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
             raise InputError(without_dashes(message_of(error))) from error.__cause__
 
     return called
-
-
-def without_dashes(message: str) -> str:
-    """A message of the command line in Python's words: --batch-size is batch_size, --set key=value is key=value."""
-    plain = re.sub(r"--set (?=['\"]?[\w.]+)", "", message)
-    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", lambda option: option[1].replace("-", "_"), plain)
 
 
 @in_python

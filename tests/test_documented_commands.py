@@ -1,7 +1,8 @@
 """Every command that README.md, CONTRIBUTING.md and docs/ show.
 
-As written, each is parsed, and planned (`--dry-run`) where it has a plan. At reduced size, each is run: the commands of
-one code block in order, in one folder, on data made here. A command without a known reduction fails by its name.
+As written, each is parsed, and planned (`--dry-run`) where it has a plan. At reduced size, each is run (slow): the
+commands of one code block in order, in one folder, on data made here. A command without a known reduction fails by its
+name.
 """
 
 import itertools
@@ -80,8 +81,6 @@ REDUCED: list[tuple[str, str]] = [
     *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
     *((name, "") for name in ("configs", "datasets")),
 ]
-# A block with one of these takes seconds.
-SLOW = ("suite", "svm", "pretrain --profile", "detect --nproc", "detect --recipe", "torchrun")
 # What is not run, and why. No other command is left out.
 NOT_RUN = {
     "make": "each target is a test suite, an installation or the demo, which tests/test_demo.py runs",
@@ -251,6 +250,9 @@ def test_nothing_is_left_out():
     assert not [one for one in forms if one.block], "a block holds commands, not forms"
     assert {one.program for one in rest} - {one.program for one in forms} == set(NOT_RUN)
     assert {(one.page, one.block) for one in TO_RUN if one.block} == set(BLOCKS)
+    for command in TO_RUN:
+        if command.program in ("moco-eval", "torchrun"):
+            reduction(halves(command)[1] if command.program == "torchrun" else command)
 
 
 # At reduced size
@@ -407,18 +409,15 @@ def halves(command: Command) -> tuple[list[str], Command]:
     return list(command.words[1:at]), command._replace(words=("moco-eval", *command.words[at + 2 :]))
 
 
-def marked(page: str, block: int) -> object:
-    slow = any(has(one, words) for one in TO_RUN if (one.page, one.block) == (page, block) for words in SLOW)
-    return pytest.param(page, block, marks=[pytest.mark.slow] if slow else [], id=f"{page}:{block}")
-
-
-@pytest.mark.parametrize(("page", "block"), [marked(*one) for one in BLOCKS])
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=str)
 def test_every_block_runs(page, block, place, made, capfd, monkeypatch):
     for command in TO_RUN:
         if (command.page, command.block) == (page, block):
             run(capfd, monkeypatch, command, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", IN_PROSE, ids=shlex.join)
 def test_every_command_in_prose_runs(words, place, made, capfd, monkeypatch):
     run(capfd, monkeypatch, Command("prose", 0, None, words), made)

@@ -161,6 +161,7 @@ def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: t
     )  # a mistyped key explains a missing one
     key = ".".join(str(part) for part in first["loc"])
     where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
+    where = where or next((line for name, line in lines.items() if name.startswith(f"{key}.")), "")
     place = where if where.startswith("--set") else f"{path.name} {where}".strip()
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r} in {place}.{did_you_mean(key, _fields(model))}"

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from moco_eval.errors import InputError
 from moco_eval.runtime.command import is_command
 from moco_eval.runtime.rank import is_main
+from moco_eval.runtime.text import without_dashes
 
 LEVELS = ("silent", "warnings", "info")
 _level: str | None = None
@@ -41,7 +42,7 @@ def _says(level: str) -> bool:
 def tell(message: str, level: str = "info") -> None:
     """One line to stderr, from whichever process calls."""
     if _says(level):
-        console.print(message, markup=False)
+        console.print(message if is_command() else without_dashes(message), markup=False)
 
 
 def log(message: str) -> None:

@@ -1,6 +1,7 @@
 """Tables and durations as plain text."""
 
 import io
+import re
 import shutil
 import sys
 
@@ -30,3 +31,9 @@ def duration(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     days = hours / 24
     return f"{hours:.1f} h" if days < 3 else f"{days:,.0f} days" if days < 1000 else f"{days / 365:,.0f} years"
+
+
+def without_dashes(message: str) -> str:
+    """A message of the command line in Python's words: --batch-size is batch_size, --set key=value is key=value."""
+    plain = re.sub(r"--set (?=['\"]?[\w.]+)", "", message)
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", lambda option: option[1].replace("-", "_"), plain)

@@ -52,8 +52,10 @@ def tiny_encoder() -> Encoder:
     return Encoder("tiny", "tiny", "tiny", TinyNet(), 6, None, "test", "0" * 64, 9, preprocessing=size)
 
 
-def task(**rest) -> Task:
+def task(whole: bool = False, **rest) -> Task:
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
+    if not whole:
+        train, test = train.take(np.arange(400)), test.take(np.arange(100))
     return Task(rest.pop("encoder", None) or tiny_encoder(), train, test, **rest)
 
 
@@ -77,7 +79,7 @@ def learner(work: Task, config: LinearConfig) -> linear.OnCrops:
 
 
 def test_step_by_step_against_the_official_loop_restated(tmp_path):
-    """The same weights, batches and start, 63 steps: the same losses and classifier, the backbone untouched."""
+    """The same weights, batches and start, 21 steps: the same losses and classifier, the backbone untouched."""
     work, config = task(), recipe()
     probe, losses = learner(work, config), []
     step = probe.train_step
@@ -99,7 +101,7 @@ def test_step_by_step_against_the_official_loop_restated(tmp_path):
         sgd.step()
         theirs.append(loss.detach())
     Loop(probe, work.train, config, work.preprocessing, 0, tmp_path / "state.pth", CPU).run("linear")
-    assert len(losses) == 63 and torch.allclose(torch.stack(losses), torch.stack(theirs), rtol=0, atol=1e-6)
+    assert len(losses) == 21 and torch.allclose(torch.stack(losses), torch.stack(theirs), rtol=0, atol=1e-6)
     layer = probe.classifier.layer
     assert torch.allclose(layer.weight, reference.weight, atol=1e-6)
     assert torch.allclose(layer.bias, reference.bias, atol=1e-6)
@@ -108,7 +110,7 @@ def test_step_by_step_against_the_official_loop_restated(tmp_path):
 
 
 def test_the_backbone_is_bit_identical_and_the_head_moved(tmp_path):
-    work = task(encoder=load("random:resnet18_quarter"))
+    work = task(whole=True, encoder=replace(load("random:resnet18_quarter"), preprocessing=Preprocessing(32, 32)))
     before = linear.snapshot(work.encoder.backbone)
     record = judge(work, recipe(), tmp_path, CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in work.encoder.backbone.state_dict().items())
@@ -178,10 +180,10 @@ def test_interrupted_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
         return step(self, *arguments)
 
     monkeypatch.setattr(linear.OnCrops, "train_step", stops)
-    with pytest.raises(Interrupted, match="step 5 of 63 is saved"):
+    with pytest.raises(Interrupted, match="step 5 of 21 is saved"):
         judge(task(), recipe(), tmp_path / "parts", CPU)
     parts = judge(task(), recipe(), tmp_path / "parts", CPU)
-    assert len(count) == 3 * 21
+    assert len(count) == 3 * 7
     assert parts["trials"] == whole["trials"]
     scores = [np.load(tmp_path / name / "predictions.npz")["scores"] for name in ("whole", "parts")]
     assert np.array_equal(*scores)
@@ -200,7 +202,7 @@ def on_ranks(folder) -> dict:
 def test_two_processes_are_as_good_as_one(tmp_path):
     alone = judge(task(), recipe(), tmp_path / "alone", CPU)
     for rank in run_ranks(on_ranks, tmp_path, tmp_path):
-        assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=0.21)  # one image in 500
+        assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=1.01)  # one image in 100
 
 
 def test_a_damaged_trial_is_done_again(tmp_path, capfd):
@@ -239,10 +241,10 @@ def test_another_feature_is_a_deviation(tmp_path):
 
 def test_a_vit_is_held_to_its_own_rate(tmp_path, monkeypatch):
     """MoCo v3's linear protocol on a ViT: its rate is no deviation, the ResNet's is."""
-    outcome = Outcome(torch.eye(10)[torch.arange(20) % 10], 1)
+    outcome = Outcome(torch.eye(10), 1)
     monkeypatch.setattr(linear, "run_trial", lambda *_: outcome)
     vit = load("random:vit_tiny_patch16_224")
-    few = [open_images("digits", None, split).take(np.arange(20)) for split in ("train", "test")]
+    few = [open_images("digits", None, split).take(np.arange(10)) for split in ("train", "test")]
     said = []
     for name in ("mocov3_vit", "mocov3"):
         config = configs.load(name, "linear", LinearConfig)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from moco_eval.config import load as configs
 from moco_eval.config.classification import QuickConfig, SweepConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.label_subsets import held_out
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features.extract import Crops, extract
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy
 
 CPU = torch.device("cpu")
@@ -35,9 +38,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(96, 12, generator=generator), torch.randint(0, 5, (96,), generator=generator)
 
 
-def task(**rest) -> Task:
+def task(encoder: Encoder | None = None, **rest) -> Task:
     train, test = (open_images("digits", None, split) for split in ("train", "test"))
-    return Task(load("random:resnet18_quarter"), train.take(np.arange(400)), test.take(np.arange(100)), **rest)
+    small = replace(load("random:resnet18_quarter"), preprocessing=Preprocessing(32, 32))
+    return Task(encoder or small, train.take(np.arange(400)), test.take(np.arange(100)), **rest)
 
 
 def recipe(*settings: str) -> SweepConfig:
@@ -99,7 +103,7 @@ def test_the_head_is_chosen_on_held_out_images_and_tested_once(tmp_path, monkeyp
         return scores(self, features)
 
     monkeypatch.setattr(linear_sweep.Head, "scores", noted)
-    work, config = task(), recipe()
+    work, config = task(load("random:resnet18_quarter")), recipe()
     record = judge(work, config, tmp_path, CPU)
     [trial] = record["trials"]
     assert tested == [40] * 12 + [100]  # every head on the held-out images, one on the test images

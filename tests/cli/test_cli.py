@@ -1,5 +1,6 @@
 """The command line's contract: names, exit codes, one clear line for each mistake."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from commands import environment, error_line, in_process, moco_eval
+
+from moco_eval.classification import linear
 
 COMMANDS = ["pretrain", "inspect", "convert", "knn", "linear", "detect"]
 COMMANDS += ["suite", "features", "compare", "table", "report", "configs", "demo"]
@@ -114,12 +117,24 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+QUICK = ["linear", "pixels", "--dataset", "digits", "--protocol", "quick"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_command_is_exit_3(number, in_tmp, capfd, monkeypatch):
+    """In work that keeps no state of its own: the classifier of `quick`."""
+    monkeypatch.setattr(linear.Classifier, "step", lambda *_: os.kill(os.getpid(), number))
+    settings = [word for one in ("crops=0", "schedule.epochs=2", "workers=0") for word in ("--set", one)]
+    _, said = in_process(capfd, monkeypatch, *QUICK, *settings, code=3)
+    assert "Traceback" not in said and "run the same command to go on" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_anywhere_is_exit_3_and_no_traceback(number, in_tmp):
     """In work that keeps no state of its own: the classifier of `quick`."""
     settings = [word for one in ("crops=0", "schedule.epochs=100000", "workers=0") for word in ("--set", one)]
-    command = ["linear", "pixels", "--dataset", "digits", "--protocol", "quick", *settings]
-    started = [sys.executable, "-m", "moco_eval", *command]
+    started = [sys.executable, "-m", "moco_eval", *QUICK, *settings]
     run = subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=environment())
     wait_for(lambda: any((in_tmp / "runs" / "features").rglob("000000-*.npy")))
     time.sleep(2)

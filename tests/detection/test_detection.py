@@ -345,6 +345,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path, m
     assert (tmp_path / "run/metrics.jsonl").read_text() == (output / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(in_tmp, capfd, monkeypatch):
     command = ("detect", "random:resnet18_quarter", "--dataset", "digits", "--engine", "torchvision")
     settings = [part for one in (*TINY, "schedule.iterations=6", "checkpoints.every=1") for part in ("--set", one)]

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import pickletools
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torchvision
 import yaml
 from checkpoints import ARCH, FILES, VIT, body, linear, mlp, moco, network, ours, written
 from checkpoints import detectron2 as theirs
-from commands import ROOT, environment
+from commands import ROOT
 from torch import nn
 
 from moco_eval.encoders.architectures import build_backbone, build_resnet
@@ -209,18 +210,29 @@ def test_what_cannot_be_converted(source, to, words, tmp_path):
         convert(source, tmp_path / "out", to)
 
 
-def test_the_script_does_the_same(tmp_path):
-    def script(*arguments: str | Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "tools" / "convert_to_detectron2.py", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+def test_the_script_does_the_same(in_tmp, capfd, monkeypatch):
+    def script(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert_to_detectron2.py", *arguments])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        runpy.run_path(str(ROOT / "tools" / "convert_to_detectron2.py"), run_name="__main__")
 
-    path = written(tmp_path, ours())
-    done = script(path, "script.pkl")
-    assert done.returncode == 0, done.stderr
-    convert(path, tmp_path / "command.pkl", "detectron2")
+    path = written(in_tmp, ours())
+    script(path, "script.pkl")
+    convert(path, in_tmp / "command.pkl", "detectron2")
+    assert (in_tmp / "script.pkl").read_bytes() == (in_tmp / "command.pkl").read_bytes()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        script("missing.pth", "x.pkl")
+    said = capfd.readouterr().err
+    assert (ended.value.code, said.count("\n")) == (2, 1) and "missing.pth does not exist" in said
+
+
+@pytest.mark.slow
+def test_the_script_runs_outside_the_clone(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "convert_to_detectron2.py", written(tmp_path, ours()), "script.pkl"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    convert(str(tmp_path / "encoder.pth"), tmp_path / "command.pkl", "detectron2")
     assert (tmp_path / "script.pkl").read_bytes() == (tmp_path / "command.pkl").read_bytes()
-    failed = script("missing.pth", "x.pkl")
-    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1) and "missing.pth does not exist" in failed.stderr
 
 
 def test_a_pickle_with_code_is_not_run_by_our_reader(tmp_path):

@@ -452,6 +452,7 @@ def test_what_was_interrupted_before_it_was_verified_is_not_asked_for_again(serv
     assert download.fetch("mine").read_bytes() == WEIGHTS and not server.asked
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_has_arrived(served, server, cache):
     server.pause = 0.2
     fetching = start("fetch", "mine")

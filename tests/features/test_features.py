@@ -1,6 +1,7 @@
 """Which feature is taken, of which pixels: stages and heads of networks, and colours in their order and range."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from checkpoints import VIT, body, caffe2, mlp, moco, network, transformer, unde
 from PIL import Image
 
 from moco_eval.config.detection import DetectConfig
+from moco_eval.data import in_memory
 from moco_eval.data.catalogue import open_images
+from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Normalise, clean_transform, crop_transform
 from moco_eval.detection.detector import Detector, check_architecture
 from moco_eval.encoders import download
@@ -25,6 +28,10 @@ from commands import in_process  # isort: skip
 @pytest.fixture
 def moco_file(tmp_path) -> str:
     return written(tmp_path, {"state_dict": moco(mlp)})
+
+
+def first(whole: ImageSet, count: int) -> ImageSet:
+    return replace(whole, pixels=whole.pixels[:count], labels=whole.labels[:count], fingerprint=f"first {count}")
 
 
 # Stages
@@ -72,6 +79,8 @@ def test_features_that_an_encoder_does_not_have(source, feature, words):
 
 
 def test_evaluations_take_the_feature_asked_for_and_say_so(moco_file, capfd, monkeypatch, tmp_path):
+    digits = in_memory.digits
+    monkeypatch.setattr(in_memory, "digits", lambda split: first(digits(split), 100))
     given = ["--dataset", "digits", "--protocol", "digits", "--feature", "layer1"]
     out, _ = in_process(capfd, monkeypatch, "knn", moco_file, *given, "--output", tmp_path / "knn")
     assert "knn/instdisc@1 digits top1" in out and "layer1 feature instead of pooled" in out

@@ -109,6 +109,7 @@ def steps_of(path):
     return torch.load(path, weights_only=False)["step"] if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(in_tmp, capfd, monkeypatch):
     """SIGKILL of all its processes inside an epoch; against the commands by hand, never interrupted."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process and the one that is killed: threads move last bits

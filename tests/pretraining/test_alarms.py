@@ -71,7 +71,7 @@ def test_a_leak_names_the_mode_that_works_here(processes, settings, way_out):
 
 def test_an_alarm_is_said_once_and_written_down_at_each_line(tmp_path, capfd):
     """Without momentum the keys follow the queries at once, and the small recipe collapses."""
-    settings = ["momentum=0", "optimizer.lr=0.06", "checkpoints.steps=null", "log_every=2", "schedule.epochs=4"]
+    settings = ["momentum=0", "optimizer.lr=0.06", "checkpoints.steps=null", "log_every=2", "schedule.epochs=3"]
     recipe = configs.load("digits", "pretrain", PretrainConfig, [*SETTINGS, *settings])
     pretrain(plan(recipe, "digits", None, 1), tmp_path / "run", torch.device("cpu"))
     err = capfd.readouterr().err

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torchvision import transforms
 
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
+from moco_eval.data import in_memory
 from moco_eval.data.loader import Normalise
 from moco_eval.encoders.architectures import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
@@ -24,7 +26,7 @@ from moco_eval.runtime.device import compile_
 from pretraining.moco import Step
 from pretraining.plan import plan
 from pretraining.record import Measurements
-from pretraining.train import pretrain
+from pretraining.train import Trainer, pretrain
 from pretraining.views import preprocessing, two_views
 
 FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "log_every=7", "symmetric=false", "queue_size=256"]
@@ -93,9 +95,10 @@ def test_the_optimiser_covers_both_encoders_and_moves_one(two_epochs):
 
 
 def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
+    digits = in_memory.digits("train")
+    few = replace(digits, pixels=digits.pixels[:640], labels=digits.labels[:640])
+    monkeypatch.setattr(in_memory, "digits", lambda _: few)
     whole = run(tmp_path / "whole", "schedule.epochs=2")
-    from pretraining.train import Trainer
-
     step = Trainer.train_step
 
     def stops_at(where):
@@ -106,9 +109,9 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
 
         return train_step
 
-    for where in (3, 21, 24):  # 21: with a line of metrics on its way
+    for where in (3, 14, 17):  # 14: with a line of metrics on its way
         monkeypatch.setattr(Trainer, "train_step", stops_at(where))
-        with pytest.raises(Interrupted, match=f"SIGTERM; saved at step {where} of 40"):
+        with pytest.raises(Interrupted, match=f"SIGTERM; saved at step {where} of 20"):
             run(tmp_path / "parts", "schedule.epochs=2")
     monkeypatch.setattr(Trainer, "train_step", step)
     parts = run(tmp_path / "parts", "schedule.epochs=2")
@@ -170,7 +173,8 @@ def test_another_run_in_the_same_place_is_refused(two_epochs, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_said(tmp_path):
-    run(tmp_path, "schedule.epochs=1")
+    with pytest.raises(Interrupted):
+        run(tmp_path, "schedule.epochs=1", "max_steps=2")
     last = tmp_path / "checkpoints" / "last.pth"
     damaged = last.read_bytes()[:5000]
     last.unlink()
@@ -241,12 +245,12 @@ def test_an_unreadable_image_does_not_stop_the_monitor_nor_the_run(tmp_path, cap
     assert (tmp_path / "run" / "checkpoints" / "epoch_0002.pth").is_file()
 
 
-def test_a_run_without_its_last_checkpoint_does_not_start_again(tmp_path):
-    run(tmp_path, "schedule.epochs=1")
-    (tmp_path / "checkpoints" / "last.pth").unlink()
-    with pytest.raises(InputError, match=r"has no last.pth; copy epoch_0001.pth there to go on"):
-        run(tmp_path, "schedule.epochs=1")
-    assert len(lines(tmp_path)) > 3
+def test_a_run_without_its_last_checkpoint_does_not_start_again(two_epochs, tmp_path):
+    copy = shutil.copytree(two_epochs, tmp_path / "run")
+    (copy / "checkpoints" / "last.pth").unlink()
+    with pytest.raises(InputError, match=r"has no last.pth; copy epoch_0002.pth there to go on"):
+        run(copy, "schedule.epochs=2", "knn={every: 2, k: 20}")
+    assert lines(copy) == lines(two_epochs)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +279,16 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_command_saves_and_exits_3(number, tmp_path, capfd, monkeypatch):
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda *given: (step(*given), os.kill(os.getpid(), number)))
+    _, err = in_process(capfd, monkeypatch, *command(tmp_path / "run"), code=3)
+    assert f"stopped by {signal.Signals(number).name}; saved at step 1 of 60" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_3(tmp_path, number):
     process = start(*command(tmp_path / "run", epochs=50))
     wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)

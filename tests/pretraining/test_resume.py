@@ -1,4 +1,7 @@
-"""Killed, stopped, restarted: the end is the same to the bit, on one process and on several."""
+"""Killed, stopped, restarted: the end is the same to the bit, on one process and on several.
+
+Stopped in one process: test_pretrain.py; in two: test_two_ranks.py.
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ import pytest
 import torch
 from commands import ROOT, descendants, environment, error_line, moco_eval, start
 
+pytestmark = pytest.mark.slow
 SETTINGS = [
     *("arch=resnet18_quarter", "views.size=32", "workers=0", "symmetric=false", "queue_size=200", "knn=null"),
     *("log_every=4", "checkpoints.steps=3", "schedule.epochs=2"),  # 40 steps
@@ -43,7 +47,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert lines == expected_lines
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def whole(request, tmp_path_factory) -> tuple[list[str], Path, float]:
     """How to launch, an uninterrupted run, and the seconds from its first checkpoint to its end."""
     launch = ["--nproc", str(request.param)]
@@ -93,7 +97,6 @@ def test_killed_in_the_middle_it_ends_the_same(whole, tmp_path):
     assert_same_end(tmp_path / "run", expected)
 
 
-@pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_the_same(whole, tmp_path):
     launch, expected, seconds = whole
     draw = random.Random(0)
@@ -102,7 +105,6 @@ def test_killed_at_ten_random_moments_it_ends_the_same(whole, tmp_path):
         assert_same_end(tmp_path / str(trial), expected)
 
 
-@pytest.mark.slow
 def test_stopped_between_two_log_lines_it_ends_the_same(whole, tmp_path):
     launch, expected, _ = whole
     moco_eval(*command(tmp_path / "run", *launch, "--set=max_steps=17", "--set=checkpoints.steps=null"), code=3)
@@ -140,7 +142,6 @@ def test_a_killed_worker_leads_to_a_restart_with_the_same_end(whole, tmp_path):
     assert_same_end(tmp_path / "run", expected)
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker(whole, tmp_path):
     launch, expected, _ = whole
     if launch[-1] == "1":
@@ -158,7 +159,6 @@ def test_torchrun_restarts_a_killed_worker(whole, tmp_path):
     assert_same_end(tmp_path / "run", expected)
 
 
-@pytest.mark.slow
 def test_without_restarts_a_killed_worker_ends_the_run(tmp_path):
     process = start(*command(tmp_path / "run", "--nproc", "2"))
     wait_for(tmp_path / "run" / "checkpoints" / "last.pth", process)
@@ -167,7 +167,6 @@ def test_without_restarts_a_killed_worker_ends_the_run(tmp_path):
     assert process.returncode == 1
 
 
-@pytest.mark.slow
 def test_two_torchrun_agents_meet_and_train_together(tmp_path):
     """Two nodes of one process each, on loopback: the same end as two processes of one node."""
     moco_eval(*command(tmp_path / "one node", "--nproc", "2"))
@@ -187,7 +186,6 @@ def test_two_torchrun_agents_meet_and_train_together(tmp_path):
     assert_same_end(tmp_path / "two nodes", tmp_path / "one node")
 
 
-@pytest.mark.slow
 def test_the_slurm_script_saves_on_usr1_and_queues_itself_again(tmp_path):
     """Stand-ins for SLURM's commands: srun runs its arguments, scancel signals them, scontrol notes the asking."""
     stand_ins = {
@@ -212,7 +210,6 @@ def test_the_slurm_script_saves_on_usr1_and_queues_itself_again(tmp_path):
     assert "stopped by SIGTERM; saved at step" in err or "stopped by another process; saved at step" in err
 
 
-@pytest.mark.slow
 def test_three_ranks_go_on_to_the_bit_too(tmp_path):
     """From three ranks on, a sum's last bit depends on the gradient bucket; see runtime.parallel."""
     settings = ["--nproc", "3", "--batch-size", "48"]

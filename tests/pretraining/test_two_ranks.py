@@ -1,5 +1,8 @@
 """Two gloo processes: shuffling BN, the queue, the batches. One launch serves every test."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.loader import Batches, loader, share
-from moco_eval.errors import Interrupted
+from moco_eval.errors import InputError, Interrupted
 from moco_eval.features.extract import extract
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.batch_norm import SyncBatchNorm2d
@@ -18,12 +21,13 @@ from moco_eval.runtime.collectives import all_sum, same_on_all_ranks
 from moco_eval.runtime.rank import rank, world_size
 from pretraining import moco
 from pretraining.mechanisms import build
-from pretraining.plan import plan
+from pretraining.plan import Plan, plan
 from pretraining.shuffle_bn import encode_shuffled, permutation, shuffle
-from pretraining.train import Trainer
+from pretraining.train import Trainer, pretrain
 from pretraining.views import two_views
 
 BATCH = 16
+CPU = torch.device("cpu")
 
 
 def config(*settings: str) -> PretrainConfig:
@@ -74,8 +78,13 @@ def synchronised() -> tuple[torch.Tensor, ...]:
     return output.detach(), half.grad, layer.running_mean, layer.running_var, all_sum(affine)
 
 
+def stopped_at(step: int) -> Plan:
+    settings = ("schedule.epochs=1", "symmetric=false", "views.size=32", "workers=0", f"max_steps={step}")
+    return plan(config(*settings), "digits", None, world_size())
+
+
 def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """A hundred steps of training: this rank's queue in memory, and the keys it encoded itself in the last two."""
+    """Twenty steps of training: this rank's queue in memory, and the keys it encoded itself in the last two."""
     own: list[torch.Tensor] = []
 
     def watched(*arguments):
@@ -84,8 +93,7 @@ def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
         return k, keys
 
     moco.encode_shuffled = watched
-    run = plan(config("schedule.epochs=3", "symmetric=false", "max_steps=100"), "digits", None, world_size())
-    trainer = Trainer(run, folder / "run", torch.device("cpu"))
+    trainer = Trainer(stopped_at(20), folder / "run", CPU)
     trainer.restore()
     with pytest.raises(Interrupted):
         trainer.train()
@@ -93,12 +101,19 @@ def trained_queue(folder) -> tuple[torch.Tensor, torch.Tensor]:
     return trainer.model.queue.clone(), torch.stack(own[-2:])
 
 
+def stopped_and_resumed(folder) -> None:
+    """The same twenty steps, stopped between two lines of metrics."""
+    for step in (7, 20):
+        with pytest.raises(Interrupted, match=f"saved at step {step} of 40"):
+            pretrain(stopped_at(step), folder / "parts", CPU)
+
+
 def seen_in_shards(folder) -> list[str]:
     """The images of tar shards whose views this rank's loader process makes in an epoch."""
     run = plan(config("views.size=32"), "webdataset", folder, world_size())
     batches = Batches(len(run.images), 6, 0, range(1), True, drop_last=True, shards=run.images.shards)
     views = two_views(run.images, run.config)
-    seen = [index for batch in loader(views, batches, 1, torch.device("cpu")) for index in batch[1].tolist()]
+    seen = [index for batch in loader(views, batches, 1, CPU) for index in batch[1].tolist()]
     return [run.images.name_of(index) for index in seen]
 
 
@@ -111,6 +126,7 @@ def both_ranks(folder) -> dict:
 
     few = open_images("digits", None, "test")
     held, pushed = trained_queue(folder)
+    stopped_and_resumed(folder)
     return {
         "shuffled": shuffle(mine, forth),
         "restored": shuffle(shuffle(mine, forth), back),
@@ -121,8 +137,8 @@ def both_ranks(folder) -> dict:
         "synchronised": synchronised(),
         "same": same_on_all_ranks(torch.ones(3)),
         "different": same_on_all_ranks(torch.full((3,), float(rank()))),
-        "features": extract(flatten, few, Preprocessing(32, 32), torch.device("cpu"), batch_size=33),
-        "odd": extract(flatten, few.few_labels(1, 0), Preprocessing(32, 32), torch.device("cpu"), batch_size=9),
+        "features": extract(flatten, few, Preprocessing(32, 32), CPU, batch_size=33),
+        "odd": extract(flatten, few.few_labels(1, 0), Preprocessing(32, 32), CPU, batch_size=9),
         "queue": held,
         "pushed": pushed,
         "without_bn": without_bn(True),
@@ -131,8 +147,12 @@ def both_ranks(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict]:
     write_shards(folder / "shards")
     return run_ranks(both_ranks, folder, folder)
 
@@ -192,16 +212,45 @@ def test_synchronised_bn_is_bn_of_the_whole_batch(ranks):
         assert torch.allclose(each["synchronised"][4], torch.stack([layer.weight.grad, layer.bias.grad]), atol=1e-12)
 
 
-def test_after_a_hundred_steps_the_queue_is_the_same_and_holds_both_ranks_keys_in_rank_order(ranks):
+def test_after_twenty_steps_the_queue_is_the_same_and_holds_both_ranks_keys_in_rank_order(ranks):
     assert torch.equal(ranks[0]["queue"], ranks[1]["queue"])
-    # K 64 holds the last two steps of 32 keys; step 100 ends at the queue's end
+    # K 64 holds the last two steps of 32 keys; step 20 ends at the queue's end
     expected = torch.cat([torch.cat([each["pushed"][step] for each in ranks]) for step in range(2)])
     assert torch.allclose(ranks[0]["queue"].T, expected, atol=1e-6)
     assert ranks[0]["same"] and not ranks[0]["different"]
 
 
 def test_features_of_two_processes_are_those_of_one(ranks):
-    alone = extract(flatten, open_images("digits", None, "test"), Preprocessing(32, 32), torch.device("cpu"))
+    alone = extract(flatten, open_images("digits", None, "test"), Preprocessing(32, 32), CPU)
     for each in ranks:
         assert np.array_equal(each["features"].numpy(), alone.numpy())
         assert len(each["odd"]) == 10  # a last batch of one image, fewer than there are ranks
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.pth", weights_only=True)
+
+
+def metrics(run: Path) -> list[dict]:
+    """Without what a clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line.keys() - {"images_per_second", "data_wait"}} for line in lines]
+
+
+def test_stopped_and_resumed_two_processes_end_the_same(ranks, folder):
+    whole, parts = last(folder / "run"), last(folder / "parts")
+    assert whole["step"] == parts["step"] == 20
+    assert all(torch.equal(tensor, parts["state_dict"][name]) for name, tensor in whole["state_dict"].items())
+    for number, values in whole["optimizer"]["state"].items():
+        assert torch.equal(values["momentum_buffer"], parts["optimizer"]["state"][number]["momentum_buffer"])
+    assert metrics(folder / "run") == metrics(folder / "parts") and len(metrics(folder / "run")) == 5
+
+
+def test_several_processes_are_on_record(ranks, folder):
+    ours = last(folder / "run")["pretraining"]
+    assert (ours["bn"], ours["processes"]) == ("shuffle", 2)
+
+
+def test_another_number_of_processes_is_refused_with_the_reason(ranks, folder):
+    with pytest.raises(InputError, match=r"processes is 2 there and 1 now \(the BN groups"):
+        pretrain(stopped_at(20), folder / "parts", CPU)
