@@ -43,7 +43,12 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run a command; exit 0 done, 1 the run failed, 2 wrong input, 3 interrupted and resumable."""
-    command.begin(shlex.join(["moco-eval", *sys.argv[1:]]))
+    with command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """The command's exit code, its errors said."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:
@@ -65,7 +70,7 @@ def main() -> None:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
             raise
         code = 1  # another process of this run failed, and says why
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -3,13 +3,21 @@
 A command takes the signals, shows its progress and writes its command line into records; a guest does none of these.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 _line: str | None = None
 
 
-def begin(line: str) -> None:
-    """This process is a command; `line` is what one types to run it."""
+@contextlib.contextmanager
+def running(typed: str) -> Iterator[None]:
+    """Within, this process is a command; `typed` is what one types to run it."""
     global _line
-    _line = line
+    before, _line = _line, typed
+    try:
+        yield
+    finally:
+        _line = before
 
 
 def line() -> str | None:
