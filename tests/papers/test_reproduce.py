@@ -179,7 +179,7 @@ def test_rows_that_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ([], "reproduce needs an ID; for example: moco-eval reproduce cifar10-demo --data cifar10="),
         (["cifar10-dem"], "Did you mean 'cifar10-demo'?"),
@@ -196,8 +196,8 @@ def test_rows_that_are_refused():
         (["digits", "--sbatch", "time=60"], "--sbatch time=60 is for SLURM jobs; add --slurm"),
     ],
 )
-def test_what_is_refused_before_anything_is_written(arguments, words, in_tmp, capfd, monkeypatch):
-    assert words in error_line(capfd, monkeypatch, "reproduce", *arguments)
+def test_what_is_refused_before_anything_is_written(arguments, message, in_tmp, capfd, monkeypatch):
+    assert message in error_line(capfd, monkeypatch, "reproduce", *arguments)
     assert not list(in_tmp.iterdir())
 
 
@@ -228,7 +228,7 @@ def test_the_environment_says_where_all_data_are(in_tmp, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("column", "words"),
+    ("column", "message"),
     [
         (
             {"protocol": "knn/instdis@1", "config": None},
@@ -239,9 +239,9 @@ def test_the_environment_says_where_all_data_are(in_tmp, monkeypatch):
         ({"config": "digit"}, "no knn config named 'digit'. Did you mean 'digits'"),
     ],
 )
-def test_a_table_of_ones_own_with_a_column_that_is_nothing_of_ours(column, words, in_tmp):
+def test_a_table_of_ones_own_with_a_column_that_is_nothing_of_ours(column, message, in_tmp):
     table = write_table(in_tmp, columns={"knn": knn_of() | column})
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         planned(table)
 
 
@@ -366,7 +366,7 @@ def run_planned(table):
 
 
 @pytest.mark.parametrize(
-    ("script", "error", "words"),
+    ("script", "error", "message"),
     [
         ("exit 2", InputError, "step 1 of 3 was refused, see above: moco-eval pretrain"),
         (
@@ -379,9 +379,9 @@ def run_planned(table):
         ('[ "$3" = pretrain ] || exit 1', RunFailed, "step 2 of 3 failed"),
     ],
 )
-def test_it_stops_at_the_first_step_that_does_not_end_well(script, error, words, in_tmp, monkeypatch):
+def test_it_stops_at_the_first_step_that_does_not_end_well(script, error, message, in_tmp, monkeypatch):
     pretend(in_tmp, monkeypatch, f"echo $3 >> ran\n{script}")
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         run_planned(write_table(in_tmp))
     assert len(Path("ran").read_text().split()) == (2 if "pretrain" in script else 1)
 
