@@ -122,7 +122,7 @@ def test_the_readmes_script_runs_and_gives_what_the_commands_give(readme, cifar,
             "--workers",
             "0",
         ]
-        in_process(capfd, monkeypatch, kind, tmp_path / "mine.pth", *asked, *more)
+        in_process(capfd, monkeypatch, kind, tmp_path / "mine.pth", *asked, *(f"--set={setting}" for setting in fewer))
         command = moco_eval.Result.read(tmp_path / kind)
         result = names["results"]["mine", protocol]
         assert (command.metrics, command.interval, command.deviations) == (
