@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from moco_eval.classification.protocols import followed_by
 from moco_eval.cli import main
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
+from moco_eval.data import in_memory
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import reproduce, slurm, tables
 from moco_eval.papers import steps as chain
@@ -109,6 +112,43 @@ def steps_of(path):
     return torch.load(path, weights_only=False)["step"] if path.exists() else 0
 
 
+def by_hand(capfd, monkeypatch, steps):
+    """The same commands one by one, below the folder `whole`."""
+    settings = ("--set", "schedule.epochs=1", "--set", "views.size=32", "--precision", "fp32", "--output", "whole/moco")
+    in_process(capfd, monkeypatch, "pretrain", "digits", "--dataset", "digits", *settings)
+    for step, checkpoint in zip(steps[1:], ("whole/moco/checkpoints/last.pth", "random:resnet18_quarter")):
+        given = ("--dataset", "digits", "--protocol", "digits", "--output", Path("whole") / step.output.name)
+        in_process(capfd, monkeypatch, "knn", checkpoint, *given)
+
+
+def require_nothing_left(capfd, monkeypatch, table, out):
+    """Once more: the same table, and no file is touched."""
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    again, err = in_process(capfd, monkeypatch, "reproduce", table)
+    assert again == out and "step 1" not in err
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_from_nothing_to_the_table(in_tmp, capfd, monkeypatch):
+    """On few images, every step in this process; against the commands by hand."""
+    few = {split: in_memory.digits(split) for split in ("train", "test")}
+    few = {split: replace(one, pixels=one.pixels[:192], labels=one.labels[:192]) for split, one in few.items()}
+    monkeypatch.setattr(in_memory, "digits", few.get)
+
+    def in_this_process(words, _lock):
+        with contextlib.redirect_stdout(sys.stderr):
+            return main.cli.main(list(map(str, words)), standalone_mode=False) or 0, False
+
+    monkeypatch.setattr(reproduce, "_process", in_this_process)
+    table = write_table(in_tmp)
+    steps = planned(table).left
+    out, err = in_process(capfd, monkeypatch, "reproduce", table)
+    assert len(steps) == 3 and "step 3 of 3" in err and out.count("kNN") == 2 and "\nstep" not in out
+    by_hand(capfd, monkeypatch, steps)
+    assert metrics("runs") == metrics("whole") and len(metrics("whole")) == 2
+    require_nothing_left(capfd, monkeypatch, table, out)
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(in_tmp, capfd, monkeypatch):
     """SIGKILL of all its processes inside an epoch; against the commands by hand, never interrupted."""
@@ -125,18 +165,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(in_tmp, capfd, monk
     out, err = in_process(capfd, monkeypatch, "reproduce", table)
     assert 3 <= int(re.search(r"resuming at step (\d+) of 20", err)[1]) < 20 and "step 3 of 3" in err
     assert out.count("kNN") == 2 and "\nstep" not in out
-    by_hand = ("--set", "schedule.epochs=1", "--set", "views.size=32", "--precision", "fp32", "--output", "whole/moco")
-    in_process(capfd, monkeypatch, "pretrain", "digits", "--dataset", "digits", *by_hand)
-    for step, checkpoint in zip(steps[1:], ("whole/moco/checkpoints/last.pth", "random:resnet18_quarter")):
-        output = Path("whole") / step.output.name
-        in_process(
-            capfd, monkeypatch, "knn", checkpoint, "--dataset", "digits", "--protocol", "digits", "--output", output
-        )
+    by_hand(capfd, monkeypatch, steps)
     assert metrics("runs") == metrics("whole") and len(metrics("whole")) == 2
-    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
-    again, err = in_process(capfd, monkeypatch, "reproduce", table)
-    assert again == out and "step 1" not in err
-    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+    require_nothing_left(capfd, monkeypatch, table, out)
 
 
 @pytest.mark.slow
