@@ -104,25 +104,12 @@ def test_the_readmes_script_runs_and_gives_what_the_commands_give(readme, cifar,
     assert out.count("linear/quick@1 cifar10 top1") == 2 and "B - A in top1" in out
     theirs = names["net"]
     assert theirs.training and all(weight.requires_grad for weight in theirs.parameters())
-    for protocol, more in (
-        ("knn/instdisc@1", ["--set", "k=5"]),
-        ("linear/quick@1", []),
-        ("logistic/lbfgs@1", ["--set", "path.count=2"]),
-    ):
+    fewer = {"knn/instdisc@1": ["k=5"], "linear/quick@1": [], "logistic/lbfgs@1": ["path.count=2"]}
+    for protocol, settings in fewer.items():
         kind, name = protocol.removesuffix("@1").split("/")
-        asked = [
-            "--dataset",
-            "cifar10",
-            "--data",
-            cifar,
-            "--protocol",
-            name,
-            "--output",
-            tmp_path / kind,
-            "--workers",
-            "0",
-        ]
-        in_process(capfd, monkeypatch, kind, tmp_path / "mine.pth", *asked, *(f"--set={setting}" for setting in fewer))
+        arguments = ["--dataset", "cifar10", "--data", cifar, "--protocol", name, "--workers", "0"]
+        arguments += [f"--set={setting}" for setting in settings]
+        in_process(capfd, monkeypatch, kind, "mine.pth", *arguments, "--output", tmp_path / kind)
         command = moco_eval.Result.read(tmp_path / kind)
         result = names["results"]["mine", protocol]
         assert (command.metrics, command.interval, command.deviations) == (
