@@ -34,22 +34,22 @@ def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
     Returns:
         The last checkpoint.
     Raises:
-        InputError: the output folder holds another run.
+        InputError: the output folder holds another run, or another command works there.
         RunFailed: the loss is not finite, or too many images cannot be read.
         Interrupted: asked to stop by a signal; the state is saved.
     """
-    open_run(output, run.resolved())
-    trainer = Trainer(run, output, device)
-    trainer.restore()
-    if is_main():
-        two_views(run.images, run.config).draw(output / "views.png")
-    try:
-        trainer.train()
-    except RunFailed as error:
-        last = trainer.checkpoints / "last.pth"
-        raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
-    finally:
-        trainer.metrics.close()
+    with open_run(output, run.resolved()):
+        trainer = Trainer(run, output, device)
+        trainer.restore()
+        if is_main():
+            two_views(run.images, run.config).draw(output / "views.png")
+        try:
+            trainer.train()
+        except RunFailed as error:
+            last = trainer.checkpoints / "last.pth"
+            raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
+        finally:
+            trainer.metrics.close()
     return trainer.checkpoints / "last.pth"
 
 

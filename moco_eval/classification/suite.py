@@ -26,7 +26,7 @@ from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
 from moco_eval.features.stages import network
 from moco_eval.results.record import repeats
-from moco_eval.results.run_directory import finished, holds
+from moco_eval.results.run_directory import finished, finished_as, holds
 from moco_eval.runtime.collectives import barrier
 from moco_eval.runtime.console import log
 from moco_eval.runtime.text import as_text
@@ -122,7 +122,9 @@ def check(suite: Sequence[Item]) -> None:
             assert item.sources  # the labels of every trial can be drawn
         except InputError as error:
             raise _left_out(ProtocolName.parse(item.protocol), error) from None
-        holds(item.output, resolved(item.task, item.config))
+        about = resolved(item.task, item.config)
+        if holds(item.output, about):
+            finished_as(item.output, about)
 
 
 # What is extracted
