@@ -133,7 +133,7 @@ def _through(source: Source, net: nn.Module, count: int, batch: int, device: tor
 
 def own_work(item: Item, dim: int, device: torch.device, seconds: float) -> Own:
     """About how long one protocol works on features that are there, all trials together."""
-    task, config = item.task, item.config
+    task, config = item.ready, item.config
     images = task.training_images(config.seed)
     probe = Probe(len(images), len(task.test), dim, len(task.train.classes), device, seconds)
     work = by_name(item.protocol).code().own_work
