@@ -139,11 +139,11 @@ def needs(suite: Sequence[Item], cache: Path, batch_size: int = BATCH) -> list[N
     wanted: dict[Path, list[tuple[Source, str]]] = {}
     for item in suite:
         for source in [] if item.done else item.sources:
-            asked = replace(source, batch_size=batch_size)
-            wanted.setdefault(source.folder(cache), []).append((asked, item.protocol))
+            resized = replace(source, batch_size=batch_size)
+            wanted.setdefault(source.folder(cache), []).append((resized, item.protocol))
     return [
-        Need(found[0][0], tuple(dict.fromkeys(protocol for _, protocol in found)), missing(found[0][0], cache))
-        for found in wanted.values()
+        Need(uses[0][0], tuple(dict.fromkeys(protocol for _, protocol in uses)), missing(uses[0][0], cache))
+        for uses in wanted.values()
     ]
 
 
@@ -155,7 +155,7 @@ class Extraction:
     cached: int
     seconds: float
 
-    def words(self) -> str:
+    def line(self) -> str:
         """For a line of its own."""
         if not self.images:
             return "extraction: nothing was missing"
@@ -203,19 +203,19 @@ def table(records: Sequence[dict[str, Any]], extraction: Extraction) -> str:
     for heading in HEADINGS:
         grid.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
     for record in records:
-        for words in record["deviations"]:
-            if words not in footnotes:
-                footnotes.append(words)
-        marks = "".join(f" [{footnotes.index(words) + 1}]" for words in record["deviations"])
+        for deviation in record["deviations"]:
+            if deviation not in footnotes:
+                footnotes.append(deviation)
+        marks = "".join(f" [{footnotes.index(deviation) + 1}]" for deviation in record["deviations"])
         for number, name in enumerate(record["metrics"]):
             first = (record["protocol"] + marks, f"{record['cost']['seconds']:.1f}") if number == 0 else ("", "")
             grid.add_row(escape(first[0]), *(escape(cell) for cell in _cells(record, name)), first[1])
     return as_text(
         f"{records[0]['encoder']['path']} on {data['name']}, {data['images']:,} test images; in percent",
         grid,
-        *(f"[{number}] not comparable with published numbers: {words}" for number, words in enumerate(footnotes, 1)),
+        *(f"[{number}] not comparable with published numbers: {text}" for number, text in enumerate(footnotes, 1)),
         "interval: over test images; ±: over the repetitions named; seconds: without the extraction",
-        extraction.words(),
+        extraction.line(),
     )
 
 

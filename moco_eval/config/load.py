@@ -163,9 +163,8 @@ def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None
 
 
 def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: type[Model]) -> str:
-    first = min(
-        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
-    )  # a mistyped key explains a missing one
+    # a mistyped key explains a missing one
+    first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
     where = where or next((line for name, line in lines.items() if name.startswith(f"{key}.")), "")
