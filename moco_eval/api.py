@@ -9,6 +9,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,7 +31,7 @@ from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders import load as loading
 from moco_eval.encoders import wrap as wrapping
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.errors import InputError, message_of
+from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.features.cache import Source, features_of
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results import compare as comparing
@@ -68,8 +69,8 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except InputError as error:
-            raise InputError(without_dashes(message_of(error))) from error.__cause__
+        except (InputError, RunFailed) as error:
+            raise type(error)(without_dashes(message_of(error))) from error.__cause__
 
     return called
 
@@ -85,7 +86,8 @@ def load(source: str | Path, *, arch: str | None = None, encoder: str | None = N
     Raises:
         ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
-    loaded = loading.load(str(source), arch, encoder)
+    with torch.inference_mode(False):  # tensors of inference mode could not be trained on
+        loaded = loading.load(str(source), arch, encoder)
     for doubt in loaded.warnings:
         warn(f"{loaded.source}: {doubt}")
     return loaded
@@ -131,6 +133,8 @@ def features(
     Raises:
         ValueError: no such feature, or an image that cannot be read.
     """
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision is {precision!r}; take fp32 or bf16")
     with _as_guest(encoder, device) as (current, place):
         pixels = preprocessing_for(images.name, current.preprocessing)
         source = Source(current, images, pixels, feature, None, precision, batch_size, workers)
@@ -226,6 +230,7 @@ def detect(
     Raises:
         ValueError: an argument that is wrong; its message names it.
     """
+    _require_encoder(encoder)
     if encoder.wrapped:
         raise InputError(f"encoder {encoder.source!r} is a network in memory; detect takes encoders of moco_eval.load")
     config = configs.load(recipe, "detect", DetectConfig, configs.as_overrides({"seed": seed, **settings}))
@@ -310,6 +315,8 @@ def _config(protocol: str, feature: str | None, settings: dict[str, Any]) -> Any
 
 def _named(protocol: str) -> tuple[str, str]:
     """The kind and the config of what `judge` is to run."""
+    if not isinstance(protocol, str):
+        raise InputError(f"protocol is a {type(protocol).__name__}; give a name such as linear/moco-lincls@1")
     if protocol.endswith((".yaml", ".yml")):
         values, _ = configs.read_yaml(Path(protocol))
         return by_name(str(values.get("protocol"))).name.kind, protocol
@@ -326,11 +333,17 @@ def _named(protocol: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def _as_guest(encoder: Encoder, device: str) -> Iterator[tuple[Encoder, torch.device]]:
     """The encoder as it is now, and where it is judged: gradients on, no autocast of the host's, exact arithmetic."""
-    place = _device(encoder, device)
+    _require_encoder(encoder)
+    if torch.get_default_dtype() != torch.float32:
+        raise InputError(
+            f"torch's default dtype is {torch.get_default_dtype()}; torch.set_default_dtype(torch.float32) before"
+        )
+    place, elsewhere = _device(encoder, device), torch.get_default_device().type != "cpu"
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(place.type, enabled=False),
+        torch.device("cpu") if elsewhere else contextlib.nullcontext(),
         exact_arithmetic(),
         wrapping.borrowed(encoder),
     ):
@@ -342,6 +355,8 @@ def _device(encoder: Encoder, device: str) -> torch.device:
     if not encoder.wrapped:
         return choose_device(device)
     there = wrapping.device_of(encoder.backbone)
+    if there.type not in ("cpu", "cuda"):
+        raise InputError(f"{encoder.source} lies on {there}; move it to the CPU or to a GPU first")
     wanted = there if device == "auto" else choose_device(device)
     if wanted != there and (wanted.type, wanted.index or 0) != (there.type, there.index or 0):
         raise InputError(
@@ -382,9 +397,14 @@ def _path(folder: str | Path | None) -> Path | None:
 
 
 def _at_least_one(number: int, name: str) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
         raise InputError(f"{name} is {number!r}; take an integer of at least 1")
-    return number
+    return int(number)
+
+
+def _require_encoder(encoder: Encoder) -> None:
+    if not isinstance(encoder, Encoder):
+        raise InputError(f"encoder is a {type(encoder).__name__}; give what moco_eval.load or moco_eval.wrap returns")
 
 
 def _require_same_classes(train: ImageSet, test: ImageSet) -> None:

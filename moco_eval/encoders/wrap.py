@@ -4,10 +4,11 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.naming import safe_name, sha256_of_tensors
@@ -35,6 +36,8 @@ def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network")
         raise InputError(f"net is a {type(net).__name__}; give a torch.nn.Module")
     if not isinstance(preprocessing, Preprocessing):
         raise InputError(f"preprocessing is a {type(preprocessing).__name__}; give a moco_eval.Preprocessing")
+    _require_tensors(net)
+    _require_sound(preprocessing)
     encoder = Encoder(
         source=name,
         run_name=safe_name(name),
@@ -48,7 +51,7 @@ def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network")
         preprocessing=preprocessing,
         wrapped=True,
     )
-    with borrowed(encoder):
+    with borrowed(encoder), torch.inference_mode(False):
         images = _images(preprocessing.size, device_of(net))
         width = _width(_features(net, images, preprocessing.size))
     _require_the_same_in_training(net, images, width)
@@ -79,12 +82,30 @@ def borrowed(encoder: Encoder) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-        for tensor, wanted in gradients.items():
-            tensor.requires_grad_(wanted)
+        with torch.inference_mode():  # where alone tensors made in it take gradients again
+            for tensor, wanted in gradients.items():
+                tensor.requires_grad_(wanted)
     if encoder.wrapped and digest_of(net) != before:
         raise RunFailed(
             f"{encoder.source}: a tensor of the network changed while it was judged; does its forward do it?"
         )
+
+
+def _require_sound(preprocessing: Preprocessing) -> None:
+    """Raises InputError for a value of another kind or out of its range."""
+    try:
+        Preprocessing.from_dict(asdict(preprocessing))
+    except InputError as error:
+        raise InputError(str(error).removeprefix("its ")) from None
+
+
+def _require_tensors(net: nn.Module) -> None:
+    """Raises InputError where a tensor has no values yet."""
+    for name, tensor in tensors_of(net).items():
+        if is_lazy(tensor):
+            raise InputError(f"net has a lazy module ({name} has no shape yet); let one batch pass first")
+        if tensor.is_meta:
+            raise InputError(f"net lies on meta, where tensors have no values ({name}); load its weights first")
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -105,7 +126,8 @@ def digest_of(net: nn.Module) -> str:
 
 def _images(size: int, device: torch.device) -> Tensor:
     """Two images as networks expect them, (2, 3, size, size), the same each time."""
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    shape, generator = (2, 3, size, size), torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def _features(net: nn.Module, images: Tensor, size: int) -> object:
