@@ -25,7 +25,7 @@ from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.catalogue import open_splits, preprocessing_for
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.label_option import parse_labels
+from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
 from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders import load as loading
@@ -173,11 +173,9 @@ def judge(
         ValueError: an argument that is wrong; its message names it.
         RuntimeError: the run failed: a loss or a feature that is not finite.
     """
-    config = _config(protocol, feature, {"seed": seed, **settings})
-    wanted = parse_labels(labels)
+    config, wanted = _config(protocol, feature, {"seed": seed, **settings}), _checked(train, test, trials, labels)
     if wanted and wanted.per_class is None:
         train = wanted.of(train, seed)
-    _require_same_classes(train, test)
     with _as_guest(encoder, device) as (current, place):
         task = Task(
             encoder=current,
@@ -185,7 +183,7 @@ def judge(
             test=test,
             feature=(None if feature_override(type(config), feature) else feature) or "pooled",
             labels_per_class=wanted.per_class if wanted else None,
-            trials=_at_least_one(trials, "trials"),
+            trials=int(trials),
             cache=Path(cache) if cache is not None else None,
         )
         return judged(task, config, Path(output) if output is not None else None, place)
@@ -278,15 +276,16 @@ class Monitor:
             train, test: images that it judges on.
             preprocessing: the pixels that the network expects.
             every: look at each so many steps or epochs, whatever the loop counts; step 0 is looked at.
-            settings: of `judge`.
+            settings: of `judge`, `output` apart; `history` has results to save.
         Raises:
-            ValueError: a protocol or a setting that is unknown.
+            ValueError: an argument that `judge` refuses; `output`, which takes one look only.
         """
         self.train, self.test, self.preprocessing, self.protocol, self.name = train, test, preprocessing, protocol, name
         self.every, self.settings = in_python(_at_least_one)(every, "every"), settings
         self.history: list[tuple[int, Result]] = []
         self.encoder: Encoder | None = None
-        in_python(_config)(protocol, settings.get("feature"), _own_settings(settings))
+        in_python(wrapping.require_sound)(preprocessing)
+        in_python(_can_be_judged)(train, test, protocol, **settings)
 
     def __call__(self, net: nn.Module, step: int) -> Result | None:
         """The result, where this step is one to look at; else None."""
@@ -299,10 +298,30 @@ class Monitor:
         return result
 
 
-def _own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the config among what `judge` takes."""
-    arguments = judge.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
-    return {name: value for name, value in settings.items() if name not in arguments or name == "seed"}
+def _can_be_judged(
+    train: ImageSet,
+    test: ImageSet,
+    protocol: str,
+    *,
+    trials: int = 1,
+    labels: str | None = None,
+    feature: str | None = None,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    **settings: Any,
+) -> None:
+    """Raises InputError for what can be refused before there is a network."""
+    if "output" in settings:
+        raise InputError("output holds one run, and a monitor makes many; save the results of its history instead")
+    _config(protocol, feature, settings)
+    _checked(train, test, trials, labels)
+
+
+def _checked(train: ImageSet, test: ImageSet, trials: int, labels: str | None) -> Labels | None:
+    """What `labels` says. Raises InputError for one of these that is wrong."""
+    _require_same_classes(train, test)
+    _at_least_one(trials, "trials")
+    return parse_labels(labels)
 
 
 def _config(protocol: str, feature: str | None, settings: dict[str, Any]) -> Any:
@@ -355,13 +374,13 @@ def _device(encoder: Encoder, device: str) -> torch.device:
     if not encoder.wrapped:
         return choose_device(device)
     there = wrapping.device_of(encoder.backbone)
-    if there.type not in ("cpu", "cuda"):
-        raise InputError(f"{encoder.source} lies on {there}; move it to the CPU or to a GPU first")
     wanted = there if device == "auto" else choose_device(device)
     if wanted != there and (wanted.type, wanted.index or 0) != (there.type, there.index or 0):
         raise InputError(
             f"device {device!r}: {encoder.source} lies on {there}; move it there first, or leave device away"
         )
+    if there.type not in ("cpu", "cuda"):
+        raise InputError(f"{encoder.source} lies on {there}; move it to the CPU or to a GPU first")
     return there
 
 

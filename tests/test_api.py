@@ -11,45 +11,19 @@ import numpy as np
 import pytest
 import torch
 from commands import environment, in_process
-from torch import nn
+from own_network import SHORT, Net, encoder, refusal
 
 import moco_eval as me
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import KnnConfig
 from moco_eval.data import in_memory
-from moco_eval.errors import InputError, RunFailed
+from moco_eval.errors import RunFailed
 from moco_eval.runtime import console
-
-SIZE = me.Preprocessing(size=32)
-SHORT = {"schedule": {"epochs": 2, "milestones": [1]}}
-
-
-class Net(nn.Module):
-    """A convolution and a batch norm, pooled."""
-
-    def __init__(self, width: int = 6):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, width, 5, stride=4), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return torch.relu(self.bn(self.conv(x))).mean((2, 3))
-
-
-def encoder(seed: int = 0, name: str = "network") -> me.Encoder:
-    torch.manual_seed(seed)
-    return me.wrap(Net(), SIZE, name=name)
-
-
-@pytest.fixture(scope="module")
-def splits() -> tuple[me.ImageSet, me.ImageSet]:
-    """A few of the built-in digits."""
-    train, test = me.images("digits")
-    return train.take(np.arange(150)), test.take(np.arange(50))
 
 
 @pytest.fixture
-def few_digits(monkeypatch) -> None:
+def cut_digits(monkeypatch) -> None:
     """The data set `digits` has few images, for a command and for the API alike."""
     whole = {split: in_memory.digits(split) for split in ("train", "test")}
 
@@ -71,15 +45,6 @@ def heard(capfd, monkeypatch):
         return "".join(capfd.readouterr())
 
     return said
-
-
-def refusal(call, *args, **kwargs) -> str:
-    """The message of the ValueError, one line without dashes."""
-    with pytest.raises(ValueError) as error:
-        call(*args, **kwargs)
-    message = str(error.value)
-    assert isinstance(error.value, InputError) and "\n" not in message and "--" not in message
-    return message
 
 
 # The package
@@ -123,7 +88,7 @@ def test_features_is_the_function_and_its_room_stays_importable():
         ("finetune", "digits", {"schedule": {"epochs": 2, "milestones": [1]}, "test_every": 1}),
     ],
 )
-def test_same_numbers_as_the_command(kind, protocol, settings, few_digits, capfd, monkeypatch, in_tmp):
+def test_same_numbers_as_the_command(kind, protocol, settings, cut_digits, capfd, monkeypatch, in_tmp):
     options = [part for override in configs.as_overrides(settings) for part in ("--set", override)]
     command = [kind, "random:resnet18_quarter", "--protocol", protocol, "--dataset", "digits", "--device", "cpu"]
     out, _ = in_process(capfd, monkeypatch, *command, *options, "--output", "command")
@@ -157,20 +122,20 @@ def test_same_numbers_as_the_command(kind, protocol, settings, few_digits, capfd
     assert str(kept) == str(memory) == out.strip()
 
 
-def test_a_finished_run_gives_the_same_result_and_another_is_refused(splits, tmp_path, monkeypatch):
-    first = me.judge(encoder(), *splits, "knn/digits", output=tmp_path / "run")
+def test_a_finished_run_gives_the_same_result_and_another_is_refused(few_digits, tmp_path, monkeypatch):
+    first = me.judge(encoder(), *few_digits, "knn/digits", output=tmp_path / "run")
     monkeypatch.setattr("moco_eval.classification.trials.kept", None)  # nothing is judged anew
-    again = me.judge(encoder(), *splits, "knn/digits", output=str(tmp_path / "run"))
+    again = me.judge(encoder(), *few_digits, "knn/digits", output=str(tmp_path / "run"))
     assert again.record == first.record and again.resolved == first.resolved
     np.testing.assert_array_equal(again.scores, first.scores)
     np.testing.assert_array_equal(again.predictions, first.predictions)
-    message = refusal(me.judge, encoder(), *splits, "knn/digits", output=tmp_path / "run", k=5)
+    message = refusal(me.judge, encoder(), *few_digits, "knn/digits", output=tmp_path / "run", k=5)
     assert "holds another run: config.k is 20 there and 5 now" in message
-    assert "encoder.sha256" in refusal(me.judge, encoder(1), *splits, "knn/digits", output=tmp_path / "run")
+    assert "encoder.sha256" in refusal(me.judge, encoder(1), *few_digits, "knn/digits", output=tmp_path / "run")
 
 
-def test_labels_per_class_are_drawn_anew_in_each_trial(splits):
-    result = me.judge(encoder(), *splits, "linear/digits", labels="5-per-class", trials=2, **SHORT)
+def test_labels_per_class_are_drawn_anew_in_each_trial(few_digits):
+    result = me.judge(encoder(), *few_digits, "linear/digits", labels="5-per-class", trials=2, **SHORT)
     assert len(result.record["trials"]) == 2 and result.record["over"] == "labels"
     assert set(result.std) == {"top1", "top5"} and result.arrays["prediction"].shape == (2, 50)
     assert "2 label draws" in str(result) and "5 labels per class" in result.deviations
@@ -201,38 +166,38 @@ def test_labels_per_class_are_drawn_anew_in_each_trial(splits):
         ({"protocol": "mine.yaml"}, "mine.yaml"),
     ],
 )
-def test_an_argument_that_is_wrong_is_named(settings, words, splits):
-    assert words in refusal(me.judge, encoder(), *splits, **{"protocol": "knn/digits", **settings})
+def test_an_argument_that_is_wrong_is_named(settings, words, few_digits):
+    assert words in refusal(me.judge, encoder(), *few_digits, **{"protocol": "knn/digits", **settings})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(splits):
-    assert "device cuda: no CUDA device is visible here" in refusal(me.judge, encoder(), *splits, device="cuda")
+def test_a_device_that_is_not_there(few_digits):
+    assert "device cuda: no CUDA device is visible here" in refusal(me.judge, encoder(), *few_digits, device="cuda")
 
 
-def test_settings_are_nested_python_values(splits):
-    typo = refusal(me.judge, encoder(), *splits, "linear/digits", schedule={"epoch": 1})
+def test_settings_are_nested_python_values(few_digits):
+    typo = refusal(me.judge, encoder(), *few_digits, "linear/digits", schedule={"epoch": 1})
     assert "unknown key 'schedule.epoch' in schedule.epoch=1. Did you mean 'schedule.epochs'?" in typo
     scale = {"augmentation": {"crop_scale": (np.float64(0.5), 1)}}
-    result = me.judge(encoder(), *splits, "linear/digits", seed=np.int64(1), **scale, **SHORT)
+    result = me.judge(encoder(), *few_digits, "linear/digits", seed=np.int64(1), **scale, **SHORT)
     assert result.resolved["config"]["augmentation"]["crop_scale"] == [0.5, 1.0]
     assert result.resolved["config"]["seed"] == 1
-    assert me.judge(encoder(), *splits, "knn/digits", k=np.int64(3)).resolved["config"]["k"] == 3
+    assert me.judge(encoder(), *few_digits, "knn/digits", k=np.int64(3)).resolved["config"]["k"] == 3
 
 
-def test_a_config_of_ones_own(splits, tmp_path):
+def test_a_config_of_ones_own(few_digits, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("protocol: knn/instdisc@1\nk: 3\ntemperature: 0.1\nworkers: 0\n")
     assert (
-        me.judge(encoder(), *splits, str(mine)).metrics
-        == me.judge(encoder(), *splits, "knn/digits", k=3, temperature=0.1).metrics
+        me.judge(encoder(), *few_digits, str(mine)).metrics
+        == me.judge(encoder(), *few_digits, "knn/digits", k=3, temperature=0.1).metrics
     )
 
 
-def test_what_is_no_encoder_and_no_image_set(splits):
-    train, test = splits
+def test_what_is_no_encoder_and_no_image_set(few_digits):
+    train, test = few_digits
     for call in (me.judge, me.features):
-        arguments = splits if call is me.judge else (test,)
+        arguments = few_digits if call is me.judge else (test,)
         assert "encoder is a Net; give what moco_eval.load or moco_eval.wrap returns" in refusal(
             call, Net(), *arguments
         )
@@ -247,24 +212,26 @@ def test_what_is_no_encoder_and_no_image_set(splits):
     assert "precision is 'fp16'; take fp32 or bf16" in refusal(me.features, encoder(), test, precision="fp16")
 
 
-def test_a_run_that_fails_speaks_python_too(splits):
+def test_a_run_that_fails_speaks_python_too(few_digits):
     with pytest.raises(RunFailed, match=r"the loss is .* a smaller optimizer.lr may help") as error:
-        me.judge(encoder(), *splits, "linear/digits", optimizer={"lr": 1e38}, schedule={"epochs": 3, "milestones": [2]})
+        me.judge(
+            encoder(), *few_digits, "linear/digits", optimizer={"lr": 1e38}, schedule={"epochs": 3, "milestones": [2]}
+        )
     assert "--" not in str(error.value)
 
 
-def test_quiet_unless_asked(splits, heard, tmp_path):
+def test_quiet_unless_asked(few_digits, heard, tmp_path):
     sweep = {"schedule": {"epochs": 1}, "learning_rates": [0.1, 1.0], "workers": 0}
-    me.judge(encoder(), *splits, "knn/digits", output=tmp_path / "one")
-    me.judge(encoder(), *splits, "linear/digits", **SHORT)
+    me.judge(encoder(), *few_digits, "knn/digits", output=tmp_path / "one")
+    me.judge(encoder(), *few_digits, "linear/digits", **SHORT)
     assert heard() == ""
-    me.judge(encoder(), *splits, "linear/sweep@1", **sweep)
+    me.judge(encoder(), *few_digits, "linear/sweep@1", **sweep)
     assert heard().startswith("warning: the chosen learning rate") and "--" not in heard()
     me.set_verbosity("silent")
-    me.judge(encoder(), *splits, "linear/sweep@1", **sweep)
+    me.judge(encoder(), *few_digits, "linear/sweep@1", **sweep)
     assert heard() == ""
     me.set_verbosity("info")
-    me.judge(encoder(), *splits, "knn/digits", output=tmp_path / "two")
+    me.judge(encoder(), *few_digits, "knn/digits", output=tmp_path / "two")
     assert f"result: {tmp_path / 'two' / 'result.json'}" in heard()
     assert "level is 'loud'; take silent, warnings or info" in refusal(me.set_verbosity, "loud")
 
@@ -272,13 +239,13 @@ def test_quiet_unless_asked(splits, heard, tmp_path):
 # Results
 
 
-def test_a_result_is_frozen_kept_and_read_again(splits, tmp_path, capfd, monkeypatch):
-    result = me.judge(encoder(name="<b>&"), *splits, "knn/digits")
+def test_a_result_is_frozen_kept_and_read_again(few_digits, tmp_path, capfd, monkeypatch):
+    result = me.judge(encoder(name="<b>&"), *few_digits, "knn/digits")
     with pytest.raises(FrozenInstanceError):
         result.record = {}
     assert result.scores.shape == (50, 10) and result.std == {}
     np.testing.assert_array_equal(result.predictions, result.scores.argmax(1))
-    np.testing.assert_array_equal(result.labels, splits[1].labels)
+    np.testing.assert_array_equal(result.labels, few_digits[1].labels)
     assert result.metrics["top1"] == pytest.approx(100 * (result.predictions == result.labels).mean())
     low, high = result.interval["top1"]
     assert low <= result.metrics["top1"] <= high
@@ -289,10 +256,10 @@ def test_a_result_is_frozen_kept_and_read_again(splits, tmp_path, capfd, monkeyp
     read = me.Result.read(folder)
     assert read.record == json.loads(json.dumps(result.record)) and str(read) == str(result)
     np.testing.assert_array_equal(read.scores, result.scores)
-    assert me.judge(encoder(), *splits, "knn/digits", output=folder).metrics == result.metrics
-    assert "holds another run" in refusal(me.judge(encoder(1), *splits, "knn/digits").save, folder)
+    assert me.judge(encoder(), *few_digits, "knn/digits", output=folder).metrics == result.metrics
+    assert "holds another run" in refusal(me.judge(encoder(1), *few_digits, "knn/digits").save, folder)
 
-    other = me.judge(encoder(1), *splits, "knn/digits")
+    other = me.judge(encoder(1), *few_digits, "knn/digits")
     place = other.save(tmp_path / "other")
     wanted = other.metrics["top1"] - result.metrics["top1"]
     said = {str(me.compare(a, b)).partition("\nB - A")[2] for a in (result, folder) for b in (other, str(place))}
@@ -301,9 +268,9 @@ def test_a_result_is_frozen_kept_and_read_again(splits, tmp_path, capfd, monkeyp
     assert said.pop() in out and f"B - A {wanted:+.2f}" in out
 
 
-def test_what_cannot_be_compared(splits):
-    train, test = splits
-    result = me.judge(encoder(), *splits, "knn/digits")
+def test_what_cannot_be_compared(few_digits):
+    train, test = few_digits
+    result = me.judge(encoder(), *few_digits, "knn/digits")
     less = me.judge(encoder(), train, test.take(np.arange(20)), "knn/digits")
     assert "not tested on the same images: images is 50 in a (network) and 20 in b (network)" in refusal(
         me.compare, result, less
@@ -317,8 +284,8 @@ def test_what_cannot_be_compared(splits):
 # Features
 
 
-def test_features_are_those_of_a_task_and_are_kept_where_asked(splits, tmp_path):
-    train, test = splits
+def test_features_are_those_of_a_task_and_are_kept_where_asked(few_digits, tmp_path):
+    train, test = few_digits
     mine, seen = encoder(), []
     mine.backbone.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     array, identity = me.features(mine, test)

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.device import autocast
 
 ORIGIN = "a network in memory"
+_turns: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_turning = threading.Lock()
 
 
 def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network") -> Encoder:
@@ -34,10 +38,8 @@ def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network")
     """
     if not isinstance(net, nn.Module):
         raise InputError(f"net is a {type(net).__name__}; give a torch.nn.Module")
-    if not isinstance(preprocessing, Preprocessing):
-        raise InputError(f"preprocessing is a {type(preprocessing).__name__}; give a moco_eval.Preprocessing")
+    require_sound(preprocessing)
     _require_tensors(net)
-    _require_sound(preprocessing)
     encoder = Encoder(
         source=name,
         run_name=safe_name(name),
@@ -65,13 +67,26 @@ def as_it_is_now(encoder: Encoder) -> Encoder:
     return replace(encoder, sha256=digest_of(encoder.backbone))
 
 
+def _turn(net: nn.Module) -> threading.RLock:
+    """A network's own lock."""
+    with _turning:
+        return _turns.setdefault(net, threading.RLock())
+
+
 @contextlib.contextmanager
 def borrowed(encoder: Encoder) -> Iterator[None]:
     """The network in evaluation mode; afterwards every mode, every requires_grad and every tensor is as it was.
 
+    Threads that want the same network wait for each other.
+
     Raises:
         RunFailed: a tensor changed; the network is then not what it was.
     """
+    with _turn(encoder.backbone):
+        yield from _given_back(encoder)
+
+
+def _given_back(encoder: Encoder) -> Iterator[None]:
     net = encoder.backbone
     modes = {module: module.training for module in net.modules()}
     gradients = {tensor: tensor.requires_grad for tensor in net.parameters()}
@@ -91,8 +106,10 @@ def borrowed(encoder: Encoder) -> Iterator[None]:
         )
 
 
-def _require_sound(preprocessing: Preprocessing) -> None:
-    """Raises InputError for a value of another kind or out of its range."""
+def require_sound(preprocessing: Preprocessing) -> None:
+    """Raises InputError for what is no preprocessing, or a value of another kind or out of its range."""
+    if not isinstance(preprocessing, Preprocessing):
+        raise InputError(f"preprocessing is a {type(preprocessing).__name__}; give a moco_eval.Preprocessing")
     try:
         Preprocessing.from_dict(asdict(preprocessing))
     except InputError as error:
