@@ -24,6 +24,14 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def few_digits():
+    """A few of the built-in digits: 150 training and 50 test images."""
+    from moco_eval.data.catalogue import open_images
+
+    return open_images("digits", None, "train").take(range(150)), open_images("digits", None, "test").take(range(50))
+
+
 @pytest.fixture
 def quick_probe(monkeypatch) -> None:
     """Every piece of a published table's work takes a hundredth of a second, and nothing is timed."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from moco_eval.errors import InputError
@@ -87,6 +88,17 @@ def own_classes(dataset: Any) -> list[str] | None:
     return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None
 
 
+def _known_labels(dataset: Any, length: int) -> Callable[[int], Any] | None:
+    """The `targets` of torchvision's data sets; None where there are none, or the items have others.
+
+    A Subset or a wrapper has none of its own; a `target_transform` makes other labels of them.
+    """
+    known = getattr(dataset, "targets", None)
+    if not isinstance(known, list | tuple | np.ndarray | torch.Tensor) or len(known) != length:
+        return None
+    return None if getattr(dataset, "target_transform", None) else known.__getitem__
+
+
 @dataclass(frozen=True)
 class MapStyle:
     """A data set of (image, label) by index, or some `rows` of it.
@@ -111,10 +123,7 @@ class MapStyle:
             ) from None
         if not length:
             raise InputError(f"dataset is an empty {type(dataset).__name__}")
-        known = getattr(dataset, "targets", None)  # of torchvision's; a Subset or a wrapper has none of its own
-        if known is not None and len(known) == length:
-            return cls(dataset, np.arange(length), known.__getitem__)
-        return cls(dataset, np.arange(length))
+        return cls(dataset, np.arange(length), _known_labels(dataset, length))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,7 +137,8 @@ class MapStyle:
         try:
             item = self.dataset[int(self.rows[index])]
         except Exception as error:  # whatever somebody's data set raises
-            raise InputError(f"{self[index]} raised {type(error).__name__}: {error}") from None
+            reason = " ".join(str(error).split())  # in one line, as a loader process can hand it on
+            raise InputError(f"{self[index]} raised {type(error).__name__}: {reason}") from None
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise InputError(f"{self[index]} is a {type(item).__name__}; give (image, label)")
         return item[0], item[1]

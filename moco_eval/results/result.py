@@ -88,7 +88,10 @@ class Result:
             InputError: the folder holds another run, or something else.
         """
         folder = Path(folder)
-        holds(folder, self.resolved)
+        try:
+            holds(folder, self.resolved)
+        except InputError as error:
+            raise InputError(str(error).replace("--output", "folder")) from None
         write_resolved(folder, self.resolved, self.record["environment"])
         if self.arrays:
             with files.atomic(folder / "predictions.npz") as temporary:
