@@ -9,7 +9,7 @@ READY := $(VENV)/.installed
 help:
 	@echo "make demo      the whole path on built-in real data, a few minutes on a CPU; writes runs/demo/report.html"
 	@echo "make test      the tests that need no GPU, no detectron2, no outside data and no minutes"
-	@echo "make test-all  those too (ten minutes more), each skipping with its reason"
+	@echo "make test-all  those too, kills and restarts among them (twenty minutes), each skipping with its reason"
 	@echo "make check     lint and type-check"
 	@echo "make venv      the virtual environment alone"
 

@@ -47,7 +47,14 @@ setup(
             "submitit>=1.5",
         ],
         "slurm": ["submitit>=1.5"],
-        "peers": ["lightly>=1.5", "pytorch-lightning>=2", "omegaconf>=2.3", "transformers>=4.40"],
+        "hf": ["datasets>=2.14"],
+        "peers": [
+            "lightly>=1.5",
+            "pytorch-lightning>=2",
+            "omegaconf>=2.3",
+            "transformers>=4.40",
+            "datasets>=2.14",
+        ],
     },
     entry_points={"console_scripts": ["moco-eval=moco_eval.cli.main:main"]},
 )

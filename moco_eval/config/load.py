@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +17,22 @@ from moco_eval.errors import InputError
 ModelT = TypeVar("ModelT", bound=Model)
 
 
+@cache
 def folder() -> Path:
     """The shipped configs: inside the installed package, or beside it in a clone."""
     here = Path(__file__).parents[1]
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 
+@cache
+def _shipped() -> tuple[str, ...]:
+    """Names of all shipped configs: they stay as they were installed while a process runs."""
+    return tuple(sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().glob("*/*.yaml")))
+
+
 def shipped(kind: str | None = None) -> list[str]:
     """Names of the shipped configs, such as 'pretrain/moco_v2_r50'; of one kind, or all."""
-    pattern = f"{kind}/*.yaml" if kind else "*/*.yaml"
-    return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().glob(pattern))
+    return [name for name in _shipped() if kind is None or name.startswith(f"{kind}/")]
 
 
 def find(name: str, kind: str) -> Path:
@@ -163,9 +170,8 @@ def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None
 
 
 def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: type[Model]) -> str:
-    first = min(
-        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
-    )  # a mistyped key explains a missing one
+    # a mistyped key explains a missing one
+    first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
     where = where or next((line for name, line in lines.items() if name.startswith(f"{key}.")), "")

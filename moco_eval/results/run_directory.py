@@ -42,11 +42,11 @@ def open_run(output: Path, resolved: dict[str, Any]) -> bool:
     """
 
     def look() -> bool:
-        found = holds(output, resolved)
+        same = holds(output, resolved)
         if (output / "result.json").is_file():
-            return found  # finished: its environment is that of the run, not of whoever looks at it again
+            return same  # finished: its environment is that of the run, not of whoever looks at it again
         write_resolved(output, resolved, environment(resolved.get("config", {}).get("seed")))
-        return found
+        return same
 
     return found_by_main(look)
 

@@ -306,7 +306,7 @@ def test_looking_at_the_test_images_changes_nothing(tmp_path):
 # Stopping and failing
 
 
-@pytest.mark.parametrize("steps", [2, 5, 7, 15])
+@pytest.mark.parametrize("steps", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 15))])
 def test_interrupted_it_goes_on_and_ends_the_same(steps, tmp_path, monkeypatch):
     whole = judge(task(), recipe(), tmp_path / "whole", CPU)
     step, count = finetune.EndToEnd.train_step, []

@@ -132,7 +132,7 @@ def test_learning_rate_of_the_24k_recipe():
 
 
 @pytest.mark.parametrize(
-    "override, words",
+    "override, message",
     [
         ("schedule.iteration=3", "Did you mean 'schedule.iterations'"),
         ("schedule.steps=[5, 3]", "must ascend"),
@@ -140,8 +140,8 @@ def test_learning_rate_of_the_24k_recipe():
         ("input.min_size_train=[]", "at least 1 item"),
     ],
 )
-def test_impossible_recipes_are_refused(override, words):
-    with pytest.raises(InputError, match=words):
+def test_impossible_recipes_are_refused(override, message):
+    with pytest.raises(InputError, match=message):
         recipe("digits_r50_c4", override)
 
 
@@ -324,16 +324,16 @@ def interrupt(monkeypatch, owner, name, call):
 
 
 @pytest.mark.parametrize(
-    "owner, name, call, words",
+    "owner, name, call, message",
     [
         (fine_tune.Trainer, "step", 2, "iteration 2 of 3 is saved"),
         (fine_tune, "_moments", 1, "the trained detector is saved"),
         (torchvision_engine, "on_disk", 1, "the trained detector is saved"),
     ],
 )
-def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, owner, name, call, words):
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, owner, name, call, message):
     interrupt(monkeypatch, owner, name, call)
-    with pytest.raises(Interrupted, match=words):
+    with pytest.raises(Interrupted, match=message):
         run(tmp_path / "run")
     monkeypatch.undo()
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
@@ -432,7 +432,7 @@ def test_data_that_are_open_already_have_their_splits_and_what_they_lack_is_refu
 
 
 @pytest.mark.parametrize(
-    "dataset, data, words",
+    "dataset, data, message",
     [
         ("vocc", None, "Did you mean 'voc'"),
         ("voc", None, "for example: moco-eval detect"),
@@ -440,8 +440,8 @@ def test_data_that_are_open_already_have_their_splits_and_what_they_lack_is_refu
         ("coco-folder", ".", "instances_train2017.json does not exist"),
     ],
 )
-def test_bad_data_arguments(tmp_path, dataset, data, words):
-    with pytest.raises(InputError, match=words):
+def test_bad_data_arguments(tmp_path, dataset, data, message):
+    with pytest.raises(InputError, match=message):
         run(tmp_path / "run", dataset=dataset, data=data and tmp_path / data)
     assert not (tmp_path / "run").exists()
 
@@ -450,7 +450,7 @@ MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channe
 
 
 @pytest.mark.parametrize(
-    "overrides, change, options, words",
+    "overrides, change, options, message",
     [
         (
             ["input.format=rgb"],
@@ -466,11 +466,11 @@ MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channe
         ([], {}, {"dataset": "digit"}, "Did you mean 'digits'"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_data_are_opened(overrides, change, options, words):
+def test_what_does_not_fit_is_refused_before_the_data_are_opened(overrides, change, options, message):
     ours = dataclasses.replace(encoder(), **change)
     given = {"dataset": "digits", "processes": 1} | options
     task = DetectionTask(ours, recipe("digits_r50_c4", *TINY, *overrides), given["dataset"], engine="torchvision")
-    with pytest.raises(InputError, match=words) as error:
+    with pytest.raises(InputError, match=message) as error:
         task.check(given["processes"])
     assert "\n" not in str(error.value)
 
@@ -547,15 +547,15 @@ def test_a_detector_learns_the_scenes_and_shuffled_labels_do_not(tmp_path):
     assert real >= 3 * control
 
 
-@pytest.mark.parametrize("split, words", [("train2017", "of train2017"), ("val2017", "of val2017")])
-def test_a_split_without_masks_is_refused_before_anything_is_written(tmp_path, split, words):
+@pytest.mark.parametrize("split, message", [("train2017", "of train2017"), ("val2017", "of val2017")])
+def test_a_split_without_masks_is_refused_before_anything_is_written(tmp_path, split, message):
     open_digits(tmp_path / "scenes", Scenes(train=4, test=2))
     path = tmp_path / f"scenes/coco/annotations/instances_{split}.json"
     values = json.loads(path.read_text())
     for item in values["annotations"]:
         del item["segmentation"]
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match=f"asks for masks and no object {words} .* has one"):
+    with pytest.raises(InputError, match=f"asks for masks and no object {message} .* has one"):
         run(tmp_path / "run", "masks=true", dataset="coco-folder", data=tmp_path / "scenes/coco")
     assert not (tmp_path / "run").exists()
 

@@ -415,9 +415,9 @@ def rows(path):
     return [line.split() for line in path.read_text().splitlines() if line.strip()]
 
 
-def corners(words):
+def corners(fields):
     """x, y, width, height; that reference adds 1 to the sides of x to x + width."""
-    x, y, width, height = map(float, words)
+    x, y, width, height = map(float, fields)
     return (x - 1, y - 1, x + width, y + height)
 
 

@@ -78,16 +78,16 @@ def test_auto_takes_detectron2_where_it_can_do_it(within):
 
 
 @pytest.mark.parametrize(
-    "name, overrides, words",
+    "name, overrides, message",
     [
         ("random:resnet18", (), "with an FPN only"),
         ("random:resnet18_quarter", (), "own builder makes no resnet18_quarter"),
         (QUARTER, ("accumulate=2",), "one part"),
     ],
 )
-def test_what_detectron2_cannot_do_is_said(within, name, overrides, words):
+def test_what_detectron2_cannot_do_is_said(within, name, overrides, message):
     assert choose("auto", encoder(name), recipe("digits_r50_c4", *overrides)) == "torchvision"
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         choose("detectron2", encoder(name), recipe("digits_r50_c4", *overrides))
 
 

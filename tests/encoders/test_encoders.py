@@ -478,7 +478,14 @@ def test_each_architecture_is_read_off_its_shapes(arch):
         assert infer.infer("x", {key: tensor for key, tensor in tensors.items() if key != name}) == expected
 
 
-@pytest.mark.parametrize("arch", [name for name in names() if "_patch16_" in name])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "large" in name or "huge" in name else ())
+        for name in names()
+        if "_patch16_" in name
+    ],
+)
 def test_each_vit_is_read_off_its_shapes(arch):
     with torch.device("meta"):
         tensors = build_backbone(arch).state_dict()
@@ -490,7 +497,11 @@ def test_each_vit_is_read_off_its_shapes(arch):
 
 @pytest.mark.parametrize(
     ("arch", "millions"),
-    [("vit_small_patch16_224", 21.7), ("vit_base_patch16_224", 85.8), ("vit_large_patch16_224", 303.3)],
+    [
+        ("vit_small_patch16_224", 21.7),
+        ("vit_base_patch16_224", 85.8),
+        pytest.param("vit_large_patch16_224", 303.3, marks=pytest.mark.slow),
+    ],
 )
 def test_vits_have_the_papers_parameter_counts(arch, millions):
     """DeiT's and ViT's 22 M, 86 M and 307 M, less the classifier."""

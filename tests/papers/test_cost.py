@@ -75,7 +75,7 @@ def pieces(steps, table, name):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [
         (0, "0 s"),
         (0.24, "0.2 s"),
@@ -89,8 +89,8 @@ def pieces(steps, table, name):
         (25_000 * 86400, "68 years"),
     ],
 )
-def test_durations_in_the_unit_that_fits(seconds, words):
-    assert duration(seconds) == words
+def test_durations_in_the_unit_that_fits(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_what_a_cost_says():

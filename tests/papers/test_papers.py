@@ -323,7 +323,7 @@ def test_unknown_table_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda t: t.update(colums=1), "unknown key 'colums'"),
         (lambda t: t["rows"][0].update(unavailable="too hard"), "unavailable"),
@@ -340,12 +340,12 @@ def test_unknown_table_names_the_nearest():
         (lambda t: t["rows"][0]["recipe"].update(set={"schedule": {"kind": "cosine", "epochs": 9}}), "group of keys"),
     ],
 )
-def test_a_table_file_with_a_mistake_is_refused(change, words, tmp_path):
+def test_a_table_file_with_a_mistake_is_refused(change, message, tmp_path):
     values = yaml.safe_load((configs.folder() / "papers" / "cifar10-demo.yaml").read_text())
     change(values)
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         configs.load(str(path), "papers", tables.Table)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from moco_eval.classification.protocols import followed_by
 from moco_eval.cli import main
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
+from moco_eval.data import in_memory
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import reproduce, slurm, tables
 from moco_eval.papers import steps as chain
@@ -109,6 +112,43 @@ def steps_of(path):
     return torch.load(path, weights_only=False)["step"] if path.exists() else 0
 
 
+def by_hand(capfd, monkeypatch, steps):
+    """The same commands one by one, below the folder `whole`."""
+    settings = ("--set", "schedule.epochs=1", "--set", "views.size=32", "--precision", "fp32", "--output", "whole/moco")
+    in_process(capfd, monkeypatch, "pretrain", "digits", "--dataset", "digits", *settings)
+    for step, checkpoint in zip(steps[1:], ("whole/moco/checkpoints/last.pth", "random:resnet18_quarter")):
+        given = ("--dataset", "digits", "--protocol", "digits", "--output", Path("whole") / step.output.name)
+        in_process(capfd, monkeypatch, "knn", checkpoint, *given)
+
+
+def require_nothing_left(capfd, monkeypatch, table, out):
+    """Once more: the same table, and no file is touched."""
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    again, err = in_process(capfd, monkeypatch, "reproduce", table)
+    assert again == out and "step 1" not in err
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_from_nothing_to_the_table(in_tmp, capfd, monkeypatch):
+    """On few images, every step in this process; against the commands by hand."""
+    few = {split: in_memory.digits(split) for split in ("train", "test")}
+    few = {split: replace(one, pixels=one.pixels[:192], labels=one.labels[:192]) for split, one in few.items()}
+    monkeypatch.setattr(in_memory, "digits", few.get)
+
+    def in_this_process(words, _lock):
+        with contextlib.redirect_stdout(sys.stderr):
+            return main.cli.main(list(map(str, words)), standalone_mode=False) or 0, False
+
+    monkeypatch.setattr(reproduce, "_process", in_this_process)
+    table = write_table(in_tmp)
+    steps = planned(table).left
+    out, err = in_process(capfd, monkeypatch, "reproduce", table)
+    assert len(steps) == 3 and "step 3 of 3" in err and out.count("kNN") == 2 and "\nstep" not in out
+    by_hand(capfd, monkeypatch, steps)
+    assert metrics("runs") == metrics("whole") and len(metrics("whole")) == 2
+    require_nothing_left(capfd, monkeypatch, table, out)
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(in_tmp, capfd, monkeypatch):
     """SIGKILL of all its processes inside an epoch; against the commands by hand, never interrupted."""
@@ -125,18 +165,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(in_tmp, capfd, monk
     out, err = in_process(capfd, monkeypatch, "reproduce", table)
     assert 3 <= int(re.search(r"resuming at step (\d+) of 20", err)[1]) < 20 and "step 3 of 3" in err
     assert out.count("kNN") == 2 and "\nstep" not in out
-    by_hand = ("--set", "schedule.epochs=1", "--set", "views.size=32", "--precision", "fp32", "--output", "whole/moco")
-    in_process(capfd, monkeypatch, "pretrain", "digits", "--dataset", "digits", *by_hand)
-    for step, checkpoint in zip(steps[1:], ("whole/moco/checkpoints/last.pth", "random:resnet18_quarter")):
-        output = Path("whole") / step.output.name
-        in_process(
-            capfd, monkeypatch, "knn", checkpoint, "--dataset", "digits", "--protocol", "digits", "--output", output
-        )
+    by_hand(capfd, monkeypatch, steps)
     assert metrics("runs") == metrics("whole") and len(metrics("whole")) == 2
-    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
-    again, err = in_process(capfd, monkeypatch, "reproduce", table)
-    assert again == out and "step 1" not in err
-    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+    require_nothing_left(capfd, monkeypatch, table, out)
 
 
 @pytest.mark.slow
@@ -179,7 +210,7 @@ def test_rows_that_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ([], "reproduce needs an ID; for example: moco-eval reproduce cifar10-demo --data cifar10="),
         (["cifar10-dem"], "Did you mean 'cifar10-demo'?"),
@@ -196,8 +227,8 @@ def test_rows_that_are_refused():
         (["digits", "--sbatch", "time=60"], "--sbatch time=60 is for SLURM jobs; add --slurm"),
     ],
 )
-def test_what_is_refused_before_anything_is_written(arguments, words, in_tmp, capfd, monkeypatch):
-    assert words in error_line(capfd, monkeypatch, "reproduce", *arguments)
+def test_what_is_refused_before_anything_is_written(arguments, message, in_tmp, capfd, monkeypatch):
+    assert message in error_line(capfd, monkeypatch, "reproduce", *arguments)
     assert not list(in_tmp.iterdir())
 
 
@@ -228,7 +259,7 @@ def test_the_environment_says_where_all_data_are(in_tmp, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("column", "words"),
+    ("column", "message"),
     [
         (
             {"protocol": "knn/instdis@1", "config": None},
@@ -239,9 +270,9 @@ def test_the_environment_says_where_all_data_are(in_tmp, monkeypatch):
         ({"config": "digit"}, "no knn config named 'digit'. Did you mean 'digits'"),
     ],
 )
-def test_a_table_of_ones_own_with_a_column_that_is_nothing_of_ours(column, words, in_tmp):
+def test_a_table_of_ones_own_with_a_column_that_is_nothing_of_ours(column, message, in_tmp):
     table = write_table(in_tmp, columns={"knn": knn_of() | column})
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         planned(table)
 
 
@@ -366,7 +397,7 @@ def run_planned(table):
 
 
 @pytest.mark.parametrize(
-    ("script", "error", "words"),
+    ("script", "error", "message"),
     [
         ("exit 2", InputError, "step 1 of 3 was refused, see above: moco-eval pretrain"),
         (
@@ -379,9 +410,9 @@ def run_planned(table):
         ('[ "$3" = pretrain ] || exit 1', RunFailed, "step 2 of 3 failed"),
     ],
 )
-def test_it_stops_at_the_first_step_that_does_not_end_well(script, error, words, in_tmp, monkeypatch):
+def test_it_stops_at_the_first_step_that_does_not_end_well(script, error, message, in_tmp, monkeypatch):
     pretend(in_tmp, monkeypatch, f"echo $3 >> ran\n{script}")
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         run_planned(write_table(in_tmp))
     assert len(Path("ran").read_text().split()) == (2 if "pretrain" in script else 1)
 

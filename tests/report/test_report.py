@@ -169,7 +169,7 @@ def test_the_summary_says_where_moco_wins_and_where_not(runs):
 
 
 @pytest.mark.parametrize(
-    ("mine", "other", "words"),
+    ("mine", "other", "message"),
     [
         (scores.Score(80, 2.0, "5 label draws", None), scores.Score(81.5, 1.0, "5 label draws", None), "level with"),
         (scores.Score(80, 1.0, "5 label draws", None), scores.Score(81.5, 1.0, "5 label draws", None), "behind"),
@@ -186,12 +186,12 @@ def test_the_summary_says_where_moco_wins_and_where_not(runs):
         (scores.Score(80, None, "1 heads", None), scores.Score(79, None, "1 heads", None), "ahead of"),
     ],
 )
-def test_a_difference_within_the_spread_is_no_win(mine, other, words):
-    assert mine.against(other) == words
+def test_a_difference_within_the_spread_is_no_win(mine, other, message):
+    assert mine.against(other) == message
 
 
 @pytest.mark.parametrize(
-    ("over", "few", "words"),
+    ("over", "few", "message"),
     [
         ("head", None, "5 heads"),
         ("labels", 10, "5 label draws"),
@@ -200,11 +200,11 @@ def test_a_difference_within_the_spread_is_no_win(mine, other, words):
         ("pretrain", None, "5 pretrainings"),
     ],
 )
-def test_a_spread_is_named_by_what_it_is_over(over, few, words):
+def test_a_spread_is_named_by_what_it_is_over(over, few, message):
     done = record(MOCO, 88.0, std=1.5, few=few, over=over)
     score = scores._score(done, "top1")
-    assert (score.text, score.trials, score.interval) == ("88.0 ± 1.5", words, (86, 90))
-    assert ("trials", f"{words}, seeds 0, 1, 2, 3, 4") in provenance._evaluation_facts(done)
+    assert (score.text, score.trials, score.interval) == ("88.0 ± 1.5", message, (86, 90))
+    assert ("trials", f"{message}, seeds 0, 1, 2, 3, 4") in provenance._evaluation_facts(done)
 
 
 def test_nothing_is_fetched_and_nothing_runs(page):
@@ -460,9 +460,9 @@ DAMAGED = {
 }
 
 
-def refused(folder, output, words):
+def refused(folder, output, message):
     """A report is refused in one line with the way out, and none is written."""
-    with pytest.raises(InputError, match=words) as error:
+    with pytest.raises(InputError, match=message) as error:
         write_report([folder], output)
     assert "\n" not in str(error.value) and "; leave that run out, or run it again" in str(error.value)
     assert not output.exists()
@@ -495,7 +495,7 @@ def test_a_record_of_an_older_version_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    ("lines", "message"),
     [
         (b'{"step": 1, "epoch": 1, "loss": 1}\n\xff\n{}\n', "line 2 is not JSON"),
         (b"12\n", "line 1 is damaged: it is 12, no mapping"),
@@ -506,10 +506,10 @@ def test_a_record_of_an_older_version_is_read(tmp_path):
         (b'{"step": 1, "epoch": 1, "knn_top1": null}\n', "line 1 is damaged: knn_top1 is None"),
     ],
 )
-def test_a_damaged_line_of_a_pretraining_is_told(lines, words, tmp_path):
+def test_a_damaged_line_of_a_pretraining_is_told(lines, message, tmp_path):
     folder = write_pretraining(tmp_path / "pretrain")
     (folder / "metrics.jsonl").write_bytes(lines)
-    refused(folder, tmp_path / "report.html", rf"metrics\.jsonl {words}")
+    refused(folder, tmp_path / "report.html", rf"metrics\.jsonl {message}")
 
 
 def test_half_a_character_at_the_end_is_still_being_written(tmp_path):
@@ -519,27 +519,27 @@ def test_half_a_character_at_the_end_is_still_being_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("command: pretrain\nconfig: 3", "config is 3, no mapping"),
         ("command: pretrain\ndataset: {images: 3}", r"it lacks dataset\.name"),
         ("command: pretrain\ndataset: 3", "dataset is 3, no mapping"),
     ],
 )
-def test_a_damaged_config_of_a_pretraining_is_told(text, words, tmp_path):
+def test_a_damaged_config_of_a_pretraining_is_told(text, message, tmp_path):
     folder = write_pretraining(tmp_path / "pretrain")
     (folder / "config.yaml").write_text(text)
-    refused(folder, tmp_path / "report.html", rf"config\.yaml is damaged: {words}")
+    refused(folder, tmp_path / "report.html", rf"config\.yaml is damaged: {message}")
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [("3", "it is 3"), ('{"loss": 1}', "it lacks iteration"), ('{"iteration": 1, "loss": "x"}', "loss")],
 )
-def test_a_damaged_line_of_a_fine_tuning_is_told(line, words, tmp_path):
+def test_a_damaged_line_of_a_fine_tuning_is_told(line, message, tmp_path):
     folder = write_run(tmp_path / "run", "detect", record(MOCO, 40.0, protocol="detect/x@1", metric="AP50"))
     (folder / "metrics.jsonl").write_text(f"{line}\n")
-    refused(folder, tmp_path / "report.html", rf"metrics\.jsonl line 1 is damaged: {words}")
+    refused(folder, tmp_path / "report.html", rf"metrics\.jsonl line 1 is damaged: {message}")
 
 
 def test_a_folder_is_no_page(tmp_path):

@@ -129,7 +129,7 @@ def damage_sample(folder, **arrays):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "words"),
+    ("arrays", "message"),
     [
         ({"variance": np.zeros((2, 4), np.float32)}, "is damaged: .*variance"),
         ({"variance": np.full(8, 9, np.float32)}, "a share of the variance is not between 0 and 1"),
@@ -146,10 +146,10 @@ def damage_sample(folder, **arrays):
         ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("U1")}, "cannot be read"),  # no characters
     ],
 )
-def test_a_damaged_sample_is_told_in_a_line(arrays, words, tmp_path):
+def test_a_damaged_sample_is_told_in_a_line(arrays, message, tmp_path):
     write_run(tmp_path / "run", held=blobs())
     damage_sample(tmp_path / "run", **arrays)
-    with pytest.raises(InputError, match=rf"sample\.npz .*{words}.*; run the evaluation again") as error:
+    with pytest.raises(InputError, match=rf"sample\.npz .*{message}.*; run the evaluation again") as error:
         page_of(tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "report.html").exists()
 
