@@ -8,6 +8,7 @@ an argument is a ValueError that names it.
 import contextlib
 import functools
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from pathlib import Path
@@ -70,6 +71,7 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except (InputError, RunFailed) as error:
+            traceback.clear_frames(error.__traceback__)  # loader processes end with the frames that hold them
             raise type(error)(without_dashes(message_of(error))) from error.__cause__
 
     return called

@@ -73,13 +73,26 @@ def _is_of_an_image(shape: tuple[int, ...]) -> bool:
     return len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,))
 
 
+def is_published(dataset: Any) -> bool:
+    """Whether it is one of TORCHVISION as published, its images and labels not transformed."""
+    kind = type(dataset)
+    transformed = getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None)
+    return kind.__module__.startswith("torchvision.datasets.") and kind.__name__ in TORCHVISION and not transformed
+
+
+def fingerprint_of(pixels: np.ndarray, labels: np.ndarray) -> str:
+    """sha256 over the shape, the labels and the pixels of images in memory."""
+    digest = hashlib.sha256(str(pixels.shape).encode() + labels.tobytes())
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
+
+
 def known_as(dataset: Any) -> tuple[str, str]:
     """The name and split under which a data set's results are kept."""
-    kind = type(dataset)
-    known = kind.__module__.startswith("torchvision.datasets.") and kind.__name__ in TORCHVISION
+    kind = type(dataset).__name__
     is_train = getattr(dataset, "train", None)
     split = "train" if is_train is True else "test"
-    return (TORCHVISION[kind.__name__] if known else kind.__name__), split
+    return (TORCHVISION[kind] if is_published(dataset) else kind), split
 
 
 def own_classes(dataset: Any) -> list[str] | None:
