@@ -8,7 +8,9 @@ an argument is a ValueError that names it.
 import contextlib
 import functools
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,13 +26,13 @@ from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.catalogue import open_splits, preprocessing_for
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.label_option import parse_labels
+from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
 from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders import load as loading
 from moco_eval.encoders import wrap as wrapping
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.errors import InputError, message_of
+from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.features.cache import Source, features_of
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results import compare as comparing
@@ -68,8 +70,9 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except InputError as error:
-            raise InputError(without_dashes(message_of(error))) from error.__cause__
+        except (InputError, RunFailed) as error:
+            traceback.clear_frames(error.__traceback__)  # loader processes end with the frames that hold them
+            raise type(error)(without_dashes(message_of(error))) from error.__cause__
 
     return called
 
@@ -85,7 +88,8 @@ def load(source: str | Path, *, arch: str | None = None, encoder: str | None = N
     Raises:
         ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
-    loaded = loading.load(str(source), arch, encoder)
+    with torch.inference_mode(False):  # tensors of inference mode could not be trained on
+        loaded = loading.load(str(source), arch, encoder)
     for doubt in loaded.warnings:
         warn(f"{loaded.source}: {doubt}")
     return loaded
@@ -131,6 +135,8 @@ def features(
     Raises:
         ValueError: no such feature, or an image that cannot be read.
     """
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision is {precision!r}; take fp32 or bf16")
     with _as_guest(encoder, device) as (current, place):
         pixels = preprocessing_for(images.name, current.preprocessing)
         source = Source(current, images, pixels, feature, None, precision, batch_size, workers)
@@ -169,11 +175,9 @@ def judge(
         ValueError: an argument that is wrong; its message names it.
         RuntimeError: the run failed: a loss or a feature that is not finite.
     """
-    config = _config(protocol, feature, {"seed": seed, **settings})
-    wanted = parse_labels(labels)
+    config, wanted = _config(protocol, feature, {"seed": seed, **settings}), _checked(train, test, trials, labels)
     if wanted and wanted.per_class is None:
         train = wanted.of(train, seed)
-    _require_same_classes(train, test)
     with _as_guest(encoder, device) as (current, place):
         task = Task(
             encoder=current,
@@ -181,7 +185,7 @@ def judge(
             test=test,
             feature=(None if feature_override(type(config), feature) else feature) or "pooled",
             labels_per_class=wanted.per_class if wanted else None,
-            trials=_at_least_one(trials, "trials"),
+            trials=int(trials),
             cache=Path(cache) if cache is not None else None,
         )
         return judged(task, config, Path(output) if output is not None else None, place)
@@ -226,6 +230,7 @@ def detect(
     Raises:
         ValueError: an argument that is wrong; its message names it.
     """
+    _require_encoder(encoder)
     if encoder.wrapped:
         raise InputError(f"encoder {encoder.source!r} is a network in memory; detect takes encoders of moco_eval.load")
     config = configs.load(recipe, "detect", DetectConfig, configs.as_overrides({"seed": seed, **settings}))
@@ -273,15 +278,16 @@ class Monitor:
             train, test: images that it judges on.
             preprocessing: the pixels that the network expects.
             every: look at each so many steps or epochs, whatever the loop counts; step 0 is looked at.
-            settings: of `judge`.
+            settings: of `judge`, `output` apart; `history` has results to save.
         Raises:
-            ValueError: a protocol or a setting that is unknown.
+            ValueError: an argument that `judge` refuses; `output`, which takes one look only.
         """
         self.train, self.test, self.preprocessing, self.protocol, self.name = train, test, preprocessing, protocol, name
         self.every, self.settings = in_python(_at_least_one)(every, "every"), settings
         self.history: list[tuple[int, Result]] = []
         self.encoder: Encoder | None = None
-        in_python(_config)(protocol, settings.get("feature"), _own_settings(settings))
+        in_python(wrapping.require_sound)(preprocessing)
+        in_python(_can_be_judged)(train, test, protocol, **settings)
 
     def __call__(self, net: nn.Module, step: int) -> Result | None:
         """The result, where this step is one to look at; else None."""
@@ -294,10 +300,30 @@ class Monitor:
         return result
 
 
-def _own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the config among what `judge` takes."""
-    arguments = judge.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
-    return {name: value for name, value in settings.items() if name not in arguments or name == "seed"}
+def _can_be_judged(
+    train: ImageSet,
+    test: ImageSet,
+    protocol: str,
+    *,
+    trials: int = 1,
+    labels: str | None = None,
+    feature: str | None = None,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    **settings: Any,
+) -> None:
+    """Raises InputError for what can be refused before there is a network."""
+    if "output" in settings:
+        raise InputError("output holds one run, and a monitor makes many; save the results of its history instead")
+    _config(protocol, feature, settings)
+    _checked(train, test, trials, labels)
+
+
+def _checked(train: ImageSet, test: ImageSet, trials: int, labels: str | None) -> Labels | None:
+    """What `labels` says. Raises InputError for one of these that is wrong."""
+    _require_same_classes(train, test)
+    _at_least_one(trials, "trials")
+    return parse_labels(labels)
 
 
 def _config(protocol: str, feature: str | None, settings: dict[str, Any]) -> Any:
@@ -310,6 +336,8 @@ def _config(protocol: str, feature: str | None, settings: dict[str, Any]) -> Any
 
 def _named(protocol: str) -> tuple[str, str]:
     """The kind and the config of what `judge` is to run."""
+    if not isinstance(protocol, str):
+        raise InputError(f"protocol is a {type(protocol).__name__}; give a name such as linear/moco-lincls@1")
     if protocol.endswith((".yaml", ".yml")):
         values, _ = configs.read_yaml(Path(protocol))
         return by_name(str(values.get("protocol"))).name.kind, protocol
@@ -326,11 +354,17 @@ def _named(protocol: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def _as_guest(encoder: Encoder, device: str) -> Iterator[tuple[Encoder, torch.device]]:
     """The encoder as it is now, and where it is judged: gradients on, no autocast of the host's, exact arithmetic."""
-    place = _device(encoder, device)
+    _require_encoder(encoder)
+    if torch.get_default_dtype() != torch.float32:
+        raise InputError(
+            f"torch's default dtype is {torch.get_default_dtype()}; torch.set_default_dtype(torch.float32) before"
+        )
+    place, elsewhere = _device(encoder, device), torch.get_default_device().type != "cpu"
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(place.type, enabled=False),
+        torch.device("cpu") if elsewhere else contextlib.nullcontext(),
         exact_arithmetic(),
         wrapping.borrowed(encoder),
     ):
@@ -347,6 +381,8 @@ def _device(encoder: Encoder, device: str) -> torch.device:
         raise InputError(
             f"device {device!r}: {encoder.source} lies on {there}; move it there first, or leave device away"
         )
+    if there.type not in ("cpu", "cuda"):
+        raise InputError(f"{encoder.source} lies on {there}; move it to the CPU or to a GPU first")
     return there
 
 
@@ -382,9 +418,14 @@ def _path(folder: str | Path | None) -> Path | None:
 
 
 def _at_least_one(number: int, name: str) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
         raise InputError(f"{name} is {number!r}; take an integer of at least 1")
-    return number
+    return int(number)
+
+
+def _require_encoder(encoder: Encoder) -> None:
+    if not isinstance(encoder, Encoder):
+        raise InputError(f"encoder is a {type(encoder).__name__}; give what moco_eval.load or moco_eval.wrap returns")
 
 
 def _require_same_classes(train: ImageSet, test: ImageSet) -> None:

@@ -1,10 +1,13 @@
 """Shared fixtures. Outside data is optional: tests that want it are marked `data` and skip with a reason."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from moco_eval.runtime import command
 
 torch.set_num_threads(1)
 
@@ -15,6 +18,16 @@ def cache(tmp_path_factory) -> None:
     os.environ["MOCO_EVAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def as_a_command(request) -> Iterator[None]:
+    """Tests stand in a command's process, but for those of the Python API, marked `library`."""
+    if request.node.get_closest_marker("library"):
+        yield
+        return
+    with command.running("moco-eval"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -22,6 +35,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data sets in {path.parent.name}/{path.name} beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def few_digits():
+    """A few of the built-in digits: 150 training and 50 test images."""
+    from moco_eval.data.catalogue import open_images
+
+    return open_images("digits", None, "train").take(range(150)), open_images("digits", None, "test").take(range(50))
 
 
 @pytest.fixture

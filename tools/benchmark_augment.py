@@ -19,8 +19,8 @@ import torch
 from race import Run, race, report
 from torchvision.transforms import v2
 
-from moco_eval.data.augment.steps import fusing, unfused
-from moco_eval.runtime.device import choose_device
+from moco_eval.data.augment.steps import Fuse, fusing, unfused
+from moco_eval.runtime.device import choose_device, exact_arithmetic
 from pretraining.bottleneck import wait_for
 from pretraining.views import RECIPES
 
@@ -28,7 +28,12 @@ from pretraining.views import RECIPES
 def contestants(views: torch.Tensor) -> dict[str, Run]:
     recipe, device, size = RECIPES["moco_v2"], views.device, views.shape[-1]
     u = recipe.uniforms(0, np.zeros(len(views)), np.arange(len(views)), 0)
-    one_by_one = v2.Compose(
+
+    def ours(fuse: Fuse) -> torch.Tensor:
+        with exact_arithmetic():  # as training does
+            return recipe.apply(views, u, size, 1, fuse)
+
+    transform = v2.Compose(
         [
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             v2.RandomGrayscale(0.2),
@@ -36,14 +41,14 @@ def contestants(views: torch.Tensor) -> dict[str, Run]:
             v2.RandomHorizontalFlip(),
         ]
     )
-    found: dict[str, Run] = {
-        "torchvision v2": lambda: torch.stack([one_by_one(view) for view in views]),
-        "ours": lambda: recipe.apply(views, u, size, 1, unfused),
+    runs: dict[str, Run] = {
+        "torchvision v2": lambda: torch.stack([transform(view) for view in views]),
+        "ours": lambda: ours(unfused),
     }
     if device.type == "cuda":
         fuse = fusing(device, True)
-        found["ours, fused"] = lambda: recipe.apply(views, u, size, 1, fuse)
-    return found | kornia(views)
+        runs["ours, fused"] = lambda: ours(fuse)
+    return runs | kornia(views)
 
 
 def kornia(views: torch.Tensor) -> dict[str, Run]:

@@ -38,26 +38,28 @@ from moco_eval.detection.task import open_digits
 from moco_eval.encoders.load import load
 from moco_eval.results.environment import hardware, peak_memory_mb
 from moco_eval.results.record import Cost
+from moco_eval.runtime.launch import processes
+from pretraining.bottleneck import wait_for
 
 WARM_UP = 2  # iterations that are not counted
 
 
-def measure(engine: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
+def measure(engine: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds per iteration (median) and peak memory in MB of one engine, in this process."""
-    recipe = configs.load(given.recipe, "detect", DetectConfig, given.set)
-    data = read_voc_folder(given.data, None, None, clip=True) if given.data else open_digits(folder, SCENES)
-    step = (ours if engine == "torchvision" else theirs)(given, recipe, data, folder)
-    device, seconds = torch.device(given.device), []
-    for _ in range(WARM_UP + given.iterations):
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+    recipe = configs.load(options.recipe, "detect", DetectConfig, options.set)
+    data = read_voc_folder(options.data, None, None, clip=True) if options.data else open_digits(folder, SCENES)
+    seconds = []
+    with processes(options.device) as device:
+        step = (ours if engine == "torchvision" else theirs)(options, recipe, data, folder)
+        for _ in range(WARM_UP + options.iterations):
+            started = time.perf_counter()
+            step()
+            wait_for(device)
+            seconds.append(time.perf_counter() - started)
     cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     return {
         "seconds": statistics.median(seconds[WARM_UP:]),
-        "peak_memory_MB": peak_memory_mb(given.device),
+        "peak_memory_MB": peak_memory_mb(options.device),
         "cpu_seconds": cpu,
     }
 
@@ -65,36 +67,36 @@ def measure(engine: str, given: argparse.Namespace, folder: Path) -> dict[str, f
 SCENES = Scenes(train=64, test=2)
 
 
-def ours(given: argparse.Namespace, recipe: DetectConfig, data: DetectionData, folder: Path) -> Callable[[], Any]:
+def ours(options: argparse.Namespace, recipe: DetectConfig, data: DetectionData, folder: Path) -> Callable[[], Any]:
     """One iteration of the torchvision engine."""
     from moco_eval.detection.detector import build_detector
     from moco_eval.detection.fine_tune import Trainer
     from moco_eval.runtime.batch_norm import share_statistics
 
-    device = torch.device(given.device)
-    detector = build_detector(load(given.encoder), len(data.classes), recipe, len(data.keypoints))
+    device = torch.device(options.device)
+    detector = build_detector(load(options.encoder), len(data.classes), recipe, len(data.keypoints))
     detector = share_statistics(detector, recipe.bn).to(device).train()
-    trainer = Trainer(detector, recipe, folder / "run", device, Cost(given.device))
+    trainer = Trainer(detector, recipe, folder / "run", device, Cost(options.device))
     samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
-    stream = inputs.training_batches(samples, recipe, 0, WARM_UP + given.iterations)
+    stream = inputs.training_batches(samples, recipe, 0, WARM_UP + options.iterations)
     return lambda: trainer.step(next(stream), 0)
 
 
-def theirs(given: argparse.Namespace, recipe: DetectConfig, data: DetectionData, folder: Path) -> Callable[[], Any]:
+def theirs(options: argparse.Namespace, recipe: DetectConfig, data: DetectionData, folder: Path) -> Callable[[], Any]:
     """One iteration of detectron2's trainer."""
     from detectron2.utils.events import EventStorage
 
     from moco_eval.detection import detectron2_engine as engine
     from moco_eval.detection.detectron2_config import config_of
 
-    encoder = load(given.encoder)
-    cfg = config_of(recipe, encoder, len(data.classes), len(data.keypoints), given.device)
+    encoder = load(options.encoder)
+    cfg = config_of(recipe, encoder, len(data.classes), len(data.keypoints), options.device)
     model = engine.build_detector(cfg, encoder).train()
-    sgd = engine._Optimisation(model, cfg, folder / "run", Cost(given.device))
+    sgd = engine._Optimisation(model, cfg, folder / "run", Cost(options.device))
     samples = inputs.trainable(data.train, recipe.masks, recipe.keypoints)
     registered = engine._registered(data, samples, cfg)
     loader = engine._loader(registered.__enter__(), recipe)  # left registered until this process ends
-    trainer = engine._Trainer(model, loader, sgd.optimizer, recipe, Cost(given.device), torch.device(given.device))
+    trainer = engine._Trainer(model, loader, sgd.optimizer, recipe, Cost(options.device), torch.device(options.device))
     trainer.storage, trainer.iter = EventStorage(0).__enter__(), 0
     return trainer.run_step
 
@@ -120,23 +122,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.engine:
+    options = parser.parse_args()
+    if options.engine:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(given.engine, given, Path(folder) / "scenes")))
+            print(json.dumps(measure(options.engine, options, Path(folder) / "scenes")))
         return
-    recipe = configs.load(given.recipe, "detect", DetectConfig, given.set)
+    recipe = configs.load(options.recipe, "detect", DetectConfig, options.set)
     engines = ("detectron2", "torchvision") if find_spec("detectron2") else ("torchvision",)
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
-    for _ in repeat(None, given.repeats):
+    for _ in repeat(None, options.repeats):
         for engine in engines:
             runs[engine].append(in_a_process(engine, sys.argv[1:]))
-    report(runs, recipe, given)
+    report(runs, recipe, options)
 
 
-def report(runs: dict[str, list[dict[str, float]]], recipe: DetectConfig, given: argparse.Namespace) -> None:
+def report(runs: dict[str, list[dict[str, float]]], recipe: DetectConfig, options: argparse.Namespace) -> None:
     """A line for each engine, and the ratio pair by pair."""
-    result: dict[str, Any] = {"recipe": dump(recipe), "encoder": given.encoder, "hardware": hardware(), "runs": runs}
+    result: dict[str, Any] = {"recipe": dump(recipe), "encoder": options.encoder, "hardware": hardware(), "runs": runs}
     for engine, measured in runs.items():
         seconds = statistics.median(run["seconds"] for run in measured)
         hours = seconds * recipe.schedule.iterations / 3600
@@ -149,8 +151,8 @@ def report(runs: dict[str, list[dict[str, float]]], recipe: DetectConfig, given:
         pairs = [t["seconds"] / o["seconds"] for t, o in zip(runs["detectron2"], runs["torchvision"])]
         result["ratio"] = {"torchvision": statistics.median(pairs)}
         print(f"ours is {statistics.median(pairs):.2f} times as fast ({min(pairs):.2f} to {max(pairs):.2f})")
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

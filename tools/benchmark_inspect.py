@@ -100,8 +100,8 @@ def measure(path: Path, repeats: int) -> dict[str, Figures]:
         for cache in every:
             every[cache].append(inspect(path))
     return {
-        cache: {what: statistics.median(figures[what] for figures in found) for what in found[0]}
-        for cache, found in every.items()
+        cache: {name: statistics.median(figures[name] for figures in runs) for name in runs[0]}
+        for cache, runs in every.items()
     }
 
 
@@ -113,7 +113,7 @@ def measure(path: Path, repeats: int) -> dict[str, Figures]:
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(folder: Path | None, gigabytes: float, repeats: int, json_file: Path | None) -> None:
-    found: dict[str, dict[str, Figures]] = {}
+    medians: dict[str, dict[str, Figures]] = {}
     table = Table(title=f"moco-eval inspect, {gigabytes:g} GB", title_justify="left")
     for heading in ("", "cache", "seconds", "peak MB", "anonymous MB"):
         table.add_column(heading, justify="right" if "MB" in heading or heading == "seconds" else "left")
@@ -123,16 +123,16 @@ def main(folder: Path | None, gigabytes: float, repeats: int, json_file: Path | 
             maker = multiprocessing.get_context("spawn").Process(target=make, args=(kind, path, int(gigabytes * 1e9)))
             maker.start()
             maker.join()
-            found[kind] = measure(path, repeats)
-        for cache, figures in found[kind].items():
-            table.add_row(kind, cache, *(f"{figures[what]:.4g}" for what in ("seconds", "peak_mb", "anonymous_mb")))
+            medians[kind] = measure(path, repeats)
+        for cache, figures in medians[kind].items():
+            table.add_row(kind, cache, *(f"{figures[name]:.4g}" for name in ("seconds", "peak_mb", "anonymous_mb")))
     Console(file=sys.stdout, width=100).print(table)
     if json_file is not None:
         from moco_eval.results.environment import environment
         from moco_eval.runtime.files import write_json
 
         about = {"gigabytes": gigabytes, "repeats": repeats, "environment": environment()}
-        write_json(json_file, {"inspect": found} | about)
+        write_json(json_file, {"inspect": medians} | about)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def peak() -> float:
 def measure(name: str, problem: Problem) -> tuple[float, float, torch.Tensor | None]:
     """Seconds, MB beyond the libraries, and the similarities found; runs in a process of its own."""
     before, started = peak(), time.perf_counter()
-    found = ROWS[name](problem)
-    return time.perf_counter() - started, peak() - before, found
+    similarity = ROWS[name](problem)
+    return time.perf_counter() - started, peak() - before, similarity
 
 
 def compare(problem: Problem, rows: list[str], repeats: int) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def compare(problem: Problem, rows: list[str], repeats: int) -> dict[str, Any]:
         "spread": {name: [min(every), max(every)] for name, every in ratios.items()},
         "memory_MB": {name: max(every) for name, every in memory.items()},
         "difference": {
-            name: float((found - reference).abs().max())
-            for name, found in similarity.items()
-            if found is not None and reference is not None
+            name: float((cosines - reference).abs().max())
+            for name, cosines in similarity.items()
+            if cosines is not None and reference is not None
         },
         "repeats": repeats,
         "environment": environment(),

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moco_eval.classification import linear, linear_quick, linear_sweep
+from moco_eval.classification.judge import judge
+from moco_eval.classification.protocols import load_config
 from moco_eval.classification.task import Task
-from moco_eval.config import load as configs
-from moco_eval.config.classification import LinearConfig, QuickConfig, SweepConfig
 from moco_eval.data.catalogue import open_splits
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.load import load
 from moco_eval.results.environment import environment
-from moco_eval.runtime.device import choose_device
 from moco_eval.runtime.files import write_json
+from moco_eval.runtime.launch import processes
 
 ONE = ("learning_rates=[1]", "weight_decays=[0]", "batch_norm=[false]")
-ROWS: dict[str, tuple[Any, str, type, tuple[str, ...]]] = {
-    "moco-lincls": (linear, "moco-lincls", LinearConfig, ()),
-    "quick": (linear_quick, "quick", QuickConfig, ()),
-    "one head": (linear_sweep, "sweep", SweepConfig, ONE),
-    "forty heads": (linear_sweep, "sweep", SweepConfig, ()),
-}
+ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "moco-lincls": ("moco-lincls", ()),
+    "quick": ("quick", ()),
+    "one head": ("sweep", ONE),
+    "forty heads": ("sweep", ()),
+}  # a shipped config, and what is set in it
 
 
 def some(images: ImageSet, count: int) -> ImageSet:
@@ -55,12 +54,40 @@ def some(images: ImageSet, count: int) -> ImageSet:
     return images.few_labels(each, 0) if each and len(images) > count else images
 
 
-def timed(evaluate: Callable, task: Task, config: Any, device: torch.device) -> tuple[float, float]:
+def timed(task: Task, config: Any, device: torch.device) -> tuple[float, float]:
     """Seconds and top-1 of one evaluation in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        record = evaluate(task, config, Path(folder) / "run", device)
+        record = judge(task, config, Path(folder) / "run", device)
         return time.perf_counter() - began, record["metrics"]["top1"]
+
+
+def compare(task: Task, names: Sequence[str], repeats: int, workers: int, device: torch.device) -> dict[str, Any]:
+    """Seconds, top-1 and ratios of the rows named, medians over repeats."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    top1: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for name in names:
+            shipped, settings = ROWS[name]
+            config = load_config(shipped, "linear", [*settings, f"workers={workers}", f"seed={repeat}"])
+            took, right = timed(task, config, device)
+            seconds[name].append(took)
+            top1[name].append(right)
+    ratios = {name: [a / b for a, b in zip(seconds[names[0]], every)] for name, every in seconds.items()}
+    result = {
+        "seconds": {name: statistics.median(every) for name, every in seconds.items()},
+        "top1": {name: [float(np.mean(every)), *every] for name, every in top1.items()},
+        "ratio": {name: statistics.median(every) for name, every in ratios.items()},
+        "repeats": repeats,
+        "train": len(task.train),
+        "test": len(task.test),
+        "encoder": task.encoder.source,
+        "environment": environment(),
+    }
+    if {"one head", "forty heads"} <= seconds.keys():
+        pairs = zip(seconds["forty heads"], seconds["one head"])
+        result["forty_over_one"] = statistics.median(a / b for a, b in pairs)
+    return result
 
 
 @click.command()
@@ -87,34 +114,11 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Time the linear protocols."""
-    encoder, place = load(checkpoint), choose_device(device)
-    splits = open_splits(dataset, folder)
+    encoder, splits = load(checkpoint), open_splits(dataset, folder)
     task = Task(encoder, some(splits[0], train), some(splits[1], test))
-    task = Task(encoder, *(replace(one, labels_per_class=None) for one in (task.train, task.test)))
-    names = rows.split(",")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    top1: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        for name in names:
-            module, shipped, model, settings = ROWS[name]
-            config = configs.load(shipped, "linear", model, [*settings, f"workers={workers}", f"seed={repeat}"])
-            took, right = timed(module.evaluate, task, config, place)
-            seconds[name].append(took)
-            top1[name].append(right)
-    ratios = {name: [a / b for a, b in zip(seconds[names[0]], every)] for name, every in seconds.items()}
-    result = {
-        "seconds": {name: statistics.median(every) for name, every in seconds.items()},
-        "top1": {name: [float(np.mean(every)), *every] for name, every in top1.items()},
-        "ratio": {name: statistics.median(every) for name, every in ratios.items()},
-        "repeats": repeats,
-        "train": len(task.train),
-        "test": len(task.test),
-        "encoder": encoder.source,
-        "environment": environment(),
-    }
-    if {"one head", "forty heads"} <= seconds.keys():
-        pairs = zip(seconds["forty heads"], seconds["one head"])
-        result["forty_over_one"] = statistics.median(a / b for a, b in pairs)
+    task = Task(encoder, *(replace(part, labels_per_class=None) for part in (task.train, task.test)))
+    with processes(device) as place:
+        result = compare(task, rows.split(","), repeats, workers, place)
     _report(result)
     if json_file is not None:
         write_json(json_file, result)
@@ -127,7 +131,7 @@ def _report(result: dict[str, Any]) -> None:
         table.add_column(heading, justify="right" if heading else "left")
     for name, took in result["seconds"].items():
         mean, *each = result["top1"][name]
-        values = " ".join(f"{one:.2f}" for one in each)
+        values = " ".join(f"{top1:.2f}" for top1 in each)
         table.add_row(name, f"{took:.1f}", f"{result['ratio'][name]:.2f}", f"{mean:.2f}", values)
     console = Console(file=sys.stdout, width=110)
     console.print(table)

@@ -37,6 +37,7 @@ from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.augment.steps import fusing
 from moco_eval.data.loader import Normalise
 from moco_eval.runtime.batch_norm import replace_batch_norm
+from moco_eval.runtime.device import choose_device, exact_arithmetic
 from pretraining.bottleneck import seconds, wait_for
 from pretraining.mechanisms import build_encoder
 from pretraining.plan import Plan, plan
@@ -117,13 +118,14 @@ def ours(run: Plan, batch: Batch, device: torch.device, augmented: bool = False)
 
     def step() -> None:
         torch.backends.cudnn.benchmark = True  # as training sets it
-        if augmented:
-            views = [recipe.apply(view, u, size, 1, fuse) for view, u in zip((batch.view_q, batch.view_k), numbers)]
-            trainer.train_step(Batch(*views, batch.index))
-        else:
-            trainer.train_step(batch)
-        if trainer.step % 10 == 0:
-            trainer.measured.line(trainer.step, 0.0)
+        with exact_arithmetic():  # as training does; other contestants turn TF32 on
+            if augmented:
+                views = [recipe.apply(view, u, size, 1, fuse) for view, u in zip((batch.view_q, batch.view_k), numbers)]
+                trainer.train_step(Batch(*views, batch.index))
+            else:
+                trainer.train_step(batch)
+            if trainer.step % 10 == 0:
+                trainer.measured.line(trainer.step, 0.0)
 
     return step
 
@@ -172,18 +174,20 @@ def rows(
     """The contestants by name, and the images of a step."""
     at = {precision: resolved(recipe, batch_size, device, precision) for precision in ("fp32", "bf16")}
     run, batch = at["fp32"], pictures(at["fp32"], device)
-    found = {"published": Row(lambda: published(run, batch, device, True), "tf32" if device.type == "cuda" else "fp32")}
+    contestants = {
+        "published": Row(lambda: published(run, batch, device, True), "tf32" if device.type == "cuda" else "fp32")
+    }
     if device.type == "cuda":
-        found["published fp32"] = Row(lambda: published(run, batch, device, False), "fp32")
+        contestants["published fp32"] = Row(lambda: published(run, batch, device, False), "fp32")
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
         mine = at[precision]
-        found[f"ours {precision}"] = Row(lambda mine=mine: ours(mine, batch, device), precision)
-        found[f"ours {precision} augmented"] = Row(lambda mine=mine: ours(mine, batch, device, True), precision)
-        found[f"lightly {precision}"] = Row(
+        contestants[f"ours {precision}"] = Row(lambda mine=mine: ours(mine, batch, device), precision)
+        contestants[f"ours {precision} augmented"] = Row(lambda mine=mine: ours(mine, batch, device, True), precision)
+        contestants[f"lightly {precision}"] = Row(
             lambda bf16=precision == "bf16": lightly(run, batch, device, bf16), precision
         )
     missing = not installed("lightly")
-    chosen = {name: row for name, row in found.items() if not (missing and name.startswith("lightly"))}
+    chosen = {name: row for name, row in contestants.items() if not (missing and name.startswith("lightly"))}
     return {name: row for name, row in chosen.items() if not only or name in only}, len(batch.index)
 
 
@@ -260,17 +264,17 @@ def work_of(run: Plan, batch: Batch, device: torch.device) -> dict[str, float]:
 def machine(device: torch.device, precisions: set[str]) -> dict[str, float]:
     """Measured here: floating-point operations a second of a large matrix product, bytes a second of a large copy."""
     size = 8192 if device.type == "cuda" else 2048
-    found = {}
+    rates = {}
     for precision in sorted(precisions):
         a, b = (torch.randn(size, size, device=device) for _ in range(2))
         if precision == "bf16":
             a, b = a.bfloat16(), b.bfloat16()
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        found[precision] = 2 * size**3 / seconds(lambda a=a, b=b: a @ b, device)
+        rates[precision] = 2 * size**3 / seconds(lambda a=a, b=b: a @ b, device)
     source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    found["copy"] = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), device)
-    return found
+    rates["copy"] = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), device)
+    return rates
 
 
 @click.command()
@@ -285,8 +289,6 @@ def main(
     recipe: str, device: str, batch_size: int | None, steps: int | None, repeats: int, only: tuple[str, ...], json_file
 ) -> None:
     """Images per second of a training step of RECIPE (moco_v2_r50, moco_v1_r50, cifar10), data in place."""
-    from moco_eval.runtime.device import choose_device
-
     where = choose_device(device)
     steps = steps or (10 if where.type == "cuda" else 1)
     contestants, images = rows(recipe, batch_size, where, only)

@@ -90,7 +90,7 @@ def two_processes(rank: int, port: int, results) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     large, small, cpu = torch.ones(2**24), torch.ones(1), torch.device("cpu")
-    taken = [seconds(lambda one=one: dist.all_reduce(one), cpu, 20) for one in (large, small)]
+    taken = [seconds(lambda tensor=tensor: dist.all_reduce(tensor), cpu, 20) for tensor in (large, small)]
     if rank == 0:
         results.put((large.numel() * 4 / taken[0], taken[1]))
     dist.destroy_process_group()

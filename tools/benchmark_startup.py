@@ -81,15 +81,15 @@ def memory_over_an_epoch(folder: Path, points: int = 6) -> list[dict[str, float]
 
     private: pages of its own (USS). shared_out: its own and its part of those that it shares (PSS).
     """
-    found, steps = [], sum(1 for _ in (folder / "train").glob("*/*")) // BATCH
+    averages, steps = [], sum(1 for _ in (folder / "train").glob("*/*")) // BATCH
     marks = {round(i * (steps - 9) / (points - 1)) for i in range(points)}  # before the workers run out of work
     HELD.append(batches(folder, 32))
     for step, _ in enumerate(HELD[0]):
         if step in marks:
             each = [_memory(process.pid) for process in multiprocessing.active_children()]
-            mean = {name: statistics.mean(one[name] for one in each) for name in ("private", "shared_out")}
-            found.append({"images": (step + 1) * BATCH, "processes": len(each)} | mean)
-    return found
+            mean = {name: statistics.mean(memory[name] for memory in each) for name in ("private", "shared_out")}
+            averages.append({"images": (step + 1) * BATCH, "processes": len(each)} | mean)
+    return averages
 
 
 def _memory(pid: int | None) -> dict[str, float]:
@@ -139,17 +139,17 @@ def main(folder: Path, files: int, repeats: int, out: Path | None) -> None:
     os.environ["MOCO_EVAL_CACHE"] = str(cache)
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of loaders that were killed
     large, small = make(folder / f"large-{files}", files, LARGE), make(folder / f"small-{files}", files, SMALL)
-    found = {"files": files, "repeats": repeats, "torch": torch.__version__, "cpus": os.cpu_count()}
-    found |= {"seconds": medians(large, cache, repeats), "memory": fresh(memory_over_an_epoch, small)}
+    result = {"files": files, "repeats": repeats, "torch": torch.__version__, "cpus": os.cpu_count()}
+    result |= {"seconds": medians(large, cache, repeats), "memory": fresh(memory_over_an_epoch, small)}
     table = Table("seconds", "cold", "index", title=f"{files} files, median of {repeats}")
     for name in ("open", "first_batch"):
-        table.add_row(name, *(f"{found['seconds'][f'{name}.{state}']:.3f}" for state in ("cold", "index")))
+        table.add_row(name, *(f"{result['seconds'][f'{name}.{state}']:.3f}" for state in ("cold", "index")))
     memory = Table("images seen", "private MiB", "shared out MiB", title=f"each of {WORKERS} loaders, one epoch")
-    for point in found["memory"]:
+    for point in result["memory"]:
         memory.add_row(str(point["images"]), f"{point['private']:.1f}", f"{point['shared_out']:.1f}")
     Console().print(table, memory)
     if out:
-        out.write_text(json.dumps(found, indent=1))
+        out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,20 +30,20 @@ SIDE = 500  # pixels of an image
 def draw(images: int, detections: int, seed: int) -> tuple[list[Sample], list[Detections]]:
     """Images with one to six objects; a third of the detections lie near one, the others anywhere."""
     random = np.random.default_rng(seed)
-    truth, found = [], []
+    truth, detected = [], []
     for number in range(images):
         count = int(random.integers(1, 7))
         boxes, labels = _boxes(random, count).round(), random.integers(0, len(VOC_CLASSES), count)
         difficult = random.random(count) < 0.1
         truth.append(Sample(str(number), Path(), (SIDE, SIDE), boxes, labels, difficult, np.zeros(count, bool)))
-        said, guesses = _boxes(random, detections), random.integers(0, len(VOC_CLASSES), detections)
+        guesses, classes = _boxes(random, detections), random.integers(0, len(VOC_CLASSES), detections)
         near, which = random.random(detections) < 1 / 3, random.integers(0, count, detections)
-        said[near] = boxes[which[near]] + random.normal(0, 12, (int(near.sum()), 4))
-        said[:, 2:] = np.maximum(said[:, 2:], said[:, :2] + 1)
-        guesses[near] = labels[which[near]]
+        guesses[near] = boxes[which[near]] + random.normal(0, 12, (int(near.sum()), 4))
+        guesses[:, 2:] = np.maximum(guesses[:, 2:], guesses[:, :2] + 1)
+        classes[near] = labels[which[near]]
         scores = -np.sort(-random.uniform(0.05, 1, detections)).astype(np.float32)
-        found.append(Detections(said.astype(np.float32).astype(float), scores.astype(float), guesses))
-    return truth, found
+        detected.append(Detections(guesses.astype(np.float32).astype(float), scores.astype(float), classes))
+    return truth, detected
 
 
 def _boxes(random: np.random.Generator, count: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def _boxes(random: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate((corners, corners + random.uniform(20, 200, (count, 2))), axis=1)
 
 
-def prepare_theirs(folder: Path, truth: list[Sample], found: list[Detections]) -> Callable[[], dict[str, float]]:
+def prepare_theirs(folder: Path, truth: list[Sample], detected: list[Detections]) -> Callable[[], dict[str, float]]:
     """detectron2's evaluator over the same detections, its annotations written and read beforehand."""
     import torch
     from detectron2.data import MetadataCatalog
@@ -60,15 +60,15 @@ def prepare_theirs(folder: Path, truth: list[Sample], found: list[Detections]) -
 
     (folder / "Annotations").mkdir()
     (folder / "ImageSets/Main").mkdir(parents=True)
-    (folder / "ImageSets/Main/test.txt").write_text("".join(f"{one.image_id}\n" for one in truth))
+    (folder / "ImageSets/Main/test.txt").write_text("".join(f"{sample.image_id}\n" for sample in truth))
     outputs = []
-    for one, said in zip(truth, found):
-        (folder / "Annotations" / f"{one.image_id}.xml").write_text(_xml(one))
-        pascal_voc_evaluation.parse_rec(str(folder / "Annotations" / f"{one.image_id}.xml"))
+    for sample, detections in zip(truth, detected):
+        (folder / "Annotations" / f"{sample.image_id}.xml").write_text(_xml(sample))
+        pascal_voc_evaluation.parse_rec(str(folder / "Annotations" / f"{sample.image_id}.xml"))
         instances = Instances((SIDE, SIDE))
-        instances.pred_boxes = Boxes(torch.tensor(said.boxes, dtype=torch.float32))
-        instances.scores = torch.tensor(said.scores, dtype=torch.float32)
-        instances.pred_classes = torch.tensor(said.labels)
+        instances.pred_boxes = Boxes(torch.tensor(detections.boxes, dtype=torch.float32))
+        instances.scores = torch.tensor(detections.scores, dtype=torch.float32)
+        instances.pred_classes = torch.tensor(detections.labels)
         outputs.append({"instances": instances})
     about = {"dirname": str(folder), "split": "test", "year": 2007, "thing_classes": list(VOC_CLASSES)}
     MetadataCatalog.get("benchmark").set(**about)
@@ -76,7 +76,7 @@ def prepare_theirs(folder: Path, truth: list[Sample], found: list[Detections]) -
     def judge() -> dict[str, float]:
         evaluator = pascal_voc_evaluation.PascalVOCDetectionEvaluator("benchmark")
         evaluator.reset()
-        evaluator.process([{"image_id": one.image_id} for one in truth], outputs)
+        evaluator.process([{"image_id": sample.image_id} for sample in truth], outputs)
         return {name: float(value) for name, value in evaluator.evaluate()["bbox"].items()}
 
     return judge
@@ -112,18 +112,21 @@ def main() -> None:
     parser.add_argument("--their-repeats", type=int, default=1, help="of detectron2's")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    truth, found = draw(arguments.images, arguments.detections, seed=0)
+    truth, detected = draw(arguments.images, arguments.detections, seed=0)
     result: dict = {"images": arguments.images, "detections": arguments.detections, "seconds": {}, "ratio": {}}
-    ours, metrics = timed(lambda: voc_ap(truth, found, VOC_CLASSES, rounded=True)[0], arguments.repeats)
+    ours, metrics = timed(lambda: voc_ap(truth, detected, VOC_CLASSES, rounded=True)[0], arguments.repeats)
     result["seconds"]["ours"], result["metrics"] = ours, metrics
     print(f"ours        {ours:8.2f} s  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}  AP75 {metrics['AP75']:.4f}")
     if find_spec("detectron2"):
         with tempfile.TemporaryDirectory() as folder:
-            judge = prepare_theirs(Path(folder), truth, found)
-            theirs, said = timed(judge, arguments.their_repeats)
+            judge = prepare_theirs(Path(folder), truth, detected)
+            theirs, reference = timed(judge, arguments.their_repeats)
         result["seconds"]["detectron2"], result["ratio"]["detectron2"] = theirs, theirs / ours
-        result["largest_difference"] = max(abs(said[name] - metrics[name]) for name in said)
-        print(f"detectron2  {theirs:8.2f} s  AP {said['AP']:.4f}  AP50 {said['AP50']:.4f}  AP75 {said['AP75']:.4f}")
+        result["largest_difference"] = max(abs(reference[name] - metrics[name]) for name in reference)
+        print(
+            f"detectron2  {theirs:8.2f} s  AP {reference['AP']:.4f}  AP50 {reference['AP50']:.4f}  "
+            f"AP75 {reference['AP75']:.4f}"
+        )
         print(f"{theirs / ours:.0f} times as fast; largest difference {result['largest_difference']:.1e} points")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

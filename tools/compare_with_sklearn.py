@@ -49,8 +49,8 @@ def compare_logistic(train: torch.Tensor, y: np.ndarray, test: torch.Tensor, lab
         fit: Fit = solve()
         took = time.perf_counter() - began
         top1 = accuracy(scores(test.double(), fit), labels)
-        found = {"loss": loss(train.double(), y, fit), "top1": top1, "iterations": fit.iterations}
-        rows[name] = found | {"seconds": took, "converged": fit.converged}
+        result = {"loss": loss(train.double(), y, fit), "top1": top1, "iterations": fit.iterations}
+        rows[name] = result | {"seconds": took, "converged": fit.converged}
     ours, theirs = rows["ours"], rows["sklearn"]
     rows["relative_loss_difference"] = abs(ours["loss"] - theirs["loss"]) / theirs["loss"]
     rows["top1_difference"] = abs(ours["top1"] - theirs["top1"])
@@ -91,10 +91,10 @@ def main(
 ) -> None:
     """Compare, and exit with 1 where an aim is missed."""
     encoder, splits = load(checkpoint), open_splits(dataset, folder)
-    kept = [some(one, count) for one, count in zip(splits, (train, test))]
+    kept = [some(split, count) for split, count in zip(splits, (train, test))]
     size, cpu = preprocessing_for(dataset, encoder.preprocessing), torch.device("cpu")
-    bank, queries = (extract(encoder.backbone.eval(), one, size, cpu, workers=workers) for one in kept)
-    y, labels = (torch.as_tensor(one.labels) for one in kept)
+    bank, queries = (extract(encoder.backbone.eval(), split, size, cpu, workers=workers) for split in kept)
+    y, labels = (torch.as_tensor(split.labels) for split in kept)
     rows = [compare_logistic(bank, y.numpy(), queries, labels, C) for C in COSTS]
     neighbours = compare_knn(bank, y, queries, labels)
     for row in rows:

@@ -134,7 +134,7 @@ class EndToEnd:
         """For the record: which of the epochs that were tested was best on the test images, where there are several."""
         if len(self.tested) < 2:
             return {}
-        return {"best_on_test": max(self.tested, key=lambda one: one["top1"]) | {"of": len(self.tested)}}
+        return {"best_on_test": max(self.tested, key=lambda test: test["top1"]) | {"of": len(self.tested)}}
 
     def state_dict(self) -> dict[str, Any]:
         """For resuming."""
@@ -222,9 +222,9 @@ def check_moved(before: nn.Module, after: nn.Module) -> None:
     moved = set(differing(before, after))
     weights = {name for name, _ in before.named_parameters()}
     statistics = {name for name, _ in before.named_buffers() if name.endswith("running_mean")}
-    for what, names in (("weights", weights), ("running statistics", statistics)):
+    for kind, names in (("weights", weights), ("running statistics", statistics)):
         if names and not names & moved:
-            raise RunFailed(f"none of the backbone's {len(names)} {what} moved; is optimizer.lr far too small?")
+            raise RunFailed(f"none of the backbone's {len(names)} {kind} moved; is optimizer.lr far too small?")
     if still := sorted(weights - moved):
         warn(f"{len(still)} of the backbone's {len(weights)} weights did not move, first {still[0]!r}")
 

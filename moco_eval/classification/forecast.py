@@ -63,7 +63,7 @@ class Forecast:
     @property
     def total(self) -> float:
         """Seconds of everything."""
-        return sum(map(self.seconds, self.needs)) + sum(one.seconds for one in self.own)
+        return sum(map(self.seconds, self.needs)) + sum(work.seconds for work in self.own)
 
 
 def forecast(suite: Sequence[Item], needs: list[Need], device: torch.device, processes: int = 1) -> Forecast:
@@ -133,7 +133,7 @@ def _through(source: Source, net: nn.Module, count: int, batch: int, device: tor
 
 def own_work(item: Item, dim: int, device: torch.device, seconds: float) -> Own:
     """About how long one protocol works on features that are there, all trials together."""
-    task, config = item.task, item.config
+    task, config = item.ready, item.config
     images = task.training_images(config.seed)
     probe = Probe(len(images), len(task.test), dim, len(task.train.classes), device, seconds)
     work = by_name(item.protocol).code().own_work
@@ -146,57 +146,57 @@ def own_work(item: Item, dim: int, device: torch.device, seconds: float) -> Own:
 # How it is shown
 
 
-def describe(suite: Sequence[Item], found: Forecast, output: Path) -> str:
+def describe(suite: Sequence[Item], plan: Forecast, output: Path) -> str:
     """The plan as text."""
     first = suite[0].task
     extraction = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("features", "for", "images", "in the cache", "to disk", "about"):
         extraction.add_column(heading, justify="left" if heading in ("features", "for") else "right")
-    for need in found.needs:
-        extraction.add_row(*(escape(cell) for cell in _cells(need, found)))
+    for need in plan.needs:
+        extraction.add_row(*(escape(cell) for cell in _cells(need, plan)))
     own = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("protocol", "its own work", "about"):
         own.add_column(heading, justify="right" if heading == "about" else "left")
-    about = {one.protocol: one for one in found.own}
+    about = {work.protocol: work for work in plan.own}
     for item in suite:
-        one = about.get(item.protocol)
+        work = about.get(item.protocol)
         own.add_row(
-            item.protocol, *((one.basis, duration(one.seconds)) if one else (f"already done: {item.output}", "-"))
+            item.protocol, *((work.basis, duration(work.seconds)) if work else (f"already done: {item.output}", "-"))
         )
     return as_text(
         f"suite of {first.encoder.source} ({first.encoder.arch}, {first.encoder.origin}): {first.feature} feature, "
-        f"{found.dim} numbers, {suite[0].config.precision}",
+        f"{plan.dim} numbers, {suite[0].config.precision}",
         f"data: {first.train.name}, {len(first.train):,} training and {len(first.test):,} test images, "
         f"{len(first.train.classes)} classes",
         f"output: {output}",
         f"cache: {first.cache}",
-        *([extraction] if found.needs else []),
+        *([extraction] if plan.needs else []),
         own,
-        _in_all(found),
+        _in_all(plan),
     )
 
 
-def _cells(need: Need, found: Forecast) -> tuple[str, ...]:
+def _cells(need: Need, plan: Forecast) -> tuple[str, ...]:
     images, source = len(need.source.images), need.source
-    size = need.images * found.dim * (2 if source.precision == "bf16" else 4)
+    size = need.images * plan.dim * (2 if source.precision == "bf16" else 4)
     crop = "clean crop" if source.crops is None else f"crops of epoch {source.crops.epoch}"
     part = source.images.subset
     return (
         f"{source.images.split}, {crop}" + (f" ({part})" if part else ""),
-        "every task" if len(need.protocols) == len(found.own) > 1 else ", ".join(need.protocols),
+        "every task" if len(need.protocols) == len(plan.own) > 1 else ", ".join(need.protocols),
         f"{images:,}",
         f"{images - need.images:,}",
         f"{size / 1e6:,.1f} MB",
-        duration(found.seconds(need)),
+        duration(plan.seconds(need)),
     )
 
 
-def _in_all(found: Forecast) -> str:
+def _in_all(plan: Forecast) -> str:
     names = {False: "clean crops", True: "training crops"}
-    rates = "".join(f", {rate:,.0f} images/s of {names[cropped]}" for cropped, rate in found.rates.items())
-    where = f"{found.device}, {torch.get_num_threads()} threads" if found.device.type == "cpu" else str(found.device)
-    several = f" in one process (of {found.processes})" if found.processes > 1 else ""
+    rates = "".join(f", {rate:,.0f} images/s of {names[cropped]}" for cropped, rate in plan.rates.items())
+    where = f"{plan.device}, {torch.get_num_threads()} threads" if plan.device.type == "cpu" else str(plan.device)
+    several = f" in one process (of {plan.processes})" if plan.processes > 1 else ""
     return (
-        f"in all about {found.total / 60:.1f} minutes: a prediction, from a probe of {found.took:.0f} s{several} on "
+        f"in all about {plan.total / 60:.1f} minutes: a prediction, from a probe of {plan.took:.0f} s{several} on "
         f"{where}{rates}"
     )

@@ -114,13 +114,13 @@ def search_seconds(
 ) -> float:
     """About how long a search takes for the k nearest in the whole bank for all queries."""
     queries = queries or probe.test
-    bank, asked = probe.rows(probe.train), probe.rows(queries)
+    bank, rows = probe.rows(probe.train), probe.rows(queries)
 
     def piece(count: int) -> None:
-        some = asked[:count]
+        some = rows[:count]
         nearest(some, bank, min(k, len(bank)), distance=distance, memory=in_bytes(memory), device=probe.device)
 
-    return probe.scaled(piece, len(asked), probe.seconds / 2) * queries / len(asked) * probe.train / len(bank)
+    return probe.scaled(piece, len(rows), probe.seconds / 2) * queries / len(rows) * probe.train / len(bank)
 
 
 def in_bytes(gigabytes: float | None) -> float | None:

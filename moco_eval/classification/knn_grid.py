@@ -92,8 +92,10 @@ def choose(
     right = dict[GridPoint, int]()
     for distance in config.distance:
         options = {"distance": distance, "memory": in_bytes(config.memory), "device": device}
-        found = nearest_by_ranks(queries, features, ks[-1], own=own, **options)
-        right |= _right(found, labels.to(device), labels[own].to(device), classes, ks, _temperatures(config, distance))
+        neighbours = nearest_by_ranks(queries, features, ks[-1], own=own, **options)
+        right |= _right(
+            neighbours, labels.to(device), labels[own].to(device), classes, ks, _temperatures(config, distance)
+        )
     best = min(right, key=lambda point: (-right[point], point.k, point.distance, -(point.temperature or 0)))
     top1 = {point: 100 * count / len(own) for point, count in right.items()}
     return Choice(best, top1, len(own), tuple(k for k in config.k if k > others))
@@ -111,7 +113,7 @@ def _temperatures(config: KnnGridConfig, distance: Distance) -> Sequence[float |
 
 
 def _right(
-    found: Neighbours,
+    neighbours: Neighbours,
     labels: torch.Tensor,
     truth: torch.Tensor,
     classes: int,
@@ -119,21 +121,21 @@ def _right(
     temperatures: Sequence[float | None],
 ) -> dict[GridPoint, int]:
     """How many queries each point classifies rightly; labels (B,) of the bank, truth (Q,) of the queries."""
-    right = {GridPoint(found.distance, k, temperature): 0 for k in ks for temperature in temperatures}
+    right = {GridPoint(neighbours.distance, k, temperature): 0 for k in ks for temperature in temperatures}
     for part in torch.arange(len(truth)).split(max(1, VOTING // classes)):
         here = slice(int(part[0]), int(part[-1]) + 1)
-        some = Neighbours(found.similarity[here], found.index[here], found.distance)
+        some = Neighbours(neighbours.similarity[here], neighbours.index[here], neighbours.distance)
         for temperature in temperatures:
             for k, predictions in predicted(some, labels, classes, ks, temperature):
-                right[GridPoint(found.distance, k, temperature)] += int((predictions == truth[here]).sum())
+                right[GridPoint(neighbours.distance, k, temperature)] += int((predictions == truth[here]).sum())
     return right
 
 
 def predicted(
-    found: Neighbours, labels: torch.Tensor, classes: int, ks: Sequence[int], temperature: float | None
+    neighbours: Neighbours, labels: torch.Tensor, classes: int, ks: Sequence[int], temperature: float | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The classes that the k nearest vote for, (queries,), for each k of an ascending sequence."""
-    votes, voters = weights(found, temperature), labels[found.index]
+    votes, voters = weights(neighbours, temperature), labels[neighbours.index]
     scores, done = votes.new_zeros((len(votes), classes)), 0
     for k in ks:
         scores.scatter_add_(1, voters[:, done:k], votes[:, done:k])
@@ -145,10 +147,10 @@ def own_work(config: KnnGridConfig, probe: Probe) -> tuple[float, str]:
     """The searches of a grid, and its votes; see `task.Code`."""
     part = replace(probe, seconds=probe.seconds / (len(config.distance) + 2))
     ks = sorted(k for k in config.k if k < probe.train)
-    asked = min(probe.train, config.queries)
-    searches = [search_seconds(part, ks[-1], config.memory, distance, asked) for distance in config.distance]
+    queries = min(probe.train, config.queries)
+    searches = [search_seconds(part, ks[-1], config.memory, distance, queries) for distance in config.distance]
     labels = torch.randint(probe.classes, (probe.train,), device=probe.device)
-    index = torch.randint(probe.train, (min(asked, ROWS), ks[-1]), device=probe.device)
+    index = torch.randint(probe.train, (min(queries, ROWS), ks[-1]), device=probe.device)
 
     def vote(count: int) -> None:
         some = Neighbours(torch.rand(count, ks[-1], device=probe.device), index[:count])
@@ -156,8 +158,8 @@ def own_work(config: KnnGridConfig, probe: Probe) -> tuple[float, str]:
             for _ in predicted(some, labels, probe.classes, ks, temperature):
                 pass
 
-    votes = part.scaled(vote, len(index), part.seconds) * asked / len(index)
-    return sum(searches) + votes + searches[0] * probe.test / asked, f"{len(config.distance)} leave-one-out searches"
+    votes = part.scaled(vote, len(index), part.seconds) * queries / len(index)
+    return sum(searches) + votes + searches[0] * probe.test / queries, f"{len(config.distance)} leave-one-out searches"
 
 
 CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, draw=draw)

@@ -47,7 +47,7 @@ def run_trial(task: Task, config: QuickConfig, seed: int, _state: Path | None, d
     """
     images = task.training_images(seed)
     test = task.features(task.test, config, device)
-    parts = [task.features(images, config, device, one) for one in (None, *crops(config))]
+    parts = [task.features(images, config, device, kind) for kind in (None, *crops(config))]
     if not is_main():
         return None
     classifier = Classifier(

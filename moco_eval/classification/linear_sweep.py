@@ -43,7 +43,7 @@ def run_trial(task: Task, config: SweepConfig, seed: int, state: Path | None, de
         raise InputError(
             "every class has one training image, none to spare for the choice of a head; take more --labels"
         )
-    held_features, test_features = (_clean(task, one, config, device) for one in (held, task.test))
+    held_features, test_features = (_clean(task, part, config, device) for part in (held, task.test))
     backbone = freeze(Several(task.encoder, config.features).to(device))
     before = snapshot(backbone)
     dims = [features.shape[1] for features in held_features]
@@ -129,7 +129,7 @@ class Sweep:
     def train_step(self, views: torch.Tensor, labels: torch.Tensor, epoch: int, batch: int) -> torch.Tensor:
         """See `training_loop.Learner`; the loss is that of the head that does best in this batch."""
         with torch.no_grad(), autocast(self.device, self.config.precision):
-            features = [one.flatten(1).float() for one in self.backbone(views)]
+            features = [output.flatten(1).float() for output in self.backbone(views)]
         factor = learning_rate(self.config.schedule, 1.0, epoch)
         losses = [group.step(features[group.feature], labels, factor, batch) for group in self.groups]
         together = torch.cat(losses)

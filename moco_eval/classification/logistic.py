@@ -143,8 +143,8 @@ def _troubles(points: Sequence["PathPoint"], best: "PathPoint", fit: "Fit", sett
     ends = f"stopped after {settings.max_iterations} iterations, before the tolerance {settings.tolerance:g}"
     troubles = [f"{late} of {len(points)} fits of the path over C {ends}"] if late else []
     troubles += [] if fit.converged else [f"the fit at the chosen C {fit.C:.3g} {ends}"]
-    for words in troubles:
-        warn(f"{words}; --set max_iterations={10 * settings.max_iterations} lets it go on")
+    for trouble in troubles:
+        warn(f"{trouble}; --set max_iterations={10 * settings.max_iterations} lets it go on")
     if best.C in (points[0].C, points[-1].C) and len(points) > 1:
         warn(f"the chosen C {best.C:.3g} is at the end of its path; widen --set path.low=... or path.high=...")
     return troubles
@@ -318,14 +318,14 @@ def fit_sklearn(
     centre = features.mean(axis=0)  # the same objective; away from the origin the intercept would hardly move
     if start is not None:
         places = (start.weight, start.bias + start.weight @ centre)
-        model.coef_, model.intercept_ = (one[1:] - one[:1] if two else one.copy() for one in places)
+        model.coef_, model.intercept_ = (part[1:] - part[:1] if two else part.copy() for part in places)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(features - centre, labels)
     weight, bias = model.coef_, model.intercept_ - model.coef_ @ centre
     if two:
-        weight, bias = (np.concatenate([-one / 2, one / 2]) for one in (weight, bias))
-    stopped = any(issubclass(one.category, ConvergenceWarning) for one in caught)
+        weight, bias = (np.concatenate([-part / 2, part / 2]) for part in (weight, bias))
+    stopped = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     return Fit(weight, bias, C, int(model.n_iter_.max()), converged=not stopped)
 
 

@@ -110,7 +110,7 @@ def nearest(
     with torch.no_grad(), autocast(device, "fp32"):
         for start in range(0, len(bank) if len(queries) else 0, search.blocks.bank):
             search.meet(start)
-        return search.found()
+        return search.neighbours()
 
 
 def nearest_by_ranks(
@@ -185,7 +185,7 @@ class _Search:
                 _forbid(scores, self.own[here] - start)
             _merge(self.best[here], self.index[here], scores, start, self.blocks.chunk)
 
-    def found(self) -> Neighbours:
+    def neighbours(self) -> Neighbours:
         """The best of all blocks in order."""
         assert (self.index >= 0).all()  # finite features always fill the k places
         similarity = self.best if self.centre is None else -self._distances(self.centre)
@@ -209,8 +209,9 @@ class _Search:
         """|q - b|² of pairs, as many at once as memory allows."""
         at_once = max(1, int(self.memory // (24 * dim)))
         parts = [torch.empty(0, device=self.device)]
-        for one, other in zip(query.split(at_once), index.split(at_once)):
-            pair = (rows[of.cpu().numpy()].to(self.device) for rows, of in ((self.queries, one), (self.bank, other)))
+        for queries, others in zip(query.split(at_once), index.split(at_once)):
+            sides = (self.queries, queries), (self.bank, others)
+            pair = (rows[of.cpu().numpy()].to(self.device) for rows, of in sides)
             parts.append(torch.sub(*pair).square_().sum(dim=1))
         return torch.cat(parts)
 
@@ -243,8 +244,8 @@ def _merge(best: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, start:
     columns = (chunks[:, None, :] + within[:, None]).flatten(1)  # (rows, candidates)
     tail = torch.arange(width * chunk, scores.shape[1], device=scores.device).expand(len(rows), -1)
     columns = torch.cat([columns, tail], dim=1)
-    found = scores.gather(1, columns) if len(rows) == len(scores) else scores[rows[:, None], columns]
-    candidates = torch.cat([best[rows], found], dim=1)
+    candidate_scores = scores.gather(1, columns) if len(rows) == len(scores) else scores[rows[:, None], columns]
+    candidates = torch.cat([best[rows], candidate_scores], dim=1)
     top = candidates.topk(k, dim=1, sorted=False)
     best[rows] = top.values
     index[rows] = torch.cat([index[rows], columns + start], dim=1).gather(1, top.indices)

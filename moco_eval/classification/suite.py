@@ -57,7 +57,7 @@ def protocols(names: str | None, multi_label: bool) -> list[Protocol]:
 
 @dataclass(frozen=True)
 class Item:
-    """One task of a suite: a protocol's config, what it judges as the protocol wants it, and its run directory."""
+    """One task of a suite: a protocol's config, what it is to judge, and its run directory."""
 
     protocol: str
     config: Any
@@ -75,11 +75,16 @@ class Item:
         return finished(self.output) is not None
 
     @cached_property
+    def ready(self) -> Task:
+        """What it judges, as the protocol wants it."""
+        return prepared(self.task, self.config)
+
+    @cached_property
     def sources(self) -> list[Source]:
         """The features that it needs; of trials on the same images once."""
         sources = by_name(self.protocol).code().sources
         assert sources is not None
-        return sources(self.task, self.config)
+        return sources(self.ready, self.config)
 
 
 def items(task: Task, chosen: Sequence[Protocol], output: Path, overrides: Sequence[str] = ()) -> list[Item]:
@@ -95,18 +100,7 @@ def items(task: Task, chosen: Sequence[Protocol], output: Path, overrides: Seque
 def _item(task: Task, row: Protocol, output: Path, overrides: Sequence[str]) -> Item:
     kind, name = row.name.kind, row.name.name
     config = configs.load(name, kind, row.model, [*overrides, *feature_override(row.model, task.feature)])
-    try:
-        ready = prepared(task, config)
-    except InputError as error:
-        raise _left_out(row.name, error) from None
-    return Item(row.protocol, config, ready, output / f"{kind}-{name}")
-
-
-def _left_out(name: ProtocolName, error: InputError) -> InputError:
-    """The refusal of one protocol, with the way out that a suite has."""
-    return InputError(
-        f"{name}: {message_of(error)}; --set belongs to `moco-eval {name.kind}`, here leave the protocol out of --tasks"
-    )
+    return Item(row.protocol, config, task, output / f"{kind}-{name}")
 
 
 def check(suite: Sequence[Item]) -> None:
@@ -118,11 +112,14 @@ def check(suite: Sequence[Item]) -> None:
     for item in suite:
         network(item.task.encoder, item.task.feature)
         try:
-            check_task(item.task, item.config)
+            check_task(item.ready, item.config)
             assert item.sources  # the labels of every trial can be drawn
         except InputError as error:
-            raise _left_out(ProtocolName.parse(item.protocol), error) from None
-        about = resolved(item.task, item.config)
+            raise InputError(
+                f"{item.protocol}: {message_of(error)}; --set belongs to `moco-eval {item.command}`, here leave the "
+                "protocol out of --tasks"
+            ) from None
+        about = resolved(item.ready, item.config)
         if holds(item.output, about):
             finished_as(item.output, about)
 
@@ -144,11 +141,11 @@ def needs(suite: Sequence[Item], cache: Path, batch_size: int = BATCH) -> list[N
     wanted: dict[Path, list[tuple[Source, str]]] = {}
     for item in suite:
         for source in [] if item.done else item.sources:
-            asked = replace(source, batch_size=batch_size)
-            wanted.setdefault(source.folder(cache), []).append((asked, item.protocol))
+            resized = replace(source, batch_size=batch_size)
+            wanted.setdefault(source.folder(cache), []).append((resized, item.protocol))
     return [
-        Need(found[0][0], tuple(dict.fromkeys(protocol for _, protocol in found)), missing(found[0][0], cache))
-        for found in wanted.values()
+        Need(uses[0][0], tuple(dict.fromkeys(protocol for _, protocol in uses)), missing(uses[0][0], cache))
+        for uses in wanted.values()
     ]
 
 
@@ -160,7 +157,7 @@ class Extraction:
     cached: int
     seconds: float
 
-    def words(self) -> str:
+    def line(self) -> str:
         """For a line of its own."""
         if not self.images:
             return "extraction: nothing was missing"
@@ -208,19 +205,19 @@ def table(records: Sequence[dict[str, Any]], extraction: Extraction) -> str:
     for heading in HEADINGS:
         grid.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
     for record in records:
-        for words in record["deviations"]:
-            if words not in footnotes:
-                footnotes.append(words)
-        marks = "".join(f" [{footnotes.index(words) + 1}]" for words in record["deviations"])
+        for deviation in record["deviations"]:
+            if deviation not in footnotes:
+                footnotes.append(deviation)
+        marks = "".join(f" [{footnotes.index(deviation) + 1}]" for deviation in record["deviations"])
         for number, name in enumerate(record["metrics"]):
             first = (record["protocol"] + marks, f"{record['cost']['seconds']:.1f}") if number == 0 else ("", "")
             grid.add_row(escape(first[0]), *(escape(cell) for cell in _cells(record, name)), first[1])
     return as_text(
         f"{records[0]['encoder']['path']} on {data['name']}, {data['images']:,} test images; in percent",
         grid,
-        *(f"[{number}] not comparable with published numbers: {words}" for number, words in enumerate(footnotes, 1)),
+        *(f"[{number}] not comparable with published numbers: {text}" for number, text in enumerate(footnotes, 1)),
         "interval: over test images; ±: over the repetitions named; seconds: without the extraction",
-        extraction.words(),
+        extraction.line(),
     )
 
 

@@ -81,15 +81,15 @@ def on_features(
     """
     from joblib import cpu_count
 
-    given = (train.tensor().numpy(), labels, test.tensor().numpy(), config.costs)
-    fitted = fit_classes(*given, seed=seed, max_iterations=config.max_iterations, processes=cpu_count())
-    scores = np.stack([one.scores for one in fitted], axis=1)
+    data = (train.tensor().numpy(), labels, test.tensor().numpy(), config.costs)
+    fitted = fit_classes(*data, seed=seed, max_iterations=config.max_iterations, processes=cpu_count())
+    scores = np.stack([svm.scores for svm in fitted], axis=1)
     each, mean = mean_average_precision(scores, test_labels)
-    notes: dict[str, Any] = {"C": [one.cost for one in fitted], "AP": [_number(value) for value in each]}
-    notes |= {"unconverged": sum(one.unconverged for one in fitted)}
+    notes: dict[str, Any] = {"C": [svm.cost for svm in fitted], "AP": [_number(value) for value in each]}
+    notes |= {"unconverged": sum(svm.unconverged for svm in fitted)}
     fits = len(fitted) * (len(config.costs) * FOLDS + 1)
-    notes |= _told(notes["unconverged"], fits, config)
-    if missing := sum(one.folds_without for one in fitted):
+    notes |= _convergence(notes["unconverged"], fits, config)
+    if missing := sum(svm.folds_without for svm in fitted):
         notes["folds_without_the_class"] = missing
         warn(f"{missing} of {len(fitted) * FOLDS} folds have no image of their class: its C is chosen on the others")
     return Outcome(
@@ -109,7 +109,7 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _told(unconverged: int, fits: int, config: SvmConfig) -> dict[str, Any]:
+def _convergence(unconverged: int, fits: int, config: SvmConfig) -> dict[str, Any]:
     """Fits that ended at their limit, in words; the original has them too, so it is no deviation."""
     if unconverged:
         warn(
@@ -125,19 +125,19 @@ def low_shot_on_features(
     images that were not drawn. Args: as `on_features`."""
     from joblib import cpu_count
 
-    given = (train.tensor().numpy(), labels, test.tensor().numpy(), test_labels)
+    data = (train.tensor().numpy(), labels, test.tensor().numpy(), test_labels)
     settings: dict[str, Any] = {"seed": seed, "max_iterations": config.max_iterations, "processes": cpu_count()}
-    found = [fit_low_shot(*given, shots, config.costs, **settings) for shots in config.shots]
-    chosen = [int(np.nanmean(one.rest, axis=1).argmax()) for one in found]
-    on_test = [np.nanmean(one.test, axis=1) for one in found]
-    metrics = {f"mAP_{shots}": float(one[best]) for shots, one, best in zip(config.shots, on_test, chosen)}
+    fitted = [fit_low_shot(*data, shots, config.costs, **settings) for shots in config.shots]
+    chosen = [int(np.nanmean(svms.rest, axis=1).argmax()) for svms in fitted]
+    on_test = [np.nanmean(svms.test, axis=1) for svms in fitted]
+    metrics = {f"mAP_{shots}": float(by_cost[best]) for shots, by_cost, best in zip(config.shots, on_test, chosen)}
     notes: dict[str, Any] = {
         "C": [config.costs[best] for best in chosen],
-        "mAP_by_C": [one.tolist() for one in on_test],
+        "mAP_by_C": [by_cost.tolist() for by_cost in on_test],
     }
     fits = len(config.shots) * len(config.costs) * labels.shape[1]
-    notes |= _told(sum(one.unconverged for one in found), fits, config)
-    scores = torch.from_numpy(found[-1].scores[chosen[-1]])
+    notes |= _convergence(sum(svms.unconverged for svms in fitted), fits, config)
+    scores = torch.from_numpy(fitted[-1].scores[chosen[-1]])
     return Outcome(scores, len(labels) + len(test_labels), notes, metrics=metrics)
 
 
@@ -260,10 +260,10 @@ def validate(train: np.ndarray, target: np.ndarray, cost: float, seed: int, limi
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = cross_val_score(
+        precisions = cross_val_score(
             classifier(cost, seed, limit), train, target, cv=FOLDS, scoring="average_precision", error_score="raise"
         )
-    return float(found.mean()), _unconverged(caught)
+    return float(precisions.mean()), _unconverged(caught)
 
 
 def _fit(train: np.ndarray, target: np.ndarray, cost: float, seed: int, limit: int) -> tuple[Any, int]:
@@ -277,7 +277,7 @@ def _fit(train: np.ndarray, target: np.ndarray, cost: float, seed: int, limit: i
 def _unconverged(caught: Sequence[warnings.WarningMessage]) -> int:
     from sklearn.exceptions import ConvergenceWarning
 
-    return sum(issubclass(one.category, ConvergenceWarning) for one in caught)
+    return sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
 def _folds_without(target: np.ndarray) -> int:
@@ -367,7 +367,7 @@ def fit_low_shot(
         for c in range(labels.shape[1])
     )
     on_test, on_rest, scores, late = zip(*columns)
-    test_table, rest_table, all_scores = (np.stack(one, axis=-1) for one in (on_test, on_rest, scores))
+    test_table, rest_table, all_scores = (np.stack(parts, axis=-1) for parts in (on_test, on_rest, scores))
     return LowShot(test_table, rest_table, all_scores, sum(late))
 
 
@@ -425,9 +425,9 @@ def low_shot_work(config: SvmConfig, probe: Probe) -> tuple[float, str]:
     """Every cost for one class at a middling number of shots, times the classes and numbers of shots."""
     started, jobs = start_processes()
     shots = min(config.shots, key=lambda number: abs(number - sum(config.shots) / len(config.shots)))
-    count, asked = min(probe.train, ROWS), min(probe.test, ROWS)
-    train, test = (normalise(probe.rows(rows).numpy()) for rows in (count, asked))
-    labels, test_labels = probe.one_class(count), probe.one_class(asked)
+    count, test_count = min(probe.train, ROWS), min(probe.test, ROWS)
+    train, test = (normalise(probe.rows(rows).numpy()) for rows in (count, test_count))
+    labels, test_labels = probe.one_class(count), probe.one_class(test_count)
     drawn = np.where(np.arange(count) < shots * probe.classes, labels > 0, -1)
 
     def piece(number: int) -> None:

@@ -110,8 +110,8 @@ class Loop:
     def _after_step(self, done: int, total: int, per_epoch: int, stop: Stop) -> None:
         """At the end of each epoch check the loss and keep the state; stop where asked to."""
         epoch_ends = done % per_epoch == 0
-        asked = (world_size() == 1 or done % 50 == 0 or epoch_ends) and stop.requested()
-        if not epoch_ends and not asked:
+        requested = (world_size() == 1 or done % 50 == 0 or epoch_ends) and stop.requested()
+        if not epoch_ends and not requested:
             return
         loss = all_sum(torch.stack(self.losses).mean()).item() / world_size()
         self.losses = []
@@ -119,7 +119,7 @@ class Loop:
         if epoch_ends:
             self.learner.end_epoch((done - 1) // per_epoch)
         self._save(done)
-        if asked:
+        if requested:
             stop.check(f"step {done} of {total} is saved: run the same command to go on")
 
     def _save(self, done: int) -> None:

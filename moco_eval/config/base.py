@@ -117,4 +117,4 @@ def is_neutral(key: str) -> bool:
 
 def is_among(key: str, keys: Iterable[str]) -> bool:
     """Whether a dotted key is one of `keys` or below one of them."""
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
+    return any(key == parent or key.startswith(f"{parent}.") for parent in keys)

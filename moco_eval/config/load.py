@@ -89,11 +89,18 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     overrides = []
     for key, value in flatten(dict(settings)).items():
         try:
-            text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
+            text = yaml.safe_dump(_plain(value), default_flow_style=True, width=sys.maxsize)
         except yaml.YAMLError:
             raise InputError(f"{key} is {value!r}, of type {type(value).__name__}, which no config holds") from None
         overrides.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
     return overrides
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_as_shipped(override: str) -> bool:
@@ -163,9 +170,8 @@ def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None
 
 
 def _explain(error: ValidationError, path: Path, lines: dict[str, str], model: type[Model]) -> str:
-    first = min(
-        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
-    )  # a mistyped key explains a missing one
+    # a mistyped key explains a missing one
+    first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     where = lines.get(key) or next((lines[key[:i]] for i in _dots(key) if key[:i] in lines), "")
     where = where or next((line for name, line in lines.items() if name.startswith(f"{key}.")), "")

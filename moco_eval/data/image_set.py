@@ -29,7 +29,7 @@ class ImageSet:
         labels: class of each image, (N,) int64; None for `flat` and `webdataset`. Where an image may show several
             classes, (N, C) int8: 1 shown, 0 not, -1 shown by difficult objects only, which counts neither way.
         fingerprint: of the whole split: sha256 over sorted relative paths and sizes (and the labels, where lists say
-            them and not the folders), or over the pixels of a set in memory.
+            them and not the folders), or over the pixels of a published set in memory, and the labels of one's own.
         pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
         files: the image files, the tar files that hold them, or the data set of a Python program that gives them.
         labels_per_class: of a subset drawn by `few_labels`.
@@ -201,8 +201,7 @@ class ImageSet:
         """
         rgb = map_style.rgb_arrays(pixels)
         numbers, names = map_style.numbered(labels, len(rgb), classes)
-        fingerprint = hashlib.sha256(rgb.tobytes()).hexdigest()
-        return cls(name, split, names, numbers, fingerprint, pixels=rgb)
+        return cls(name, split, names, numbers, map_style.fingerprint_of(rgb, numbers), pixels=rgb)
 
     @classmethod
     def from_dataset(
@@ -229,9 +228,12 @@ class ImageSet:
         named = classes if classes is not None else map_style.own_classes(dataset)
         numbers, names = map_style.numbered(items.labels(), len(items), named)
         pixels = items.in_memory()
-        fingerprint = hashlib.sha256(pixels.tobytes()).hexdigest() if pixels is not None else items.fingerprint(numbers)
-        held: dict[str, Any] = {"files": items} if pixels is None else {"pixels": pixels}
-        return cls(name or own_name, split or own_split, names, numbers, fingerprint, **held)
+        called = (name or own_name, split or own_split, names, numbers)
+        if pixels is None:
+            return cls(*called, items.fingerprint(numbers), files=items)
+        if map_style.is_published(dataset):
+            return cls(*called, hashlib.sha256(pixels.tobytes()).hexdigest(), pixels=pixels)
+        return cls(*called, map_style.fingerprint_of(pixels, numbers), pixels=pixels)
 
     @classmethod
     def from_huggingface(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from moco_eval.errors import InputError
@@ -72,19 +73,43 @@ def _is_of_an_image(shape: tuple[int, ...]) -> bool:
     return len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,))
 
 
+def is_published(dataset: Any) -> bool:
+    """Whether it is one of TORCHVISION as published, its images and labels not transformed."""
+    kind = type(dataset)
+    transformed = getattr(dataset, "transform", None) or getattr(dataset, "target_transform", None)
+    return kind.__module__.startswith("torchvision.datasets.") and kind.__name__ in TORCHVISION and not transformed
+
+
+def fingerprint_of(pixels: np.ndarray, labels: np.ndarray) -> str:
+    """sha256 over the shape, the labels and the pixels of images in memory."""
+    digest = hashlib.sha256(str(pixels.shape).encode() + labels.tobytes())
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
+
+
 def known_as(dataset: Any) -> tuple[str, str]:
     """The name and split under which a data set's results are kept."""
-    kind = type(dataset)
-    known = kind.__module__.startswith("torchvision.datasets.") and kind.__name__ in TORCHVISION
+    kind = type(dataset).__name__
     is_train = getattr(dataset, "train", None)
     split = "train" if is_train is True else "test"
-    return (TORCHVISION[kind.__name__] if known else kind.__name__), split
+    return (TORCHVISION[kind] if is_published(dataset) else kind), split
 
 
 def own_classes(dataset: Any) -> list[str] | None:
     """The names that a data set itself has for its classes."""
     names = getattr(dataset, "classes", None)
     return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None
+
+
+def _known_labels(dataset: Any, length: int) -> Callable[[int], Any] | None:
+    """The `targets` of torchvision's data sets; None where there are none, or the items have others.
+
+    A Subset or a wrapper has none of its own; a `target_transform` makes other labels of them.
+    """
+    known = getattr(dataset, "targets", None)
+    if not isinstance(known, list | tuple | np.ndarray | torch.Tensor) or len(known) != length:
+        return None
+    return None if getattr(dataset, "target_transform", None) else known.__getitem__
 
 
 @dataclass(frozen=True)
@@ -111,10 +136,7 @@ class MapStyle:
             ) from None
         if not length:
             raise InputError(f"dataset is an empty {type(dataset).__name__}")
-        known = getattr(dataset, "targets", None)  # of torchvision's; a Subset or a wrapper has none of its own
-        if known is not None and len(known) == length:
-            return cls(dataset, np.arange(length), known.__getitem__)
-        return cls(dataset, np.arange(length))
+        return cls(dataset, np.arange(length), _known_labels(dataset, length))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,7 +150,8 @@ class MapStyle:
         try:
             item = self.dataset[int(self.rows[index])]
         except Exception as error:  # whatever somebody's data set raises
-            raise InputError(f"{self[index]} raised {type(error).__name__}: {error}") from None
+            reason = " ".join(str(error).split())  # in one line, as a loader process can hand it on
+            raise InputError(f"{self[index]} raised {type(error).__name__}: {reason}") from None
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise InputError(f"{self[index]} is a {type(item).__name__}; give (image, label)")
         return item[0], item[1]

@@ -3,11 +3,14 @@
 import contextlib
 import copy
 import hashlib
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.naming import safe_name, sha256_of_tensors
@@ -16,6 +19,8 @@ from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.device import autocast
 
 ORIGIN = "a network in memory"
+_turns: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_turning = threading.Lock()
 
 
 def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network") -> Encoder:
@@ -33,8 +38,8 @@ def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network")
     """
     if not isinstance(net, nn.Module):
         raise InputError(f"net is a {type(net).__name__}; give a torch.nn.Module")
-    if not isinstance(preprocessing, Preprocessing):
-        raise InputError(f"preprocessing is a {type(preprocessing).__name__}; give a moco_eval.Preprocessing")
+    require_sound(preprocessing)
+    _require_tensors(net)
     encoder = Encoder(
         source=name,
         run_name=safe_name(name),
@@ -48,7 +53,7 @@ def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network")
         preprocessing=preprocessing,
         wrapped=True,
     )
-    with borrowed(encoder):
+    with borrowed(encoder), torch.inference_mode(False):
         images = _images(preprocessing.size, device_of(net))
         width = _width(_features(net, images, preprocessing.size))
     _require_the_same_in_training(net, images, width)
@@ -62,13 +67,26 @@ def as_it_is_now(encoder: Encoder) -> Encoder:
     return replace(encoder, sha256=digest_of(encoder.backbone))
 
 
+def _turn(net: nn.Module) -> threading.RLock:
+    """A network's own lock."""
+    with _turning:
+        return _turns.setdefault(net, threading.RLock())
+
+
 @contextlib.contextmanager
 def borrowed(encoder: Encoder) -> Iterator[None]:
     """The network in evaluation mode; afterwards every mode, every requires_grad and every tensor is as it was.
 
+    Threads that want the same network wait for each other.
+
     Raises:
         RunFailed: a tensor changed; the network is then not what it was.
     """
+    with _turn(encoder.backbone):
+        yield from _given_back(encoder)
+
+
+def _given_back(encoder: Encoder) -> Iterator[None]:
     net = encoder.backbone
     modes = {module: module.training for module in net.modules()}
     gradients = {tensor: tensor.requires_grad for tensor in net.parameters()}
@@ -79,12 +97,32 @@ def borrowed(encoder: Encoder) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-        for tensor, wanted in gradients.items():
-            tensor.requires_grad_(wanted)
+        with torch.inference_mode():  # where alone tensors made in it take gradients again
+            for tensor, wanted in gradients.items():
+                tensor.requires_grad_(wanted)
     if encoder.wrapped and digest_of(net) != before:
         raise RunFailed(
             f"{encoder.source}: a tensor of the network changed while it was judged; does its forward do it?"
         )
+
+
+def require_sound(preprocessing: Preprocessing) -> None:
+    """Raises InputError for what is no preprocessing, or a value of another kind or out of its range."""
+    if not isinstance(preprocessing, Preprocessing):
+        raise InputError(f"preprocessing is a {type(preprocessing).__name__}; give a moco_eval.Preprocessing")
+    try:
+        Preprocessing.from_dict(asdict(preprocessing))
+    except InputError as error:
+        raise InputError(str(error).removeprefix("its ")) from None
+
+
+def _require_tensors(net: nn.Module) -> None:
+    """Raises InputError where a tensor has no values yet."""
+    for name, tensor in tensors_of(net).items():
+        if is_lazy(tensor):
+            raise InputError(f"net has a lazy module ({name} has no shape yet); let one batch pass first")
+        if tensor.is_meta:
+            raise InputError(f"net lies on meta, where tensors have no values ({name}); load its weights first")
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -105,7 +143,8 @@ def digest_of(net: nn.Module) -> str:
 
 def _images(size: int, device: torch.device) -> Tensor:
     """Two images as networks expect them, (2, 3, size, size), the same each time."""
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    shape, generator = (2, 3, size, size), torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def _features(net: nn.Module, images: Tensor, size: int) -> object:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from moco_eval.classification.protocols import kinds
 from moco_eval.config import base, deviations
 from moco_eval.config import load as configs
 from moco_eval.config.protocol_name import kind_and_name
@@ -17,8 +18,8 @@ from moco_eval.papers.match import Record
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
 
 BUILT_IN = ("digits",)  # data sets that need no folder
-EVALUATIONS = ("knn", "linear", "logistic", "svm", "finetune", "detect")
-CACHED = ("knn", "linear", "logistic", "svm")  # they keep the features they extract
+EVALUATIONS = (*kinds(), "detect")
+CACHED = tuple(kind for kind, rows in kinds().items() if rows[0].frozen)  # they keep the features they extract
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 from moco_eval.results.record import SCHEMA, repeats
 from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
@@ -59,7 +60,7 @@ def compare(a: Path | Run, b: Path | Run) -> Comparison:
     before, after = (_checked_value(run, metric) for run in runs)
     answers = runs[0].answers, runs[1].answers
     single = metric == "top1" and all(len(run.record["trials"]) == 1 for run in runs)
-    discordant = mcnemar(*(one.right() == 1 for one in answers)) if single else None
+    discordant = mcnemar(*(run.answers.right() == 1 for run in runs)) if single else None
     return Comparison(*runs, metric, after - before, paired(metric, *answers, RESAMPLES), discordant)
 
 
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> Run:
     for key, kind in (kinds | {"std": dict, "interval": dict, "over": str}).items():
         if not isinstance(record.get(key), kind):
             raise InputError(f"{path} is damaged: {key} is missing or no {kind.__name__}")
-    if record["protocol"].startswith("detect/"):
+    if kind_and_name(record["protocol"])[0] == "detect":
         raise InputError(
             f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one "
             "answer to each test image: moco-eval report sets detections side by side"
@@ -167,13 +168,13 @@ def main_metric(a: Run, b: Run) -> str:
 
 def _checked_value(run: Run, metric: str) -> float:
     """The metric as the predictions give it, which must be what the record says."""
-    found, said = value(metric, run.answers), run.record["metrics"][metric]
-    if not isinstance(said, int | float) or not abs(found - said) <= 0.01:  # nor where it is not a number
+    computed, recorded = value(metric, run.answers), run.record["metrics"][metric]
+    if not isinstance(recorded, int | float) or not abs(computed - recorded) <= 0.01:  # nor where it is not a number
         raise InputError(
-            f"{run.folder}: result.json says {metric} {said}, but predictions.npz gives {found:.2f}; they are not of "
-            "one run: run the evaluation again into another --output"
+            f"{run.folder}: result.json says {metric} {recorded}, but predictions.npz gives {computed:.2f}; they are "
+            "not of one run: run the evaluation again into another --output"
         )
-    return found
+    return computed
 
 
 # What is said
@@ -190,8 +191,8 @@ def describe(done: Comparison) -> str:
         lines.append("Each run counts by its mean over trials. The interval and p are over test images, given these")
         lines.append("trials; the spread over trials (±) stands beside them and is not in them.")
     for name, run, other in (("A", done.a, done.b), ("B", done.b, done.a)):
-        own = [words for words in run.record["deviations"] if words not in other.record["deviations"]]
-        lines += [f"only {name}: {words}" for words in own]
+        own = [deviation for deviation in run.record["deviations"] if deviation not in other.record["deviations"]]
+        lines += [f"only {name}: {deviation}" for deviation in own]
     return "\n".join(lines)
 
 
@@ -199,12 +200,12 @@ def not_alike(a: Run, b: Run) -> list[str]:
     """What makes the difference more than one of encoders, said first."""
     protocols = [run.record["protocol"] for run in (a, b)]
     labels = [_labels(run.record["dataset"]) for run in (a, b)]
-    found = []
+    reasons = []
     if protocols[0] != protocols[1]:
-        found.append(f"A is {protocols[0]} and B is {protocols[1]}")
+        reasons.append(f"A is {protocols[0]} and B is {protocols[1]}")
     if labels[0] != labels[1]:
-        found.append(f"A was trained on {labels[0]} and B on {labels[1]}")
-    return [f"NOT A DIFFERENCE OF ENCODERS ALONE: {'; '.join(found)}"] if found else []
+        reasons.append(f"A was trained on {labels[0]} and B on {labels[1]}")
+    return [f"NOT A DIFFERENCE OF ENCODERS ALONE: {'; '.join(reasons)}"] if reasons else []
 
 
 def _labels(dataset: dict[str, Any]) -> str:
@@ -230,17 +231,17 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def _verdict(done: Comparison) -> list[str]:
-    found, (low, high) = done.over_images, done.over_images.interval
+    test, (low, high) = done.over_images, done.over_images.interval
     lines = [
-        f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {p_words(found.p)} "
+        f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {p_words(test.p)} "
         f"(paired bootstrap, {RESAMPLES:,} resamples, two-sided)"
     ]
     if done.discordant:
         only_a, only_b, p = done.discordant
         lines.append(f"McNemar's exact test: {p_words(p)} (only A is right on {only_a} images, only B on {only_b})")
-    if found.standard_error == 0:
+    if test.standard_error == 0:
         return [*lines, "No image tells the runs apart, so this test cannot say what difference it could have seen."]
-    return [*lines, f"Such a test sees a difference of {found.detectable:.2f} points or more with 80 % power at 5 %."]
+    return [*lines, f"Such a test sees a difference of {test.detectable:.2f} points or more with 80 % power at 5 %."]
 
 
 def p_words(p: float) -> str:

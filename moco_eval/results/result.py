@@ -88,15 +88,22 @@ class Result:
             InputError: the folder holds another run, or something else, or a command works there.
         """
         folder = Path(folder)
-        holds(folder, self.resolved)
-        with lock.alone(folder):
+        try:
             holds(folder, self.resolved)
-            write_resolved(folder, self.resolved, self.record["environment"])
-            if self.arrays:
-                with files.atomic(folder / "predictions.npz") as temporary:
-                    np.savez(temporary, **self.arrays)  # type: ignore[arg-type]
-            files.write_json(folder / "result.json", self.record)
+            with lock.alone(folder):
+                self._write(folder)
+        except InputError as error:
+            raise InputError(str(error).replace("--output", "folder")) from None
         return folder
+
+    def _write(self, folder: Path) -> None:
+        """Into a folder that is ours."""
+        holds(folder, self.resolved)
+        write_resolved(folder, self.resolved, self.record["environment"])
+        if self.arrays:
+            with files.atomic(folder / "predictions.npz") as temporary:
+                np.savez(temporary, **self.arrays)  # type: ignore[arg-type]
+        files.write_json(folder / "result.json", self.record)
 
     def __str__(self) -> str:
         """The numbers in lines, as the command prints them."""

@@ -50,10 +50,10 @@ def open_run(output: Path, resolved: dict[str, Any]) -> Iterator[bool]:
             done = (output / "result.json").is_file()
             if not done or os.access(output, os.W_OK):  # a finished run may have been put away where nobody writes
                 stack.enter_context(lock.alone(output))
-            found = holds(output, resolved)
+            same = holds(output, resolved)
             if not (output / "result.json").is_file():  # else its environment is that of the run, not of who looks
                 write_resolved(output, resolved, environment(resolved.get("config", {}).get("seed")))
-            return found
+            return same
 
         yield found_by_main(look)
 

@@ -48,8 +48,8 @@ class Answers:
     scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for given in (self.predictions, self.scores):
-            assert given is None or given.shape[1] == len(self.labels), (given.shape, self.labels.shape)
+        for answers in (self.predictions, self.scores):
+            assert answers is None or answers.shape[1] == len(self.labels), (answers.shape, self.labels.shape)
         assert self.predictions is not None or self.scores is not None
 
     def right(self, top: int = 1) -> np.ndarray:

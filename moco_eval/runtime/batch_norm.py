@@ -31,7 +31,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if torch.compiler.is_compiling():
             return self._arithmetic(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        means, variances = (one.repeat(self.groups, 1) for one in (self.running_mean, self.running_var))
+        means, variances = (statistic.repeat(self.groups, 1) for statistic in (self.running_mean, self.running_var))
         affine = self.weight, self.bias, True, self.momentum, self.eps
         parts = zip(input.chunk(self.groups), means, variances)
         output = torch.cat([nn.functional.batch_norm(part, mean, var, *affine) for part, mean, var in parts])

@@ -42,18 +42,18 @@ def from_main(values: list) -> list:
 
 def found_by_main(look: Callable[[], Any]) -> Any:
     """What the first process finds, a plain value, on every process; its InputError is raised on all, and told once."""
-    found, refusal = None, ""
+    result, refusal = None, ""
     if is_main():
         try:
-            found = look()
+            result = look()
         except InputError as error:
             refusal = str(error)
-    found, refusal = from_main([found, refusal])
+    result, refusal = from_main([result, refusal])
     if refusal:
         refused = InputError(refusal)
         refused.told = not is_main()
         raise refused
-    return found
+    return result
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

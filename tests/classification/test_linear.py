@@ -6,11 +6,13 @@ import signal
 from dataclasses import replace
 
 import numpy as np
+import own_network
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
 
+import moco_eval as me
 from moco_eval.classification import linear
 from moco_eval.classification.judge import judge
 from moco_eval.classification.task import Outcome, Task
@@ -251,3 +253,22 @@ def test_a_vit_is_held_to_its_own_rate(tmp_path, monkeypatch):
         said.append(judge(Task(vit, *few), config, tmp_path / name, CPU)["deviations"])
     rate = "optimizer.lr 0.4 instead of 12.0"
     assert rate not in said[0] and rate in said[1]
+
+
+IN_MEMORY = (("knn/digits", {}), ("logistic/digits", {"path": {"low": 1.0, "high": 1.0, "count": 1}}))
+
+
+def judged_in_memory() -> dict:
+    """By both protocols, in memory: the second leaves the work to the first process."""
+    train, test = me.images("digits")
+    few = train.take(np.arange(150)), test.take(np.arange(50))
+    results = [me.judge(own_network.encoder(), *few, protocol, **settings) for protocol, settings in IN_MEMORY]
+    return {"scores": [torch.from_numpy(one.scores.copy()) for one in results], "said": [str(one) for one in results]}
+
+
+def test_two_processes_have_the_same_result_in_memory(tmp_path):
+    one, other = run_ranks(judged_in_memory, tmp_path)
+    alone = judged_in_memory()
+    assert one["said"] == other["said"] == alone["said"]
+    for ours, theirs, single in zip(one["scores"], other["scores"], alone["scores"]):
+        assert torch.equal(ours, theirs) and torch.allclose(ours, single, atol=1e-4)

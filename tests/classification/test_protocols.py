@@ -136,9 +136,18 @@ def test_the_suite_and_its_forecast_know_it(protocol, task, tmp_path, monkeypatc
     monkeypatch.setattr(forecast, "PART", 0.05)
     row = by_name(protocol)
     assert suite.protocols(row.short[0], False) == suite.protocols(protocol, False) == [row]
-    item = suite.Item(protocol, small(protocol), prepared(task, small(protocol)), tmp_path / "run")
+    item = suite.Item(protocol, small(protocol), task, tmp_path / "run")
     work = forecast.own_work(item, 16, CPU, 0.05)
     assert work.protocol == protocol and work.seconds > 0 and work.basis
+
+
+@pytest.mark.parametrize("protocol", ["knn/instdisc@1", "svm/voc07-low-shot@1"])
+def test_the_suite_gives_what_the_protocol_gives(protocol, task, tmp_path):
+    """Low-shot makes trials of its samples, once."""
+    item = suite.Item(protocol, small(protocol), task, tmp_path / "run")
+    suite.check([item])
+    (record,), _ = suite.run([item], tmp_path / "cache", CPU)
+    assert record["metrics"] == judge_in_memory(task, item.config, CPU).record["metrics"]
 
 
 def test_the_command_line_shows_every_row(capfd, monkeypatch):
