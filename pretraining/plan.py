@@ -19,7 +19,7 @@ from pretraining.views import preprocessing
 CANONICAL = {
     "pretrain/moco-v1@1": "moco_v1_r50",
     "pretrain/moco-v2@1": "moco_v2_r50",
-    "pretrain/cifar10-demo@1": "cifar10",
+    "pretrain/cifar10-demo@2": "cifar10",
 }
 # what a paper's table varies; all other differences from the protocol's config are deviations
 FREE_KEYS = ("arch", "mechanism", "queue_size", "momentum", "symmetric", "schedule.epochs", "bn", "bn_groups")

@@ -8,6 +8,7 @@ the iterations.
 Source: Kornblith et al. 2019, arXiv:1805.08974, appendix; linusericsson/ssl-transfer@416913f, linear.py.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from moco_eval.classification.probe import LEAST, ROWS, Probe, start_processes
 from moco_eval.classification.task import Code, Outcome, Passes, Task, clean_features
 from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.label_subsets import held_out
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.results.metrics import accuracy, mean_per_class
 from moco_eval.runtime.console import warn
 from moco_eval.runtime.rank import is_main
@@ -31,6 +32,7 @@ from moco_eval.runtime.rank import is_main
 Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to percent
 CPU = torch.device("cpu")
 BLOCK = 65536  # images whose logits are held at a time
+LARGEST = 2**30  # bytes of a covariance; where one would be larger and images are fewer, they span the coordinates
 RESIDENT = 4 * 2**30  # bytes of features that are kept in a CPU's memory in float64; more are read block by block
 # of L-BFGS in uncorrelated coordinates, as seen on the digits: iterations for each C of a path and for the last fit,
 PATH_ITERATIONS, LAST_ITERATIONS = 25, 150
@@ -331,27 +333,78 @@ def fit_sklearn(
 
 @dataclass(frozen=True)
 class Uncorrelated:
-    """Coordinates in which features are centred and uncorrelated: (x - mean) @ vectors has variances `values`."""
+    """Coordinates in which features are centred and uncorrelated: (x - mean) @ vectors has variances `values`.
+
+    Attributes:
+        vectors: (D, D); or (D, R) where the R directions are those that the images span, which hold every optimum.
+        rows: then the images in these coordinates, (N, R).
+    """
 
     mean: torch.Tensor
     vectors: torch.Tensor
     values: torch.Tensor
+    rows: torch.Tensor | None = None
 
     def scale(self, C: float, images: int, classes: int) -> torch.Tensor:
         """Of each coordinate, (D,), so that the objective's curvature is about one at even probabilities."""
         return (self.values * (1 - 1 / classes) / classes + 1 / (C * images)).rsqrt()
 
+    def coordinates(self, features: Rows, block: int) -> torch.Tensor:
+        """(N, R) of features among those that the coordinates were made of."""
+        assert self.rows is not None
+        if features.shape[0] == len(self.rows):
+            return self.rows
+        blocks = _blocks(features, self.mean.device, block)
+        return torch.cat([(rows.double() - self.mean) @ self.vectors for _, rows in blocks])
+
 
 def uncorrelated(features: Rows, device: torch.device = CPU, block: int = BLOCK) -> Uncorrelated:
-    """The eigenvectors of the covariance, float64, in two passes over blocks of rows."""
-    N, arithmetic = features.shape[0], _arithmetic(device)
+    """The eigenvectors of the covariance, float64, in two passes over blocks of rows.
+
+    Raises:
+        RunFailed: neither the dimensions nor the images are few enough for this machine's memory.
+    """
+    (N, D), arithmetic = features.shape, _arithmetic(device)
+    wide = D > N and 8 * D**2 > LARGEST
+    _require_memory(8 * (N**2 + 2 * N * D if wide else 3 * D**2), N, D, device)
     mean = sum(rows.sum(dim=0, dtype=torch.float64) for _, rows in _blocks(features, device, block)) / N
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
+    if wide:
+        return _spanned(features, mean, max(1, LARGEST // (8 * D)))
+    covariance = torch.zeros(D, D, dtype=torch.float64, device=device)
     for _, rows in _blocks(features, device, block):
         centred = rows.to(arithmetic) - mean.to(arithmetic)
         covariance += centred.T @ centred
     values, vectors = torch.linalg.eigh(covariance / N)
     return Uncorrelated(mean, vectors, values.clamp(min=0))
+
+
+def _spanned(features: Rows, mean: torch.Tensor, block: int) -> Uncorrelated:
+    """The same by the products of images with each other, (N, N), where they are fewer than dimensions."""
+    N, device = features.shape[0], mean.device
+    products = torch.zeros(N, N, dtype=torch.float64, device=device)
+    for one, rows in _blocks(features, device, block):
+        for other, columns in _blocks(features, device, block):
+            if other.start <= one.start:
+                products[one, other] = (rows.double() - mean) @ (columns.double() - mean).T
+                products[other, one] = products[one, other].T
+    squares, directions = torch.linalg.eigh(products)
+    kept = squares > N * torch.finfo(torch.float64).eps * squares[-1]  # the rest is rounding
+    lengths, directions = squares[kept].sqrt(), directions[:, kept]
+    vectors = sum((rows.double() - mean).T @ directions[part] for part, rows in _blocks(features, device, block))
+    return Uncorrelated(mean, vectors / lengths, squares[kept] / N, directions * lengths)
+
+
+def _require_memory(needed: int, N: int, D: int, device: torch.device) -> None:
+    """Raises RunFailed where a fit takes more memory than there is."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    if needed > there:
+        raise RunFailed(
+            f"logistic regression on {D:,} dimensions of {N:,} images takes {needed / 1e9:,.0f} GB and "
+            f"{'the GPU' if device.type == 'cuda' else 'this machine'} has {there / 1e9:,.0f} GB; take a --feature of "
+            "fewer dimensions, or --set solver=sklearn"
+        )
 
 
 def fit_torch(
@@ -372,7 +425,9 @@ def fit_torch(
     classes, y = int(labels.max()) + 1, torch.as_tensor(labels, device=device)
     axes = axes or uncorrelated(features, device, block)
     scale = axes.scale(C, features.shape[0], classes)
-    basis = axes.vectors * scale
+    spanned = axes.rows is not None
+    basis = scale.diag() if spanned else axes.vectors * scale
+    rows, mean = (axes.coordinates(features, block), None) if spanned else (features, axes.mean)
     place = torch.zeros(classes, len(scale), dtype=torch.float64, device=device)  # the weight is place @ basis.T
     bias = place.new_zeros(classes)  # of the centred features
     if start is not None:
@@ -381,12 +436,12 @@ def fit_torch(
         bias = torch.as_tensor(start.bias, device=device) + weight @ axes.mean
 
     def closure() -> torch.Tensor:
-        value, by_weight, bias.grad = loss_and_gradient(features, y, place @ basis.T, bias, C, block, axes.mean)
+        value, by_weight, bias.grad = loss_and_gradient(rows, y, place @ basis.T, bias, C, block, mean)
         place.grad = by_weight @ basis
         return value
 
     iterations, converged = _minimise([place, bias], closure, settings)
-    weight = place @ basis.T
+    weight = place @ basis.T @ axes.vectors.T if spanned else place @ basis.T
     return Fit(weight.cpu().numpy(), (bias - weight @ axes.mean).cpu().numpy(), C, iterations, converged)
 
 
@@ -454,7 +509,8 @@ def follow(
     axes = uncorrelated(train[0], device) if solver == "torch" else None
     run = partial(_subpath, train, held, solver=solver, device=device, settings=settings, axes=axes, measure=measure)
     parts = [path[i : i + SUBPATH] for i in range(0, len(path), SUBPATH)]
-    jobs = min(processes, len(parts)) if device.type == "cpu" else 1
+    shared = device.type == "cpu" and not (axes and axes.rows is not None)  # else too much would be copied
+    jobs = min(processes, len(parts)) if shared else 1
     return [point for points in Parallel(n_jobs=jobs)(delayed(run)(part) for part in parts) for point in points]
 
 

@@ -1,5 +1,6 @@
 """The command line: its commands, and the four ways in which one ends. Imports happen inside the commands."""
 
+import io
 import os
 import re
 import shlex
@@ -43,6 +44,9 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run a command; exit 0 done, 1 the run failed, 2 wrong input, 3 interrupted and resumable."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # a file's name may be no text
+            stream.reconfigure(errors="backslashreplace")
     with command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
         sys.exit(_run())
 

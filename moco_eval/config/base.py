@@ -44,8 +44,8 @@ class Sgd(Model):
 class Schedule(Model):
     """The learning rate, set once per epoch.
 
-    cosine: lr/2 (1 + cos(pi e/E)) with e counted from `count_from` (0 in MoCo v2, 1 in the CIFAR-10 demo);
-    step: a tenth (`gamma`) at each of `milestones`, in epochs.
+    cosine: lr/2 (1 + cos(pi e/E)); step: a tenth (`gamma`) at each of `milestones`. Epochs e are counted from
+    `count_from`: 0 in MoCo v1 and v2, 1 in the CIFAR-10 demo.
     """
 
     kind: Literal["cosine", "step"]

@@ -10,9 +10,10 @@ LEFT = 0.001  # of the learning rate at the last step of a fine-tuning's cosine
 
 def learning_rate(schedule: Schedule, lr: float, epoch: int) -> float:
     """The rate of an epoch, counted from 0. Source: facebookresearch/moco, main_moco.py and the CIFAR-10 demo."""
+    epoch += schedule.count_from
     if schedule.kind == "step":
         return _stepped(schedule, lr, epoch)
-    return lr * 0.5 * (1 + math.cos(math.pi * (epoch + schedule.count_from) / schedule.epochs))
+    return lr * 0.5 * (1 + math.cos(math.pi * epoch / schedule.epochs))
 
 
 def rate_of_step(schedule: FinetuneSchedule, lr: float, step: int, per_epoch: int) -> float:

@@ -16,6 +16,7 @@ from moco_eval.errors import InputError
 from moco_eval.papers import match
 from moco_eval.papers.match import Record
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
+from moco_eval.runtime import files
 
 BUILT_IN = ("digits",)  # data sets that need no folder
 EVALUATIONS = (*kinds(), "detect")
@@ -160,8 +161,8 @@ def _of(recipe: RowRecipe, there: Sequence[Run]) -> Path | None:
 
 def _finished(runs: Path) -> list[Run]:
     """Every finished pretraining below a folder; other files of that name are passed over."""
-    paths = sorted(runs.rglob("config.yaml")) if runs.is_dir() else []
-    candidates = [(path.parent, _read(path)) for path in paths if (path.parent / "checkpoints").is_dir()]
+    folders = files.folders_with(runs, "config.yaml") if runs.is_dir() else []
+    candidates = [(folder, _read(folder / "config.yaml")) for folder in folders if (folder / "checkpoints").is_dir()]
     return [(folder, values) for folder, values in candidates if _is_finished(folder, values)]
 
 

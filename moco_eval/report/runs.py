@@ -83,7 +83,7 @@ def _name(runs: Sequence[Run]) -> None:
 def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give run directories, or a folder that contains some")
-    return sorted(file.parent for file in path.rglob("config.yaml"))
+    return files.folders_with(path, "config.yaml")
 
 
 def _read(folder: Path) -> Run | None:

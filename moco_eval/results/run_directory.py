@@ -183,7 +183,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise InputError(f"--runs {folder} does not exist")
     records = []
-    for path in sorted(folder.rglob("result.json")):
+    for path in (place / "result.json" for place in files.folders_with(folder, "result.json")):
         try:
             record = files.read_json(path)
         except InputError as error:

@@ -129,6 +129,24 @@ def second_name(written: Path, path: Path) -> None:
         shutil.copyfile(written, path)
 
 
+def folders_with(root: Path, name: str) -> list[Path]:
+    """Every folder at or below `root` that holds a file of that name, sorted.
+
+    Links to folders are followed, and each folder is there once: under its own path where that is below `root`.
+    """
+    places, seen, tops = list[Path](), set[tuple[int, int]](), [root]
+    for top in tops:
+        for folder, below, names in os.walk(top):
+            here, about = Path(folder), Path(folder).stat()
+            if (about.st_dev, about.st_ino) in seen:
+                below.clear()  # also where a link leads back to what it lies in
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            tops += [here / link for link in sorted(below) if (here / link).is_symlink()]
+            places += [here] if name in names else []
+    return sorted(places)
+
+
 def cache_folder(part: str) -> Path:
     """A folder of what can be had again: `part` in MOCO_EVAL_CACHE, or in moco-eval's folder of the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never fails)

@@ -16,7 +16,7 @@ from moco_eval.config.classification import LogisticConfig
 from moco_eval.data.catalogue import SMALL, open_images
 from moco_eval.data.label_subsets import held_out
 from moco_eval.encoders.load import load
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.cache import Features
 from moco_eval.features.extract import extract
 from moco_eval.features.stages import network
@@ -264,3 +264,33 @@ def test_scikit_learn_reaches_the_optimum_far_from_the_origin():
         for shift in (0.0, 1000.0)
     )
     assert logistic.loss(X + 1000, y, far) == pytest.approx(logistic.loss(X, y, near), rel=1e-9)
+
+
+def test_more_dimensions_than_images_are_solved_in_their_span(encoded, monkeypatch):
+    """Where a covariance would be too large the optimum is sought among the images: scikit-learn's all the same."""
+    few = np.concatenate([np.flatnonzero(encoded.y == digit)[:6] for digit in range(10)])
+    X, y = encoded.X[few], encoded.y[few]  # 60 images, 128 dimensions
+    whole = logistic.fit_torch(X, y, 0.1, CPU, settings=TIGHT)
+    theirs = logistic.fit_sklearn(X, y, 0.1, settings=TIGHT)
+    monkeypatch.setattr(logistic, "LARGEST", 8 * 128 * 20)  # 20 rows at a time
+    axes = logistic.uncorrelated(X, CPU)
+    assert axes.vectors.shape == (128, 59) and axes.rows.shape == (60, 59)
+    fits = [logistic.fit_torch(X, y, 0.1, CPU, None, TIGHT, axes), logistic.fit_torch(X, y, 0.1, CPU, whole, TIGHT)]
+    for fit in fits:
+        assert np.allclose(fit.weight, whole.weight, atol=1e-5) and np.allclose(fit.bias, whole.bias, atol=1e-4)
+        assert logistic.loss(X, y, fit) == pytest.approx(logistic.loss(X, y, theirs), rel=1e-4)
+    points = logistic.follow((X, y), (encoded.Xt, encoded.yt), np.array([0.01, 0.1]), "torch", settings=TIGHT)
+    assert all(point.converged for point in points)
+
+
+def test_raw_pixels_of_224_take_no_covariance():
+    """150,528 dimensions: their covariance would take 181 GB."""
+    X = np.random.default_rng(0).normal(size=(12, 3 * 224**2)).astype(np.float32)
+    fit = logistic.fit_torch(X, np.arange(12) % 3, 1.0, CPU)
+    assert fit.weight.shape == (3, 150_528) and fit.converged
+
+
+def test_a_fit_beyond_the_memory_is_refused_with_its_size():
+    features = SimpleNamespace(shape=(200_000, 150_528))
+    with pytest.raises(RunFailed, match=r"150,528 dimensions of 200,000 images takes 544 GB and this machine has"):
+        logistic.uncorrelated(features, CPU)

@@ -78,6 +78,9 @@ def test_published_recipes_are_as_published():
     assert (cifar.knn.feature, cifar.knn.k, cifar.knn.temperature) == ("head", 200, 0.1)
 
 
+CIFAR_STEPS = ["schedule.kind=step", "schedule.milestones=[120, 160]"]
+
+
 def test_learning_rates_at_the_epochs_that_tell_schedules_apart():
     v1, v2, cifar = (
         configs.load(n, "pretrain", PretrainConfig).schedule for n in ("moco_v1_r50", "moco_v2_r50", "cifar10")
@@ -88,6 +91,10 @@ def test_learning_rates_at_the_epochs_that_tell_schedules_apart():
     assert learning_rate(v2, 0.03, 199) == pytest.approx(1.85e-6, rel=0.01)
     assert learning_rate(cifar, 0.06, 199) == 0
     assert learning_rate(cifar, 0.06, 0) < 0.06
+    dropped = configs.load("cifar10", "pretrain", PretrainConfig, CIFAR_STEPS).schedule
+    # the notebook's adjust_learning_rate, called with epochs from 1 on: a tenth where epoch >= milestone
+    rates = [0.06 * 0.1 ** sum(epoch >= milestone for milestone in (120, 160)) for epoch in range(1, 201)]
+    assert [learning_rate(dropped, 0.06, epoch) for epoch in range(200)] == pytest.approx(rates)
 
 
 def test_deviations_are_the_differences_from_the_protocol():

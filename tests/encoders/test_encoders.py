@@ -732,3 +732,12 @@ def test_the_page_on_encoders_lists_every_layout_and_its_source():
     page = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
     for row in LAYOUTS:
         assert f"| {row.origin} |" in page and row.source in page, row.origin
+
+
+@pytest.mark.parametrize("arch", ["resnet18_cifar", "resnet50_cifar", "resnet18_cifar_pad2", "resnet18_quarter_cifar"])
+def test_a_cifar_stem_starts_as_the_demos_does(arch):
+    """The notebook puts a plain nn.Conv2d in the stem's place, which torch draws uniformly in +-1/sqrt(27)."""
+    torch.manual_seed(0)
+    weight = build_resnet(arch).conv1.weight
+    assert weight.abs().max() <= 27**-0.5
+    assert weight.std().item() == pytest.approx((3 * 27) ** -0.5, rel=0.05)

@@ -55,7 +55,7 @@ PUBLISHED_SHA256 = "793dba927012aa4b9c3146a23c454417e05a376428a3ce95e6d1ee457a4a
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):
     """A record as `knn` writes it for an encoder of the CIFAR-10 recipe; a fixture, not a measurement."""
     settings = {
-        "protocol": "pretrain/cifar10-demo@1",
+        "protocol": "pretrain/cifar10-demo@2",
         "arch": "resnet18_cifar",
         "queue_size": 4096,
         "momentum": 0.99,

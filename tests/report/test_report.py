@@ -596,7 +596,7 @@ def test_times_of_two_zones_are_compared_as_times(text, seconds, tmp_path):
     ("changes", "name"),
     [
         ({}, "MoCo (epoch 60)"),
-        ({"pretraining": {"protocol": "pretrain/cifar10-demo@1", "epochs": 9}, "origin": "other"}, "MoCo (epoch 9)"),
+        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo (epoch 9)"),
         ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo (epoch 200)"),
         ({"pretraining": {"epochs": 200}, "origin": "moco-eval safetensors, from facebookresearch/moco v1"}, "MoCo"),
         ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/simsiam"}, "pretrain"),

@@ -11,12 +11,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from commands import environment, error_line, in_process, start
+from commands import environment, error_line, in_process, moco_eval, start
 
 import moco_eval as me
 from moco_eval.errors import InputError
 from moco_eval.results.run_directory import open_run
-from moco_eval.runtime import lock
+from moco_eval.runtime import files, lock
 
 HOLD = """
 import multiprocessing, sys, time
@@ -184,3 +184,29 @@ def test_two_at_once_leave_the_run_of_one(tmp_path):
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert f"    lr: {rate}" in (tmp_path / "run" / "config.yaml").read_text()
     assert f"optimizer.lr {rate} instead of" in " ".join(record["deviations"])
+
+
+def test_linked_folders_are_looked_into_once(tmp_path):
+    """A run, a folder of runs, a link back up, one that leads nowhere; a run below both is there by its own path."""
+    runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    for folder in (runs / "own", elsewhere / "one", elsewhere / "several" / "two"):
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+    for name, target in {
+        "a": runs / "own",
+        "linked": elsewhere / "one",
+        "more": elsewhere / "several",
+        "up": runs,
+        "gone": tmp_path / "nothing",
+    }.items():
+        (runs / name).symlink_to(target)
+    assert files.folders_with(runs, "result.json") == [runs / "linked", runs / "more" / "two", runs / "own"]
+    assert files.folders_with(runs / "linked", "result.json") == [runs / "linked"]
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, monkeypatch):
+    """On a terminal that takes UTF-8 alone."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/run\xff")
+    out, _ = moco_eval(*KNN, "--output", output, "--dry-run")
+    assert "run\\udcff" in out
