@@ -385,8 +385,9 @@ def _spanned(features: Rows, mean: torch.Tensor, block: int) -> Uncorrelated:
     for one, rows in _blocks(features, device, block):
         for other, columns in _blocks(features, device, block):
             if other.start <= one.start:
-                products[one, other] = (rows.double() - mean) @ (columns.double() - mean).T
-                products[other, one] = products[one, other].T
+                product = (rows.double() - mean) @ (columns.double() - mean).T
+                products[one, other] = product
+                products[other, one] = product.T
     squares, directions = torch.linalg.eigh(products)
     kept = squares > N * torch.finfo(torch.float64).eps * squares[-1]  # the rest is rounding
     lengths, directions = squares[kept].sqrt(), directions[:, kept]
