@@ -1,10 +1,13 @@
 """Shared fixtures. Outside data is optional: tests that want it are marked `data` and skip with a reason."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from moco_eval.runtime import command
 
 torch.set_num_threads(1)
 
@@ -13,6 +16,16 @@ torch.set_num_threads(1)
 def cache(tmp_path_factory) -> None:
     """No test writes to the user's cache."""
     os.environ["MOCO_EVAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def as_a_command(request) -> Iterator[None]:
+    """Tests stand in a command's process, but for those of the Python API, marked `library`."""
+    if request.node.get_closest_marker("library"):
+        yield
+        return
+    with command.running("moco-eval"):
+        yield
 
 
 @pytest.fixture(scope="session")

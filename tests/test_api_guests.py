@@ -29,6 +29,8 @@ PROTOCOLS = [
     ("finetune/digits", {"schedule": {"epochs": 1, "kind": "cosine", "milestones": []}}),
 ]
 
+pytestmark = pytest.mark.library
+
 
 class Gives(nn.Module):
     """A network that gives whatever a function makes of its features."""

@@ -20,6 +20,7 @@ from documented import blocks
 import moco_eval
 from moco_eval.data.in_memory import CIFAR10_CLASSES, CIFAR10_FILES
 
+pytestmark = pytest.mark.library
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 FEWER = {"knn": {"k": 5}, "log": {"path": {"count": 2}}}  # settings for sixty images
@@ -207,7 +208,7 @@ def test_a_new_protocol_is_one_module_one_config_and_one_row(tmp_path):
     module, loader, row = python_of(NEW)
     ast.parse(module)
     (yaml,) = ("\n".join(lines) + "\n" for _, language, lines in blocks(NEW) if language == "yaml")
-    (copy / "moco_eval/classification/nearest_mean.py").write_text(module)
+    (copy / "moco_eval" / "classification" / "nearest_mean.py").write_text(module)
     (copy / "configs/mean").mkdir()
     (copy / "configs/mean/nearest.yaml").write_text(yaml)
     table = copy / "moco_eval/classification/protocols.py"
