@@ -266,6 +266,7 @@ def judged_in_memory() -> dict:
     return {"scores": [torch.from_numpy(one.scores.copy()) for one in results], "said": [str(one) for one in results]}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_result_in_memory(tmp_path):
     one, other = run_ranks(judged_in_memory, tmp_path)
     alone = judged_in_memory()
