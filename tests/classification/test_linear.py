@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import nn
 
 import moco_eval as me
-from moco_eval.classification import linear
+from moco_eval.classification import linear, recording
 from moco_eval.classification.judge import judge
 from moco_eval.classification.task import Outcome, Task
 from moco_eval.classification.training_loop import Loop
@@ -244,7 +244,8 @@ def test_another_feature_is_a_deviation(tmp_path):
 def test_a_vit_is_held_to_its_own_rate(tmp_path, monkeypatch):
     """MoCo v3's linear protocol on a ViT: its rate is no deviation, the ResNet's is."""
     outcome = Outcome(torch.eye(10), 1)
-    monkeypatch.setattr(linear, "run_trial", lambda *_: outcome)
+    monkeypatch.setattr(linear, "CODE", replace(linear.CODE, run_trial=lambda *_: outcome))
+    monkeypatch.setattr(recording, "look_at_features", lambda *_: {})
     vit = load("random:vit_tiny_patch16_224")
     few = [open_images("digits", None, split).take(np.arange(10)) for split in ("train", "test")]
     said = []

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line_with_the_way_out(arguments, words, in_tmp, capfd,
 
 
 def test_knn_as_a_user_runs_it(in_tmp, capfd, monkeypatch):
-    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits"]
+    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--workers", "0"]
     out, _ = in_process(capfd, monkeypatch, *arguments)
     assert out.startswith("knn/instdisc@1 digits top1 ")
     runs = list((in_tmp / "runs").glob("knn-*"))
