@@ -118,26 +118,24 @@ def objects_of(samples: list[Sample], classes: int) -> np.ndarray:
 
 def shared_images(data: DetectionData) -> list[Sample]:
     """The test images whose file, or a copy of it, is also trained on."""
-    sizes = {sample.path.stat().st_size for sample in data.test}
-    trained = {sample.path for sample in data.train if sample.path.stat().st_size in sizes}
-    contents = _contents(trained | {sample.path for sample in data.test})
+    tested = {sample.path: sample.path.stat().st_size for sample in data.test}
+    sizes = set(tested.values())
+    trained = {path: size for path in (sample.path for sample in data.train) if (size := path.stat().st_size) in sizes}
+    contents = _contents(trained | tested)
     known = {contents[path] for path in trained}
     return [sample for sample in data.test if contents[sample.path] in known]
 
 
 def copies(paths: Iterable[Path]) -> list[Path]:
     """The files that have the content of one before them."""
-    paths, seen, found = list(dict.fromkeys(paths)), set(), []
-    for path, content in zip(paths, map(_contents(paths).__getitem__, paths)):
-        if content in seen:
-            found.append(path)
-        seen.add(content)
-    return found
+    first: dict[Hashable, Path] = {}
+    contents = _contents({path: path.stat().st_size for path in paths})
+    return [path for path, content in contents.items() if first.setdefault(content, path) != path]
 
 
-def _contents(paths: Iterable[Path]) -> dict[Path, Hashable]:
+def _contents(sizes: dict[Path, int]) -> dict[Path, Hashable]:
     """Keys of files, equal where their content is: the size; where that is shared, some bytes; then a digest."""
-    keys: dict[Path, Hashable] = {path: path.stat().st_size for path in paths}
+    keys: dict[Path, Hashable] = dict(sizes)
     for tell in (_middle, sha256_of):
         times = Counter(keys.values())
         keys |= {path: (key, tell(path)) for path, key in keys.items() if times[key] > 1}

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from moco_eval.data.boxes.samples import (
     make_sample,
     note_similar,
     one_line,
+    refuse_fractions,
     require_counted,
     require_objects,
 )
@@ -31,7 +33,7 @@ OFFICIAL = {"train2017": 118287, "val2017": 5000}
 SLACK = 1.0  # pixels; COCO's own boxes reach past their image by rounding
 KEYS = ("images", "annotations", "categories")
 SIDES = ("width", "height")
-NUMBERS = (int, float)
+NUMBERS = frozenset((int, float))
 LARGEST = 1e15  # a float still counts whole pixels
 
 
@@ -118,6 +120,8 @@ def _open(
     if findings.refusal is None:
         require_objects(train, train_split, paths[train_split], findings)
         require_counted(test, test_split, paths[test_split], findings)
+        refuse_fractions(train, train_split, paths[train_split], findings)
+        refuse_fractions(test, test_split, paths[test_split], findings)
     findings.tell()
     listed = [{"id": key, "name": label} for key, label in zip(categories.ids, categories.names)]
     return DetectionData(
@@ -342,7 +346,11 @@ def _annotated(item: dict[str, Any], part: Part) -> Annotated | None:
             "annotations with a field that is missing, text or out of range", f"{value} in {where}", message
         )
         return None
-    image_id, (x, y, width, height) = item["image_id"], map(float, item["bbox"])
+    image_id = item["image_id"]
+    try:
+        x, y, width, height = map(float, item["bbox"])
+    except OverflowError:  # a whole number beyond all floats
+        x = y = width = height = math.inf
     if image_id not in part.listed:
         message = f"{where}: its image {image_id!r} is not among the images; remove the one or add the other"
         findings.refuse("annotations of images that are not listed", where, message)
@@ -364,11 +372,7 @@ def _wrong_field(item: dict[str, Any]) -> str | None:
     if type(item.get("category_id")) not in NUMBERS:
         return "category_id"
     box, area, crowd = item.get("bbox"), item.get("area"), item.get("iscrowd")
-    if type(box) is not list or len(box) != 4 or not all(type(side) in NUMBERS for side in box):
-        return "bbox"
-    if any(
-        abs(side) > LARGEST for side in box if type(side) is int
-    ):  # floats may be infinite, which the box's check says
+    if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
         return "bbox"
     if area is not None and (type(area) not in NUMBERS or not 0 <= area <= LARGEST):
         return "area"

@@ -249,6 +249,17 @@ def require_counted(test: Sequence[Sample], split: str, where: Path | str, findi
         findings.refuse("test splits without objects that count", split, message)
 
 
+def refuse_fractions(samples: Sequence[Sample], split: str, where: Path | str, findings: Findings) -> None:
+    """Refuse boxes that are fractions of their image: all of a split within its first pixel."""
+    if all(sample.boxes.max(initial=0) <= 1 for sample in samples) and any(len(sample.boxes) for sample in samples):
+        findings.begin(split)
+        message = (
+            f"{where}: all boxes of {split} lie between 0 and 1, as fractions of their image do; "
+            "export them in pixels, or correct the file"
+        )
+        findings.refuse("splits with boxes that are fractions", split, message)
+
+
 def note_similar(classes: Sequence[str], findings: Findings) -> None:
     """Note classes whose names differ by spaces or case only: they are trained and judged as different ones."""
     alike: dict[str, list[str]] = {}

@@ -17,6 +17,7 @@ from moco_eval.data.boxes.samples import (
     inside,
     make_sample,
     note_similar,
+    refuse_fractions,
     require_counted,
     require_objects,
 )
@@ -43,6 +44,7 @@ VOC_CLASSES = (
 OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "test"): 4952}
 # what tools write for VOC's 0 and 1, in any case; an empty element says nothing, which is 0
 MARKS = dict.fromkeys(("0", "0.0", "false", "no", ""), False) | dict.fromkeys(("1", "1.0", "true", "yes"), True)
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 PRESENCE = ("-1", "0", "1")  # the second column of the devkit's lists of one class
 
 
@@ -179,6 +181,8 @@ def _read(
     if findings.refusal is None:
         require_objects(trained, train_split, root, findings)
         require_counted(tested, test_split, root, findings)
+        refuse_fractions(trained, train_split, root, findings)
+        refuse_fractions(tested, test_split, root, findings)
     findings.tell()
     listed = [entry for entries in (train | test).values() for entry in entries]
     return DetectionData(
@@ -358,6 +362,8 @@ def _annotation(entry: Entry, findings: Findings) -> Annotation:
 
 def _names(filename: str, entry: Entry) -> bool:
     """Whether a <filename>, with or without folders and suffix, is that of the entry's image."""
+    if filename == entry.image.name:
+        return True
     last, own = PureWindowsPath(filename), PurePosixPath(entry.name).name
     return own in (last.name, last.stem)
 
@@ -403,10 +409,12 @@ def text_of(item: ElementTree.Element, key: str, path: Path) -> str:
 
 def is_difficult(item: ElementTree.Element, path: Path) -> bool:
     """Whether an object is marked so; it is not where nothing is said. Raises InputError for another word."""
-    words = {(element.text or "").strip() for element in item.findall("difficult")}
+    words = [(element.text or "").strip() for element in item.findall("difficult")]
+    if words == ["0"]:  # nearly always
+        return False
     marks = {MARKS.get(word.lower()) for word in words}
     if None in marks or len(marks) > 1:
-        said = " and ".join(repr(word) for word in sorted(words))
+        said = " and ".join(repr(word) for word in sorted(set(words)))
         raise InputError(f"{path}: <difficult> is {said} and must be 0 or 1; correct the file, or take it out")
     return any(marks)
 
@@ -429,8 +437,13 @@ def _boxes(item: ElementTree.Element, path: Path) -> list[tuple[float, ...]]:
 
 
 def _corners(box: ElementTree.Element, path: Path) -> tuple[float, ...]:
-    values = [text_of(box, key, path) for key in ("xmin", "ymin", "xmax", "ymax")]
+    values = [box.findtext(side) or "" for side in SIDES]
+    if len(box) != len(SIDES) or not all(values):  # one that is missing, or stands there twice
+        values = [text_of(box, side, path) for side in SIDES]
+    said = ", ".join(values)
     try:
-        return tuple(float(value.replace("_", "?")) for value in values)  # Python would read 1_0 as 10
+        if "_" in said:  # Python reads 1_0 as 10
+            raise ValueError
+        return tuple(map(float, values))
     except ValueError:
-        raise InputError(f"{path}: box {', '.join(values)} is not four numbers; correct the file") from None
+        raise InputError(f"{path}: box {said} is not four numbers; correct the file") from None
