@@ -237,6 +237,40 @@ def require_objects(train: Sequence[Sample], split: str, where: Path, findings: 
         findings.refuse("training splits without objects", split, message)
 
 
+def require_counted(test: Sequence[Sample], split: str, where: Path | str, findings: Findings) -> None:
+    """Refuse test images none of which has an object that counts, which is neither difficult nor a crowd region."""
+    if all((sample.difficult | sample.crowd).all() for sample in test):
+        findings.begin(split)
+        difficult, crowd = (sum(int(getattr(s, mark).sum()) for s in test) for mark in ("difficult", "crowd"))
+        message = (
+            f"{where}: none of the {len(test)} test images of {split} has an object that counts ({difficult} are "
+            f"difficult, {crowd} crowd regions), so that there is nothing to measure; add some, or take another split"
+        )
+        findings.refuse("test splits without objects that count", split, message)
+
+
+def refuse_fractions(samples: Sequence[Sample], split: str, where: Path | str, findings: Findings) -> None:
+    """Refuse boxes that are fractions of their image: all of a split within its first pixel."""
+    if all(sample.boxes.max(initial=0) <= 1 for sample in samples) and any(len(sample.boxes) for sample in samples):
+        findings.begin(split)
+        message = (
+            f"{where}: all boxes of {split} lie between 0 and 1, as fractions of their image do; "
+            "export them in pixels, or correct the file"
+        )
+        findings.refuse("splits with boxes that are fractions", split, message)
+
+
+def note_similar(classes: Sequence[str], findings: Findings) -> None:
+    """Note classes whose names differ by spaces or case only: they are trained and judged as different ones."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            place = " and ".join(map(repr, names))
+            findings.note("sets of classes whose names differ by spaces or case only", place)
+
+
 def make_sample(
     image_id: str | int,
     path: Path,
