@@ -23,7 +23,7 @@ from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.catalogue import open_splits, preprocessing_for
-from moco_eval.data.image_set import ImageSet
+from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import parse_labels
 from moco_eval.detection import detect as detection
 from moco_eval.detection.task import DetectionTask
@@ -275,13 +275,14 @@ class Monitor:
             every: look at each so many steps or epochs, whatever the loop counts; step 0 is looked at.
             settings: of `judge`.
         Raises:
-            ValueError: a protocol or a setting that is unknown.
+            ValueError: a protocol or a setting that is unknown; images of one class only.
         """
         self.train, self.test, self.preprocessing, self.protocol, self.name = train, test, preprocessing, protocol, name
         self.every, self.settings = in_python(_at_least_one)(every, "every"), settings
         self.history: list[tuple[int, Result]] = []
         self.encoder: Encoder | None = None
         in_python(_config)(protocol, settings.get("feature"), _own_settings(settings))
+        in_python(require_judgeable)(train, test)
 
     def __call__(self, net: nn.Module, step: int) -> Result | None:
         """The result, where this step is one to look at; else None."""

@@ -8,12 +8,14 @@ from typing import Any
 
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import did_you_mean
+from moco_eval.data.boxes.check import doubts
 from moco_eval.data.boxes.coco import read_coco, read_coco_folder
 from moco_eval.data.boxes.samples import DetectionData, Sample
 from moco_eval.data.boxes.scenes import DIGITS, write_scenes
 from moco_eval.data.boxes.voc import read_voc, read_voc07, read_voc_folder
 from moco_eval.detection import engine as engines
 from moco_eval.detection.detector import check_architecture
+from moco_eval.detection.inputs import resized
 from moco_eval.detection.recipe import recipe_deviations
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
@@ -198,9 +200,10 @@ def _check_splits(task: DetectionTask) -> None:
 
 
 def _check_kinds(config: DetectConfig, data: DetectionData, where: str) -> None:
-    """Raises InputError where a split has nothing of a kind that the recipe trains and judges."""
+    """Raises InputError where a split has nothing of a kind that the recipe trains and judges, or too thin an image."""
     for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
         _check_split(config, samples, f"{split} in {where}")
+        _check_sides(config, samples)
 
 
 def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) -> None:
@@ -215,6 +218,20 @@ def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) ->
             f"recipe {config.protocol} asks for keypoints and no object of {where} has a labelled one; "
             "take --set keypoints=false, or data with keypoints"
         )
+
+
+def _check_sides(config: DetectConfig, samples: Sequence[Sample]) -> None:
+    """Raises InputError where an image is so oblong that nothing is left of its shorter side when it is resized."""
+    sizes, longest = config.input, config.input.max_size
+    for sample in samples:
+        if max(sample.size) < longest * min(sample.size):
+            continue
+        after = [resized(sample.size, shorter, longest) for shorter in (*sizes.min_size_train, sizes.min_size_test)]
+        if not min(map(min, after)):
+            raise InputError(
+                f"{sample.path} has {sample.size[0]}x{sample.size[1]} pixels, and resized to at most {longest} none of "
+                "its shorter side are left; take it out of its split, or cut it into pieces"
+            )
 
 
 # Data
@@ -241,6 +258,9 @@ def open_data(
         raise InputError(f"--data {data} {'is a file' if data.exists() else 'does not exist'}; give the data's folder")
     opened = _read(dataset, data, splits, config)
     _check_kinds(config, opened, str(data))
+    for split, samples in ((opened.train_split, opened.train), (opened.test_split, opened.test)):
+        for doubt in doubts(samples, split):
+            console.warn(doubt)
     return opened
 
 
