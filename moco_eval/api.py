@@ -25,7 +25,7 @@ from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.catalogue import open_splits, preprocessing_for
-from moco_eval.data.image_set import ImageSet
+from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
 from moco_eval.detection.task import DetectionTask
@@ -280,7 +280,7 @@ class Monitor:
             every: look at each so many steps or epochs, whatever the loop counts; step 0 is looked at.
             settings: of `judge`, `output` apart; `history` has results to save.
         Raises:
-            ValueError: an argument that `judge` refuses; `output`, which takes one look only.
+            ValueError: an argument that `judge` refuses; images of one class only; `output`, which takes one look only.
         """
         self.train, self.test, self.preprocessing, self.protocol, self.name = train, test, preprocessing, protocol, name
         self.every, self.settings = in_python(_at_least_one)(every, "every"), settings
@@ -317,6 +317,7 @@ def _can_be_judged(
         raise InputError("output holds one run, and a monitor makes many; save the results of its history instead")
     _config(protocol, feature, settings)
     _checked(train, test, trials, labels)
+    require_judgeable(train, test)
 
 
 def _checked(train: ImageSet, test: ImageSet, trials: int, labels: str | None) -> Labels | None:

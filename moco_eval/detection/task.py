@@ -8,7 +8,7 @@ from typing import Any
 
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import did_you_mean
-from moco_eval.data.boxes.check import shared_images
+from moco_eval.data.boxes.check import doubts, shared_images
 from moco_eval.data.boxes.coco import read_coco, read_coco_folder
 from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, require_counted
 from moco_eval.data.boxes.scenes import DIGITS, write_scenes
@@ -241,9 +241,10 @@ def _shared(data: DetectionData) -> list[str]:
 
 
 def _check_kinds(config: DetectConfig, data: DetectionData, where: str) -> None:
-    """Raises InputError where a split has nothing of a kind that the recipe trains and judges."""
+    """Raises InputError where a split has nothing of a kind that the recipe trains and judges, or too thin an image."""
     for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
         _check_split(config, samples, f"{split} in {where}")
+        _check_sides(config, samples)
 
 
 def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) -> None:
@@ -260,6 +261,20 @@ def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) ->
             f"recipe {config.protocol} asks for keypoints and no object of {where} has a labelled one; "
             "take --set keypoints=false, or data with keypoints"
         )
+
+
+def _check_sides(config: DetectConfig, samples: Sequence[Sample]) -> None:
+    """Raises InputError where an image is so oblong that nothing is left of its shorter side when it is resized."""
+    sizes, longest = config.input, config.input.max_size
+    for sample in samples:
+        if max(sample.size) < longest * min(sample.size):
+            continue
+        after = [resized(sample.size, shorter, longest) for shorter in (*sizes.min_size_train, sizes.min_size_test)]
+        if not min(map(min, after)):
+            raise InputError(
+                f"{sample.path} has {sample.size[0]}x{sample.size[1]} pixels, and resized to at most {longest} none of "
+                "its shorter side are left; take it out of its split, or cut it into pieces"
+            )
 
 
 # Data
@@ -286,6 +301,9 @@ def open_data(
         raise InputError(f"--data {data} {'is a file' if data.exists() else 'does not exist'}; give the data's folder")
     opened = _read(dataset, data, splits, config)
     _check_data(config, opened, str(data))
+    for split, samples in ((opened.train_split, opened.train), (opened.test_split, opened.test)):
+        for doubt in doubts(samples, split):
+            console.warn(doubt)
     return opened
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from moco_eval.data.boxes import coco, voc
-from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, grouped
+from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, grouped, read_image
 from moco_eval.data.catalogue import data_folder
+from moco_eval.data.glance import doubts_about
 from moco_eval.errors import InputError
 from moco_eval.runtime.files import sha256_of
 
@@ -65,14 +66,17 @@ def _look(
         data = _read(name, folder, train_split, test_split, keypoints, findings)
     except InputError as error:  # nothing can be read beyond this
         return [f"refused: {line}" for line in [*grouped(findings.refused), str(error)]], str(error)
+    lines: list[str] = []
     for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
         findings.begin(split)
         _note_samples(samples, data.classes, findings)
         for path in copies(sample.path for sample in samples):
             findings.note("images that are copies of another in their split", str(path))
+        with findings.catching("images that cannot be read", split):
+            lines += [f"doubtful: {doubt}" for doubt in doubts(samples, split)]
     for sample in shared_images(data):
         findings.note(f"images that are in {data.train_split} too", str(sample.path))
-    lines = [f"refused: {line}" for line in grouped(findings.refused)]
+    lines = [f"refused: {line}" for line in grouped(findings.refused)] + lines
     lines += [f"note: {line}" for line in findings.notes()]
     return [line.replace(f"{folder}/", "") for line in lines] + summary(data), findings.refusal
 
@@ -108,6 +112,12 @@ def _note_samples(samples: list[Sample], classes: tuple[str, ...], findings: Fin
     for label, count in enumerate(objects_of(samples, len(classes))):
         if count == 0:
             findings.note("classes without objects", classes[label])
+
+
+def doubts(samples: list[Sample], split: str) -> list[str]:
+    """What is doubtful about the pixels of a few images, in words. Raises InputError where none can be read."""
+    paths = [sample.path for sample in samples]
+    return doubts_about(split, len(paths), lambda i: read_image(paths[i]), lambda i: str(paths[i]), "say")
 
 
 def objects_of(samples: list[Sample], classes: int) -> np.ndarray:

@@ -14,8 +14,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from moco_eval.data.pixels import as_rgb, other_than_image
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import log
 
@@ -306,8 +307,12 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
             if decode:
                 image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
                 image.load()
+            if image.mode in ("F", "I"):
+                as_rgb(image, str(path))
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
+        raise _unreadable(path, error) from None
     return (height, width) if turned else (width, height)
 
 
@@ -338,25 +343,27 @@ def _size_or_error(path: Path, decode: bool = False) -> tuple[int, int] | InputE
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as 8-bit RGB, EXIF rotation applied; 16-bit grey is scaled to 8.
+    """An image as 8-bit RGB, EXIF rotation applied; see `pixels.as_rgb`.
 
     Raises:
-        InputError: missing, truncated or not an image.
+        InputError: missing, truncated, not an image, or of a kind of pixels without a known scale.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            image.load()
+            return as_rgb(image, str(path), file.format)
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+        raise _unreadable(path, error) from None
 
 
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
-    return "it is no image" if "cannot identify" in reason else " ".join(reason.split())
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            reason = f"it is {other_than_image(file.read(200)) or 'no image'}"
+    return InputError(f"cannot read {path}: {reason}; replace it, or take it out of its split")
 
 
 def images_by_stem(folder: Path) -> dict[str, list[Path]]:
