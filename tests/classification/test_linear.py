@@ -207,6 +207,7 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=1.01)  # one image in 100
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_done_again(tmp_path, capfd):
     """Of two trials the first was kept, and its file has been cut since."""
     whole = judge(task(trials=2), recipe(), tmp_path / "whole", CPU)

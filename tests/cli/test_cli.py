@@ -102,6 +102,7 @@ def test_an_unreadable_evaluation_image_ends_in_one_line(in_tmp, capfd, monkeypa
     assert not (in_tmp / "out" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_an_unwritable_output_is_said(in_tmp, capfd, monkeypatch):
     Path("file").write_text("x")
     arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--output"]

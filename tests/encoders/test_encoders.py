@@ -364,6 +364,7 @@ def detector(arch: str = "resnet50") -> dict:
     return {"model": under("backbone.bottom_up.", body(0, arch), detectron2), "iteration": 3}
 
 
+@pytest.mark.slow
 def test_detectors_do_not_say_their_strides_unless_their_settings_do(tmp_path):
     (said,) = load(written(tmp_path, detector())).warnings
     assert "RGB and the stride in the 3x3 were taken" in said and "--arch resnet50_msra" in said
@@ -435,6 +436,7 @@ def test_names_that_no_tensor_has(name, tmp_path):
         [f"layer{i}.0.conv1.weight" for i in range(20_000)],
     ],
 )
+@pytest.mark.slow
 def test_many_names_take_no_time(names, tmp_path):
     one = torch.zeros(1)
     path = written(tmp_path, dict.fromkeys(names, one))

@@ -564,6 +564,7 @@ def test_such_a_file_does_run_its_command_where_nobody_checks(name, hostile, in_
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.slow
 def test_reading_hostile_files_takes_no_memory(hostile, in_tmp):
     """All of them in one process, which may have 2 GB of address space more than it starts with."""
     script = """
