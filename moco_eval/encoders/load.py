@@ -28,7 +28,9 @@ from moco_eval.untrusted.pickle_scan import shown
 MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="BGR", range=255)
 
 
-def load(source: str, arch: str | None = None, encoder: str | None = None, seed: int = 0) -> Encoder:
+def load(
+    source: str, arch: str | None = None, encoder: str | None = None, seed: int = 0, key: str | None = None
+) -> Encoder:
     """Load and prove an encoder; its backbone comes back in eval mode.
 
     Args:
@@ -36,6 +38,7 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
         arch: overrides the architecture read from the tensors' shapes.
         encoder: 'query' or 'key' (the momentum encoder); by default the one that the method itself evaluates.
         seed: of the weights of `random:`.
+        key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
     Raises:
         InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
@@ -45,9 +48,11 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
         architecture(arch)
     kind, colon, rest = source.partition(":")
     if colon and kind == "zoo":
-        return _from_zoo(rest, arch, encoder)
+        return _from_zoo(rest, arch, encoder, key)
     if source != "pixels" and not (colon and kind in ("random", "torchvision", "timm")):
-        return _from_file(source, arch, encoder)
+        return _from_file(source, arch, encoder, key)
+    if key is not None:
+        raise InputError(f"--key {key}: {source} is a single network; leave it out")
     if encoder == "key":
         raise InputError(f"--encoder key: {source} has no key encoder; leave it out")
     if source == "pixels":
@@ -59,12 +64,12 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
     return loaded
 
 
-def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
+def _from_file(source: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
     path = Path(source)
-    checkpoint = recognise(path)
+    checkpoint = recognise(path, key)
     layout, sha256 = checkpoint.layout, files.sha256_of(path)
     settings = settings_beside(path, sha256, layout.origin) or FileSettings("")
-    taken = encoder or layout.usual
+    taken = encoder or checkpoint.default
     parts = split(checkpoint, taken)
     chosen = arch or _architecture(checkpoint, infer(source, parts.backbone), settings)
     shape = architecture(chosen)
@@ -77,16 +82,18 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         arch=chosen,
         backbone=backbone,
         feature_dim=shape.feature_dim,
-        head=build_head(source, parts.head, shape.feature_dim),
+        head=build_head(source, parts.head, shape.feature_dim, parts.warnings),
         origin=_origin(checkpoint) + (f", settings of {settings.name}" if settings.name else ""),
         sha256=sha256,
         tensors_loaded=len(parts.backbone),
         path=path,
+        key=key,
         taken=taken,
         which=settings.which or _copied(checkpoint, "which", taken),
         usual=settings.usual or _copied(checkpoint, "usual", layout.usual),
         dropped=parts.dropped,
         warnings=[
+            *checkpoint.warnings,
             *parts.warnings,
             *doubts(parts.backbone, layout.folded),
             *_open_questions(checkpoint, arch, chosen, settings),
@@ -96,18 +103,22 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         norm_eps=norm_eps,
         settings=settings.name or None,
     )
+    return replace(loaded, run_name=loaded.run_name + _chosen(loaded))
+
+
+def _chosen(loaded: Encoder) -> str:
+    """What a run's name says of an encoder that is not the one its file is known for."""
     other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
-    return replace(loaded, run_name=loaded.run_name + other)
+    return f"{other}-{safe_name(loaded.key)}" if loaded.key else other
 
 
-def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
+def _from_zoo(name: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
     """A known public checkpoint: fetched where it is not there yet, and held against what its manifest expects."""
     entry = zoo.entry(name)
-    loaded = _from_file(str(download.fetch(name)), arch, encoder)
+    loaded = _from_file(str(download.fetch(name)), arch, encoder, key)
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
-    other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
-    return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + other)
+    return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + _chosen(loaded))
 
 
 # What the shapes do not tell

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moco_eval.encoders.infer import OPTIONAL
 from moco_eval.encoders.layouts import Rules
 from moco_eval.encoders.recognise import Checkpoint
 from moco_eval.errors import InputError
@@ -170,8 +171,9 @@ def _unfold(parts: Parts) -> None:
 
 
 def _fp32(tensors: Mapping[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
-    """Half and double weights as fp32; says so."""
-    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32]
+    """Half and double weights as fp32; says so. Batch norms' counts are left to the proof."""
+    floats = [name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(OPTIONAL)]
+    odd = [name for name in floats if tensors[name].dtype != torch.float32]
     if odd:
         kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in odd}))
         warnings.append(f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})")

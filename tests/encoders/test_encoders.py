@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import ARCH, FILES, PREPROCESSING, VIT, body, error, linear, mlp, moco, network, ours, under, written
+from checkpoints import (
+    ARCH,
+    FILES,
+    PREPROCESSING,
+    VIT,
+    body,
+    error,
+    linear,
+    mlp,
+    moco,
+    network,
+    ours,
+    under,
+    with_norms,
+    written,
+)
 from commands import ROOT, error_line
 from torch import nn
 
@@ -84,7 +99,7 @@ def test_heads_that_do_not_fit(tmp_path):
         ({"0.weight": torch.zeros(3, 4, 1, 1)}, "neither linear nor a batch norm: weight 3x4x1x1"),
         ({"fc0.weight": torch.zeros(3, 4)}, "neither linear nor a sequence of layers: fc0.weight"),
         ({"900000000.weight": torch.zeros(3, 4)}, "neither linear nor a sequence"),
-        ({"0.running_mean": torch.zeros(4), "0.running_var": torch.ones(4)}, "companions only: 0.num_batches_tracked"),
+        ({"0.running_mean": torch.zeros(4)}, "companions only: 0.running_var"),
         ({"weight": torch.zeros(3, 4).half()}, "head's weight is 3x4 torch.float16"),
         ({"weight": torch.full((3, 4), float("inf"))}, "the head's weight has 12 values that are not finite"),
     ],
@@ -99,8 +114,55 @@ def test_old_files_without_batch_counts(tmp_path):
     state = {k: v for k, v in network(0).state_dict().items() if "num_batches_tracked" not in k}
     encoder = load(written(tmp_path, state))
     assert encoder.tensors_loaded == 100 and "num_batches_tracked is absent (20 counts" in encoder.warnings[0]
-    state["bn1.num_batches_tracked"] = torch.tensor(0)
-    assert "19 are missing" in error(written(tmp_path, state))
+
+
+COUNTS = {
+    "float": lambda count: count.float(),
+    "half, run over": lambda count: (count + 10**6).half(),
+    "int32": lambda count: count.int(),
+    "shape (1,)": lambda count: count.reshape(1),
+    "one left": lambda count: None,
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_batch_counts_of_another_kind_are_taken_with_one_warning(kind, tmp_path):
+    """No forward pass reads them: the features are the same to the bit, of backbone and head."""
+    plain = moco(with_norms)
+    odd = {name: COUNTS[kind](t) if name.endswith("tracked") else t for name, t in plain.items()}
+    odd["module.encoder_q.bn1.num_batches_tracked"] = torch.tensor(0)
+    odd = {name: tensor for name, tensor in odd.items() if tensor is not None}
+    encoder, same = (load(written(tmp_path, {"state_dict": state})) for state in (odd, plain))
+    images = torch.randn(2, 3, 64, 64)
+    features = same.backbone(images)
+    assert torch.equal(encoder.backbone(images), features)
+    assert torch.equal(encoder.head(features), same.head(features))
+    assert len([words for words in encoder.warnings if words.startswith("num_batches_tracked, which no")]) == 1
+    assert not same.warnings and encoder.backbone.bn1.num_batches_tracked.dtype == torch.int64
+
+
+def test_batch_counts_that_are_none(tmp_path):
+    state = network(0).state_dict() | {"bn1.num_batches_tracked": torch.zeros(3, dtype=torch.int64)}
+    assert "1 have another shape (first: bn1.num_batches_tracked, 3" in error(written(tmp_path, state))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {
+            "total_ops": torch.zeros(1).double(),
+            "layer1.total_ops": torch.zeros(1),
+            "layer1.total_params": torch.zeros(1),
+        },
+        {"n_averaged": torch.tensor(9)},
+        {"num_updates": torch.tensor(9), "initted": torch.tensor(True)},
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "encoder_q."])
+def test_counts_of_profilers_and_averagers_are_left_out(counts, prefix, tmp_path):
+    (said,) = load(written(tmp_path, under(prefix, body(0)) | counts)).warnings
+    assert all(name.rpartition(".")[2] in said for name in counts) and "that no forward pass reads" in said
+    assert "unexpected" in error(written(tmp_path, body(0) | {"layer1.total_ops": torch.zeros(2)}))
 
 
 def test_half_weights_are_cast_and_untrained_ones_doubted(tmp_path):
@@ -156,7 +218,7 @@ def test_lightlys_own_resnet_is_refused_with_its_reason(tmp_path):
 def test_two_networks_of_equal_rank_are_not_guessed_between(tmp_path):
     state = under("left.", body(0)) | under("right.", body(1)) | {"t": torch.zeros(1)}
     message = error(written(tmp_path, state))
-    assert "holds several networks, under 'left.', 'right.'; save the one to be judged by itself" in message
+    assert "holds several networks, under 'left.', 'right.'; choose one: --key left" in message
 
 
 @pytest.mark.parametrize("prefix", ["teacher.", "ema.net.", "momentum_encoder.", "model.k.", "target_net.", "x_k."])
