@@ -12,13 +12,13 @@ from moco_eval.encoders.architectures import Architecture, VisionTransformer, ar
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
+from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS, rename
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
 from moco_eval.encoders.naming import run_name, safe_name
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.encoders.settings_files import FileSettings, settings_beside
-from moco_eval.encoders.split import rename, split
+from moco_eval.encoders.split import split
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files

@@ -10,6 +10,7 @@ import torch
 
 from moco_eval.encoders.containers import Found, count_tensors, find_tensors, is_named
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
+from moco_eval.encoders.own_parts import without_own_parts
 from moco_eval.errors import InputError
 from moco_eval.untrusted.pickle_scan import shown
 from moco_eval.untrusted.read import read
@@ -161,17 +162,17 @@ def _layout(
         raise InputError(f"{path} has the format {format_!r}, which this version does not know; update moco-eval")
     _refuse_altered(path, tensors)
     if key is not None:
-        return _prefixed(path, tensors, key), tensors
+        return without_own_parts(_prefixed(path, tensors, key), tensors), tensors
     shared, bare = "", tensors
     for _ in range(DEEPEST):
         if row := next((row for row in LAYOUTS if _fits(row, bare, format_)), None):
-            return _below(row, shared), bare
+            return _below(without_own_parts(row, bare), shared), bare
         first = {name.partition(".")[0] for name in bare}
         if len(first) != 1 or any("." not in name for name in bare):
             break
         shared += f"{next(iter(first))}."
         bare = {name.partition(".")[2]: tensor for name, tensor in bare.items()}
-    return _prefixed(path, tensors), tensors
+    return without_own_parts(_prefixed(path, tensors), tensors), tensors
 
 
 def _fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
@@ -202,20 +203,20 @@ def _prefixed(path: Path, names: Iterable[str], key: str | None = None) -> Layou
     Raises:
         InputError: no backbone under torchvision's or timm's names, or several.
     """
-    backbones = _backbones(names)
+    prefixes = backbones(names)
     if key is not None:
-        backbones = _named_by(path, backbones, key)
-    keys = [prefix for prefix in backbones if MOMENTUM.search(prefix)]
-    queries = [prefix for prefix in backbones if prefix not in keys]
+        prefixes = _named_by(path, prefixes, key)
+    keys = [prefix for prefix in prefixes if MOMENTUM.search(prefix)]
+    queries = [prefix for prefix in prefixes if prefix not in keys]
     if len(queries) > 1 or len(keys) > 1:
-        several = ", ".join(repr(prefix) for prefix in backbones[:12])
+        several = ", ".join(repr(prefix) for prefix in prefixes[:12])
         first = (queries if len(queries) > 1 else keys)[0].rstrip(".")
         raise InputError(f"{path} holds several networks, under {several}; choose one: --key {first}")
-    if not backbones:
+    if not prefixes:
         raise InputError(
             f"{path} has no layout we know{_looks(list(names))}; save the whole network; docs/encoders.md lists layouts"
         )
-    query, momentum = (re.escape(prefixes[0]) if prefixes else None for prefixes in (queries, keys))
+    query, momentum = (re.escape(some[0]) if some else None for some in (queries, keys))
     either = "|".join(filter(None, (query, momentum)))
     return replace(
         PREFIXED,
@@ -224,29 +225,36 @@ def _prefixed(path: Path, names: Iterable[str], key: str | None = None) -> Layou
         key=momentum,
         dropped=(
             (rf"({either})(fc|head|classifier)\.", "fc", "a classifier or head on the pooled feature"),
-            (rf"(?!{either})", "other tensors", "they stand outside the backbone's prefix"),
+            (rf"(?!{either})", OTHERS, "they stand outside the backbone's prefix"),
         ),
     )
 
 
-def _named_by(path: Path, backbones: list[str], key: str) -> list[str]:
+def _named_by(path: Path, prefixes: list[str], key: str) -> list[str]:
     """The one prefix that a key names."""
-    exact = [prefix for prefix in backbones if prefix.rstrip(".") == key]
-    chosen = exact or [prefix for prefix in backbones if is_named(prefix.rstrip("."), key)]
+    exact = [prefix for prefix in prefixes if prefix.rstrip(".") == key]
+    chosen = exact or [prefix for prefix in prefixes if is_named(prefix.rstrip("."), key)]
     if len(chosen) == 1:
         return chosen
-    there = ", ".join(repr(prefix) for prefix in backbones[:12])
-    way_out = f"there, networks are under {there}" if backbones else "it holds a single one: leave it out"
+    there = ", ".join(repr(prefix) for prefix in prefixes[:12])
+    way_out = f"there, networks are under {there}" if prefixes else "it holds a single one: leave it out"
     raise InputError(f"{path}: --key {key} names no single network in it; {way_out}")
 
 
+# torchvision's names, those of its children in a sequence, timm's
+_BEGINNINGS = (
+    (r"conv1\.weight", r"layer1"),
+    (r"0\.weight", r"7\.0\.conv1"),
+    (r"patch_embed\.proj\.weight", r"blocks\.0"),
+)
+OTHERS = "other tensors"
 NOTHING = r"(?!)"  # matches no name
 
 
-def _backbones(names: Iterable[str]) -> list[str]:
+def backbones(names: Iterable[str]) -> list[str]:
     """The prefixes below which a ResNet or ViT begins."""
     prefixes: dict[str, None] = {}
-    for stem, body in ((r"conv1\.weight", r"layer1"), (r"patch_embed\.proj\.weight", r"blocks\.0")):
+    for stem, body in _BEGINNINGS:
         bodies = {match[1] for name in names if (match := re.match(rf"(.+?\.){body}\.", name))}
         starts = [match[1] for name in names if (match := re.fullmatch(rf"(.+\.){stem}", name))]
         prefixes |= dict.fromkeys(prefix for prefix in starts if prefix in bodies)
