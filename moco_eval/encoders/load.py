@@ -15,14 +15,13 @@ from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
 from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS, rename
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
-from moco_eval.encoders.naming import run_name, safe_name
+from moco_eval.encoders.naming import run_name, safe_name, sha256_of_checkpoint
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.encoders.settings_files import FileSettings, settings_beside
 from moco_eval.encoders.split import split
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
-from moco_eval.runtime import files
 from moco_eval.untrusted.pickle_scan import shown
 
 # what Caffe's ResNets take, and detectron2's configurations for them say
@@ -68,7 +67,7 @@ def load(
 def _from_file(source: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
     path = Path(source)
     checkpoint = recognise(path, key)
-    layout, sha256 = checkpoint.layout, files.sha256_of(path)
+    layout, sha256 = checkpoint.layout, sha256_of_checkpoint(path)
     taken = encoder or checkpoint.default
     parts = split(checkpoint, taken)
     inferred = arch or infer(source, parts.backbone)

@@ -91,7 +91,7 @@ def _require_match(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[s
     problem, names = next(iter(wrong.items()))
     raise InputError(
         f"{source}: of the {len(wanted)} backbone tensors of {arch}, {counts} "
-        f"(first: {names[0]}{_detail(problem, names[0], tensors, wanted)}). {_explanation(tensors, arch)}"
+        f"(first: {names[0]}{_detail(problem, names[0], tensors, wanted)}). {_explanation(tensors, arch, wrong)}"
     )
 
 
@@ -108,14 +108,22 @@ def size_words(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-def _explanation(tensors: Mapping[str, Tensor], arch: str) -> str:
+def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, list[str]]) -> str:
     """The nearest explanation of a mismatch, and the way out."""
     best, share = nearest(tensors)
     if best != arch and share > 0.9:
         stem = " (CIFAR stem)" if _cifar_stem(best) and not _cifar_stem(arch) else ""
         return f"This looks like {best}{stem}: try --arch {best}."
     if structure(tensors) != structure(expected(arch)):
-        return f"The file holds {structure(tensors)}."
+        return f"The file holds {structure(tensors)}, which is not built here: moco_eval.wrap judges any network."
+    if wrong.keys() == {"have another dtype"}:
+        kinds = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in wrong["have another dtype"]})
+        return f"Weights are read as floating-point numbers: have them saved in float32, not in {', '.join(kinds)}."
+    if wrong.keys() == {"are unexpected"}:
+        return (
+            f"The rest is a {arch}: a network with more to compute than that is not built here (moco_eval.wrap judges "
+            "any); have a head of your own saved apart."
+        )
     return f"The rest is a {arch}: the file is incomplete or was altered; write it again from where it was trained."
 
 

@@ -279,6 +279,20 @@ _ALTERED = (
         "holds quantised weights in a packed form; save the network before it was quantised",
     ),
     (
+        r"(^|\.)(conv\d|downsample|qkv|proj|fc[12])(\.\d)?\.(weight_(u|bar)|parametrizations\.weight\.0\._[uv])$",
+        "holds spectral norms; take them off (torch.nn.utils.remove_spectral_norm, or "
+        "parametrize.remove_parametrizations) and save the network again",
+    ),
+    (
+        r"(^|\.)(conv\d|downsample|qkv|proj|fc[12])(\.\d)?\.(weight_g|parametrizations\.)",
+        "holds weights in other parameters, such as a weight norm's; take them off (torch.nn.utils.remove_weight_norm, "
+        "or parametrize.remove_parametrizations) and save the network again",
+    ),
+    (
+        r"(^|\.)_?flat_param(_\d+)?$",
+        "holds FSDP's flattened parameters; have a full state dict saved (StateDictType.FULL_STATE_DICT)",
+    ),
+    (
         r"\.weight_(orig|mask)$",
         "holds pruning masks; make them permanent (torch.nn.utils.prune.remove) and save the network again",
     ),

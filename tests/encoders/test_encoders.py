@@ -1,5 +1,6 @@
 """Loading: every layout with every tensor in place, and each way in which one can be out of place."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -794,3 +795,80 @@ def test_the_page_on_encoders_lists_every_layout_and_its_source():
     page = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
     for row in LAYOUTS:
         assert f"| {row.origin} |" in page and row.source in page, row.origin
+
+
+# Networks that are not built here, in words
+
+
+def without(tensors: dict, ending: str) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 12, 13])
+@pytest.mark.parametrize("arch", [ARCH, VIT])
+def test_other_channels_are_named(channels, arch, tmp_path):
+    name, shape = (
+        ("conv1.weight", (16, channels, 7, 7)) if arch == ARCH else ("patch_embed.proj.weight", (48, channels, 16, 16))
+    )
+    message = error(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
+    assert f"for images of {channels} channel{'s' * (channels > 1)} instead of 3" in message
+    assert "moco_eval.wrap" in message and "altered" not in message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (lambda: body(0, VIT) | mlps(96), "MLPs 2 times as wide as the tokens instead of 4"),
+        (lambda: without(body(0, VIT), "attn.qkv.bias"), "no biases on queries, keys and values"),
+        (lambda: body(0, VIT) | {"norm_pre.weight": torch.ones(48)}, "a norm before the blocks"),
+        (lambda: body(0, VIT) | {"patch_embed.proj.weight": torch.ones(48, 3, 16, 32)}, "patches of 16x32 pixels"),
+    ],
+)
+def test_other_parts_of_a_vit_are_named(tensors, words, tmp_path):
+    message = error(written(tmp_path, tensors()))
+    assert words in message and "altered" not in message
+
+
+def mlps(width: int) -> dict:
+    shapes = {"fc1.weight": (width, 48), "fc1.bias": (width,), "fc2.weight": (48, width)}
+    return {f"blocks.{i}.mlp.{name}": torch.ones(shape) for i in range(2) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda net: nn.utils.spectral_norm(net.layer1[0].conv1), "holds spectral norms"),
+        (
+            lambda net: nn.utils.parametrizations.spectral_norm(net.layer1[0].conv1),
+            "holds spectral norms",
+        ),
+        (
+            lambda net: nn.utils.parametrizations.weight_norm(net.layer1[0].conv1),
+            "such as a weight norm's",
+        ),
+        (lambda net: nn.utils.prune.identity(net.layer1[0].conv1, "weight"), "holds pruning masks"),
+    ],
+)
+def test_weights_in_other_parameters_are_named(change, words, tmp_path):
+    importlib.import_module("torch.nn.utils.prune")
+    net = network(0)
+    change(net)
+    assert words in error(written(tmp_path, net.state_dict()))
+
+
+def test_flattened_parameters_are_named(tmp_path):
+    assert "holds FSDP's flattened parameters" in error(
+        written(tmp_path, {"_fsdp_wrapped_module._flat_param": torch.ones(9)})
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_of_another_kind_of_number(dtype, tmp_path):
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in body(0).items()}
+    message = error(written(tmp_path, state))
+    assert message.endswith(f"have them saved in float32, not in {str(dtype).removeprefix('torch.')}.")
+
+
+def test_one_tensor_too_many_is_not_called_damage(tmp_path):
+    message = error(written(tmp_path, body(0) | {"surprise.weight": torch.zeros(3)}))
+    assert "altered" not in message and "have a head of your own saved apart" in message
