@@ -78,18 +78,19 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @in_python
-def load(source: str | Path, *, arch: str | None = None, encoder: str | None = None) -> Encoder:
+def load(source: str | Path, *, arch: str | None = None, encoder: str | None = None, key: str | None = None) -> Encoder:
     """Any checkpoint, proven: every tensor accounted for, or an error.
 
     Args:
         source: a file of any known format, random:ARCH, torchvision:ARCH[:WEIGHTS], timm:NAME, zoo:NAME or pixels.
         arch: overrides the architecture read from the shapes.
         encoder: query or key; by default the one that the method itself evaluates.
+        key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
     Raises:
         ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
     with torch.inference_mode(False):  # tensors of inference mode could not be trained on
-        loaded = loading.load(str(source), arch, encoder)
+        loaded = loading.load(str(source), arch, encoder, key=key)
     for doubt in loaded.warnings:
         warn(f"{loaded.source}: {doubt}")
     return loaded

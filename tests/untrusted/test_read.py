@@ -428,7 +428,7 @@ BROKEN: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "namespace": (lambda: saved(argparse.Namespace(a=1)), "holds an argparse.Namespace, not a dict"),
     "protocol 4": (lambda: saved({"a": torch.ones(3)}, pickle_protocol=4), "pickle protocol 4"),
     "plain pickle of tensors": (lambda: pickle.dumps({"a": torch.ones(2)}), "is a plain pickle of torch tensors"),
-    "half a checkpoint": (done(entries(weight=WEIGHT)), "a plain pickle of torch tensors"),
+    "half a checkpoint": (done(entries(weight=WEIGHT)), "the data.pkl of a checkpoint that was unpacked"),
     "TorchScript": (
         archive({"x/data.pkl": b"", "x/constants.pkl": b"", "x/code/a.py": b""}),
         "is a TorchScript archive",
