@@ -18,6 +18,7 @@ from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.report.page import write_report
+from moco_eval.results.run_directory import hold
 from moco_eval.runtime.console import log
 from moco_eval.runtime.launch import processes
 
@@ -30,7 +31,7 @@ def run(output: Path, device: str) -> None:
     from pretraining.train import pretrain
 
     started = time.perf_counter()
-    with processes(device) as chosen:
+    with processes(device) as chosen, hold(output):
         log("1/5 pretrain: MoCo on 1,297 handwritten digits, labels unused")
         recipe = configs.load("digits", "pretrain", PretrainConfig)
         last = pretrain(plan(recipe, "digits", None, 1), output / "pretrain", chosen)

@@ -16,7 +16,7 @@ from moco_eval.results.run_directory import open_run
 from moco_eval.runtime.collectives import barrier, broadcast_, parallel, same_on_all_ranks
 from moco_eval.runtime.console import log, progress
 from moco_eval.runtime.device import autocast, deterministic, require_finite_weights
-from moco_eval.runtime.rank import is_main
+from moco_eval.runtime.rank import is_main, world_size
 from moco_eval.runtime.stop import Stop
 from pretraining import checkpoint
 from pretraining.feed import Feed
@@ -34,22 +34,22 @@ def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
     Returns:
         The last checkpoint.
     Raises:
-        InputError: the output folder holds another run.
+        InputError: the output folder holds another run, or another command works there.
         RunFailed: the loss is not finite, or too many images cannot be read.
         Interrupted: asked to stop by a signal; the state is saved.
     """
-    open_run(output, run.resolved())
-    trainer = Trainer(run, output, device)
-    trainer.restore()
-    if is_main():
-        two_views(run.images, run.config).draw(output / "views.png")
-    try:
-        trainer.train()
-    except RunFailed as error:
-        last = trainer.checkpoints / "last.pth"
-        raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
-    finally:
-        trainer.metrics.close()
+    with open_run(output, run.resolved()):
+        trainer = Trainer(run, output, device)
+        trainer.restore()
+        if is_main():
+            two_views(run.images, run.config).draw(output / "views.png")
+        try:
+            trainer.train()
+        except RunFailed as error:
+            last = trainer.checkpoints / "last.pth"
+            raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
+        finally:
+            trainer.metrics.close()
     return trainer.checkpoints / "last.pth"
 
 
@@ -136,11 +136,16 @@ class Trainer:
     def batches(self) -> Generator[Batch, None, None]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
         started = time.perf_counter()
-        for batch, unreadable in self.feed(self.step):
-            self.measured.waited += time.perf_counter() - started
-            self.measured.note_unreadable(unreadable)
-            yield batch
-            started = time.perf_counter()
+        try:
+            for batch, unreadable in self.feed(self.step):
+                self.measured.waited += time.perf_counter() - started
+                self.measured.note_unreadable(unreadable)
+                yield batch
+                started = time.perf_counter()
+        except Interrupted as no_data:
+            if world_size() == 1:
+                self.save()
+            raise Interrupted(f"saved at step {self.saved} of {self.run.steps}; {no_data}") from None
 
     def after_step(self) -> str | None:
         """Log, save and judge where it is due; a note for the progress bar. Lines are read a step after their last."""

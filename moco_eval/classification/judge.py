@@ -23,9 +23,9 @@ from moco_eval.errors import InputError
 from moco_eval.features.stages import network
 from moco_eval.results.metrics import accuracy, mean_average_precision, mean_per_class
 from moco_eval.results.record import Cost, ResultRecord
-from moco_eval.results.run_directory import finished, open_run
+from moco_eval.results.run_directory import finished_as, open_run
 from moco_eval.results.statistics import intervals
-from moco_eval.runtime.collectives import barrier
+from moco_eval.runtime.collectives import barrier, found_by_main
 from moco_eval.runtime.console import log
 from moco_eval.runtime.rank import is_main
 
@@ -54,19 +54,26 @@ def judge(task: Task, config: Any, output: Path, device: torch.device) -> dict[s
     Returns:
         The result record.
     Raises:
-        InputError: the output holds another run, an image cannot be read, or the protocol cannot be run on these images
-            or with this encoder.
+        InputError: the output holds another run, or another command works there, an image cannot be read, or the
+            protocol cannot be run on these images or with this encoder.
         RunFailed: a number that is not finite.
         Interrupted: stopped by a signal; run again to go on.
     """
-    protocol = by_name(config.protocol)
-    code = protocol.code()
-    task = prepared(task, config)
+    protocol, task = by_name(config.protocol), prepared(task, config)
     check(task, config)
-    if open_run(output, resolved(task, config)) and (record := finished(output)):
-        log(f"already done: {output}")
-        return record
-    cost = Cost(str(device))
+    about = resolved(task, config)
+    with open_run(output, about) as is_there:
+        settings = differences(config, canonical(protocol, task.encoder), protocol.free)
+        if is_there and (record := found_by_main(lambda: finished_as(output, about, settings))):
+            log(f"already done: {output}")
+            return record
+        return _judge(task, config, output, device)
+
+
+def _judge(task: Task, config: Any, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run, or go on, in a run directory that is ours."""
+    protocol, cost = by_name(config.protocol), Cost(str(device))
+    code = protocol.code()
     if not (output / "config.yaml").is_file():
         raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
     outcomes = trials.kept(task, config, code.run_trial, cost, device, output)

@@ -48,6 +48,16 @@ def vote(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature
     return votes.new_zeros((len(votes), classes)).scatter_add_(1, labels[neighbours.index], votes)
 
 
+def guesses(neighbours: Neighbours, labels: torch.Tensor, classes: int, temperature: float | None) -> torch.Tensor:
+    """The scores of `vote`, and minus infinity of a class that no neighbour votes for: it is no guess.
+
+    Args: as `vote`.
+    """
+    scores = vote(neighbours, labels, classes, temperature)
+    named = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, labels[neighbours.index], True)
+    return scores.masked_fill_(~named, -torch.inf)
+
+
 def monitor(
     net: nn.Module,
     train: ImageSet,
@@ -132,7 +142,7 @@ def outcome(
 ) -> Outcome:
     """What the neighbours of the test images say of their classes."""
     labels = torch.as_tensor(train.labels, device=neighbours.index.device)
-    scores = vote(neighbours, labels, len(train.classes), temperature).cpu()
+    scores = guesses(neighbours, labels, len(train.classes), temperature).cpu()
     first = {"neighbour": neighbours.index[:, :10].cpu().numpy()}
     return Outcome(scores, len(train) + len(test), notes, arrays=first)
 

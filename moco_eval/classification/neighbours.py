@@ -7,6 +7,7 @@ are looked into. That loses nothing: a row that belongs to the k best makes its 
 the k best rows lie in at most k chunks, those with the largest maxima.
 """
 
+import math
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from moco_eval.data.loader import share
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.extract import in_order
 from moco_eval.runtime.device import autocast
 from moco_eval.runtime.rank import world_size
@@ -153,7 +154,11 @@ class _Search:
         self.own = None if own is None else own.to(device)
         dim = bank[:1].shape[1]
         self.blocks = blocks(memory, len(bank), len(queries), dim, k, AT_ONCE[device.type])
-        self.centre = None if distance == "cosine" else bank[: self.blocks.bank].mean(dim=0).to(device)
+        self.unit, self.centre = 1.0, None
+        if distance == "euclidean":
+            first = bank[: self.blocks.bank]
+            self.unit = unit_of(first)
+            self.centre = (first if self.unit == 1 else first * self.unit).mean(dim=0).to(device)
         self.room = {
             "bank": torch.empty(self.blocks.bank, dim, device=device),
             "queries": torch.empty(self.blocks.queries, dim, device=device),
@@ -166,13 +171,13 @@ class _Search:
         """Rows as their products need them: unit length, or less the centre; in memory that is used again."""
         rows, room = rows.to(self.device, torch.float32), room[: len(rows)]
         if self.centre is not None:
-            return torch.sub(rows, self.centre, out=room)
-        return torch.div(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12), out=room)
+            return torch.sub(rows if self.unit == 1 else rows * self.unit, self.centre, out=room)
+        return unit_rows(rows, room)
 
     def meet(self, start: int) -> None:
         """Every query meets the bank's block that begins at `start`."""
         rows = self.prepared(self.bank[start : start + self.blocks.bank], self.room["bank"])
-        half = None if self.centre is None else -rows.square().sum(dim=1) / 2
+        half = None if self.centre is None else -_squares(rows).squeeze(1) / 2
         for first in range(0, len(self.queries), self.blocks.queries):
             here = slice(first, first + self.blocks.queries)
             queries = self.prepared(self.queries[here], self.room["queries"])
@@ -198,12 +203,12 @@ class _Search:
         distances = torch.empty_like(self.best)
         for first in range(0, len(self.best), self.blocks.queries):
             here = slice(first, first + self.blocks.queries)
-            norms = self.prepared(self.queries[here], self.room["queries"]).square().sum(dim=1, keepdim=True)
+            norms = _squares(self.prepared(self.queries[here], self.room["queries"]))
             squares = norms - 2 * self.best[here]
             query, place = (squares < CLOSE * (2 * norms)).nonzero(as_tuple=True)
             squares[query, place] = self._by_difference(query + first, self.index[here][query, place], len(centre))
             distances[here] = squares.clamp_(min=0).sqrt_()
-        return distances
+        return distances if self.unit == 1 else distances.div_(self.unit)
 
     def _by_difference(self, query: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
         """|q - b|² of pairs, as many at once as memory allows."""
@@ -212,8 +217,42 @@ class _Search:
         for queries, others in zip(query.split(at_once), index.split(at_once)):
             sides = (self.queries, queries), (self.bank, others)
             pair = (rows[of.cpu().numpy()].to(self.device) for rows, of in sides)
-            parts.append(torch.sub(*pair).square_().sum(dim=1))
+            parts.append(torch.sub(*pair).mul_(self.unit).square_().sum(dim=1))
         return torch.cat(parts)
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """Each row's square, (N, 1). Raises RunFailed where that is beyond float32."""
+    squares = rows.square().sum(dim=1, keepdim=True)
+    if not squares.isfinite().all():
+        raise RunFailed(
+            "features differ by more than float32 can square, so they have no Euclidean distances; are the BN "
+            "statistics damaged? Cosine similarities exist all the same: --set distance=[cosine]"
+        )
+    return squares
+
+
+LARGE, SMALL = 2.0**40, 2.0**-40  # beyond them squares would overflow, or fade from float32
+
+
+def unit_rows(rows: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows of length 1, (N, D) float32, a row of zeros as it is; written to `room` where it is given.
+
+    Rows whose squares float32 does not hold are brought to its middle by a power of two first.
+    """
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    odd = ((lengths < 1e-12) | (lengths > 1e18))[:, 0].nonzero()[:, 0]  # not finite: above, too
+    if len(odd):
+        _, exponents = torch.frexp(rows[odd].abs().amax(dim=1, keepdim=True))
+        rows = rows.index_copy(0, odd, torch.ldexp(rows[odd], -exponents))
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.div(rows, lengths.clamp_min(1e-12), out=room)
+
+
+def unit_of(rows: torch.Tensor) -> float:
+    """The power of two by which rows are multiplied before their differences are squared; 1 in all usual cases."""
+    largest = float(rows.abs().max())
+    return 1.0 if SMALL < largest < LARGE or not largest else 2.0 ** -math.frexp(largest)[1]
 
 
 def _forbid(scores: torch.Tensor, columns: torch.Tensor) -> None:

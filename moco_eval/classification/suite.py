@@ -26,7 +26,7 @@ from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
 from moco_eval.features.stages import network
 from moco_eval.results.record import repeats
-from moco_eval.results.run_directory import finished, holds
+from moco_eval.results.run_directory import finished, finished_as, holds
 from moco_eval.runtime.collectives import barrier
 from moco_eval.runtime.console import log
 from moco_eval.runtime.text import as_text
@@ -121,7 +121,9 @@ def check(suite: Sequence[Item]) -> None:
                 f"{item.protocol}: {message_of(error)}; --set belongs to `moco-eval {item.command}`, here leave the "
                 "protocol out of --tasks"
             ) from None
-        holds(item.output, resolved(item.ready, item.config))
+        about = resolved(item.ready, item.config)
+        if holds(item.output, about):
+            finished_as(item.output, about)
 
 
 # What is extracted

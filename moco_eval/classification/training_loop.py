@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import torch
 from moco_eval.config.base import Augmentation
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Batches, Examples, crop_transform, loader
+from moco_eval.errors import Interrupted
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
 from moco_eval.runtime.collectives import all_sum
@@ -74,7 +76,7 @@ class Loop:
         self.learner, self.images, self.config, self.seed = learner, images, config, seed
         self.preprocessing, self.state, self.device, self.drop_last = preprocessing, state, device, drop_last
         self.losses: list[torch.Tensor] = []
-        self.began, self.earlier = time.perf_counter(), 0.0
+        self.began, self.earlier, self.done = time.perf_counter(), 0.0, 0
 
     def run(self, title: str, way_out: str = "a smaller --set optimizer.lr may help") -> float:
         """Train to the end of the schedule; returns the seconds of earlier sessions.
@@ -94,18 +96,28 @@ class Loop:
         batches = replace(batches, epochs=range(first_epoch, epochs), first_step=first_step)
         augmentation = self.config.augmentation
         crops = crop_transform(self.preprocessing, augmentation.crop_scale, augmentation.flip)
-        examples = Examples(self.images, crops, self.seed)
-        total = epochs * batches.steps_per_epoch
+        examples = Examples(self.images, crops, self.seed, size=self.preprocessing.size)
+        total, self.done = epochs * batches.steps_per_epoch, done
         with Stop() as stop, progress(title, total, self.config.batch_size, done) as advance:
-            for views, labels, _ in loader(examples, batches, self.config.workers, self.device):
+            for views, labels, _ in self._loaded(examples, batches):
                 epoch, step = divmod(done, batches.steps_per_epoch)
                 mine, batch = batches.mine(step), batches.size(step)
                 views, labels = views[:mine].to(self.device), labels[:mine].to(self.device)
                 self.losses.append(self.learner.train_step(views, labels, epoch, batch))
-                done += 1
+                self.done = done = done + 1
                 advance()
                 self._after_step(done, total, batches.steps_per_epoch, stop)
         return self.earlier
+
+    def _loaded(self, examples: Examples, batches: Batches) -> Iterator[Any]:
+        """Batches as they come; where none comes and a signal does, the state is kept. Raises Interrupted."""
+        try:
+            yield from loader(examples, batches, self.config.workers, self.device)
+        except Interrupted as no_data:
+            if world_size() == 1 and self.losses:
+                require_finite(torch.stack(self.losses).mean().item(), f"step {self.done}", self.way_out)
+                self._save(self.done)
+            raise Interrupted(f"step {self.done} is reached; {no_data}") from None
 
     def _after_step(self, done: int, total: int, per_epoch: int, stop: Stop) -> None:
         """At the end of each epoch check the loss and keep the state; stop where asked to."""

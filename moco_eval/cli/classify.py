@@ -165,7 +165,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     """Several protocols on features extracted once, in one table: moco-eval suite CHECKPOINT --tasks knn,quick"""
     from moco_eval.classification import suite as suites
     from moco_eval.classification.forecast import describe, forecast
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.results.run_directory import default_output, hold
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
@@ -182,7 +182,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
         return 0
     if options.nproc > 1:
         return launch_again(options.nproc)
-    with processes(options.device) as device:
+    with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
             click.echo(suites.table(records, extraction))

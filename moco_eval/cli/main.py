@@ -67,10 +67,22 @@ def _run() -> int:
             )
         code = 3
     except RuntimeError as error:
+        if words := _of_loader(error):
+            click.echo(f"Error: {words}", err=True)
+            return 1
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
             raise
         code = 1  # another process of this run failed, and says why
     return code if isinstance(code, int) else 0
+
+
+def _of_loader(error: RuntimeError) -> str | None:
+    """What ended a loader process: torch raises it wherever the process that waits for batches happens to be."""
+    if "DataLoader worker" not in str(error):
+        return None
+    from moco_eval.data.workers import explanation
+
+    return explanation(str(error))
 
 
 if __name__ == "__main__":

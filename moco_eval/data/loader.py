@@ -1,17 +1,18 @@
 """Transforms, batches and loaders. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from moco_eval.data.image_set import ImageSet
+from moco_eval.data.workers import Loaded
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.console import tell
@@ -104,18 +105,32 @@ def draw_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
 
 
+class Sized(Protocol):
+    """A data set that knows about how many bytes one of its items has."""
+
+    @property
+    def item_bytes(self) -> int: ...
+
+
 @dataclass
 class Examples(Dataset):
     """(image tensor, label, index) of an ImageSet; items are (epoch, index) pairs.
 
     The label is -1 where there is none, or where there may be several.
     `tolerant`: an unreadable image is named and a grey one takes its place (the kNN monitor); otherwise InputError.
+    `size`: of the tensors, in pixels; 0 where nobody asks.
     """
 
     images: ImageSet
     transform: transforms.Compose
     seed: int = 0
     tolerant: bool = False
+    size: int = 0
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a tensor."""
+        return 4 * 3 * self.size**2
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item
@@ -221,33 +236,33 @@ def share(batch: Sequence | np.ndarray) -> Sequence | np.ndarray:
     return batch[len(batch) * mine // ranks : len(batch) * (mine + 1) // ranks]
 
 
-def loader(
-    examples: Dataset, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
-) -> DataLoader:
-    """A DataLoader over those batches of (epoch, index) pairs, whose workers live as long as the iteration.
+def loader(examples: Sized, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device) -> Loaded:
+    """Those batches of (epoch, index) pairs, loaded by workers that live as long as the iteration.
 
     Workers are a process group of their own: a signal to ours, which torchrun and Ctrl-C send, ends no batch that is
     still wanted, and the workers go when their process goes.
     """
-    return DataLoader(
+    return Loaded(
         examples,
-        batch_sampler=batches,
-        num_workers=workers,
-        worker_init_fn=_own_group if workers else None,
+        batches,
+        workers,
+        batch_bytes=examples.item_bytes * _largest(batches),
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # for the workers' seeds, which nothing draws from: the host's generator stays
         collate_fn=_as_it_is if hasattr(examples, "__getitems__") else None,
     )
 
 
+def _largest(batches: Iterable[list[tuple[int, int]]]) -> int:
+    """How many items this process has in a batch, at most."""
+    if isinstance(batches, Batches):
+        return len(share(range(min(batches.batch_size, batches.images))))
+    return max(map(len, batches), default=0) if isinstance(batches, list) else 0
+
+
 def _as_it_is(batch):
     """A data set that hands over whole batches has nothing left to collate."""
     return batch
-
-
-def _own_group(_worker: int) -> None:
-    os.setpgid(0, 0)
 
 
 def resident(images: ImageSet, device: torch.device) -> torch.Tensor:

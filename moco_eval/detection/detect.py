@@ -13,7 +13,7 @@ from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.plots import loss_curves, per_class_bars
-from moco_eval.detection.recipe import is_on
+from moco_eval.detection.recipe import is_on, recipe_deviations
 from moco_eval.detection.task import DetectionTask, pixels
 from moco_eval.errors import InputError
 from moco_eval.results import run_directory
@@ -39,16 +39,17 @@ def detect(task: DetectionTask, output: Path, device: torch.device) -> dict[str,
     """
     engine = task.check(rank.world_size())
     data = task.open()
-    run_directory.open_run(output, task.resolved(engine, data))
-    if not (output / "config.yaml").is_file():
-        raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
-    if record := run_directory.finished(output):
-        return record
-    data = data or task.draw(output)
-    trials = [
-        _trial(task, data, engine, seed, folder, device) for seed, folder in zip(task.seeds, _folders(task, output))
-    ]
-    return collectives.found_by_main(lambda: _record(task, data, engine, output, device, trials))
+    about = task.resolved(engine, data)
+    with run_directory.open_run(output, about):
+        if not (output / "config.yaml").is_file():
+            raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
+        settings = recipe_deviations(task.config, task.name, task.encoder.arch)
+        if record := collectives.found_by_main(lambda: run_directory.finished_as(output, about, settings)):
+            return record
+        data = data or task.draw(output)
+        places = zip(task.seeds, _folders(task, output))
+        trials = [_trial(task, data, engine, seed, folder, device) for seed, folder in places]
+        return collectives.found_by_main(lambda: _record(task, data, engine, output, device, trials))
 
 
 def plan(task: DetectionTask, output: Path, processes: int = 1) -> str:

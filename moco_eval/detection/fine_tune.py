@@ -17,6 +17,7 @@ from moco_eval.detection import inputs, state
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.recipe import learning_rate
+from moco_eval.errors import Interrupted
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, console, files, rank
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
@@ -87,7 +88,7 @@ class Trainer:
         with console.progress("detect", total, recipe.batch_size, done=self.done) as advance:
             while self.done < total:
                 with self.cost.clock():
-                    values = self.step(next(stream), self.done)
+                    values = self.step(self.coming(stream), self.done)
                     note = self.losses.add(self.done, values)
                 self.cost.images += recipe.batch_size
                 self.done += 1
@@ -97,6 +98,15 @@ class Trainer:
                     self.save()
                 if asked:
                     stop.check(f"iteration {self.done} of {total} is saved; run the same command again to go on")
+
+    def coming(self, stream: Iterator[inputs.Batch]) -> inputs.Batch:
+        """The next batch; where none comes and a signal does, the state is kept. Raises Interrupted."""
+        try:
+            return next(stream)
+        except Interrupted as no_data:
+            if rank.world_size() == 1:
+                self.save()
+            raise Interrupted(f"iteration {self.done} is reached; {no_data}") from None
 
     def step(self, batch: inputs.Batch, iteration: int) -> dict[str, Tensor]:
         """One iteration on this process's images; returns the losses, means over the processes.

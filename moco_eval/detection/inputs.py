@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import Sample, read_image
+from moco_eval.data.workers import Loaded
 from moco_eval.detection.masks import Segmentation, decoded
 from moco_eval.errors import InputError
 from moco_eval.runtime import console
@@ -245,8 +246,7 @@ class _Refusals(Dataset):
 
 
 def _load(dataset: Dataset, keys: Iterable[list], workers: int) -> Iterator[Any]:
-    loader = DataLoader(_Refusals(dataset), batch_sampler=keys, num_workers=workers, collate_fn=list)
-    for rows in loader:
+    for rows in Loaded(_Refusals(dataset), keys, workers, ready=2, collate_fn=list):
         for row in rows:
             if isinstance(row, InputError):
                 raise row

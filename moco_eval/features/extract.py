@@ -81,7 +81,7 @@ def _loaded(
     images: ImageSet, preprocessing: Preprocessing, batches: Rows, device: torch.device, workers: int, tolerant: bool
 ) -> Iterator[torch.Tensor]:
     """Resized, cropped and normalised images of each batch, from loader workers."""
-    examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant)
+    examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant, size=preprocessing.size)
     for views, _, _ in loader(examples, batches, workers, device):
         yield views.to(device, non_blocking=True)
 

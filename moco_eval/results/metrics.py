@@ -12,15 +12,20 @@ if TYPE_CHECKING:
 
 
 def accuracy(scores: "torch.Tensor", labels: "torch.Tensor", top: int = 1) -> float:
-    """Top-k accuracy in percent; 100 where there are no more classes than k.
+    """Top-k accuracy in percent; a class whose score is minus infinity is no guess.
 
     Args:
         scores: (N, C); labels: (N,).
     """
     if top == 1:
         return 100 * (scores.argmax(dim=1) == labels).double().mean().item()
-    best = scores.topk(min(top, scores.shape[1]), dim=1).indices
-    return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
+    return 100 * among_best(scores, labels, top).double().mean().item()
+
+
+def among_best(scores: "torch.Tensor", labels: "torch.Tensor", top: int) -> "torch.Tensor":
+    """Whether each image's class is among its `top` highest scores above minus infinity, (N,)."""
+    best = scores.topk(min(top, scores.shape[1]), dim=1)
+    return ((best.indices == labels[:, None]) & (best.values > -float("inf"))).any(dim=1)
 
 
 def mean_per_class(scores: "torch.Tensor", labels: "torch.Tensor") -> float:

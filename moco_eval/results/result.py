@@ -11,7 +11,7 @@ from moco_eval.errors import InputError
 from moco_eval.results.compare import read_run
 from moco_eval.results.record import repeats
 from moco_eval.results.run_directory import holds, write_resolved
-from moco_eval.runtime import files
+from moco_eval.runtime import files, lock
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,25 @@ class Result:
         """Write config.yaml, environment.json, predictions.npz and result.json, which the report and compare read.
 
         Raises:
-            InputError: the folder holds another run, or something else.
+            InputError: the folder holds another run, or something else, or a command works there.
         """
         folder = Path(folder)
         try:
             holds(folder, self.resolved)
+            with lock.alone(folder):
+                self._write(folder)
         except InputError as error:
             raise InputError(str(error).replace("--output", "folder")) from None
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        """Into a folder that is ours."""
+        holds(folder, self.resolved)
         write_resolved(folder, self.resolved, self.record["environment"])
         if self.arrays:
             with files.atomic(folder / "predictions.npz") as temporary:
                 np.savez(temporary, **self.arrays)  # type: ignore[arg-type]
         files.write_json(folder / "result.json", self.record)
-        return folder
 
     def __str__(self) -> str:
         """The numbers in lines, as the command prints them."""

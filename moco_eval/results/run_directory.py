@@ -1,5 +1,8 @@
 """The run directory: made, opened again, refused where it holds another run."""
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,12 @@ from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.results.environment import environment
 from moco_eval.results.record import SCHEMA
-from moco_eval.runtime import files
+from moco_eval.runtime import files, lock
 from moco_eval.runtime.collectives import found_by_main
 
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
-
-
+BEGUN = {"config.yaml", "environment.json"}  # what a run has before it does anything
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
 
@@ -29,26 +31,39 @@ def default_output(command: str, encoder: Encoder, dataset: str, protocol: str |
     return Path("runs") / "-".join((command, encoder.run_name, encoder.sha256[:8], dataset, *last))
 
 
-def open_run(output: Path, resolved: dict[str, Any]) -> bool:
-    """Make or re-open a run directory.
+@contextmanager
+def open_run(output: Path, resolved: dict[str, Any]) -> Iterator[bool]:
+    """Make or re-open a run directory, and hold it: no other command works there until the end. Collective.
 
     Args:
         output: the directory; made if it is not there.
         resolved: everything that defines the run (config, data, weights); written to config.yaml.
-    Returns:
+    Yields:
         Whether the directory already held this very run.
     Raises:
-        InputError: it holds another run or something else, or cannot be written.
+        InputError: it holds another run or something else, another command works there, or it cannot be written.
     """
+    with ExitStack() as stack:
 
-    def look() -> bool:
-        same = holds(output, resolved)
-        if (output / "result.json").is_file():
-            return same  # finished: its environment is that of the run, not of whoever looks at it again
-        write_resolved(output, resolved, environment(resolved.get("config", {}).get("seed")))
-        return same
+        def look() -> bool:
+            _require_ours(output)
+            done = (output / "result.json").is_file()
+            if not done or os.access(output, os.W_OK):  # a finished run may have been put away where nobody writes
+                stack.enter_context(lock.alone(output))
+            same = holds(output, resolved)
+            if not (output / "result.json").is_file():  # else its environment is that of the run, not of who looks
+                write_resolved(output, resolved, environment(resolved.get("config", {}).get("seed")))
+            return same
 
-    return found_by_main(look)
+        yield found_by_main(look)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """A folder of run directories, which one command fills one after the other. Collective; raises as `open_run`."""
+    with ExitStack() as stack:
+        found_by_main(lambda: stack.enter_context(lock.alone(folder)))
+        yield
 
 
 def write_resolved(output: Path, resolved: dict[str, Any], where: dict[str, Any]) -> None:
@@ -59,12 +74,9 @@ def write_resolved(output: Path, resolved: dict[str, Any], where: dict[str, Any]
 
 def holds(output: Path, resolved: dict[str, Any]) -> bool:
     """Whether a directory holds this very run; raises InputError where it holds another, or something else."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file; give a folder")
-    if not output.is_dir() or _names(output) <= {"config.yaml", "environment.json"}:
+    _require_ours(output)
+    if not output.is_dir() or _names(output) <= BEGUN:
         return False  # nothing there, or a run that was refused before it did anything
-    if not (output / "config.yaml").is_file():
-        raise InputError(f"--output {output} holds files that are no run of ours; choose another or empty it")
     before, _ = configs.read_yaml(output / "config.yaml")
     old, new = flatten(before), flatten(_plain(resolved))
     for key in dict.fromkeys((*new, *old)):
@@ -75,6 +87,14 @@ def holds(output: Path, resolved: dict[str, Any]) -> bool:
                 f"{WHY.get(key, '')}; choose another --output"
             )
     return True
+
+
+def _require_ours(output: Path) -> None:
+    """Raises InputError where something else than a run is there."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; give a folder")
+    if output.is_dir() and not _names(output) <= BEGUN and not (output / "config.yaml").is_file():
+        raise InputError(f"--output {output} holds files that are no run of ours; choose another or empty it")
 
 
 def _names(folder: Path) -> set[str]:
@@ -95,6 +115,63 @@ def finished(output: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise InputError(f"{path} is no result record of ours; remove it, or choose another --output")
     return record
+
+
+def finished_as(
+    output: Path, resolved: dict[str, Any], deviations: Sequence[str] | None = None
+) -> dict[str, Any] | None:
+    """The record of this very run, where it is already done.
+
+    Args:
+        resolved: what `open_run` was given.
+        deviations: those of the config, in words; None where nobody asks.
+    Raises:
+        InputError: the record is of another protocol, data set, encoder, seed or config than the directory.
+    """
+    record = finished(output)
+    if record is None:
+        return None
+    stated, wanted = _of_record(record), _of_resolved(resolved)
+    if deviations is not None:
+        keys = flatten(resolved["config"])
+        about = (record.get("deviations", []), deviations)
+        stated["settings"], wanted["settings"] = (
+            "; ".join(sorted(words for words in several if words.split(" ")[0] in keys)) for several in about
+        )
+    for name, value in wanted.items():
+        if value is not None and stated[name] != value:
+            raise InputError(
+                f"{output / 'result.json'} is of another run than config.yaml beside it: its {name} is "
+                f"{stated[name] or 'the usual'}, not {value or 'the usual'}; move that folder away and run this again"
+            )
+    return record
+
+
+def _of_record(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the run that it is of."""
+    dataset, encoder = record.get("dataset", {}), record.get("encoder", {})
+    return {
+        "protocol": record.get("protocol"),
+        "data set": dataset.get("name"),
+        "data set's fingerprint": dataset.get("fingerprint"),
+        "encoder's sha256": encoder.get("sha256"),
+        "encoder": encoder.get("which", "query"),
+        "seeds": [trial.get("seed") for trial in record.get("trials", [])],
+    }
+
+
+def _of_resolved(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The same as the configuration says it; None where it leaves it open."""
+    dataset, encoder, config = resolved["dataset"], resolved["encoder"], resolved["config"]
+    test = {"name": dataset, **resolved} if isinstance(dataset, str) else dataset["test"]  # of a detection: the name
+    return {
+        "protocol": config["protocol"],
+        "data set": test["name"],
+        "data set's fingerprint": test["fingerprint"],
+        "encoder's sha256": encoder["sha256"],
+        "encoder": encoder["which"],
+        "seeds": [config["seed"] + trial for trial in range(resolved["trials"])],
+    }
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

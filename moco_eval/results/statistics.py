@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moco_eval.results.metrics import mean_where_any, rankings, weighted_mean_average_precision
+from moco_eval.results.metrics import among_best, mean_where_any, rankings, weighted_mean_average_precision
 
 # what the trials of a record vary (its `over`), said of several
 REPEATS = {"head": "heads", "labels": "label draws", "finetune": "fine-tunings", "pretrain": "pretrainings"}
@@ -69,8 +69,7 @@ def _among_best(scores: np.ndarray, labels: np.ndarray, top: int) -> np.ndarray:
     """Whether each image's class is among its `top` highest scores; ties fall as they do in the metric itself."""
     import torch
 
-    best = torch.from_numpy(scores).topk(min(top, scores.shape[1]), dim=1).indices.numpy()
-    return (best == labels[:, None]).any(axis=1)
+    return among_best(torch.from_numpy(scores), torch.from_numpy(labels), top).numpy()
 
 
 def intervals(

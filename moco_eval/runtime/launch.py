@@ -3,15 +3,18 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moco_eval.runtime.console import warn
+from moco_eval.errors import InputError
+from moco_eval.runtime.console import tell, warn
 from moco_eval.runtime.device import choose_device, exact_arithmetic
 
 # With it torchrun opens a new store at each restart; in a shared one the dead workers' addresses are still found.
@@ -23,10 +26,11 @@ def processes(device: str) -> Iterator[torch.device]:
     """Join torchrun's process group if there is one; yield this process's device; leave the group at the end.
 
     Raises:
-        InputError: a device that is not there.
+        InputError: a device that is not there, or an environment that is not torchrun's.
     """
+    _require_whole_environment()
     chosen = choose_device(device)
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("RANK") and int(os.environ.get("WORLD_SIZE") or "1") > 1:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
             warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -68,7 +72,36 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
         elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (2, 3) if code in codes), 1)
+        if agreed := next((code for code in (2, 3) if code in codes), None):
+            return agreed
+        _tell_of_killed(error.failures)
+        return 1
     except (SignalException, KeyboardInterrupt):
         return 3
     return 0
+
+
+def _tell_of_killed(failures: dict[int, Any]) -> None:
+    """A line about the process that a signal has ended; others have said why they failed."""
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    first = min(killed, key=lambda rank: (killed[rank].exitcode == -signal.SIGTERM, rank), default=None)
+    if first is not None:  # SIGTERM: how the launcher ends the others
+        name = signal.Signals(-killed[first].exitcode).name
+        tell(
+            f"Error: process {killed[first].pid} (rank {first}) was ended by {name}, perhaps for lack of memory, and "
+            "the others with it; run the same command to go on"
+        )
+
+
+def _require_whole_environment() -> None:
+    """Raises InputError where some of what torchrun tells its processes is missing, or is no number."""
+    told = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    alone = told["WORLD_SIZE"] == "1" or not (told["WORLD_SIZE"] or told["RANK"].strip("0"))
+    if not told["RANK"] or alone:
+        return
+    way_out = "start by torchrun, which sets them all, or with --nproc, or unset RANK"
+    if missing := [name for name, value in told.items() if not value]:
+        raise InputError(f"RANK is {told['RANK']} and {' and '.join(missing)} not set; {way_out}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not told[name].isdecimal():
+            raise InputError(f"{name} is {told[name]!r}, which is no number; {way_out}")

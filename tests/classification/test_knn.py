@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
+import moco_eval as me
 from moco_eval.classification import knn
 from moco_eval.classification.judge import judge
 from moco_eval.classification.neighbours import Neighbours, nearest
@@ -20,6 +22,7 @@ from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.features import extract as extraction
 from moco_eval.preprocessing import Preprocessing
+from moco_eval.results.statistics import Answers, value
 
 CPU = torch.device("cpu")
 
@@ -126,3 +129,33 @@ def test_votes_do_not_vanish_at_a_low_temperature():
     found = Neighbours(torch.tensor([[0.05, 0.0, -0.1]]), torch.tensor([[0, 1, 2]]))
     scores = knn.vote(found, torch.tensor([2, 1, 1]), 3, temperature=0.005)
     assert scores.argmax(1).tolist() == [2] and scores[0, 2] == 1
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_a_class_without_a_vote_is_no_guess(k, few_digits, tmp_path):
+    """Top-1 and top-5 as scikit-learn's neighbours give them, of classes that got a vote; so says what is kept."""
+    train, test = few_digits
+    config = configs.load("digits", "knn", KnnConfig, [f"k={k}"])
+    record = judge(Task(load("pixels"), train, test), config, tmp_path, CPU)
+    bank, queries = (me.features(load("pixels"), images)[0].astype(np.float64) for images in (train, test))
+    model = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
+    voted = model.fit(bank, train.labels).predict_proba(queries)
+    best = np.argsort(-voted, axis=1, kind="stable")[:, :5]
+    right = (best == test.labels[:, None]) & (np.take_along_axis(voted, best, axis=1) > 0)
+    expected = {"top1": 100 * right[:, 0].mean(), "top5": 100 * right.any(axis=1).mean()}
+    assert record["metrics"] == pytest.approx(expected)
+    with np.load(tmp_path / "predictions.npz") as kept:
+        answers = Answers(kept["label"], scores=kept["scores"])
+        assert np.array_equal(np.isfinite(kept["scores"][0]), voted > 0)
+    for metric in expected:
+        assert value(metric, answers) == pytest.approx(expected[metric])
+        low, high = record["interval"][metric]
+        assert low <= expected[metric] <= high
+
+
+def test_a_vote_too_small_to_count_is_a_guess():
+    """At a low temperature a far neighbour's weight is 0 in float32; its class was named all the same."""
+    found = Neighbours(torch.tensor([[1.0, -1.0]]), torch.tensor([[0, 1]]))
+    scores = knn.guesses(found, torch.tensor([2, 1]), 4, temperature=0.001)
+    assert scores.tolist() == [[-math.inf, 0.0, 1.0, -math.inf]]
+    assert [knn.accuracy(scores, torch.tensor([label]), top=3) for label in range(4)] == [0, 100, 100, 0]

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from moco_eval.classification.knn import vote
 from moco_eval.classification.neighbours import Neighbours, blocks, nearest, nearest_by_ranks
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 
 from ranks import run_ranks  # isort: skip
 
@@ -243,3 +243,30 @@ def test_a_last_block_shorter_than_a_chunk(rest):
     wanted = (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(2, dim=1)
     assert torch.allclose(found.similarity, wanted.values, atol=1e-6)
     assert (found.index[:1, 0] >= 4990).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**84, 2.0**-84, 2.0**120])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_features_of_any_size_have_their_neighbours(distance, scale):
+    """Around 2e25 squares overflow float32, around 5e-26 they vanish: the neighbours are those of usual features."""
+    bank, queries = drawn(300, 16), drawn(50, 16, seed=1)
+    usual, other = (nearest(queries * by, bank * by, 7, distance=distance, memory=1e5) for by in (1.0, scale))
+    assert torch.equal(usual.index, other.index)
+    similarity = other.similarity if distance == "cosine" else other.similarity / scale
+    assert torch.allclose(usual.similarity, similarity, rtol=1e-5)
+
+
+def test_rows_of_very_different_lengths_and_zeros_too():
+    bank = drawn(300, 16)
+    scales = 2.0 ** torch.randint(-100, 100, (300, 1), generator=torch.Generator().manual_seed(0))
+    queries = torch.cat([drawn(50, 16, seed=1), torch.zeros(1, 16)])
+    usual, other = nearest(queries, bank, 7), nearest(queries, bank * scales, 7)
+    assert torch.equal(usual.similarity, other.similarity) and torch.equal(usual.index[:50], other.index[:50])
+    assert not other.similarity[50].any()
+
+
+def test_distances_beyond_float32_are_refused():
+    bank = drawn(300, 16)
+    bank[299] *= 1e25
+    with pytest.raises(RunFailed, match="than float32 can square"):
+        nearest(bank[:5], bank, 7, distance="euclidean", memory=3e3)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, descendants, environment, error_line, moco_eval, start
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -162,9 +163,30 @@ def test_torchrun_restarts_a_killed_worker(whole, tmp_path):
 def test_without_restarts_a_killed_worker_ends_the_run(tmp_path):
     process = start(*command(tmp_path / "run", "--nproc", "2"))
     wait_for(tmp_path / "run" / "checkpoints" / "last.pth", process)
-    os.kill(workers(process)[0], signal.SIGKILL)
-    process.communicate(timeout=120)
+    killed = workers(process)[1]
+    os.kill(killed, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("Error:")]
+    assert f"process {killed} (rank 1) was ended by SIGKILL" in line and "run the same command to go on" in line
+
+
+def test_a_killed_loader_process_ends_the_run_in_one_line(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(96):
+        Image.effect_noise((40, 40), 10 + number).convert("RGB").save(photos / f"{number:03}.png")
+    flat = ["pretrain", "digits", "--dataset", "flat", "--data", photos, "--output", tmp_path / "run"]
+    settings = [f"--set={setting}" for setting in (*SETTINGS, "workers=2", "schedule.epochs=500")]
+    process = start(*flat, *settings, "--batch-size", "16")
+    wait_for(tmp_path / "run" / "checkpoints" / "last.pth", process)
+    while not (loaders := descendants(process.pid)):
+        time.sleep(0.05)
+    os.kill(loaders[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("Error:")]
+    assert f"a loader process (pid {loaders[0]})" in line and "run the same command to go on" in line
 
 
 def test_two_torchrun_agents_meet_and_train_together(tmp_path):

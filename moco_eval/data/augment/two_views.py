@@ -56,6 +56,11 @@ class TwoViews(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def item_bytes(self) -> int:
+        """Of the views of an image."""
+        return self.count * 3 * self.size**2
+
     def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views (count, N, 3, size, size) uint8; index and substitute (N,); numbers (count, N, D)."""
         epoch, index = np.ascontiguousarray(np.array(items).T)
