@@ -113,7 +113,11 @@ def images(name: str, folder: str | Path | None = None) -> tuple[ImageSet, Image
     Raises:
         ValueError: an unknown name, a missing or incomplete folder.
     """
-    return open_splits(name, Path(folder) if folder is not None else None)
+    try:
+        return open_splits(name, Path(folder) if folder is not None else None)
+    except InputError as error:  # the command line's --dataset and --data are `name` and `folder` here
+        message = str(error).replace("--data FOLDER", "folder").replace("--dataset", "name").replace("--data", "folder")
+        raise InputError(message) from None
 
 
 @in_python
