@@ -244,7 +244,6 @@ def _check_kinds(config: DetectConfig, data: DetectionData, where: str) -> None:
     """Raises InputError where a split has nothing of a kind that the recipe trains and judges, or too thin an image."""
     for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
         _check_split(config, samples, f"{split} in {where}")
-        _check_sides(config, samples)
 
 
 def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) -> None:
@@ -261,20 +260,6 @@ def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) ->
             f"recipe {config.protocol} asks for keypoints and no object of {where} has a labelled one; "
             "take --set keypoints=false, or data with keypoints"
         )
-
-
-def _check_sides(config: DetectConfig, samples: Sequence[Sample]) -> None:
-    """Raises InputError where an image is so oblong that nothing is left of its shorter side when it is resized."""
-    sizes, longest = config.input, config.input.max_size
-    for sample in samples:
-        if max(sample.size) < longest * min(sample.size):
-            continue
-        after = [resized(sample.size, shorter, longest) for shorter in (*sizes.min_size_train, sizes.min_size_test)]
-        if not min(map(min, after)):
-            raise InputError(
-                f"{sample.path} has {sample.size[0]}x{sample.size[1]} pixels, and resized to at most {longest} none of "
-                "its shorter side are left; take it out of its split, or cut it into pieces"
-            )
 
 
 # Data

@@ -188,4 +188,4 @@ def test_a_test_split_of_difficult_objects_alone_is_refused(tmp_path, capfd, mon
         (tmp_path / "voc/ImageSets/Main" / f"{split}.txt").write_text("\n".join(map(str, numbers)))
     where = ("--dataset", "voc-folder", "--data", tmp_path / "voc", "--output", tmp_path / "run")
     line = error_line(capfd, monkeypatch, "svm", "random:resnet18_quarter", *where)
-    assert "no image of voc-folder val counts as showing a class (difficult objects do not)" in line
+    assert "none of the 4 images of val has an object that counts" in line

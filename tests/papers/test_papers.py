@@ -364,7 +364,7 @@ def row_of(name, label):
 class Published:
     """As many images as a data set was published with, and nothing in them."""
 
-    split, labels_per_class, subset, whole, damaged = "train", None, None, None, ()
+    split, labels_per_class, subset, whole, damaged, passed_over = "train", None, None, None, (), ""
 
     def __init__(self, name):
         self.name = name
