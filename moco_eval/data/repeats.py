@@ -11,7 +11,7 @@ from moco_eval.data.index import ImageFiles
 from moco_eval.data.map_style import MapStyle
 from moco_eval.runtime.console import warn
 
-READS = 4000  # pieces of files at most
+READS = 2000  # pieces of files at most
 PIECE = 4096  # bytes, from a file's end: its start is often the same in all
 COLUMNS = 64  # bytes of an image in memory that are compared first
 _known: dict[tuple, "Repeats | None"] = {}
