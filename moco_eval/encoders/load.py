@@ -162,7 +162,7 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
         questions = _of_resnet(checkpoint, override, arch, settings)
         if hugging_face and not settings.name:
             questions.append(_HF_RESNET)
-        if any(_SEGMENTER.search(name) for name in checkpoint.tensors) or _says_dilated(checkpoint.values):
+        if _is_segmenter(checkpoint) or _says_dilated(checkpoint.values):
             questions.append(_DILATED)
     stated = checkpoint.values.get("arch")
     if isinstance(stated, str) and layout.format is None and not override and not arch.startswith(stated.lower()):
@@ -239,6 +239,15 @@ _STRIDE = (
 )
 _PADDING = "the shapes do not tell the padding of a CIFAR stem; 1 was taken. solo-learn's is 2: --arch {other}"
 _SEGMENTER = re.compile(r"(^|\.)(aux_classifier|decode_head|auxiliary_head|aspp|sem_seg_head|segmentation_head)\.")
+
+
+def _is_segmenter(checkpoint: Checkpoint) -> bool:
+    """By a head's name, or by torchvision's classifier of convolutions."""
+    convolutions = (name for name, tensor in checkpoint.tensors.items() if tensor.ndim == 4)
+    return any(map(_SEGMENTER.search, checkpoint.tensors)) or any(_CONVOLVED.search(name) for name in convolutions)
+
+
+_CONVOLVED = re.compile(r"(^|\.)classifier\.\d+\.")
 
 
 def _says_dilated(values: Any, depth: int = 0) -> bool:

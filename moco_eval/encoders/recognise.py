@@ -10,7 +10,7 @@ import torch
 
 from moco_eval.encoders.containers import Found, count_tensors, find_tensors, is_named
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
-from moco_eval.encoders.own_parts import without_own_parts
+from moco_eval.encoders.own_parts import has_network, without_own_parts
 from moco_eval.errors import InputError
 from moco_eval.untrusted.pickle_scan import shown
 from moco_eval.untrusted.read import read
@@ -166,6 +166,8 @@ def _layout(
     shared, bare = "", tensors
     for _ in range(DEEPEST):
         if row := next((row for row in LAYOUTS if _fits(row, bare, format_)), None):
+            if not row.format and not row.refused and not has_network(row, bare) and backbones(bare):
+                break  # below a further prefix, such as `backbone.module.`
             return _below(without_own_parts(row, bare), shared), bare
         first = {name.partition(".")[0] for name in bare}
         if len(first) != 1 or any("." not in name for name in bare):

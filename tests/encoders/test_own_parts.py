@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoints import ARCH, VIT, body, children, error, linear, mlp, under, written
+from checkpoints import ARCH, FILES, VIT, body, children, error, linear, mlp, under, written
 
 from moco_eval.encoders.load import load
 
@@ -112,3 +112,17 @@ def test_a_part_without_a_word_is_refused_with_a_way_out(tmp_path):
     assert "tensor surprise belongs to no part" in message and message.endswith("without it: --key encoder_q")
     encoder = load(path, key="encoder_q")
     assert arrived(encoder, 0) and dict(encoder.dropped).keys() == {"other tensors (1: surprise)"}
+
+
+@pytest.mark.parametrize("name", ["register_tokens", "distillation_token", "extra_embedding.weight"])
+def test_parts_of_the_networks_own_modules_are_not_left_out(name, tmp_path):
+    """Hugging Face's `embeddings` hold the class token too: what else is in them is no head."""
+    state = FILES["Hugging Face ViT"]().values | {f"embeddings.{name}": torch.zeros(1, 4, 48)}
+    assert "unexpected" in error(written(tmp_path, state))
+
+
+def test_a_wrapped_backbone_beside_a_head_that_a_row_knows(tmp_path):
+    """DataParallel around the backbone alone."""
+    state = under("backbone.module.", body(0)) | under("head.", linear(128).state_dict())
+    encoder = load(written(tmp_path, state))
+    assert arrived(encoder, 0) and encoder.origin == "a state dict under the prefix 'backbone.module.'"

@@ -175,6 +175,7 @@ def test_names_of_another_code_base_say_what_was_taken_of_it(tmp_path):
     [
         ({"aux_classifier.0.weight": torch.zeros(2)}, {}),
         ({"decode_head.conv_seg.weight": torch.zeros(2)}, {}),
+        ({"classifier.0.weight": torch.zeros(2, 2, 3, 3)}, {}),
         ({}, {"hyper_parameters": {"backbone": {"replace_stride_with_dilation": [False, True, True]}}}),
         ({}, {"config": {"model": {"dilations": (1, 1, 2, 4)}}}),
         ({}, {"args": {"output_stride": 8}}),
