@@ -25,7 +25,7 @@ from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.catalogue import open_splits, preprocessing_for
-from moco_eval.data.image_set import ImageSet
+from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
 from moco_eval.detection.task import DetectionTask
@@ -78,18 +78,19 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @in_python
-def load(source: str | Path, *, arch: str | None = None, encoder: str | None = None) -> Encoder:
+def load(source: str | Path, *, arch: str | None = None, encoder: str | None = None, key: str | None = None) -> Encoder:
     """Any checkpoint, proven: every tensor accounted for, or an error.
 
     Args:
         source: a file of any known format, random:ARCH, torchvision:ARCH[:WEIGHTS], timm:NAME, zoo:NAME or pixels.
         arch: overrides the architecture read from the shapes.
         encoder: query or key; by default the one that the method itself evaluates.
+        key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
     Raises:
         ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
     with torch.inference_mode(False):  # tensors of inference mode could not be trained on
-        loaded = loading.load(str(source), arch, encoder)
+        loaded = loading.load(str(source), arch, encoder, key=key)
     for doubt in loaded.warnings:
         warn(f"{loaded.source}: {doubt}")
     return loaded
@@ -112,7 +113,11 @@ def images(name: str, folder: str | Path | None = None) -> tuple[ImageSet, Image
     Raises:
         ValueError: an unknown name, a missing or incomplete folder.
     """
-    return open_splits(name, Path(folder) if folder is not None else None)
+    try:
+        return open_splits(name, Path(folder) if folder is not None else None)
+    except InputError as error:  # the command line's --dataset and --data are `name` and `folder` here
+        message = str(error).replace("--data FOLDER", "folder").replace("--dataset", "name").replace("--data", "folder")
+        raise InputError(message) from None
 
 
 @in_python
@@ -280,7 +285,7 @@ class Monitor:
             every: look at each so many steps or epochs, whatever the loop counts; step 0 is looked at.
             settings: of `judge`, `output` apart; `history` has results to save.
         Raises:
-            ValueError: an argument that `judge` refuses; `output`, which takes one look only.
+            ValueError: an argument that `judge` refuses; images of one class only; `output`, which takes one look only.
         """
         self.train, self.test, self.preprocessing, self.protocol, self.name = train, test, preprocessing, protocol, name
         self.every, self.settings = in_python(_at_least_one)(every, "every"), settings
@@ -317,6 +322,7 @@ def _can_be_judged(
         raise InputError("output holds one run, and a monitor makes many; save the results of its history instead")
     _config(protocol, feature, settings)
     _checked(train, test, trials, labels)
+    require_judgeable(train, test)
 
 
 def _checked(train: ImageSet, test: ImageSet, trials: int, labels: str | None) -> Labels | None:

@@ -5,7 +5,8 @@ from torch import nn
 
 from moco_eval.classification import knn
 from moco_eval.data.catalogue import open_splits
-from moco_eval.data.image_set import ImageSet, require_single_label
+from moco_eval.data.image_set import ImageSet, require_judgeable, require_single_label
+from moco_eval.data.repeats import tell_repeats
 from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import broadcast_
 from moco_eval.runtime.console import log
@@ -28,9 +29,11 @@ class Monitor:
         try:
             train, test = open_splits(images.name, self.run.data)
             require_single_label(test)
+            require_judgeable(train, test)
         except InputError as error:
             log(f"no kNN monitor: {error}")
             return None
+        tell_repeats(train, test)
         return (train if images.labels is None else images), test
 
     def due(self, epoch: int) -> bool:

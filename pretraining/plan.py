@@ -11,6 +11,7 @@ from moco_eval.config import load as configs
 from moco_eval.config.deviations import differences
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_images, require_whole, split_deviations
+from moco_eval.data.glance import doubts, passed_over
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.architectures import resnet
 from moco_eval.errors import InputError
@@ -182,6 +183,7 @@ def plan(
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
     run.warnings += _warnings(run) + require_whole(images, config.bad_images)
+    run.warnings += passed_over(images) + doubts(images, "pass")
     run.deviations += _deviations(run)
     return run
 

@@ -35,8 +35,9 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable, ar
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    from moco_eval.runtime.command import running
     from moco_eval.runtime.launch import processes
 
-    with processes("cpu"):
+    with running("moco-eval"), processes("cpu"):
         torch.save(function(*arguments), folder / f"rank_{rank}.pt")
     sys.stdout.flush()

@@ -211,13 +211,15 @@ def host() -> dict:
 def test_the_process_is_as_it_was(protocol, settings, few_digits):
     mine, loaded = encoder(), me.load("random:resnet18_quarter")
     me.judge(mine, *few_digits, protocol, **settings)  # libraries have been imported
+    during = []
+    mine.backbone.register_forward_hook(lambda *_: during.append(host()["signals"]))
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         before = host()
         me.judge(mine, *few_digits, protocol, **settings)
         me.features(mine, few_digits[1])
         me.load("random:resnet18_quarter", arch=loaded.arch)
-        assert host() == before
+        assert host() == before and all(signals == before["signals"] for signals in during) and during
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
 

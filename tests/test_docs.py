@@ -27,6 +27,7 @@ FOREIGN = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--folder", "--gigabytes", "--repeats", "--measure"),  # tools/benchmark_*
     *("--nodes", "--partition"),  # sbatch
+    *("--shm-size", "--ipc"),  # docker
 }
 
 

@@ -159,6 +159,7 @@ WITH_PLAN = [
 
 
 @pytest.mark.parametrize("command", [one for one in WITH_PLAN if one.words[1] != "suite"], ids=str)
+@pytest.mark.slow
 def test_every_command_plans_as_written(command, place, made, capfd, monkeypatch):
     """Nothing but the reader's folders is replaced: ImageNet has its 1,000 classes, eight processes are eight.
 

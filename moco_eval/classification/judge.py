@@ -13,9 +13,11 @@ from moco_eval.classification.protocols import Protocol, by_name
 from moco_eval.classification.task import Outcome, Task
 from moco_eval.config import load as configs
 from moco_eval.config.deviations import differences
-from moco_eval.data.catalogue import preprocessing_deviations, split_deviations
-from moco_eval.data.image_set import ImageSet, require_single_label
+from moco_eval.data.catalogue import OFFICIAL, preprocessing_deviations, split_deviations
+from moco_eval.data.glance import tell_doubts
+from moco_eval.data.image_set import ImageSet, require_judgeable, require_single_label
 from moco_eval.data.label_subsets import is_published
+from moco_eval.data.repeats import repeats, tell_repeats
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.features.stages import network
@@ -119,8 +121,23 @@ def check(task: Task, config: Any) -> None:
     network(task.encoder, task.feature)
     if not protocol.multi_label:
         require_single_label(task.test)
+    check_images(task)
     task.training_images(config.seed)
     protocol.code().check(task, config)
+
+
+def check_images(task: Task) -> None:
+    """What every protocol asks of the images.
+
+    Warns of test images that are trained on too, and of pixels that look wrong.
+
+    Raises:
+        InputError: see `require_judgeable`; one of a few images that are looked at cannot be read.
+    """
+    require_judgeable(task.train, task.test)
+    for images in (task.train, task.test):
+        tell_doubts(images)
+    tell_repeats(task.train, task.test)
 
 
 def resolved(task: Task, config: Any) -> dict[str, Any]:
@@ -184,10 +201,17 @@ def _deviations(task: Task, config: Any, protocol: Protocol, rows: Sequence[dict
         *differences(config, shipped, protocol.free),
         *of_trials,
         *split_deviations(task.train, task.test),
+        *_repeats(task),
         *preprocessing_deviations(task.train.name, task.preprocessing),
         *_label_deviations(task, protocol.subset),
         *([f"{task.feature} feature instead of {usual}"] if task.feature != usual else []),
     ]
+
+
+def _repeats(task: Task) -> list[str]:
+    """Test images that are trained on too, in words; those of published splits are everybody's."""
+    found = None if (task.test.name, task.test.split) in OFFICIAL else repeats(task.train, task.test)
+    return [found.words()] if found and found.rows else []
 
 
 def _intervals(names: list[str], outcomes: Sequence[Outcome], test: ImageSet) -> dict[str, tuple[float, float]]:

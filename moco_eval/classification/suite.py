@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moco_eval.classification.judge import check as check_task
-from moco_eval.classification.judge import judge, prepared, resolved
+from moco_eval.classification.judge import check_images, judge, prepared, resolved
 from moco_eval.classification.protocols import PROTOCOLS, Protocol, by_name, feature_override
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
@@ -109,6 +109,8 @@ def check(suite: Sequence[Item]) -> None:
     Raises:
         InputError: a task cannot be done on these images or with this encoder, or its directory holds another run.
     """
+    for item in suite:
+        check_images(item.task)  # refused as they are, whatever the protocol
     for item in suite:
         network(item.task.encoder, item.task.feature)
         try:

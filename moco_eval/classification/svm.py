@@ -50,11 +50,12 @@ def check(task: Task, config: SvmConfig) -> None:
     """Raises InputError where a class has too few images."""
     labels = task.training_images(config.seed).labels
     assert labels is not None
-    targets = one_hot(labels, len(task.train.classes))
+    classes = task.train.classes
+    targets = one_hot(labels, len(classes))
     if not config.low_shot:
-        _require_both(np.where(targets == 1, 1, -1))
+        _require_both(np.where(targets == 1, 1, -1), classes)
     for shots in config.shots:
-        draw(targets, shots, config.seed)  # every sample takes as many
+        draw(targets, shots, config.seed, classes)  # every sample takes as many
 
 
 def repeated(task: Task, config: SvmConfig) -> Task:
@@ -243,14 +244,19 @@ def fit_classes(
     ]
 
 
-def _require_both(targets: np.ndarray) -> None:
+def _called(column: int, classes: Sequence[str]) -> str:
+    """A class by its name, where it is known."""
+    return classes[column] if classes else str(column)
+
+
+def _require_both(targets: np.ndarray, classes: Sequence[str] = ()) -> None:
     positives = (targets == 1).sum(axis=0)
     for column, count in enumerate(positives):
         without = len(targets) - count
         if min(count, without) < 2 or max(count, without) < FOLDS:
             raise InputError(
-                f"class {column} is in {count} of {len(targets)} training images; an SVM and its cross-validation need "
-                "two or more with and without it. Has the split been cut too short?"
+                f"class {_called(column, classes)} is in {count} of {len(targets)} training images; an SVM and its "
+                "cross-validation need two or more with and without it. Has the split been cut too short?"
             )
 
 
@@ -306,12 +312,13 @@ class LowShot:
     unconverged: int
 
 
-def draw(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+def draw(labels: np.ndarray, shots: int, seed: int, names: Sequence[str] = ()) -> np.ndarray:
     """A low-shot sample: for each class `shots` images of it and (classes - 1) times as many without it.
 
     Args:
         labels: (N, classes) in 1, 0 and -1; only 1 and 0 are drawn from.
         seed: of this sample; each number of shots is drawn on its own.
+        names: of the classes, for messages.
     Returns:
         `labels` where drawn and -1 elsewhere.
     Raises:
@@ -328,8 +335,8 @@ def draw(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
             if len(images) < wanted:
                 kind = "images" if value else "images without it"
                 raise InputError(
-                    f"{shots} low-shot images per class: class {column} has {len(images)} {kind} and needs {wanted}; "
-                    "take fewer, for example --set shots=[1,2]"
+                    f"{shots} low-shot images per class: class {_called(column, names)} has {len(images)} {kind} and "
+                    f"needs {wanted}; take fewer, for example --set shots=[1,2]"
                 )
             drawn[generator.choice(images, wanted, replace=False), column] = value
     return drawn

@@ -206,6 +206,7 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     """Extract features into the cache, and print their folders: split, crop, shape, dtype, folder."""
     from moco_eval.classification import linear_quick
     from moco_eval.config.classification import QuickConfig
+    from moco_eval.data.glance import tell_doubts
     from moco_eval.features import cache
     from moco_eval.features.stages import network
     from moco_eval.runtime.launch import processes
@@ -215,6 +216,8 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
         raise InputError("--crops are of training images; take --split train or both")
     task, _ = open_task(checkpoint, options, options.seed or 0)
     network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
+    for images in (task.train, task.test):
+        tell_doubts(images)
     overrides = (f"crops={crops}", f"batch_size={options.batch_size}", *options.of_every_config)
     config = configs.load("quick", "linear", QuickConfig, overrides)
     wanted = [task.source(task.train, config, kind) for kind in (None, *linear_quick.crops(config)) if split != "test"]

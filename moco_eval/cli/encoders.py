@@ -15,7 +15,7 @@ def inspect(checkpoint: str, options: Options) -> None:
     """Whose checkpoint is this? Every tensor accounted for, or it says why not."""
     from moco_eval.encoders.inspect import describe, format_description
 
-    click.echo(format_description(describe(checkpoint, options.arch, options.encoder)))
+    click.echo(format_description(describe(checkpoint, options.arch, options.encoder, options.key)))
 
 
 @click.command()
@@ -30,7 +30,8 @@ def convert(checkpoint: str, out: Path, to: str, force: bool, options: Options) 
     """Write an encoder in another framework's format, and prove the copy."""
     from moco_eval.encoders.export.convert import convert as convert_checkpoint
 
-    click.echo(convert_checkpoint(checkpoint, out, to, arch=options.arch, encoder=options.encoder, force=force))
+    chosen = {"arch": options.arch, "encoder": options.encoder, "key": options.key}
+    click.echo(convert_checkpoint(checkpoint, out, to, **chosen, force=force))
 
 
 @click.command()

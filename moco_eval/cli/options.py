@@ -30,6 +30,7 @@ class Options:
     test_split: str | None = None
     arch: str | None = None
     encoder: str | None = None
+    key: str | None = None
     feature: str | None = None
     cache: Path | None = None
     labels: str | None = None
@@ -114,6 +115,7 @@ encoder_options = several(
         type=click.Choice(["query", "key"]),
         help="key is the momentum encoder.  [default: query; DINO: key]",
     ),
+    click.option("--key", metavar="NAME", help="Of several networks in a file, the entry or prefix to take."),
 )
 split_options = several(
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),

@@ -39,7 +39,7 @@ def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:
     from moco_eval.encoders.load import load
     from moco_eval.runtime.console import warn
 
-    encoder = load(checkpoint, options.arch, options.encoder, seed)
+    encoder = load(checkpoint, options.arch, options.encoder, seed, options.key)
     for doubt in encoder.warnings:
         warn(f"{encoder.source}: {doubt}")
     return encoder

@@ -204,7 +204,7 @@ def read_voc_folder(
     """
     splits = voc.find_splits(root, train_split, test_split)
     entries = [voc.read_entries(root, split) for split in splits]
-    objects = ((item, entry.xml) for entry in entries[0] for item in voc.read_xml(entry.xml).iter("object"))
+    objects = ((item, entry.xml) for entry in entries[0] for item in voc.objects_in(voc.read_xml(entry.xml)))
     classes = voc.class_names((voc.text_of(item, "name", xml) for item, xml in objects), entries[0])
     train, test = (_voc_set("voc-folder", split, root, part, classes) for split, part in zip(splits, entries))
     return train, test
@@ -212,6 +212,11 @@ def read_voc_folder(
 
 def _voc_set(name: str, split: str, root: Path, entries: list[voc.Entry], classes: tuple[str, ...]) -> ImageSet:
     labels = np.stack([_shown(entry, classes) for entry in entries])
+    if not (labels == 1).any():
+        raise InputError(
+            f"{root}: none of the {len(entries)} images of {split} has an object that counts (difficult ones count "
+            "neither way); add some, or take another split"
+        )
     return _file_set(name, split, root, [entry.image for entry in entries], labels, classes, "mAP")
 
 
@@ -221,7 +226,7 @@ def _shown(entry: voc.Entry, classes: tuple[str, ...]) -> np.ndarray:
     The devkit's own ImageSets/Main/CLASS_SPLIT.txt say the same as 1, -1 and 0.
     """
     row = np.zeros(len(classes), np.int8)
-    for item in voc.read_xml(entry.xml).iter("object"):
+    for item in voc.objects_in(voc.read_xml(entry.xml)):
         name = voc.text_of(item, "name", entry.xml)
         if name not in classes:
             raise InputError(
@@ -229,7 +234,7 @@ def _shown(entry: voc.Entry, classes: tuple[str, ...]) -> np.ndarray:
                 f"({', '.join(classes[:25])}); correct the file or the splits"
             )
         label = classes.index(name)
-        if not voc.is_difficult(item):
+        if not voc.is_difficult(item, entry.xml):
             row[label] = 1
         elif row[label] == 0:
             row[label] = -1

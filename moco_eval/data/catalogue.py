@@ -1,16 +1,19 @@
 """Image data sets by name: built in, in memory, in class folders, flat, in tar shards, as published, in VOC format."""
 
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moco_eval.config.load import did_you_mean
-from moco_eval.data import in_memory
+from moco_eval.data import glance, in_memory
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
+from moco_eval.data.boxes.samples import one_line
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import list_images
 from moco_eval.data.label_subsets import is_published
+from moco_eval.data.repeats import repeats
 from moco_eval.data.shards import open_shards
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
@@ -42,6 +45,7 @@ OFFICIAL: dict[tuple[str, str], int] = {
 }
 
 METRICS = {"voc07": "mAP", "voc-folder": "mAP", **{name: benchmark.metric for name, benchmark in BENCHMARKS.items()}}
+NAMED = 200  # classes that `check` names
 LAYOUTS = {
     "imagefolder": "train/CLASS/*.jpg -> val/CLASS/*.jpg",
     "voc-folder": "JPEGImages, Annotations, ImageSets/Main",
@@ -110,8 +114,21 @@ def open_splits(
         odd = sorted(set(train.classes) ^ set(test.classes))
         if not odd:
             raise InputError(f"{name}: its two splits number their classes differently; fetch the data set again")
+        _refuse_spellings(name, odd)
         raise InputError(f"{name}: {len(odd)} classes are in one split only (first: {odd[0]!r}); mend train/ or val/")
     return train, test
+
+
+def _refuse_spellings(name: str, odd: list[str]) -> None:
+    """Raises InputError where two of the classes that are in one split only are one name in two spellings."""
+    seen: dict[str, str] = {}
+    for spelling in odd:
+        other = seen.setdefault(unicodedata.normalize("NFC", spelling).casefold(), spelling)
+        if other != spelling:
+            raise InputError(
+                f"{name}: class {other!a} of one split and {spelling!a} of the other differ in capitals or in the "
+                "Unicode form of a letter alone; rename one of them"
+            )
 
 
 def split_deviations(*splits: ImageSet) -> list[str]:
@@ -157,8 +174,20 @@ def check(name: str, data: Path | None, train_split: str | None = None, test_spl
     if splits[0].classes:
         several = ", several in an image" if splits[0].multi_label else ""
         lines.append(f"{len(splits[0].classes)} classes{several}; metric {splits[0].metric}")
+        lines.append(f"classes: {_named(splits[0].classes)}")
     lines += [f"not as published: {deviation}" for deviation in split_deviations(*splits)]
+    for images in splits:
+        lines += glance.passed_over(images)
+        lines += [f"doubtful: {doubt}" for doubt in glance.doubts(images, "say")]
+    if len(splits) == 2 and (found := repeats(*splits)) and found.rows:
+        lines.append(f"repeated: {found.words()}")
     return lines + [f"damaged: {damage}" for images in splits for damage in images.damaged]
+
+
+def _named(classes: tuple[str, ...]) -> str:
+    """The names of all classes, of many the first."""
+    first = ", ".join(one_line(name) for name in classes[:NAMED])
+    return first if len(classes) <= NAMED else f"{first}, ... and {len(classes) - NAMED} more"
 
 
 def check_too(name: str, data: Path | None, train_split: str | None, test_split: str | None) -> list[str]:
@@ -217,7 +246,8 @@ def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
             f"{folder} has {len(listing.classes)} class folders, ImageNet has 1000; for other data take "
             "--dataset imagefolder"
         )
-    return ImageSet(name, directory, listing.classes, listing.labels, listing.fingerprint, files=listing.files)
+    about = (name, directory, listing.classes, listing.labels, listing.fingerprint)
+    return ImageSet(*about, files=listing.files, passed_over=listing.passed_over)
 
 
 def _unlabelled(name: str, folder: Path, split: str) -> ImageSet:
@@ -225,9 +255,11 @@ def _unlabelled(name: str, folder: Path, split: str) -> ImageSet:
         raise InputError(f"--dataset {name} has no labels: it is for pretraining only; take imagefolder to evaluate")
     if name == "flat":
         listing = list_images(folder, None)
-        return ImageSet("flat", "train", (), None, listing.fingerprint, files=listing.files)
+        about = ("flat", "train", (), None, listing.fingerprint)
+        return ImageSet(*about, files=listing.files, passed_over=listing.passed_over)
     shards, fingerprint, damaged = open_shards(folder)
-    return ImageSet("webdataset", "train", (), None, fingerprint, files=shards, damaged=damaged)
+    about = ("webdataset", "train", (), None, fingerprint)
+    return ImageSet(*about, files=shards, damaged=damaged, passed_over=shards.passed_over)
 
 
 def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Preprocessing:

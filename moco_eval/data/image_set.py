@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from moco_eval.data import label_subsets, map_style
 from moco_eval.data.index import ImageFiles
+from moco_eval.data.pixels import as_rgb, other_than_image
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
 
@@ -34,6 +35,7 @@ class ImageSet:
         files: the image files, the tar files that hold them, or the data set of a Python program that gives them.
         labels_per_class: of a subset drawn by `few_labels`.
         damaged: what could not be listed, by name: shards that end early.
+        passed_over: hidden and system files and folders beside the images, in words; empty where there are none.
         metric: what its papers report: top1, mean_per_class or mAP.
         rows: which images of the whole split a subset holds, (N,) int64; None for the whole.
         subset: what the subset is, in words; None for the whole.
@@ -49,6 +51,7 @@ class ImageSet:
     files: ImageFiles | Shards | map_style.MapStyle | None = field(default=None, repr=False)
     labels_per_class: int | None = None
     damaged: tuple[str, ...] = ()
+    passed_over: str = ""
     metric: str = "top1"
     rows: np.ndarray | None = field(default=None, repr=False)
     subset: str | None = None
@@ -266,8 +269,42 @@ def require_single_label(images: ImageSet) -> None:
         )
 
 
+def require_judgeable(train: ImageSet, test: ImageSet) -> None:
+    """What every evaluation asks of the labels, before anything runs.
+
+    Raises:
+        InputError: no images; one class only; a class without a training image; no test image that counts. Where images
+            show several classes, the protocol itself says what it needs of each.
+    """
+    for images in (train, test):
+        if not len(images) or images.labels is None:
+            what = "labels" if len(images) else "images"
+            raise InputError(f"{images.name} {images.split} has no {what}, so there is nothing to evaluate")
+    assert train.labels is not None
+    if test.multi_label:
+        assert test.labels is not None
+        if not (test.labels == 1).any():
+            raise InputError(
+                f"no image of {test.name} {test.split} counts as showing a class (difficult objects do not), so there "
+                "is no average precision; test on other images"
+            )
+        return
+    if len(train.classes) < 2:
+        raise InputError(
+            f"{train.name} has one class only, {train.classes[0]!r}: every answer would be right; give images of two "
+            "classes or more"
+        )
+    missing = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
+    if len(missing):
+        listed = f" ({train.subset})" if train.subset else ""
+        raise InputError(
+            f"class {train.classes[missing[0]]!r} has no training image{listed} ({len(missing)} such classes of "
+            f"{len(train.classes)}); an evaluation needs one of each"
+        )
+
+
 def decode_bytes(data: bytes, name: str) -> Image.Image:
-    """An encoded image as 8-bit RGB: grey, palette, CMYK as PIL converts them, 16 bits scaled to 8.
+    """An encoded image as 8-bit RGB; see `pixels.as_rgb`.
 
     EXIF rotation is ignored, as torchvision does in classification.
 
@@ -275,13 +312,16 @@ def decode_bytes(data: bytes, name: str) -> Image.Image:
         data: what its file holds.
         name: what to call it in a message.
     Raises:
-        InputError: unreadable, truncated, or no image at all.
+        InputError: unreadable, truncated, of a kind of pixels without a known scale, or no image at all.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return map_style.as_rgb(image)
+            return as_rgb(image, name)
     except UnidentifiedImageError:
-        raise InputError(f"{name} is not an image that Pillow reads; remove or replace it") from None
+        what = other_than_image(data[:200]) or "not an image that Pillow reads"
+        raise InputError(f"{name} is {what}; remove or replace it") from None
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name} cannot be decoded ({error}); remove or replace it") from None

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,19 @@ from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# What systems leave among a person's files, in small letters; and hidden folders, and files that begin with ._
+LEFT_BY_SYSTEMS = frozenset(
+    (
+        *(b"__macosx", b".ds_store", b"icon\r", b"network trash folder", b"temporary items"),  # macOS
+        *(b"thumbs.db", b"ehthumbs.db", b"desktop.ini", b"$recycle.bin", b"recycler", b"system volume information"),
+        *(b"@eadir", b"@tmp", b"@synoresource", b"#recycle", b"#snapshot", b"@recycle", b"@__thumb"),  # NAS
+        *(b"lost+found", b"__pycache__"),
+    )
+)
 KEPT_FROM = 10_000  # files; fewer are listed in less time than an index is worth
 SAMPLE = 200  # files whose sizes are looked at again before an index is believed
 SETTLED = 2.0  # seconds: a folder that changed later than this before it was listed may change unseen
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class Listing:
         labels: class of each image, (N,) int64; empty without classes.
         fingerprint: sha256 over sorted relative paths and sizes.
         folders: every folder that was looked into, relative, and its time of change in nanoseconds.
+        passed_over: how many entries are no person's, and the first, in words; empty where there are none.
     """
 
     files: ImageFiles
@@ -102,6 +113,7 @@ class Listing:
     labels: np.ndarray
     fingerprint: str
     folders: dict[bytes, int]
+    passed_over: str
 
 
 def list_images(folder: Path, split: str | None) -> Listing:
@@ -116,7 +128,8 @@ def list_images(folder: Path, split: str | None) -> Listing:
         folder: what paths are relative to.
         split: the folder of class folders in it, such as 'train'; None: all images, without classes.
     Raises:
-        InputError: no images, a class without images, a file or folder that cannot be looked at.
+        InputError: no images, a class without images, a folder that is two classes, a file or folder that cannot be
+            looked at.
     """
     key = f"{os.path.realpath(folder)}\0{split or ''}"
     path = cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.npz"
@@ -149,43 +162,98 @@ def say_not_kept(reason: str) -> None:
 
 
 def _list_flat(folder: Path) -> Listing:
-    images, folders = scan(folder, b"", EXTENSIONS)
+    images, folders, left = scan(folder, b"", EXTENSIONS)
     if not images:
-        raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
-    return Listing(_packed(folder, images), (), np.empty(0, np.int64), fingerprint(images), folders)
+        raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){_besides(left)}")
+    packed_images = _packed(folder, images)
+    return Listing(packed_images, (), np.empty(0, np.int64), fingerprint(images), folders, in_words(left))
 
 
 def _list_classes(folder: Path, split: str) -> Listing:
     root = folder / split
     folders = {os.fsencode(split): root.stat().st_mtime_ns}
-    with os.scandir(root) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    classes, hidden = _class_folders(root)
+    left = [os.fsencode(f"{split}/{name}") for name in hidden]
     if not classes:
-        raise InputError(f"{root} holds no class folders; for images without classes take --dataset flat")
+        raise InputError(
+            f"{root} holds no class folders{_besides(left)}; for images without classes take --dataset flat"
+        )
     images: list[tuple[bytes, int]] = []
     counts: list[int] = []
     for name in classes:
-        more, below = scan(folder, os.fsencode(f"{split}/{name}"), EXTENSIONS)
+        more, below, more_left = scan(folder, os.fsencode(f"{split}/{name}"), EXTENSIONS)
         if not more:
-            raise InputError(f"class folder {root / name} holds no images; fill or remove it")
+            raise InputError(f"class folder {root / name} holds no images{_besides(more_left)}; fill or remove it")
         images += more
+        left += more_left
         counts.append(len(more))
         folders |= below
     labels = np.repeat(np.arange(len(classes)), counts)
-    return Listing(_packed(folder, images), tuple(classes), labels, fingerprint(images), folders)
+    return Listing(_packed(folder, images), tuple(classes), labels, fingerprint(images), folders, in_words(left))
 
 
-def scan(folder: Path, start: bytes, endings: tuple[str, ...]) -> tuple[list[tuple[bytes, int]], dict[bytes, int]]:
+def _class_folders(root: Path) -> tuple[list[str], list[str]]:
+    """The names of the class folders, and what is passed over, both sorted.
+
+    Raises:
+        InputError: a folder stands there twice (a link), or a name in two Unicode forms.
+    """
+    classes: dict[tuple[int, int], str] = {}
+    forms: dict[str, str] = {}
+    left = []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            is_folder = entry.is_dir()
+            if is_left_by_a_system(os.fsencode(entry.name), is_folder):
+                left.append(entry.name)
+            elif is_folder:
+                status = entry.stat()
+                other = classes.setdefault((status.st_dev, status.st_ino), entry.name)
+                if other != entry.name:
+                    raise InputError(
+                        f"class folders {other!r} and {entry.name!r} of {root} are one folder (a link): its images "
+                        "cannot be of two classes; remove one"
+                    )
+                other = forms.setdefault(unicodedata.normalize("NFC", entry.name), entry.name)
+                if other != entry.name:
+                    raise InputError(
+                        f"class folders {other!a} and {entry.name!a} of {root} are one name in two Unicode "
+                        "forms; put their images into one"
+                    )
+    return list(classes.values()), left
+
+
+def is_left_by_a_system(name: bytes, folder: bool) -> bool:
+    """Whether an entry is no person's, by its name: hidden folders, recycle bins, thumbnails, twins of macOS."""
+    return name.startswith(b"." if folder else b"._") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def in_words(left: list[bytes]) -> str:
+    """How many entries were passed over, and the first three; empty for none."""
+    names = [" ".join(name.decode("utf-8", "backslashreplace").splitlines()) for name in sorted(left)[:3]]
+    more = ", ..." if len(left) > 3 else ""
+    return f"{len(left)} hidden or system entries passed over: {', '.join(names)}{more}" if left else ""
+
+
+def _besides(left: list[bytes]) -> str:
+    return f" ({in_words(left)})" if left else ""
+
+
+def scan(
+    folder: Path, start: bytes, endings: tuple[str, ...]
+) -> tuple[list[tuple[bytes, int]], dict[bytes, int], list[bytes]]:
     """Files below `folder/start` whose names end so, in small letters or capitals; links are followed.
 
     Returns:
-        (path relative to `folder`, bytes) of each, sorted; each folder's relative path and time of change in ns.
+        (path relative to `folder`, bytes) of each, sorted; each folder's relative path and time of change in ns; the
+        relative paths of what is passed over, see `is_left_by_a_system`.
     Raises:
         InputError: a folder or a file cannot be looked at.
     """
     wanted = tuple(ending.encode() for ending in endings)
     listed: list[tuple[bytes, int]] = []
     folders: dict[bytes, int] = {}
+    left: list[bytes] = []
     waiting: list[tuple[bytes, tuple]] = [(start, ())]
     root = os.fsencode(folder)
     while waiting:
@@ -200,13 +268,16 @@ def scan(folder: Path, start: bytes, endings: tuple[str, ...]) -> tuple[list[tup
             prefix = relative + b"/" if relative else b""
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    is_folder = entry.is_dir()
+                    if is_left_by_a_system(entry.name, is_folder):
+                        left.append(prefix + entry.name)
+                    elif is_folder:
                         waiting.append((prefix + entry.name, (*above, this)))
                     elif entry.name.lower().endswith(wanted):
                         listed.append((prefix + entry.name, entry.stat().st_size))
         except OSError as error:
             raise InputError(f"cannot read {os.fsdecode(error.filename or path)}: {error.strerror}") from None
-    return sorted(listed), folders
+    return sorted(listed), folders, left
 
 
 def _packed(folder: Path, images: list[tuple[bytes, int]]) -> ImageFiles:
@@ -242,6 +313,7 @@ def _keep(path: Path, listing: Listing) -> None:
             fingerprint=listing.fingerprint,
             folders=np.frombuffer(b"\0".join(listing.folders), np.uint8),
             changed=np.asarray(list(listing.folders.values()), np.int64),
+            passed_over=listing.passed_over,
         )
 
 
@@ -257,6 +329,7 @@ def _from_index(path: Path, folder: Path) -> Listing | None:
                 kept["labels"],
                 str(kept["fingerprint"]),
                 dict(zip(kept["folders"].tobytes().split(b"\0"), kept["changed"].tolist())),
+                str(kept["passed_over"]),
             )
     except Exception:  # not there, or damaged in whatever way: the folder is listed again
         return None

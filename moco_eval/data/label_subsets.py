@@ -69,9 +69,9 @@ def read_list(path: Path) -> tuple[list[str], str]:
     """
     try:
         data = path.read_bytes()
-        names = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8; save it as such"
         raise InputError(f"cannot read --labels {path}: {reason}") from None
     if not names:
         raise InputError(f"--labels {path} names no images; it takes one a line, such as n01440764_10026.JPEG")

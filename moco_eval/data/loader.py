@@ -19,6 +19,7 @@ from moco_eval.runtime.console import tell
 from moco_eval.runtime.device import borrowed_generator, to_device
 from moco_eval.runtime.rank import rank, world_size
 
+LARGEST = 2**26  # pixels that a resized image may have before it is cut
 WINDOW = 16  # shards whose images are shuffled together
 
 
@@ -26,11 +27,36 @@ def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
     return transforms.Compose(
         [
-            transforms.Resize(preprocessing.resize),
-            transforms.CenterCrop(preprocessing.size),
+            ResizedCentre(preprocessing.resize, preprocessing.size),
             *_to_network(preprocessing),
         ]
     )
+
+
+@dataclass(frozen=True)
+class ResizedCentre:
+    """torchvision's Resize and CenterCrop; of a very oblong image only what the crop shows is resized.
+
+    Resized whole, an image of 1 x 20,000 pixels has 256 x 5,120,000.
+
+    Attributes:
+        resize: pixels of the shorter side.
+        size: pixels of both sides of the crop.
+    """
+
+    resize: int
+    size: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        longer = self.resize * max(image.size) // min(image.size)
+        if self.resize * longer <= LARGEST or longer <= self.size or self.resize < self.size:
+            return transforms.functional.center_crop(transforms.functional.resize(image, self.resize), self.size)
+        sides = [self.resize if side == min(image.size) else longer for side in image.size]
+        scales = [before / after for before, after in zip(image.size, sides)]
+        starts = [round((side - self.size) / 2) * scale for side, scale in zip(sides, scales)]
+        left, top = starts
+        box = (left, top, left + self.size * scales[0], top + self.size * scales[1])
+        return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
 
 
 def crop_transform(

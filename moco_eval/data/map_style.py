@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moco_eval.data.pixels import as_rgb
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import progress
 
@@ -16,14 +17,6 @@ HELD = 2**30  # bytes of images that are read once and held in memory
 SAMPLE = 512  # images whose pixels tell a data set from another
 # torchvision's classes, and what this suite calls the same data; STL10 and the others come in files of their own
 TORCHVISION = {"CIFAR10": "cifar10", "CIFAR100": "cifar100"}
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: grey, palette, CMYK as PIL converts them, 16 bits scaled to 8."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        sixteen = np.asarray(image).astype(np.int64)
-        return Image.fromarray((sixteen.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def rgb_arrays(pixels: Any) -> np.ndarray:
@@ -160,7 +153,7 @@ class MapStyle:
         """8-bit RGB. Raises InputError naming the index for what is no image."""
         image = self.item(index)[0]
         if isinstance(image, Image.Image):
-            return as_rgb(image)
+            return as_rgb(image, self[index])
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and _is_of_an_image(image.shape):
             return Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).convert("RGB")
         form = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import posixpath
 import signal
 import zlib
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco_eval.data.index import EXTENSIONS, cache_folder, fingerprint, say_not_kept, scan
+from moco_eval.data.index import (
+    EXTENSIONS,
+    cache_folder,
+    fingerprint,
+    in_words,
+    is_left_by_a_system,
+    say_not_kept,
+    scan,
+)
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import files
 from moco_eval.runtime.console import progress
@@ -22,11 +31,24 @@ from moco_eval.runtime.console import progress
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 BLOCK = 512
 LONGEST_NAME = 1 << 20  # bytes; a longer one is damage
+LONGEST_CHAIN = 16  # links that lead to each other
 OPEN = 32  # shards that a process keeps open
-VERSION = 1
-# The index of a shard: a row for each image and, where it ends early, one for the break. Of the first row, `start` is
-# the number of other members and `lead` says whether there is a break.
-ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("lead", "<u4")])
+VERSION = 2
+LONGEST_END = 21 * BLOCK  # zeros behind the last member: two blocks, filled up to a record of twenty
+# The index of a shard: a row for each image, then one for each break. Of the first row, `start` is the number of other
+# members, `size` that of images passed over, and `lead` that of breaks. A link's data lie elsewhere than behind it.
+ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("lead", "<i8")])
+ARCHIVES = (".tar", *COMPRESSED, ".zip")
+# what is found under the name of a shard, by its first bytes
+OTHERS = (
+    (b"\x1f\x8b", "compressed by gzip: unpack it"),
+    (b"BZh", "compressed by bzip2: unpack it"),
+    (b"\xfd7zXZ", "compressed by xz: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
+    (b"PK", "a zip archive: unpack it, and make a tar file"),
+    (b"version https://git-lfs", "a Git LFS pointer: git lfs pull fetches it"),
+    (b"<", "a web page: fetch it again"),
+)
 
 
 class Shard(NamedTuple):
@@ -56,11 +78,13 @@ class Shards:
         shards: the tar files, sorted.
         ends: where each one's images end, (S,) int64.
         others: how many members are no images (.cls, .json, .txt).
+        passed_over: hidden and system members and files, in words; empty where there are none.
     """
 
     shards: tuple[Shard, ...]
     ends: np.ndarray
     others: int
+    passed_over: str = ""
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -100,26 +124,41 @@ def open_shards(folder: Path) -> tuple[Shards, str, tuple[str, ...]]:
     """The images of the tar files below a folder.
 
     Each shard is indexed once, by several processes; the index is kept in `cache_folder()`, and made anew where that
-    is not possible. A shard that ends early keeps what is whole before the break.
+    is not possible. A shard that ends early keeps what is whole before the break. Several archives one behind the
+    other in a file are all read, links are followed.
 
     Returns:
         The images; sha256 over sorted paths and sizes of the shards; the breaks, by name.
     Raises:
         InputError: no shards, compressed ones, no images in them.
     """
-    listed = _list(folder)
+    listed, left = _list(folder)
     summaries = _summaries(listed)
     counts, others = [summary.images for summary in summaries], sum(summary.others for summary in summaries)
-    damaged = tuple(summary.damage for summary in summaries if summary.damage)
+    damaged = tuple(damage for summary in summaries for damage in summary.damage)
     if not sum(counts):
         first = f"; {damaged[0]} is damaged" if damaged else f", but {others} other members"
         raise InputError(f"the {len(listed)} tar files in {folder} hold no images ({', '.join(EXTENSIONS)}){first}")
-    shards = Shards(tuple(listed), np.cumsum(counts, dtype=np.int64), others)
+    words = "; ".join(filter(None, (in_words(left), _passed_over(listed, summaries))))
+    shards = Shards(tuple(listed), np.cumsum(counts, dtype=np.int64), others, words)
     return shards, fingerprint([(os.fsencode(shard.name), shard.size) for shard in listed]), damaged
 
 
-def _list(folder: Path) -> list[Shard]:
-    tars, _ = scan(folder, b"", (".tar", *COMPRESSED))
+def _passed_over(shards: list[Shard], summaries: list["Summary"]) -> str:
+    """How many images are hidden or a system's, and the first; empty where there are none."""
+    count = sum(summary.left for summary in summaries)
+    if not count:
+        return ""
+    shard = next(shard for shard, summary in zip(shards, summaries) if summary.left)
+    with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123
+        found = members(file.fileno(), shard.size)
+        name = next(member.name for member in found if _is_image(member.name) and _is_left(member.name))
+    return f"{count} hidden or system members passed over: {shard.name}/{name}{', ...' if count > 1 else ''}"
+
+
+def _list(folder: Path) -> tuple[list[Shard], list[bytes]]:
+    """The tar files, and what is passed over beside them."""
+    tars, _, left = scan(folder, b"", (".tar", *COMPRESSED))
     compressed = [os.fsdecode(name) for name, _ in tars if not name.lower().endswith(b".tar")]
     if compressed:
         raise InputError(
@@ -130,18 +169,19 @@ def _list(folder: Path) -> list[Shard]:
         raise InputError(f"{folder} holds no .tar files; for image files take --dataset flat")
     changed = (os.stat(f"{folder}/{os.fsdecode(name)}").st_mtime_ns for name, _ in tars)  # noqa: PTH116
     root = os.path.realpath(folder)
-    return [Shard(root, os.fsdecode(name), size, at) for (name, size), at in zip(tars, changed)]
+    return [Shard(root, os.fsdecode(name), size, at) for (name, size), at in zip(tars, changed)], left
 
 
 # Indexing
 
 
 class Summary(NamedTuple):
-    """Of a shard's index: how many images, how many other members, what the break is called, whether it is kept."""
+    """Of a shard's index: how many images, other members, images passed over; the breaks; whether it is kept."""
 
     images: int
     others: int
-    damage: str
+    left: int
+    damage: tuple[str, ...]
     kept: bool
 
 
@@ -174,16 +214,26 @@ def _in_parallel(shards: list[Shard]) -> Iterator[Summary]:
 def _summary(shard: Shard) -> Summary:
     try:
         rows = _rows(shard)
-        damage = _name_of_break(shard, int(rows[-1]["start"])) if rows[0]["lead"] else ""
+        others, left, breaks = rows[0].tolist()
+        damage = tuple(_name_of_break(shard, int(row["start"])) for row in rows[len(rows) - breaks :])
     except OSError as error:
-        return Summary(0, 0, f"{shard.name} ({error.strerror})", kept=True)
-    return Summary(len(rows) - 1 - bool(damage), int(rows[0]["start"]), damage, kept=isinstance(rows, np.memmap))
+        return Summary(0, 0, 0, (f"{shard.name} ({error.strerror})",), kept=True)
+    return Summary(len(rows) - 1 - breaks, others, left, damage, kept=isinstance(rows, np.memmap))
 
 
 def _name_of_break(shard: Shard, start: int) -> str:
     with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123
-        name = next(members(file.fileno(), shard.size, start)).name
-    return f"{shard.name}/{name}" if name else f"{shard.name} (from byte {start})"
+        member = next(members(file.fileno(), shard.size, start))
+        head = os.pread(file.fileno(), BLOCK, start)
+    name = f"{shard.name}/{member.name}" if member.name else shard.name
+    if member.link:
+        return f"{name} (a link to {member.link}, which is not in it)"
+    if member.name:
+        return f"{name} (an archive in a shard: unpack the shard)" if member.whole else name
+    if head and not head.strip(b"\0"):
+        return f"{name} (zeros from byte {start})"
+    kind = next((words for mark, words in OTHERS if head.startswith(mark)), None) if start == 0 else None
+    return f"{name} ({kind or f'from byte {start}'})"
 
 
 def _rows(shard: Shard) -> np.ndarray:
@@ -204,17 +254,67 @@ def _rows(shard: Shard) -> np.ndarray:
 
 def index_of(shard: Shard) -> np.ndarray:
     """The rows of a shard's images, read from its headers; see ROW. Raises OSError where it cannot be read."""
-    rows, others = [(0, 0, 0)], 0
-    broken = False
     with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123
-        for member in members(file.fileno(), shard.size):
-            broken = not member.whole
-            if broken or (member.regular and member.name.lower().endswith(EXTENSIONS)):
-                rows.append((member.start, member.size, member.data - member.start))
-            else:
-                others += member.regular
-    rows[0] = (others, 0, broken)
+        images, breaks, others, left = _sorted(members(file.fileno(), shard.size))
+        targets = _targets(file.fileno(), shard.size) if any(image.link for image in images) else {}
+    followed = [(image, _followed(image, targets)) for image in images]
+    breaks += [image for image, target in followed if target is None]
+    rows = [(others, left, len(breaks))]
+    rows += [(image.start, target.size, target.data - image.start) for image, target in followed if target]
+    rows += [(broken.start, 0, 0) for broken in breaks]
     return np.array(rows, dtype=ROW)
+
+
+def _sorted(found: Iterator["Member"]) -> tuple[list["Member"], list["Member"], int, int]:
+    """The images of a tar file and links to them; its breaks; how many other members, and images passed over."""
+    images, breaks, others, left = list[Member](), list[Member](), 0, 0
+    for member in found:
+        if not member.whole:
+            breaks.append(member)
+        elif _is_image(member.name) and (member.regular or member.link):
+            if _is_left(member.name):
+                left += 1
+            else:
+                images.append(member)
+        elif member.regular and member.name.lower().endswith(ARCHIVES):
+            breaks.append(member)
+        else:
+            others += member.regular
+    return images, breaks, others, left
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _is_left(name: str) -> bool:
+    """Whether a member is a system's by its name, or a folder that it lies in hidden or a system's."""
+    folder, _, base = name.rpartition("/")
+    return base.startswith("._") or _is_left_folder(folder)
+
+
+@functools.lru_cache(1024)
+def _is_left_folder(folder: str) -> bool:
+    parts = [part for part in folder.split("/") if part not in ("", ".", "..")]
+    return any(is_left_by_a_system(os.fsencode(part), folder=True) for part in parts)
+
+
+def _targets(handle: int, end: int) -> dict[str, "Member"]:
+    """All that a link may lead to: the files and links of a tar file by name; of several of a name the last."""
+    found = members(handle, end)
+    return {
+        posixpath.normpath(member.name): member for member in found if member.whole and (member.regular or member.link)
+    }
+
+
+def _followed(member: "Member", targets: dict[str, "Member"]) -> "Member | None":
+    """The file that a link leads to, by way of other links; None where it is not there."""
+    at: Member | None = member
+    for _ in range(LONGEST_CHAIN):
+        if at is None or not at.link:
+            return at
+        at = targets.get(posixpath.normpath(at.link))
+    return None
 
 
 # Reading
@@ -241,7 +341,8 @@ _open = functools.lru_cache(OPEN)(_Open)
 class Member(NamedTuple):
     """A member of a tar file: its name, where its headers start, where its data is, how long that is.
 
-    regular: a file, not a folder or a link. whole: all of it is there; the last one may not be.
+    regular: a file, not a folder or a link. whole: all of it is there; the last one may not be. link: of a link, the
+    name of the member that it leads to.
     """
 
     name: str
@@ -250,10 +351,14 @@ class Member(NamedTuple):
     size: int
     regular: bool = True
     whole: bool = True
+    link: str = ""
 
 
 def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
     """The members of a tar file from a header on; one that is not whole is the last, nameless where its header is.
+
+    Archives one behind the other (`cat a.tar b.tar`) are read as GNU tar reads them with --ignore-zeros. More zeros
+    than any writer leaves, and what is no header behind them, are a break.
 
     Python's tarfile takes four times as long over what webdataset writes. Formats: ustar, pax, GNU (POSIX.1-2017, pax).
 
@@ -267,7 +372,14 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
     while True:
         header = os.pread(handle, BLOCK, at)
         if header.count(0) == BLOCK:
-            return
+            behind = _behind_zeros(handle, at, end)
+            if behind is None:
+                return
+            if behind == at:
+                yield Member("", start, at, 0, whole=False)
+                return
+            start, records, at = behind, {}, behind
+            continue
         try:
             name, size, kind = _header(header)
             if kind in b"xXgLK":
@@ -283,12 +395,34 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
             yield Member("", start, at, 0, whole=False)
             return
         size = 0 if kind in b"123456" else size
-        whole = at + BLOCK + size <= end and kind != b"S"  # sparse ones are not stored as they are
-        yield Member(name, start, at + BLOCK, size if whole else 0, kind not in b"123456", whole)
+        # sparse ones are not stored as they are, and M is the rest of one in another file
+        whole = at + BLOCK + size <= end and kind not in b"SM" and "sparse" not in records
+        link = _link(kind, name, records.get("linkpath", _text(header[157:257]))) if kind in b"12" else ""
+        yield Member(name, start, at + BLOCK, size if whole else 0, kind not in b"123456", whole, link)
         if not whole:
             return
         at += BLOCK + _padded(size)
         start, records = at, {}
+
+
+def _behind_zeros(handle: int, at: int, end: int) -> int | None:
+    """Where another archive starts behind a block of zeros; None at the end of the file, `at` where it is a break."""
+    data = os.pread(handle, LONGEST_END + 2 * BLOCK, at)
+    zeros = (len(data) - len(data.lstrip(b"\0"))) // BLOCK * BLOCK
+    if zeros > LONGEST_END:
+        return at
+    if end - (at + zeros) < BLOCK:  # nothing but zeros, or less than a header
+        return None
+    try:
+        _header(data[zeros : zeros + BLOCK])
+    except ValueError:
+        return at
+    return at + zeros if zeros > BLOCK else at
+
+
+def _link(kind: bytes, name: str, target: str) -> str:
+    """The member that a link leads to: a hard link says it, a symbolic one from its own folder on."""
+    return target if kind == b"1" else posixpath.join(posixpath.dirname(name), target)
 
 
 def _padded(size: int) -> int:
@@ -318,14 +452,14 @@ def _number(field: bytes) -> int:
 
 def _extension(kind: bytes, data: bytes) -> dict[str, str]:
     """What the next member is really called and how long it is, from a GNU long name or pax records."""
-    if kind == b"L":
-        return {"path": _text(data)}
+    if kind in b"LK":
+        return {"path" if kind == b"L" else "linkpath": _text(data)}
     records: dict[str, str] = {}
     while kind in b"xX" and data.strip(b"\0"):
         length = int(data.partition(b" ")[0])
         if not 0 < length <= len(data):
             raise ValueError
         key, _, value = data[: length - 1].partition(b" ")[2].partition(b"=")
-        records[os.fsdecode(key)] = os.fsdecode(value)
+        records["sparse" if key.startswith(b"GNU.sparse.") else os.fsdecode(key)] = os.fsdecode(value)
         data = data[length:]
     return records

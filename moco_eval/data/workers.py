@@ -127,7 +127,7 @@ class Loaded:
             for process in getattr(batches, "_workers", ()):  # one that waits for its storage would be waited for
                 process.terminate()
             reason = self.reason.read()
-            words = explanation(str(error), reason) if isinstance(error, RuntimeError | OSError) else None
+            words = explanation(str(error), reason) if isinstance(error, RuntimeError | OSError | EOFError) else None
             if words is None:
                 raise
             raise RunFailed(words) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from moco_eval.runtime.console import log
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # divided, as an overlap of exactly 0.55 is compared
 ONE_BASED = np.array((1.0, 1.0, 0.0, 0.0))  # added to our boxes makes VOC's
 KINDS = {"bbox": "APbb", "segm": "APmk", "keypoints": "APkp"}  # pycocotools' word and ours
+PER_IMAGE = 100  # COCO's maxDets of boxes and masks: the best of each class in an image that count
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ Scores = dict[str, float | None]
 
 
 def evaluate(
-    data: DetectionData, detections: Sequence[Detections], rounded: bool = False
+    data: DetectionData, detections: Sequence[Detections], rounded: bool = False, per_image: int = PER_IMAGE
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """The metrics of a test split and those of each class, in percent.
 
@@ -52,6 +54,8 @@ def evaluate(
     Args:
         detections: one entry per image of data.test, in its order.
         rounded: VOC only: round as detectron2's evaluator does before it counts; see `_as_text`.
+        per_image: COCO only: how many boxes and masks of a class in an image count, `test.detections` of the recipe;
+            of keypoints always COCO's 20.
     Returns:
         Metrics over the classes that have objects, and per class; None for a class without objects.
     """
@@ -59,7 +63,7 @@ def evaluate(
     if data.coco is None:
         metrics, per_class = voc_ap(data.test, detections, data.classes, rounded)
     else:
-        metrics, per_class = _coco_kinds(data, data.coco, detections)
+        metrics, per_class = _coco_kinds(data, data.coco, detections, per_image)
     if absent := without_objects(per_class):
         log(f"{data.test_split} has no object of {', '.join(absent)}: no AP, and left out of the mean")
     return metrics, per_class
@@ -239,7 +243,7 @@ def inclusive_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _coco_kinds(
-    data: DetectionData, truth: dict[str, Any], detections: Sequence[Detections]
+    data: DetectionData, truth: dict[str, Any], detections: Sequence[Detections], per_image: int
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """COCO's AP of boxes, and of masks and keypoints where the detector has a head for them."""
     said = {
@@ -251,7 +255,7 @@ def _coco_kinds(
     metrics: dict[str, float] = {}
     per_class: dict[str, Scores] = {name: {} for name in data.classes}
     for kind in [kind for kind in KINDS if said[kind]]:
-        means, scores = coco_ap(truth, coco_rows(data, detections, kind), names, kind)
+        means, scores = coco_ap(truth, coco_rows(data, detections, kind), names, kind, per_image)
         metrics |= means
         for name in data.classes:
             per_class[name] |= scores[name]
@@ -281,7 +285,11 @@ def coco_rows(data: DetectionData, detections: Sequence[Detections], kind: str =
 
 
 def coco_ap(
-    truth: dict[str, Any], rows: list[dict[str, Any]], names: dict[int, str], kind: str = "bbox"
+    truth: dict[str, Any],
+    rows: list[dict[str, Any]],
+    names: dict[int, str],
+    kind: str = "bbox",
+    per_image: int = PER_IMAGE,
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """COCO's AP, AP50, AP75 and AP by size, in percent, with the letters of `KINDS`.
 
@@ -290,8 +298,9 @@ def coco_ap(
         rows: detections as of `coco_rows`.
         names: class name of each category id.
         kind: bbox, segm or keypoints; keypoints are judged on the classes that have some.
+        per_image: as in `evaluate`.
     """
-    judge = _judge(truth, rows, kind)
+    judge = _judge(truth, rows, kind, per_image)
     # precision: IoU, recall, class, size, detections per image; -1 where there is no object
     precision = judge.eval["precision"][..., -1].mean(axis=1)
     places = {names[category]: place for place, category in enumerate(judge.params.catIds)}
@@ -308,7 +317,7 @@ def coco_ap(
     return _means(per_class), per_class
 
 
-def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> Any:
+def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str, per_image: int) -> Any:
     """pycocotools' COCOeval after it has accumulated."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -323,6 +332,8 @@ def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> Any:
         judge = COCOeval(reference, reference.loadRes(rows) if rows else said, kind)
         if kind == "keypoints":
             _judge_keypoints(judge, reference.dataset["annotations"])
+        else:
+            judge.params.maxDets = [per_image]
         judge.evaluate()
         judge.accumulate()
     return judge
@@ -351,6 +362,12 @@ def _judge_keypoints(judge: Any, annotations: list[dict[str, Any]]) -> None:
     COCO measured how well people place each of its 17 keypoints; any other set is judged by the mean of those.
     """
     marked = [item for item in annotations if item["num_keypoints"]]
+    limit, most = judge.params.maxDets[-1], Counter((item["image_id"], item["category_id"]) for item in marked)
+    if crowded := sum(count > limit for count in most.values()):
+        log(
+            f"keypoints: {crowded} test images have more than {limit} objects of a class (up to {max(most.values())}); "
+            f"by COCO's rule APkp counts the best {limit} detections"
+        )
     judge.params.catIds = sorted({item["category_id"] for item in marked})
     count = max((len(item["keypoints"]) // 3 for item in marked), default=0)
     sigmas = judge.params.kpt_oks_sigmas

@@ -112,7 +112,7 @@ def _judge(
     data: DetectionData, config: DetectConfig, folder: Path, cost: Cost, detections: Sequence[Detections]
 ) -> dict[str, Any]:
     """Write the detections, and last of all what they are worth."""
-    metrics, per_class = evaluate(data, detections, rounded=is_on(config.protocol, "voc"))
+    metrics, per_class = evaluate(data, detections, is_on(config.protocol, "voc"), config.test.detections)
     files.write_json(folder / "detections.json", _detections(data, detections))
     pictures = draw_pictures(data, detections, folder / "pictures")
     trial = {

@@ -28,6 +28,7 @@ from torch import nn
 
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import UNREADABLE, DetectionData, Sample
+from moco_eval.data.pixels import SIXTEEN_BITS
 from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detectron2_config import config_of
@@ -161,7 +162,7 @@ class _Mapper(DatasetMapper):
         path = record["file_name"]
         try:
             with Image.open(path) as image:
-                deep = image.mode.startswith("I")
+                deep = image.mode.startswith("I") and (image.mode != "I" or image.format in SIXTEEN_BITS)
             if not deep:
                 return super().__call__(record)
         except UNREADABLE as error:

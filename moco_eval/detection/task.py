@@ -8,12 +8,14 @@ from typing import Any
 
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import did_you_mean
+from moco_eval.data.boxes.check import doubts, shared_images
 from moco_eval.data.boxes.coco import read_coco, read_coco_folder
-from moco_eval.data.boxes.samples import DetectionData, Sample
+from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, require_counted
 from moco_eval.data.boxes.scenes import DIGITS, write_scenes
 from moco_eval.data.boxes.voc import read_voc, read_voc07, read_voc_folder
 from moco_eval.detection import engine as engines
 from moco_eval.detection.detector import check_architecture
+from moco_eval.detection.inputs import resized
 from moco_eval.detection.recipe import recipe_deviations
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
@@ -99,13 +101,21 @@ class DetectionTask:
     def open(self) -> DetectionData | None:
         """The data, which are only read; None for 'digits', whose scenes are drawn below the run directory.
 
+        Warns of test images that are trained on, or have more objects than can be found.
+
         Raises:
-            InputError: no folder, no masks or keypoints that the recipe asks for, or what the readers refuse.
+            InputError: no folder, no object that counts, no masks or keypoints that the recipe asks for, images that it
+                makes nothing of, or what the readers refuse.
         """
+        if self.scenes:
+            return None
         if isinstance(self.data, DetectionData):
-            _check_kinds(self.config, self.data, self.name)
-            return self.data
-        return None if self.scenes else open_data(self.dataset, self.folder, self.splits, self.config)
+            data = self.data
+            _check_data(self.config, data, self.name)
+        else:
+            data = open_data(self.dataset, self.folder, self.splits, self.config)
+        _warn_of_test_images(self.config, data)
+        return data
 
     def draw(self, output: Path) -> DetectionData:
         """The scenes of 'digits', drawn below `output` if they are not there. Collective."""
@@ -118,13 +128,8 @@ class DetectionTask:
         return self.train_split, self.test_split
 
     def deviations(self, data: DetectionData | None = None) -> list[str]:
-        """In words, where the run leaves its protocol; warns where test images of the opened data are trained on."""
-        deviations = recipe_deviations(self.config, self.name, self.encoder.arch)
-        shared = {sample.path for sample in data.train} & {sample.path for sample in data.test} if data else ()
-        if data and shared:
-            deviations.append(f"{len(shared)} of {len(data.test)} test images are also trained on")
-            console.warn(deviations[-1])
-        return deviations
+        """In words, where the run leaves its protocol."""
+        return recipe_deviations(self.config, self.name, self.encoder.arch) + (_shared(data) if data else [])
 
     def resolved(self, engine: str, data: DetectionData | None) -> dict[str, Any]:
         """What config.yaml says of the run: everything that decides its numbers."""
@@ -197,19 +202,59 @@ def _check_splits(task: DetectionTask) -> None:
         raise InputError(f"--dataset {task.dataset} has its own splits; for others take --dataset {other}")
 
 
+def _check_data(config: DetectConfig, data: DetectionData, where: str) -> None:
+    """What the readers cannot know. Raises InputError where nothing can be counted, or the recipe does not fit."""
+    require_counted(data.test, data.test_split, where, Findings())
+    _check_kinds(config, data, where)
+    _check_shapes(config, data)
+
+
+def _check_shapes(config: DetectConfig, data: DetectionData) -> None:
+    """Raises InputError where a resized image would have a side of 0 pixels."""
+    shorter, longest = min(*config.input.min_size_train, config.input.min_size_test), config.input.max_size
+    samples = data.train + data.test
+    lost = [sample for sample in samples if 0 in resized(sample.size, shorter, longest)]
+    if lost:
+        width, height = lost[0].size
+        raise InputError(
+            f"{len(lost)} of {len(samples)} images are too long and thin: {lost[0].path} of {width}x{height} pixels "
+            f"has a side of 0 once the longer one is input.max_size {longest}; cut it, or take it out of its split"
+        )
+
+
+def _warn_of_test_images(config: DetectConfig, data: DetectionData) -> None:
+    """Of those that are trained on, and those that have more objects than the recipe lets the detector find."""
+    for line in _shared(data):
+        console.warn(line)
+    limit, counts = config.test.detections, [int((~sample.crowd).sum()) for sample in data.test]
+    if crowded := sum(count > limit for count in counts):
+        console.warn(
+            f"{crowded} of {len(counts)} test images have more objects (up to {max(counts)}) than test.detections "
+            f"{limit}: some cannot be found; --set test.detections={max(counts)} allows for all"
+        )
+
+
+def _shared(data: DetectionData) -> list[str]:
+    """How many test images are trained on, in words; nothing where none is."""
+    shared = len(shared_images(data))
+    return [f"{shared} of {len(data.test)} test images are also trained on"] if shared else []
+
+
 def _check_kinds(config: DetectConfig, data: DetectionData, where: str) -> None:
-    """Raises InputError where a split has nothing of a kind that the recipe trains and judges."""
+    """Raises InputError where a split has nothing of a kind that the recipe trains and judges, or too thin an image."""
     for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
         _check_split(config, samples, f"{split} in {where}")
 
 
 def _check_split(config: DetectConfig, samples: Sequence[Sample], where: str) -> None:
-    if config.masks and not any(mask is not None for sample in samples for mask in sample.masks):
+    masks = (mask for sample in samples for mask, crowd in zip(sample.masks, sample.crowd) if not crowd)
+    if config.masks and not any(mask is not None for mask in masks):
         raise InputError(
             f"recipe {config.protocol} asks for masks and no object of {where} has one; "
             "take --set masks=false, or data with segmentations"
         )
-    labelled = (sample.keypoints is not None and (sample.keypoints[..., 2] > 0).any() for sample in samples)
+    points = (s.keypoints[~s.crowd] for s in samples if s.keypoints is not None)
+    labelled = ((marks[..., 2] > 0).any() for marks in points)
     if config.keypoints and not any(labelled):
         raise InputError(
             f"recipe {config.protocol} asks for keypoints and no object of {where} has a labelled one; "
@@ -240,7 +285,10 @@ def open_data(
     if not data.is_dir():
         raise InputError(f"--data {data} {'is a file' if data.exists() else 'does not exist'}; give the data's folder")
     opened = _read(dataset, data, splits, config)
-    _check_kinds(config, opened, str(data))
+    _check_data(config, opened, str(data))
+    for split, samples in ((opened.train_split, opened.train), (opened.test_split, opened.test)):
+        for doubt in doubts(samples, split):
+            console.warn(doubt)
     return opened
 
 

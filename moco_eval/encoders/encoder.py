@@ -25,6 +25,7 @@ class Encoder:
         sha256: of the checkpoint file's bytes; of the weights themselves for `random:` and `torchvision:`.
         tensors_loaded: how many backbone tensors were matched: all of them.
         path: the file it was read from; None where there is none.
+        key: of several networks in that file, the one that was asked for; None where nobody chose.
         taken: 'query' or 'key' (the momentum encoder): the part of that file.
         which: the same, or for a copy that `convert` wrote, what it was made of.
         usual: which of them the method's own evaluation takes.
@@ -47,6 +48,7 @@ class Encoder:
     sha256: str
     tensors_loaded: int
     path: Path | None = None
+    key: str | None = None
     taken: str = "query"
     which: str = "query"
     usual: str = "query"
@@ -71,12 +73,14 @@ class Encoder:
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
             "norm_eps": self.norm_eps,
             "pretraining": self.pretraining,
+            **({"key": self.key} if self.key else {}),
         }
 
     def identity(self) -> dict[str, Any]:
         """What tells its runs from those of another."""
         from_settings = {name: self.record()[name] for name in ("preprocessing", "norm_eps")} if self.settings else {}
-        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **from_settings}
+        chosen = {"key": self.key} if self.key else {}
+        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **chosen, **from_settings}
 
     def deviations(self) -> list[str]:
         """What an evaluation inherits from it, in words."""

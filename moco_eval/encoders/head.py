@@ -4,17 +4,20 @@ import re
 
 from torch import Tensor, nn
 
-from moco_eval.encoders.prove import require_finite, size_words
+from moco_eval.encoders.prove import require_finite, size_words, with_counts
 from moco_eval.errors import InputError
 
 
-def build_head(source: str, tensors: dict[str, Tensor], feature_dim: int) -> nn.Module | None:
+def build_head(
+    source: str, tensors: dict[str, Tensor], feature_dim: int, warnings: list[str] | None = None
+) -> nn.Module | None:
     """A linear layer (MoCo v1), or a sequence of linear layers, batch norms and ReLUs (v2, v3 and most others).
 
     Args:
         tensors: `weight` and `bias`, or by place in the sequence (`0.weight`, `2.bias`); a place without tensors
             before the last layer is a ReLU.
         feature_dim: what the head takes.
+        warnings: doubts are appended here.
     Returns:
         (N, feature_dim) to (N, dim), in eval mode; None without tensors.
     Raises:
@@ -26,6 +29,7 @@ def build_head(source: str, tensors: dict[str, Tensor], feature_dim: int) -> nn.
         head: nn.Module = _layer(source, tensors)
     else:
         head = nn.Sequential(*_layers(source, tensors))
+    tensors = with_counts(tensors, head.state_dict(), [] if warnings is None else warnings)
     _require_fit(source, head, tensors, feature_dim)
     require_finite(source, {f"the head's {name}": tensor for name, tensor in tensors.items()})
     head.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)

@@ -154,6 +154,7 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     extras = [extra for mark, extra in _RESNET_EXTRAS.items() if any(re.search(mark, name) for name in tensors)]
     if not any(".downsample." in name or ".shortcut." in name for name in tensors):
         extras.append("shortcuts without parameters")
+    extras += _other_channels(stem)
     if not any(name.endswith("running_mean") for name in tensors):
         extras.append("norm layers without running statistics")
     parts = [f"stem of {stem[0]} channels and {sides} pixels", *extras]
@@ -187,7 +188,27 @@ _EXTRAS = {
     "relative_position": "relative positions",
     "attn.q_norm.": "normalised queries and keys",
     "mlp.w12.": "SwiGLU",
+    "norm_pre.": "a norm before the blocks",
+    "attn_pool.": "pooling by attention",
 }
+
+
+def _other_channels(stem: tuple[int, ...]) -> list[str]:
+    """Of the images that a first convolution takes, where they are not RGB."""
+    return [f"for images of {stem[1]} channel{'s' if stem[1] > 1 else ''} instead of 3"] if stem[1] != 3 else []
+
+
+def _other_widths(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What a ViT has otherwise than timm's: channels of the images, width of the MLPs, biases of the attention."""
+    patches, widths = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("blocks.0.mlp.fc1.weight")
+    extras = _other_channels(patches) if patches else []
+    if patches and patches[2] != patches[3]:
+        extras.append(f"patches of {patches[2]}x{patches[3]} pixels")
+    if widths is not None and widths.ndim == 2 and widths.shape[0] != 4 * widths.shape[1]:
+        extras.append(f"MLPs {widths.shape[0] / widths.shape[1]:g} times as wide as the tokens instead of 4")
+    if "blocks.0.attn.qkv.weight" in tensors and "blocks.0.attn.qkv.bias" not in tensors:
+        extras.append("no biases on queries, keys and values")
+    return extras
 
 
 def _transformer_structure(tensors: Mapping[str, Tensor]) -> str:
@@ -196,6 +217,7 @@ def _transformer_structure(tensors: Mapping[str, Tensor]) -> str:
     dim = tokens.shape[-1] if tokens is not None and tokens.ndim else "unknown"
     count = f"{tokens.shape[1]} positions" if tokens is not None and tokens.ndim == 3 else "no learnt positions"
     extras = sorted({extra for mark, extra in _EXTRAS.items() if any(mark in name for name in tensors)})
+    extras += _other_widths(tensors)
     return (
         f"a vision transformer of {_depth(tensors)} blocks of {dim} dimensions, {stem}, {count}"
         f"{', with ' + ', '.join(extras) if extras else ''}"

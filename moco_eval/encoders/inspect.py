@@ -7,9 +7,11 @@ from moco_eval.encoders.head import head_shape
 from moco_eval.encoders.load import load
 
 
-def describe(source: str, arch: str | None = None, encoder: str | None = None) -> dict[str, Any]:
+def describe(
+    source: str, arch: str | None = None, encoder: str | None = None, key: str | None = None
+) -> dict[str, Any]:
     """Everything about CHECKPOINT; raises what `load` raises."""
-    loaded = load(source, arch, encoder)
+    loaded = load(source, arch, encoder, key=key)
     activations = probe_features(loaded)
     return {
         **loaded.record(),

@@ -4,6 +4,7 @@ Reading, proof of load and export work from the row alone. A leading `module.` (
 (torch.compile) are off before anything is compared. Prefixes are regular expressions, matched at a name's start.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -69,6 +70,13 @@ class Layout:
     def prefixes(self, encoder: str) -> tuple[str | None, str | None]:
         """Those of an encoder's backbone and projection head."""
         return (self.query, self.head) if encoder == "query" else (self.key, self.key_head)
+
+
+def rename(name: str, rules: Rules) -> str:
+    """A name after each rule in turn."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 _QUEUE = (
@@ -349,7 +357,7 @@ LAYOUTS: tuple[Layout, ...] = (
         _DINO,
         origin="facebookresearch/dino",
         marks=(r"^(student|teacher)\.backbone\.",),
-        dropped=((r"(student|teacher)\.head\.", "heads", _OTHER_HEAD),),
+        dropped=((r"(student|teacher)\.head\.", "heads", _OTHER_HEAD), (r"center$", "centre", _CENTRE[2])),
     ),
     Layout(
         "VISSL",
@@ -560,4 +568,5 @@ LAYOUTS: tuple[Layout, ...] = (
 PREFIXED = Layout(
     "a state dict under the prefix",
     "nothing but the names below the prefix",
+    names=_CHILDREN,
 )

@@ -1,5 +1,6 @@
 """Load anyone's encoder with proof: every backbone tensor matched in name, shape and dtype, or an error."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,24 @@ from moco_eval.encoders.architectures import Architecture, VisionTransformer, ar
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
+from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS, rename
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
-from moco_eval.encoders.naming import run_name, safe_name
+from moco_eval.encoders.naming import run_name, safe_name, sha256_of_checkpoint
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.encoders.settings_files import FileSettings, settings_beside
-from moco_eval.encoders.split import rename, split
+from moco_eval.encoders.split import split
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
-from moco_eval.runtime import files
 from moco_eval.untrusted.pickle_scan import shown
 
 # what Caffe's ResNets take, and detectron2's configurations for them say
 MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="BGR", range=255)
 
 
-def load(source: str, arch: str | None = None, encoder: str | None = None, seed: int = 0) -> Encoder:
+def load(
+    source: str, arch: str | None = None, encoder: str | None = None, seed: int = 0, key: str | None = None
+) -> Encoder:
     """Load and prove an encoder; its backbone comes back in eval mode.
 
     Args:
@@ -36,6 +38,7 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
         arch: overrides the architecture read from the tensors' shapes.
         encoder: 'query' or 'key' (the momentum encoder); by default the one that the method itself evaluates.
         seed: of the weights of `random:`.
+        key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
     Raises:
         InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
     """
@@ -45,9 +48,11 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
         architecture(arch)
     kind, colon, rest = source.partition(":")
     if colon and kind == "zoo":
-        return _from_zoo(rest, arch, encoder)
+        return _from_zoo(rest, arch, encoder, key)
     if source != "pixels" and not (colon and kind in ("random", "torchvision", "timm")):
-        return _from_file(source, arch, encoder)
+        return _from_file(source, arch, encoder, key)
+    if key is not None:
+        raise InputError(f"--key {key}: {source} is a single network; leave it out")
     if encoder == "key":
         raise InputError(f"--encoder key: {source} has no key encoder; leave it out")
     if source == "pixels":
@@ -59,14 +64,15 @@ def load(source: str, arch: str | None = None, encoder: str | None = None, seed:
     return loaded
 
 
-def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
+def _from_file(source: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
     path = Path(source)
-    checkpoint = recognise(path)
-    layout, sha256 = checkpoint.layout, files.sha256_of(path)
-    settings = settings_beside(path, sha256, layout.origin) or FileSettings("")
-    taken = encoder or layout.usual
+    checkpoint = recognise(path, key)
+    layout, sha256 = checkpoint.layout, sha256_of_checkpoint(path)
+    taken = encoder or checkpoint.default
     parts = split(checkpoint, taken)
-    chosen = arch or _architecture(checkpoint, infer(source, parts.backbone), settings)
+    inferred = arch or infer(source, parts.backbone)
+    settings = settings_beside(path, sha256, layout.origin, inferred)
+    chosen = arch or _architecture(checkpoint, inferred, settings)
     shape = architecture(chosen)
     backbone = prove(source, parts.backbone, chosen, parts.warnings)
     norm_eps = _norm_eps(checkpoint, settings)
@@ -77,18 +83,21 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         arch=chosen,
         backbone=backbone,
         feature_dim=shape.feature_dim,
-        head=build_head(source, parts.head, shape.feature_dim),
+        head=build_head(source, parts.head, shape.feature_dim, parts.warnings),
         origin=_origin(checkpoint) + (f", settings of {settings.name}" if settings.name else ""),
         sha256=sha256,
         tensors_loaded=len(parts.backbone),
         path=path,
+        key=key,
         taken=taken,
         which=settings.which or _copied(checkpoint, "which", taken),
         usual=settings.usual or _copied(checkpoint, "usual", layout.usual),
         dropped=parts.dropped,
         warnings=[
+            *checkpoint.warnings,
             *parts.warnings,
             *doubts(parts.backbone, layout.folded),
+            *settings.warnings,
             *_open_questions(checkpoint, arch, chosen, settings),
         ],
         preprocessing=_preprocessing(checkpoint, shape, settings),
@@ -96,18 +105,22 @@ def _from_file(source: str, arch: str | None, encoder: str | None) -> Encoder:
         norm_eps=norm_eps,
         settings=settings.name or None,
     )
+    return replace(loaded, run_name=loaded.run_name + _chosen(loaded))
+
+
+def _chosen(loaded: Encoder) -> str:
+    """What a run's name says of an encoder that is not the one its file is known for."""
     other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
-    return replace(loaded, run_name=loaded.run_name + other)
+    return f"{other}-{safe_name(loaded.key)}" if loaded.key else other
 
 
-def _from_zoo(name: str, arch: str | None, encoder: str | None) -> Encoder:
+def _from_zoo(name: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
     """A known public checkpoint: fetched where it is not there yet, and held against what its manifest expects."""
     entry = zoo.entry(name)
-    loaded = _from_file(str(download.fetch(name)), arch, encoder)
+    loaded = _from_file(str(download.fetch(name)), arch, encoder, key)
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
-    other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
-    return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + other)
+    return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + _chosen(loaded))
 
 
 # What the shapes do not tell
@@ -138,34 +151,116 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
 
 
 def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
-    """What only the user can know, in words; none where `override` (--arch) settles it."""
-    shape, layout = architecture(arch), checkpoint.layout
-    if override or settings.arch:
+    """What only the user can know, in words; what `override` (--arch) settles is not asked."""
+    if settings.arch:
         return []
-    questions = []
+    shape, layout = architecture(arch), checkpoint.layout
+    hugging_face = layout.origin.startswith("Hugging Face") and settings.stride_in_1x1 is None
     if isinstance(shape, VisionTransformer):
-        usual = "_12h" not in arch and shape.dim <= 384
-        if usual and settings.heads is None and not layout.settled:
-            questions.append(_HEADS.format(heads=shape.heads, other=arch.replace("_patch", "_12h_patch")))
-    elif layout.origin == "detectron2" and settings.stride_in_1x1 is None and "__author__" not in checkpoint.values:
-        questions += [_STRIDE.format(other=f"{arch}_msra")] if shape.block is Bottleneck else []
-    elif arch.endswith("_cifar") and layout.origin.startswith(PREFIXED.origin):
-        questions.append(_PADDING.format(other=f"{arch}_pad2"))
+        questions = _of_transformer(checkpoint, override, arch, settings, hugging_face)
+    else:
+        questions = _of_resnet(checkpoint, override, arch, settings)
+        if hugging_face and not settings.name:
+            questions.append(_HF_RESNET)
+        if _is_segmenter(checkpoint) or _says_dilated(checkpoint.values):
+            questions.append(_DILATED)
     stated = checkpoint.values.get("arch")
-    if isinstance(stated, str) and layout.format is None and not arch.startswith(stated.lower()):
+    if isinstance(stated, str) and layout.format is None and not override and not arch.startswith(stated.lower()):
         questions.append(f"the file says that it is a {shown(stated)}; its tensors look like {arch}")
     return questions
 
 
+def _of_transformer(
+    checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings, hugging_face: bool
+) -> list[str]:
+    """Heads, epsilon and pixels, where neither code base nor settings say them."""
+    shape, layout = architecture(arch), checkpoint.layout
+    assert isinstance(shape, VisionTransformer)
+    if hugging_face and settings.heads is None and settings.norm_eps is None:
+        return [_HF_VIT.format(heads=shape.heads, size=shape.size)]
+    if override or settings.heads is not None or layout.settled or "_12h" in arch:
+        return []
+    if shape.dim <= 384:
+        other = arch.replace("_patch", "_12h_patch")
+        return [_HEADS.format(heads=shape.heads, other=other, size=shape.size)]
+    plain = layout.origin.startswith(("timm ViT", "torchvision ViT", "OpenMMLab ViT backbone", PREFIXED.origin))
+    return [_SQUARE.format(size=shape.size, arch=arch)] if plain and not settings.name else []
+
+
+def _of_resnet(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
+    """Strides of a detector, padding and pixels of a CIFAR stem, where neither code base nor settings say them."""
+    shape, layout, values = architecture(arch), checkpoint.layout, checkpoint.values
+    assert isinstance(shape, Architecture)
+    if override:
+        return []
+    if (
+        layout.origin.partition(",")[0] == "detectron2"
+        and settings.stride_in_1x1 is None
+        and "__author__" not in values
+    ):
+        return [_STRIDE.format(other=f"{arch}_msra")] if shape.block is Bottleneck else []
+    if not shape.cifar_stem:
+        return []
+    if layout.origin.startswith(PREFIXED.origin):
+        return [_PADDING.format(other=f"{arch}_pad2")]
+    its_own = any(name in values for name in ("pytorch-lightning_version", "opt"))  # what those code bases save
+    if layout.origin.startswith(("solo-learn", "PyContrast")) and not its_own:
+        other = arch.removesuffix("_pad2") if shape.stem_padding == 2 else f"{arch}_pad2"
+        return [_BORROWED.format(origin=layout.origin, padding=shape.stem_padding, other=other)]
+    return []
+
+
 _HEADS = (
-    "the shapes of a ViT do not tell its attention heads; {heads} were taken, as DeiT, DINO and timm have. MoCo v3's "
-    "have 12: --arch {other}"
+    "the shapes of a ViT do not tell its attention heads, nor that its images are square; {heads} were taken, as DeiT, "
+    "DINO and timm have, and {size}x{size} pixels. MoCo v3's have 12: --arch {other}"
+)
+_SQUARE = (
+    "the shapes of a ViT do not tell that its images are square; {size}x{size} pixels were taken: --arch {arch} says so"
+)
+_HF_VIT = (
+    "Hugging Face's weights say neither heads nor epsilon nor pixels; ViT's were taken ({heads} heads, 1e-12, mean and "
+    "std 0.5, {size}x{size} pixels; MSN's differ): put its config.json and preprocessor_config.json beside it"
+)
+_HF_RESNET = (
+    "Hugging Face's weights say neither strides nor pixels; torchvision's strides and ImageNet's pixels were taken: "
+    "put its config.json and preprocessor_config.json beside it"
+)
+_DILATED = (
+    "it comes from a network with dilated stages, as segmenters as a rule have; no tensor tells, and ordinary strides "
+    "were taken: to judge a dilated network, build it and give it to moco_eval.wrap"
+)
+_BORROWED = (
+    "its names are those of {origin}, whose stem's padding ({padding}) and CIFAR pixels were taken, which no shape "
+    "tells; for a network of another code base: --arch {other}"
 )
 _STRIDE = (
     "a detectron2 model does not say its pixels and strides; RGB and the stride in the 3x3 were taken. For one trained "
     "with detectron2's defaults (BGR, stride in the 1x1): --arch {other}, or its config.yaml beside it"
 )
 _PADDING = "the shapes do not tell the padding of a CIFAR stem; 1 was taken. solo-learn's is 2: --arch {other}"
+_SEGMENTER = re.compile(r"(^|\.)(aux_classifier|decode_head|auxiliary_head|aspp|sem_seg_head|segmentation_head)\.")
+
+
+def _is_segmenter(checkpoint: Checkpoint) -> bool:
+    """By a head's name, or by torchvision's classifier of convolutions."""
+    convolutions = (name for name, tensor in checkpoint.tensors.items() if tensor.ndim == 4)
+    return any(map(_SEGMENTER.search, checkpoint.tensors)) or any(_CONVOLVED.search(name) for name in convolutions)
+
+
+_CONVOLVED = re.compile(r"(^|\.)classifier\.\d+\.")
+
+
+def _says_dilated(values: Any, depth: int = 0) -> bool:
+    """Whether settings beside the tensors, at a few levels, say so."""
+    if not isinstance(values, dict) or depth > 4:
+        return False
+    stride = values.get("output_stride")
+    said = (stride in (8, 16), *(_dilates(values.get(name)) for name in ("replace_stride_with_dilation", "dilations")))
+    return any(said) or any(_says_dilated(value, depth + 1) for value in values.values())
+
+
+def _dilates(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(part is True or part in (2, 4) for part in value)
 
 
 def _norm_eps(checkpoint: Checkpoint, settings: FileSettings) -> float | None:
@@ -201,7 +296,7 @@ def _preprocessing(
     if settings.preprocessing:
         if isinstance(arch, VisionTransformer) and settings.preprocessing.size != arch.size:
             there = f"{settings.preprocessing.size} pixels, but the network takes {arch.size}"
-            raise InputError(f"{checkpoint.path}: {settings.name} says images of {there}; correct it, or move it away")
+            raise InputError(f"{checkpoint.path}: {settings.name} says images of {there}; correct it")
         return settings.preprocessing
     if settings.arch:
         return None  # our own settings say so

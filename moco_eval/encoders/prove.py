@@ -1,6 +1,6 @@
 """Proof of load: every tensor of an architecture matched in name, shape and dtype, and arrived bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,7 @@ def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str
         InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
     """
     wanted = expected(arch)
-    counters = [name for name in wanted if name.endswith(OPTIONAL)]
-    if counters and not any(name in tensors for name in counters):
-        warnings.append(f"num_batches_tracked is absent ({len(counters)} counts, as in old files) and was set to 0")
-        tensors = tensors | {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    tensors = with_counts(tensors, wanted, warnings)
     _require_match(source, tensors, wanted, arch)
     require_finite(source, tensors)
     with torch.device("meta"):
@@ -37,6 +34,46 @@ def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in loaded)
     return net.eval()
+
+
+def with_counts(tensors: dict[str, Tensor], wanted: Iterable[str], warnings: list[str]) -> dict[str, Tensor]:
+    """The same with every batch norm's num_batches_tracked as torch has it; no forward pass in eval mode reads it.
+
+    Args:
+        wanted: the names that the network has.
+        warnings: what was set or cast is appended here, once for backbone and head.
+    """
+    counts = [name for name in wanted if name.endswith(OPTIONAL)]
+    absent = [name for name in counts if name not in tensors]
+    zero = torch.zeros((), dtype=torch.int64)
+    odd = {name: _as_count(tensors[name]) for name in counts if name in tensors and tensors[name].numel() == 1}
+    odd = {name: count for name, count in odd.items() if (count.dtype, count.shape) != _kind(tensors[name])}
+    if (absent or odd) and not any(words.startswith(OPTIONAL) for words in warnings):
+        warnings.append(_counts_in_words(len(counts), len(absent), sorted({_stored(tensors[name]) for name in odd})))
+    return tensors | odd | dict.fromkeys(absent, zero)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
+
+
+def _counts_in_words(wanted: int, absent: int, stored: list[str]) -> str:
+    if absent == wanted:
+        return f"num_batches_tracked is absent ({absent} counts, as in old files) and was set to 0"
+    said = [f"{absent} of {wanted} are absent and were set to 0"] if absent else []
+    said += [f"stored as {', '.join(stored)}, taken as whole numbers"] if stored else []
+    return f"num_batches_tracked, which no forward pass reads: {'; '.join(said)}"
+
+
+def _stored(tensor: Tensor) -> str:
+    shape = f" of the shape {size_words(tensor)}" if tensor.ndim else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{shape}"
+
+
+def _as_count(tensor: Tensor) -> Tensor:
+    """A whole number; 0 where half precision has run over."""
+    value = tensor.reshape(())
+    return value.to(torch.int64) if not value.is_floating_point() or value.isfinite() else torch.tensor(0)
 
 
 def _require_match(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], arch: str) -> None:
@@ -54,7 +91,7 @@ def _require_match(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[s
     problem, names = next(iter(wrong.items()))
     raise InputError(
         f"{source}: of the {len(wanted)} backbone tensors of {arch}, {counts} "
-        f"(first: {names[0]}{_detail(problem, names[0], tensors, wanted)}). {_explanation(tensors, arch)}"
+        f"(first: {names[0]}{_detail(problem, names[0], tensors, wanted)}). {_explanation(tensors, arch, wrong)}"
     )
 
 
@@ -71,14 +108,22 @@ def size_words(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-def _explanation(tensors: Mapping[str, Tensor], arch: str) -> str:
+def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, list[str]]) -> str:
     """The nearest explanation of a mismatch, and the way out."""
     best, share = nearest(tensors)
     if best != arch and share > 0.9:
         stem = " (CIFAR stem)" if _cifar_stem(best) and not _cifar_stem(arch) else ""
         return f"This looks like {best}{stem}: try --arch {best}."
     if structure(tensors) != structure(expected(arch)):
-        return f"The file holds {structure(tensors)}."
+        return f"The file holds {structure(tensors)}, which is not built here: moco_eval.wrap judges any network."
+    if wrong.keys() == {"have another dtype"}:
+        kinds = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in wrong["have another dtype"]})
+        return f"Weights are read as floating-point numbers: have them saved in float32, not in {', '.join(kinds)}."
+    if wrong.keys() == {"are unexpected"}:
+        return (
+            f"The rest is a {arch}: a network with more to compute than that is not built here (moco_eval.wrap judges "
+            "any); have a head of your own saved apart."
+        )
     return f"The rest is a {arch}: the file is incomplete or was altered; write it again from where it was trained."
 
 

@@ -1,22 +1,19 @@
 """Whose checkpoint is this? Finds a file's tensors and names their layout by content, never by the file's name."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moco_eval.encoders.containers import Found, count_tensors, find_tensors, is_named
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
+from moco_eval.encoders.own_parts import has_network, without_own_parts
 from moco_eval.errors import InputError
-from moco_eval.untrusted.pickle_read import NETWORK, StandIn
 from moco_eval.untrusted.pickle_scan import shown
 from moco_eval.untrusted.read import read
-
-# Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
-CONTAINERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model")
-COMPANIONS = (("student", "teacher"), ("trunk", "heads"), ("model", "model_ema"))
 
 # What a checkpoint may hold beside its tensors, and why an evaluation leaves it.
 STATE = {
@@ -45,8 +42,8 @@ STATE = {
     "window": "measurements since the last log line, for resuming",
     "unreadable": "the images that could not be read so far, for resuming",
     "rng": "random generators, for resuming",
-    "state_dict_ema": "the averaged network; to judge it, save it by itself",
-    "model_ema": "the averaged network; to judge it, save it by itself",
+    "state_dict_ema": "the averaged network; --key state_dict_ema takes it",
+    "model_ema": "the averaged network; --key model_ema takes it",
     "source_sha256": "of the file that this copy was made of",
     "activations_sha256": "to compare by",
     "moco_eval": "the version that wrote it",
@@ -55,7 +52,7 @@ STATE = {
     "best_acc1": "the accuracy its own training saw",
 }
 READ = ("arch", "epoch", "format", "preprocessing", "pretraining", "config", "origin", "which", "usual", "norm_eps")
-LONGEST, DEEPEST = 300, 8  # characters of a tensor's name, and parts that all names may share
+DEEPEST = 8  # parts that all names may share
 MOMENTUM = re.compile(r"momentum|teacher|target|(^|[._])(ema|key|k)[._]")
 
 
@@ -69,6 +66,8 @@ class Checkpoint:
         tensors: by name, in the file's order, not copied out of it yet; without wrappers such as a leading `module.`.
         values: what stands beside the tensors.
         dropped: (name, reason) of values that are no tensors of the encoder and are not read.
+        default: 'query' or 'key': the encoder to take where nobody says.
+        warnings: doubts, in words.
     """
 
     path: Path
@@ -76,110 +75,106 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     values: dict[str, Any]
     dropped: list[tuple[str, str]]
+    default: str = "query"
+    warnings: list[str] = field(default_factory=list)
 
 
-def recognise(path: Path) -> Checkpoint:
+def recognise(path: Path, key: str | None = None) -> Checkpoint:
     """Read a checkpoint and say which layout it has.
 
+    Args:
+        key: of several networks in it, the one to take: its entry, or what its tensors' names begin with.
     Raises:
-        InputError: missing, unreadable, wants to run code, no checkpoint, or of no known layout.
+        InputError: missing, unreadable, wants to run code, no checkpoint, or of no known layout; it holds several
+            networks and no key chooses.
     """
-    named, beside = find_tensors(path, read(path))
-    dropped = [(name, STATE.get(name, "not used by an evaluation")) for name in beside if name not in READ]
-    dropped += [(name, "not a tensor") for name, value in named.items() if not isinstance(value, torch.Tensor)]
-    tensors = {name: value.detach() for name, value in named.items() if isinstance(value, torch.Tensor)}
-    layout, tensors = _layout(path, tensors, beside.get("format"))
+    found = find_tensors(path, read(path), key)
+    named = {name: value.detach() for name, value in found.named.items() if isinstance(value, torch.Tensor)}
+    counts = {name: tensor for name, tensor in named.items() if tensor.numel() == 1 and _COUNT.search(name)}
+    read_by_layers = {name: tensor for name, tensor in named.items() if name not in counts}
+    layout, tensors = _layout(path, read_by_layers, found.beside.get("format"), None if found.place else key)
     if layout.refused:
         raise InputError(f"{path} is {layout.origin}: {layout.refused}")
-    return Checkpoint(path, layout, tensors, beside, dropped)
+    layout = _in_place(layout, found)
+    known = {name: counts.pop(name) for name in list(counts) if _has_part(layout, name)}
+    only_key = layout.query == NOTHING and (found.place or key)
+    dropped = [*_beside(found), *((name, "not a tensor") for name in found.named if name not in named)]
+    if counts:
+        part = f"{_kinds(counts)} ({len(counts)} tensors)" if len(counts) > 1 else _kinds(counts)
+        dropped.append((part, "counts left by a profiler or an averager"))
+    return Checkpoint(
+        path,
+        layout,
+        tensors | known,
+        found.beside,
+        dropped,
+        "key" if only_key else layout.usual,
+        [f"{_kinds(counts)}: counts that no forward pass reads ({len(counts)}) were left out"] if counts else [],
+    )
 
 
-# Where are the tensors?
+_COUNT = re.compile(r"(^|\.)(total_ops|total_params|n_averaged|num_updates|initted)$")
 
 
-def find_tensors(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The named tensors of a checkpoint, and what stands beside them, at whatever depth.
-
-    Raises:
-        InputError: it holds none, or the same ones twice.
-    """
-    beside: dict[str, Any] = {}
-    inner = values
-    while True:
-        parts = _companions(inner)
-        name = next((name for name in CONTAINERS if isinstance(inner.get(name), dict)), None)
-        if parts or name is None:
-            break
-        beside |= {str(key): value for key, value in inner.items() if key != name}
-        inner = inner[name]
-    if parts:
-        beside |= {str(key): value for key, value in inner.items() if key not in parts}
-        named = {f"{part}.": inner[part] for part in parts}
-    else:
-        loose = {key: value for key, value in inner.items() if not isinstance(value, torch.Tensor)}
-        beside |= {str(key): value for key, value in loose.items()} if inner is values else {}
-        named = {"": {key: value for key, value in inner.items() if inner is not values or key not in loose}}
-    if not any(isinstance(value, torch.Tensor) for tensors in named.values() for value in tensors.values()):
-        raise InputError(f"{path} holds no tensors{_instead(values)}")
-    return _joined(path, named), beside
+def _kinds(counts: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in counts}))
 
 
-def _instead(values: Mapping[str, Any]) -> str:
-    """What stands where the tensors should, in words."""
-    whole = next((key for key, value in values.items() if isinstance(value, StandIn) and NETWORK.match(value.of)), None)
-    if whole is not None:
-        return f", but a whole network as {whole!r}, whose code we do not run: have its state_dict() saved instead"
-    return f"; its entries: {shown(', '.join(str(key) for key in list(values)[:6])) or 'none, it is empty'}"
+def _has_part(layout: Layout, name: str) -> bool:
+    return any(re.match(mark, name) for mark, _, _ in layout.dropped)
 
 
-def _companions(values: Mapping[str, Any]) -> list[str]:
-    """Entries that belong together, such as DINO's student and teacher."""
-    for names in COMPANIONS:
-        present = [name for name in names if isinstance(values.get(name), dict)]
-        if len(present) == len(names) or (present and names[0] != "model"):
-            return present
-    return []
+def _in_place(layout: Layout, found: Found) -> Layout:
+    """The row in an entry that was looked for; one whose name speaks of momentum holds a key encoder."""
+    if not found.place:
+        return layout
+    layout = replace(layout, origin=f"{layout.origin}, in {shown(found.place, 40)!r}")
+    if not MOMENTUM.search(f"{found.place}.") or layout.key is not None:
+        return layout
+    alone = all(MOMENTUM.search(f"{other}.") for other in found.others)
+    layout = replace(layout, query=NOTHING, key=layout.query, head=None, key_head=layout.head)
+    return replace(layout, usual="key") if alone else layout
 
 
-def _joined(path: Path, named: dict[str, dict]) -> dict[str, Any]:
-    """All tensors under the names of their parts, the wrappers' additions taken off.
-
-    Raises:
-        InputError: a name that is none, or the same name twice.
-    """
-    for name in (str(name) for inner in named.values() for name in inner):
-        if len(name) > LONGEST or not name.isprintable():
-            raise InputError(f"{path} has a tensor by the name of {shown(name)!r}, as no network has")
-    plain = {part + _unwrapped(str(name)): value for part, inner in named.items() for name, value in inner.items()}
-    if len(plain) != sum(len(inner) for inner in named.values()):
-        raise InputError(f"{path} holds the same tensors twice, with and without a leading 'module.'")
-    return plain
-
-
-def _unwrapped(name: str) -> str:
-    """Without what DataParallel and torch.compile put before and into names."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", name.replace("._orig_mod.", "."))
+def _beside(found: Found) -> list[tuple[str, str]]:
+    """What stands beside the tensors and is not read, each with its reason."""
+    dropped = []
+    for name, value in found.beside.items():
+        count = count_tensors(value) + isinstance(value, torch.Tensor)
+        if name in STATE or (name not in READ and not count):
+            dropped.append((name, STATE.get(name, "not used by an evaluation")))
+        elif any(is_named(other, name) for other in found.others):
+            dropped.append((f"{name} ({count} tensors)", f"another network; --key {name} takes it"))
+        elif count:
+            dropped.append((f"{name} ({count} tensors)" if count > 1 else name, "no backbone is in it"))
+    return dropped
 
 
 # Which layout?
 
 
-def _layout(path: Path, tensors: dict[str, torch.Tensor], format_: Any) -> tuple[Layout, dict[str, torch.Tensor]]:
+def _layout(
+    path: Path, tensors: dict[str, torch.Tensor], format_: Any, key: str | None = None
+) -> tuple[Layout, dict[str, torch.Tensor]]:
     """The row that fits, and the tensors without a prefix that they all share (`model.` of a LightningModule)."""
     known = [row.format for row in LAYOUTS if row.format]
     if isinstance(format_, str) and format_.startswith("moco-eval/") and format_ not in known:
         raise InputError(f"{path} has the format {format_!r}, which this version does not know; update moco-eval")
     _refuse_altered(path, tensors)
+    if key is not None:
+        return without_own_parts(_prefixed(path, tensors, key), tensors), tensors
     shared, bare = "", tensors
     for _ in range(DEEPEST):
         if row := next((row for row in LAYOUTS if _fits(row, bare, format_)), None):
-            return _below(row, shared), bare
+            if not row.format and not row.refused and not has_network(row, bare) and backbones(bare):
+                break  # below a further prefix, such as `backbone.module.`
+            return _below(without_own_parts(row, bare), shared), bare
         first = {name.partition(".")[0] for name in bare}
         if len(first) != 1 or any("." not in name for name in bare):
             break
         shared += f"{next(iter(first))}."
         bare = {name.partition(".")[2]: tensor for name, tensor in bare.items()}
-    return _prefixed(path, tensors), tensors
+    return without_own_parts(_prefixed(path, tensors), tensors), tensors
 
 
 def _fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
@@ -202,43 +197,66 @@ def _has(mark: str, names: Iterable[str]) -> bool:
     return any(re.search(mark, name) for name in names)
 
 
-def _prefixed(path: Path, names: Iterable[str]) -> Layout:
+def _prefixed(path: Path, names: Iterable[str], key: str | None = None) -> Layout:
     """A backbone under a prefix that no row names; of two, the one whose prefix says so is the momentum encoder's.
 
+    Args:
+        key: the prefix to take, of several.
     Raises:
         InputError: no backbone under torchvision's or timm's names, or several.
     """
-    backbones = _backbones(names)
-    keys = [prefix for prefix in backbones if MOMENTUM.search(prefix)]
-    queries = [prefix for prefix in backbones if prefix not in keys]
+    prefixes = backbones(names)
+    if key is not None:
+        prefixes = _named_by(path, prefixes, key)
+    keys = [prefix for prefix in prefixes if MOMENTUM.search(prefix)]
+    queries = [prefix for prefix in prefixes if prefix not in keys]
     if len(queries) > 1 or len(keys) > 1:
-        several = ", ".join(repr(prefix) for prefix in backbones)
-        raise InputError(f"{path} holds several networks, under {several}; save the one to be judged by itself")
-    if not backbones:
+        several = ", ".join(repr(prefix) for prefix in prefixes[:12])
+        first = (queries if len(queries) > 1 else keys)[0].rstrip(".")
+        raise InputError(f"{path} holds several networks, under {several}; choose one: --key {first}")
+    if not prefixes:
         raise InputError(
             f"{path} has no layout we know{_looks(list(names))}; save the whole network; docs/encoders.md lists layouts"
         )
-    query, key = (re.escape(prefixes[0]) if prefixes else None for prefixes in (queries, keys))
-    either = "|".join(filter(None, (query, key)))
+    query, momentum = (re.escape(some[0]) if some else None for some in (queries, keys))
+    either = "|".join(filter(None, (query, momentum)))
     return replace(
         PREFIXED,
         origin=f"{PREFIXED.origin} {(queries or keys)[0]!r}",
         query=NOTHING if query is None else query,
-        key=key,
+        key=momentum,
         dropped=(
             (rf"({either})(fc|head|classifier)\.", "fc", "a classifier or head on the pooled feature"),
-            (rf"(?!{either})", "other tensors", "they stand outside the backbone's prefix"),
+            (rf"(?!{either})", OTHERS, "they stand outside the backbone's prefix"),
         ),
     )
 
 
+def _named_by(path: Path, prefixes: list[str], key: str) -> list[str]:
+    """The one prefix that a key names."""
+    exact = [prefix for prefix in prefixes if prefix.rstrip(".") == key]
+    chosen = exact or [prefix for prefix in prefixes if is_named(prefix.rstrip("."), key)]
+    if len(chosen) == 1:
+        return chosen
+    there = ", ".join(repr(prefix) for prefix in prefixes[:12])
+    way_out = f"there, networks are under {there}" if prefixes else "it holds a single one: leave it out"
+    raise InputError(f"{path}: --key {key} names no single network in it; {way_out}")
+
+
+# torchvision's names, those of its children in a sequence, timm's
+_BEGINNINGS = (
+    (r"conv1\.weight", r"layer1"),
+    (r"0\.weight", r"7\.0\.conv1"),
+    (r"patch_embed\.proj\.weight", r"blocks\.0"),
+)
+OTHERS = "other tensors"
 NOTHING = r"(?!)"  # matches no name
 
 
-def _backbones(names: Iterable[str]) -> list[str]:
+def backbones(names: Iterable[str]) -> list[str]:
     """The prefixes below which a ResNet or ViT begins."""
     prefixes: dict[str, None] = {}
-    for stem, body in ((r"conv1\.weight", r"layer1"), (r"patch_embed\.proj\.weight", r"blocks\.0")):
+    for stem, body in _BEGINNINGS:
         bodies = {match[1] for name in names if (match := re.match(rf"(.+?\.){body}\.", name))}
         starts = [match[1] for name in names if (match := re.fullmatch(rf"(.+\.){stem}", name))]
         prefixes |= dict.fromkeys(prefix for prefix in starts if prefix in bodies)
@@ -261,6 +279,20 @@ _ALTERED = (
     (
         r"_packed_params|\.(qweight|qzeros|weight_packed|weight_scale|SCB|absmax|quant_state\b.*|zero_point)$",
         "holds quantised weights in a packed form; save the network before it was quantised",
+    ),
+    (
+        r"(^|\.)(conv\d|downsample|qkv|proj|fc[12])(\.\d)?\.(weight_(u|bar)|parametrizations\.weight\.0\._[uv])$",
+        "holds spectral norms; take them off (torch.nn.utils.remove_spectral_norm, or "
+        "parametrize.remove_parametrizations) and save the network again",
+    ),
+    (
+        r"(^|\.)(conv\d|downsample|qkv|proj|fc[12])(\.\d)?\.(weight_g|parametrizations\.)",
+        "holds weights in other parameters, such as a weight norm's; take them off (torch.nn.utils.remove_weight_norm, "
+        "or parametrize.remove_parametrizations) and save the network again",
+    ),
+    (
+        r"(^|\.)_?flat_param(_\d+)?$",
+        "holds FSDP's flattened parameters; have a full state dict saved (StateDictType.FULL_STATE_DICT)",
     ),
     (
         r"\.weight_(orig|mask)$",

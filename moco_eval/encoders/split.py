@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moco_eval.encoders.layouts import Rules
-from moco_eval.encoders.recognise import Checkpoint
+from moco_eval.encoders.infer import OPTIONAL
+from moco_eval.encoders.layouts import Rules, rename
+from moco_eval.encoders.recognise import OTHERS, Checkpoint, backbones
 from moco_eval.errors import InputError
 
 
@@ -76,8 +77,17 @@ def _groups(checkpoint: Checkpoint, encoder: str, prefix: str, head: str | None)
         elif any(re.match(other, name) for other in others):
             groups["other"].append(name)
         else:
-            raise InputError(f"{checkpoint.path}: tensor {name} belongs to no part of a checkpoint of {layout.origin}")
+            raise InputError(
+                f"{checkpoint.path}: tensor {name} belongs to no part of a checkpoint of {layout.origin}"
+                f"{_way_out(checkpoint)}"
+            )
     return groups
+
+
+def _way_out(checkpoint: Checkpoint) -> str:
+    """How to take a backbone all the same, where its prefix tells it from the rest."""
+    there = backbones(checkpoint.tensors)
+    return f"; to take a backbone without it: --key {there[0].rstrip('.')}" if there else ""
 
 
 def _none_at_all(checkpoint: Checkpoint) -> str:
@@ -105,11 +115,18 @@ def _other(names: list[str], encoder: str) -> list[tuple[str, str]]:
 
 def _reasons(checkpoint: Checkpoint, names: list[str]) -> list[tuple[str, str]]:
     """Each group of dropped tensors once, with its size where it has several."""
-    counts: dict[tuple[str, str], int] = {}
+    members: dict[tuple[str, str], list[str]] = {}
     for name in names:
         group = next((part, reason) for mark, part, reason in checkpoint.layout.dropped if re.match(mark, name))
-        counts[group] = counts.get(group, 0) + 1
-    return [(f"{part} ({count} tensors)" if count > 1 else part, reason) for (part, reason), count in counts.items()]
+        members.setdefault(group, []).append(name)
+    return [(_with_size(part, members[part, reason]), reason) for part, reason in members]
+
+
+def _with_size(part: str, names: list[str]) -> str:
+    if part == OTHERS:
+        first = list(dict.fromkeys(name.partition(".")[0] for name in names))
+        return f"{part} ({len(names)}: {', '.join(first[:6])}{', ...' if len(first) > 6 else ''})"
+    return f"{part} ({len(names)} tensors)" if len(names) > 1 else part
 
 
 # Names
@@ -128,13 +145,6 @@ def _renamed(checkpoint: Checkpoint, names: list[str], prefix: str, rules: Rules
             raise InputError(f"{checkpoint.path} holds two tensors for {plain} (the second: {name})")
         renamed[plain] = checkpoint.tensors[name]
     return _joined_attention(renamed)
-
-
-def rename(name: str, rules: Rules) -> str:
-    """A name after each rule in turn."""
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _joined_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,8 +180,9 @@ def _unfold(parts: Parts) -> None:
 
 
 def _fp32(tensors: Mapping[str, Tensor], warnings: list[str]) -> dict[str, Tensor]:
-    """Half and double weights as fp32; says so."""
-    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32]
+    """Half and double weights as fp32; says so. Batch norms' counts are left to the proof."""
+    floats = [name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(OPTIONAL)]
+    odd = [name for name in floats if tensors[name].dtype != torch.float32]
     if odd:
         kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in odd}))
         warnings.append(f"{len(odd)} tensors are stored as {kinds} and were cast to float32 (first: {odd[0]})")

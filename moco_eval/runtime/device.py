@@ -86,7 +86,7 @@ def borrowed_generator(seed: int | None = None) -> Iterator[None]:
 
 
 _exact, _exact_users = threading.Lock(), 0
-_before: list[Any] = []
+_give_back: Callable[[], None] = lambda: None  # noqa: E731
 
 
 @contextlib.contextmanager
@@ -95,12 +95,10 @@ def exact_arithmetic() -> Iterator[None]:
 
     torch keeps this switch for the whole process; of several threads the first turns it off, the last turns it back.
     """
-    global _exact_users, _before
+    global _exact_users, _give_back
     with _exact:
         if _exact_users == 0:
-            _before = [getattr(place, name) for place, name, _ in _switches()]
-            for place, name, off in _switches():
-                setattr(place, name, off)
+            _give_back = _tf32_off()
         _exact_users += 1
     try:
         yield
@@ -108,16 +106,43 @@ def exact_arithmetic() -> Iterator[None]:
         with _exact:
             _exact_users -= 1
             if _exact_users == 0:
-                for (place, name, _), value in zip(_switches(), _before):
-                    setattr(place, name, value)
+                _give_back()
 
 
-def _switches() -> list[tuple[Any, str, Any]]:
-    """Where torch keeps whether float32 products may be TF32, and the value that says no; torch 2.9 has a new way."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):
-        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
-    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+def _tf32_off() -> Callable[[], None]:
+    """Turn TF32 off by the names that every torch has; returns what puts both kinds of names back.
+
+    torch 2.9 has new names too, and reading an old one raises where the two contradict each other.
+    """
+    backends = torch.backends
+    new: list[tuple[Any, str]] = []
+    if hasattr(backends, "fp32_precision"):
+        places = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)
+        new = [(place, place.fp32_precision) for place in places]
+    matmul, cudnn = _readable(torch.get_float32_matmul_precision), _readable(lambda: backends.cudnn.allow_tf32)
+    if new:
+        backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = False
+
+    def give_back() -> None:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            backends.cudnn.allow_tf32 = cudnn
+        for place, value in new:
+            if place.fp32_precision != value:
+                place.fp32_precision = value
+
+    return give_back
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    """A switch, or None where its old and new names contradict each other."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 @lru_cache

@@ -53,10 +53,12 @@ def _load(file: BinaryIO, size: int, encoding: str) -> Any:
 
 def _require_arrays_only(effects: Scan) -> None:
     for name in effects.names:
+        if effects.storages and _REBUILT.match(name):
+            raise Refused(UNPACKED)
         if not ARRAYS.fullmatch(name):
             raise Refused(refusal(name))
     if effects.storages:
-        raise Refused("is half of a torch checkpoint: a pickle without the tensor data that it asks for")
+        raise Refused(UNPACKED)
     for name, arguments in effects.calls:
         if name == "collections.OrderedDict" and not set(arguments) <= {"list", "dict", "tuple"}:
             raise Refused(f"calls {name} in a way that no checkpoint does; {DISTRUST}")
@@ -70,6 +72,31 @@ class _ArraysOnly(pickle.Unpickler):
         return OrderedDict if full == "collections.OrderedDict" else stand_in(full)
 
 
+UNPACKED = (
+    "is the data.pkl of a checkpoint that was unpacked, without the tensors, which lie beside it: give the checkpoint "
+    "as it was, or pack its folder again (zip -0 -r model.pth FOLDER)"
+)
+_REBUILT = re.compile(r"torch\.(storage\._load_from_bytes|_utils\._rebuild|_tensor\.)")
+# Tensors that are no plain ones in memory, by what rebuilds them
+_ELSEWHERE = (
+    (
+        r"torch\._utils\._rebuild_(xla_tensor|device_tensor_from_\w+)",
+        "holds tensors of another device, such as a TPU's, which no CPU rebuilds: have them moved by .cpu() and saved",
+    ),
+    (
+        r"torch\._utils\._rebuild_wrapper_subclass|torch\.distributed\.(_?tensor|_shard|device_mesh|_mesh_layout)\b.*",
+        "holds distributed tensors, as FSDP2 and tensor parallelism keep them: have them gathered before saving, by "
+        "full_tensor() or torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict",
+    ),
+)
+
+
+def elsewhere(name: str) -> str | None:
+    """What is said of a file whose tensors this global rebuilds, where these are not plain tensors in memory."""
+    reason = next((reason for pattern, reason in _ELSEWHERE if re.fullmatch(pattern, name)), None)
+    return f"{reason} ({shown(name)}); nothing was executed" if reason else None
+
+
 NETWORK = re.compile(r"torch\.nn\.modules\.|torchvision\.|timm\.|lightly(_train)?\.")
 
 
@@ -80,7 +107,9 @@ def refusal(name: str) -> str:
             f"holds a whole network (class {shown(name)}), whose code we do not run; nothing was executed: have its "
             "state_dict() saved instead"
         )
-    if re.match(r"torch\.(storage\._load_from_bytes|_utils\._rebuild|_tensor\.)", name):
+    if reason := elsewhere(name):
+        return reason
+    if _REBUILT.match(name):
         return (
             f"is a plain pickle of torch tensors ({shown(name)}); nothing was executed: have it written by torch.save"
         )

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,20 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         start, before = _start(path)
-        values = _values(path, start, before.st_size)
+        files = [path, *(shards_of(path) or ())]
+        for shard in files[1:]:
+            _shard(shard)
+        dates = [_date(file) for file in files]
+        size = sum(file.stat().st_size for file in files)
+        values = _of_shards(path, files[1:]) if files[1:] else _values(path, start, before.st_size)
         if isinstance(values, StandIn) and NETWORK.match(values.of):
             raise Refused(refusal(values.of))
         if not isinstance(values, dict):
             kind = values.of if isinstance(values, StandIn) else type(values).__name__
             article = "an" if kind[0] in "aeiou" else "a"
             raise Refused(f"holds {article} {kind}, not a dict of named tensors: have a state_dict() saved")
-        contents = plain(values, _Tensors(before.st_size).checked)
-        now = path.stat()
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        contents = plain(values, _Tensors(size).checked)
+        if [_date(file) for file in files] != dates:
             raise Refused("changed while it was read: wait until it is written, then try again")
         return contents
     except Refused as error:
@@ -80,10 +85,25 @@ def _values(path: Path, start: bytes, size: int) -> Any:
     raise Refused(f"is no checkpoint that can be read: neither PyTorch's nor safetensors nor detectron2's; {DAMAGED}")
 
 
+def _date(file: Path) -> tuple[int, int]:
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
+
+
 # The path
 
 
 def _start(path: Path) -> tuple[bytes, os.stat_result]:
+    """The first bytes of a file that is a checkpoint of its own, and its size and date."""
+    start, about = _opened(path)
+    if path.suffix == ".distcp" or path.name == ".metadata":
+        raise Refused(f"is a part of a folder. {_distributed(path.parent)}")
+    if (shard := SHARD.search(path.name)) and int(shard[1]) > 1:
+        raise Refused(f"is one of {int(shard[1])} shards of a checkpoint: give their index, {_index(path)}")
+    return start, about
+
+
+def _opened(path: Path) -> tuple[bytes, os.stat_result]:
     """The first bytes of a file, and its size and date."""
     try:
         about = path.stat()
@@ -102,11 +122,44 @@ def _start(path: Path) -> tuple[bytes, os.stat_result]:
     return start, about
 
 
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+
+
+def _index(shard: Path) -> str:
+    """The name of the index that a shard belongs to: the one beside it, or what Hugging Face would call it."""
+    usual = f"{SHARD.sub('.', shard.name)}.index.json"
+    beside = sorted(file.name for file in shard.parent.glob("*.index.json"))
+    return usual if usual in beside or not beside else beside[0]
+
+
+def _distributed(folder: Path) -> str:
+    return (
+        f"{folder} was written by torch.distributed.checkpoint: make one file of it with torch's own converter, "
+        f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pth` (dcp_to_torch_save)"
+    )
+
+
 def _folder(path: Path) -> str:
     inside = path / "checkpoints"
     if inside.is_dir():
         return f"is a run directory{_newest(inside, '; give its newest checkpoint: ', full=True)}"
+    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
+        return f"is a folder. {_distributed(path)}"
+    if (path / "zero_to_fp32.py").is_file():
+        return "is a folder of DeepSpeed's: make one file of it with its own zero_to_fp32.py, and give that"
+    if index := next(iter(sorted(path.glob("*.index.json"))), None):
+        return f"is a folder, not a checkpoint; its shards are listed in {index.name}: give that"
+    if any((inner / "data.pkl").is_file() for inner in _folders(path)):
+        return "is a folder that a checkpoint was unpacked into: pack it again (zip -0 -r model.pth FOLDER)"
     return f"is a folder, not a checkpoint{_newest(path, '; the newest there is ')}"
+
+
+def _folders(path: Path) -> list[Path]:
+    """It and the folders in it."""
+    try:
+        return [path, *(inner for inner in path.iterdir() if inner.is_dir())]
+    except OSError:
+        return [path]
 
 
 def _newest(folder: Path, prefix: str, full: bool = False) -> str:
@@ -202,6 +255,66 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> dict[str, Any]:
     return {**about, **tensors} if isinstance(about, dict) else tensors
 
 
+# Shards
+
+
+MOST_SHARDS = 1000
+
+
+def shards_of(path: Path) -> list[Path] | None:
+    """The files that an index such as model.safetensors.index.json lists, beside it; None where it is no index.
+
+    Raises:
+        Refused: an index of files elsewhere, or of none.
+    """
+    places = _weight_map(path)
+    if places is None:
+        return None
+    names = sorted({name for name in places.values() if isinstance(name, str)})
+    if not names or len(names) > MOST_SHARDS or not all(isinstance(name, str) for name in places.values()):
+        raise Refused(f"is an index of shards that lists none, or too many: {DAMAGED}")
+    if odd := next((name for name in names if Path(name).name != name or name == path.name), None):
+        raise Refused(f"is an index of shards that lists {shown(odd)}, which is no file beside it: {DAMAGED}")
+    return [path.with_name(name) for name in names]
+
+
+def _weight_map(path: Path) -> dict[str, Any] | None:
+    if path.stat().st_size > LARGEST_HEADER:
+        return None
+    with path.open("rb") as file:
+        if not file.read(64).lstrip().startswith(b"{"):
+            return None
+        file.seek(0)
+        try:
+            values = json.loads(file.read())
+        except (ValueError, RecursionError):
+            return None
+    places = values.get("weight_map") if isinstance(values, dict) else None
+    return places if isinstance(places, dict) else None
+
+
+def _of_shards(path: Path, shards: list[Path]) -> dict[str, Any]:
+    """The tensors of all shards, each where the index says."""
+    listed = _weight_map(path) or {}
+    together: dict[str, Any] = {}
+    for shard in shards:
+        values = _shard(shard, _values)
+        names = {name for name, place in listed.items() if place == shard.name}
+        if not isinstance(values, dict) or values.keys() != names:
+            raise Refused(f"lists other tensors in {shard.name} than are in it: {DAMAGED}")
+        together |= values
+    return together
+
+
+def _shard(shard: Path, read_it: Callable[[Path, bytes, int], Any] = lambda *_: None) -> Any:
+    """What a shard holds, if it is a file at all."""
+    try:
+        start, about = _opened(shard)
+        return read_it(shard, start, about.st_size)
+    except Refused as error:
+        raise Refused(f"lists {shard.name}, which {error}") from None
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -214,13 +327,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 LOOKS = (
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from"),
-    (rb"\s*<(html|!doctype|\?xml)", "is a web page, not a checkpoint: the download went wrong, fetch it again"),
+    (rb"outs:\s+- ", "is a DVC pointer, not the file itself: run 'dvc pull' where it came from"),
+    (
+        rb"[./git]*/annex/objects/",
+        "is a git-annex pointer, not the file itself: run 'git annex get' there",
+    ),
+    (
+        rb"\s*<(html|head|body|!doctype|!--|\?xml)",
+        "is a web page, not a checkpoint: the download went wrong, fetch it again",
+    ),
     (rb"\s*[{\[][\s -~]*$", "is JSON, such as a server's error, not a checkpoint: fetch it again"),
     (rb".{257}ustar", "is a tar archive, not a checkpoint: unpack it and give the file inside"),
     (rb"\x1f\x8b|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "is compressed: unpack it and give the file inside"),
     (rb"\x89HDF\r\n", "is an HDF5 file such as Keras writes, not a PyTorch checkpoint: have its weights converted"),
     (rb"\x93NUMPY", "is a numpy array (.npy), not a checkpoint: write a dict of named tensors with torch.save"),
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]", "is an ONNX or TensorFlow graph, not a PyTorch checkpoint: give that"),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", "is a picture, not a checkpoint: give the checkpoint's own path"),
+    (rb"GGUF", "is GGUF, as language models are kept in, not a PyTorch checkpoint: give that"),
     (rb"model_checkpoint_path:", "is TensorFlow's list of checkpoints, not a PyTorch checkpoint: give that"),
     (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", "is msgpack such as Flax writes: have its weights converted"),
 )
@@ -229,6 +352,9 @@ TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # at its end
 
 def _require_known(path: Path, start: bytes) -> None:
     """Raises Refused for a file that is plainly something else, and says what."""
+    start = start.removeprefix(b"\xef\xbb\xbf")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as Windows writes what it is piped
+        start = start[2:].replace(b"\0", b"")
     for pattern, message in LOOKS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
             raise Refused(message)

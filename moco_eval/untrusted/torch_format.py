@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moco_eval.untrusted import zip_archive
-from moco_eval.untrusted.pickle_read import MADE, NETWORK, refusal, stand_in
+from moco_eval.untrusted.pickle_read import MADE, NETWORK, elsewhere, refusal, stand_in
 from moco_eval.untrusted.pickle_scan import DAMAGED, DISTRUST, Name, Refused, Scan, scan, shown
 
 # What a pickle may name
@@ -90,6 +90,8 @@ INERT = re.compile(
 
 def _require_harmless(effects: Scan) -> None:
     """Raises Refused for the first global or call that no checkpoint needs."""
+    if reason := next(filter(None, map(elsewhere, effects.names)), None):
+        raise Refused(reason)
     for name in effects.names:
         if name in NOT_DENSE:
             raise Refused(f"holds a tensor that is {NOT_DENSE[name]}; only dense tensors are read: have it saved dense")

@@ -249,7 +249,8 @@ def test_other_labels_than_the_protocols_are_a_deviation(protocol, subset, few, 
     work = replace(work, train=replace(work.train, subset=subset))
     scores = torch.zeros(len(work.test), 10)
     monkeypatch.setattr(finetune, "CODE", replace(finetune.CODE, run_trial=lambda *_: Outcome(scores, 1)))
-    record = judge(work, configs.load(protocol, "finetune", FinetuneConfig), tmp_path, CPU)
+    config = configs.load(protocol, "finetune", FinetuneConfig, ["batch_size=50"])
+    record = judge(work, config, tmp_path, CPU)
     told = [deviation for deviation in record["deviations"] if "label" in deviation]
     assert len(told) == len(words)
     for deviation, start in zip(told, words, strict=True):

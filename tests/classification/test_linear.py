@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import nn
 
 import moco_eval as me
-from moco_eval.classification import linear
+from moco_eval.classification import linear, recording
 from moco_eval.classification.judge import judge
 from moco_eval.classification.task import Outcome, Task
 from moco_eval.classification.training_loop import Loop
@@ -207,6 +207,7 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         assert rank["top1"] == pytest.approx(alone["metrics"]["top1"], abs=1.01)  # one image in 100
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_done_again(tmp_path, capfd):
     """Of two trials the first was kept, and its file has been cut since."""
     whole = judge(task(trials=2), recipe(), tmp_path / "whole", CPU)
@@ -244,7 +245,8 @@ def test_another_feature_is_a_deviation(tmp_path):
 def test_a_vit_is_held_to_its_own_rate(tmp_path, monkeypatch):
     """MoCo v3's linear protocol on a ViT: its rate is no deviation, the ResNet's is."""
     outcome = Outcome(torch.eye(10), 1)
-    monkeypatch.setattr(linear, "run_trial", lambda *_: outcome)
+    monkeypatch.setattr(linear, "CODE", replace(linear.CODE, run_trial=lambda *_: outcome))
+    monkeypatch.setattr(recording, "look_at_features", lambda *_: {})
     vit = load("random:vit_tiny_patch16_224")
     few = [open_images("digits", None, split).take(np.arange(10)) for split in ("train", "test")]
     said = []
@@ -266,6 +268,7 @@ def judged_in_memory() -> dict:
     return {"scores": [torch.from_numpy(one.scores.copy()) for one in results], "said": [str(one) for one in results]}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_result_in_memory(tmp_path):
     one, other = run_ranks(judged_in_memory, tmp_path)
     alone = judged_in_memory()

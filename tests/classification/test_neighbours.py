@@ -200,6 +200,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+@pytest.mark.slow
 def test_working_memory_is_bounded():
     root = Path(__file__).resolve().parents[2]
     ran = subprocess.run(

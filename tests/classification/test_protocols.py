@@ -49,6 +49,12 @@ def task() -> Task:
     return Task(replace(encoder, head=head), train.few_labels(6, 0), test.take(np.arange(40)))
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch) -> None:
+    """joblib's processes take seconds to start."""
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+
+
 def small(protocol: str):
     """The shipped config of a protocol with the first value that fits of every key of SMALL that it has."""
     row = by_name(protocol)

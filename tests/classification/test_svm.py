@@ -12,6 +12,7 @@ from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
+import moco_eval as me
 from moco_eval.classification import svm
 from moco_eval.classification.judge import judge
 from moco_eval.classification.task import Task
@@ -209,6 +210,16 @@ def test_a_class_of_one_image_is_refused_before_the_folds():
     features = np.random.default_rng(0).normal(size=(40, 4))
     with pytest.raises(InputError, match="class 1 is in 1 of 40 training images"):
         svm.fit_classes(features, labels, features, [1.0])
+
+
+def test_a_class_is_called_by_its_name():
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 8, 8, 3)).astype(np.uint8)
+    images = me.ImageSet.from_arrays(pixels, [0] * 8 + [1] * 8 + [2], classes=["ant", "cat", "dog"])
+    encoder = me.load("random:resnet18_quarter")
+    with pytest.raises(ValueError, match=r"class dog is in 1 of 17 training images"):
+        me.judge(encoder, images, images, "svm/voc07@1", device="cpu")
+    with pytest.raises(ValueError, match=r"class dog has 1 images and needs 2"):
+        me.judge(encoder, images, images, "svm/voc07-low-shot@1", device="cpu", shots=[2])
 
 
 def test_low_shot_that_draws_everything_has_nothing_to_choose_by():

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line_with_the_way_out(arguments, words, in_tmp, capfd,
 
 
 def test_knn_as_a_user_runs_it(in_tmp, capfd, monkeypatch):
-    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits"]
+    arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--workers", "0"]
     out, _ = in_process(capfd, monkeypatch, *arguments)
     assert out.startswith("knn/instdisc@1 digits top1 ")
     runs = list((in_tmp / "runs").glob("knn-*"))
@@ -102,6 +102,7 @@ def test_an_unreadable_evaluation_image_ends_in_one_line(in_tmp, capfd, monkeypa
     assert not (in_tmp / "out" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_an_unwritable_output_is_said(in_tmp, capfd, monkeypatch):
     Path("file").write_text("x")
     arguments = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits", "--output"]

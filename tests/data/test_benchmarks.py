@@ -257,6 +257,26 @@ def test_voc_labels_are_shown_not_shown_and_difficult_only(tmp_path):
         train.few_labels(1, 0)
 
 
+@pytest.mark.parametrize("word, shown", [("False", 1), ("no", 1), ("0.0", 1), ("True", -1), ("yes", -1)])
+def test_voc_marks_in_other_tools_words(tmp_path, word, shown):
+    train, _ = open_splits("voc-folder", voc(tmp_path, SHOWN | {"a": [("cat", word)]}, trainval="ba", test="b"))
+    assert train.labels.tolist() == [[shown], [1]]
+
+
+@pytest.mark.parametrize(
+    "odd, words",
+    [
+        ([("cat", "Unspecified")], "<difficult> is 'Unspecified' and must be 0 or 1"),
+        ([("cat", 1), ("dog", 1)], r"none of the 1 images of test has an object that counts"),
+        ([], r"none of the 1 images of test has an object that counts"),
+    ],
+)
+def test_voc_that_cannot_be_judged_is_refused(tmp_path, odd, words):
+    root = voc(tmp_path, SHOWN | {"e": odd}, trainval="ba", test="e")
+    with pytest.raises(InputError, match=words):
+        open_splits("voc-folder", root)
+
+
 def test_voc_splits_are_chosen_by_name(tmp_path):
     root = voc(tmp_path, SHOWN, trainval="ba", test="dc", mine="bc", yours="a")
     train, test = open_splits("voc-folder", root, "mine", "yours")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from moco_eval.data.benchmarks import read_voc07 as classify_voc07
 from moco_eval.data.boxes import voc as voc_module
-from moco_eval.data.boxes.check import check
+from moco_eval.data.boxes.check import check, copies
 from moco_eval.data.boxes.coco import read_coco, read_coco_folder
 from moco_eval.data.boxes.samples import image_size, read_image
 from moco_eval.data.boxes.scenes import DIGITS, TRAIN_DIGITS, draw_scenes, write_scenes
@@ -25,6 +25,10 @@ from moco_eval.errors import InputError
 def voc_object(name="cat", box=(1, 1, 20, 10), more="<difficult>0</difficult>"):
     sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
     return f"<object><name>{name}</name>{more}<bndbox>{sides}</bndbox></object>"
+
+
+def difficult(word):
+    return f"<difficult>{word}</difficult>"
 
 
 @pytest.fixture
@@ -58,10 +62,57 @@ def test_voc_optional_fields_and_difficult(voc):
     assert read_voc_folder(voc, None, None).test[0].difficult.tolist() == [True, False]
 
 
+def test_voc_marks_in_other_tools_words(voc):
+    words = {"0": False, "": False, " 0.0 ": False, "False": False, "NO": False, "1": True, "1.0": True, "true": True}
+    write_xml(voc, "c", "".join(voc_object(more=difficult(word)) for word in words) + voc_object(more="<difficult/>"))
+    assert read_voc_folder(voc, None, None).test[0].difficult.tolist() == [*words.values(), False]
+
+
+def test_voc_every_box_of_an_object_is_one(voc, capsys):
+    """As tools write that have one object for each class; a part's box, and what LabelMe marks as deleted, are none."""
+    corners = [(1, 1, 20, 10), (5, 6, 30, 30), (2, 2, 8, 9)]
+    first, *others = (voc_object(box=box, more="") for box in corners)
+    boxes = "".join(other.partition("</name>")[2].removesuffix("</object>") for other in others)
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
+    deleted = voc_object("cow", more="<deleted>1</deleted>")
+    write_xml(voc, "c", first.replace("</object>", f"{boxes}{part}</object>") + voc_object("dog") + deleted)
+    sample = read_voc_folder(voc, None, None).test[0]
+    assert sample.labels.tolist() == [0, 0, 0, 1]
+    np.testing.assert_array_equal(sample.boxes[:3], [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners])
+    assert "test: 1 objects with several boxes, each of which is read as an object" in capsys.readouterr().err
+
+
+def test_voc_tags_in_capitals(voc):
+    (voc / "Annotations/c.xml").write_text((voc / "Annotations/c.xml").read_text().replace("object>", "Object>"))
+    assert len(read_voc_folder(voc, None, None).test[0].labels) == 2
+
+
+def test_an_xml_of_another_image_and_classes_that_look_alike_are_said(voc, capsys):
+    write_xml(voc, "a", voc_object("Cat"), "<filename>C:\\photos\\z.jpg</filename>")
+    write_xml(voc, "b", voc_object("cat") + voc_object("dog"), "<filename>photos/b.jpeg</filename>")
+    write_xml(voc, "c", voc_object("dog"), "<filename>c</filename>")
+    read_voc_folder(voc, None, None)
+    err = capsys.readouterr().err
+    assert "1 XML files that name another image: C:\\photos\\z.jpg in " in err
+    assert "1 sets of classes whose names differ by spaces or case only: 'Cat' and 'cat'" in err
+
+
+def test_copies_are_seen_by_their_content(voc):
+    """Files of one size: the content of a training image under another name, and one that differs in a byte."""
+    data = bytes(range(256)) * 100
+    folder = voc / "JPEGImages"
+    (folder / "x").write_bytes(data)
+    (folder / "y").write_bytes(data)
+    (folder / "z").write_bytes(b"!" + data[1:])
+    assert copies([folder / name for name in "xyzx"]) == [folder / "y"]
+
+
 def test_voc_one_line_and_two_column_lists_and_names_with_spaces(voc):
     (voc / "JPEGImages/a.png").rename(voc / "JPEGImages/a photo.JPG")
     (voc / "Annotations/a.xml").rename(voc / "Annotations/a photo.xml")
     (voc / "ImageSets/Main/cat_train.txt").write_text("a photo\nb  -1\n")
+    assert [s.image_id for s in read_voc_folder(voc, "cat_train", "test").train] == ["a photo", "b"]
+    (voc / "ImageSets/Main/cat_train.txt").write_text("a photo 0\nb 1\n")
     assert [s.image_id for s in read_voc_folder(voc, "cat_train", "test").train] == ["a photo", "b"]
 
 
@@ -146,7 +197,33 @@ SPLIT = "ImageSets/Main/test.txt"
         (lambda r: (r / SPLIT).write_text("c\n../a\n"), "'../a', which is no name inside"),
         (lambda r: (r / SPLIT).write_text("c\n/etc/a\n"), "'/etc/a', which is no name inside"),
         (lambda r: (r / SPLIT).unlink(), "val.txt does not exist"),
+        (lambda r: write_xml(r, "c", voc_object(box=(0.1, 0.2, 0.5, 0.9))), "all boxes of test lie between 0 and 1"),
         (lambda r: [write_xml(r, n, "") for n in "ab"], "none of the 2 training images has an object"),
+        (
+            lambda r: write_xml(r, "b", voc_object(more=difficult("Unspecified"))),
+            "<difficult> is 'Unspecified' and must",
+        ),
+        (lambda r: write_xml(r, "b", voc_object(more=difficult("2"))), "<difficult> is '2' and must be 0 or 1"),
+        (lambda r: write_xml(r, "b", voc_object(more=difficult("0") + difficult("1"))), "is '0' and '1' and must"),
+        (lambda r: write_xml(r, "b", voc_object(more="<name>dog</name>")), "several <name>, cat and dog; keep one"),
+        (lambda r: write_xml(r, "b", voc_object(box=("1</xmin><xmin>3", 1, 9, 10))), "several <xmin>, 1 and 3"),
+        (lambda r: write_xml(r, "b", voc_object(box=("1_0", 1, 30, 10))), "not four numbers"),
+        (lambda r: write_xml(r, "b", voc_object(box=("1,5", 1, 30, 10))), "not four numbers"),
+        (lambda r: write_xml(r, "b", voc_object().replace("object>", "item>")), "has a <bndbox> and no <object>"),
+        (
+            lambda r: write_xml(r, "b", "", "<size><width>40</width><height>0</height></size>"),
+            "says 40x0 and b.png has",
+        ),
+        (lambda r: (r / SPLIT).write_text("c\n./c\n"), "'c' stands there 2 times"),
+        (lambda r: (r / SPLIT).write_text("c\nb (1)\n"), r"has no image b \(1\) \(any suffix\)"),
+        (lambda r: (r / SPLIT).write_text("c\nb 1\n"), "has no image b 1 "),
+        (lambda r: (r / SPLIT).write_text("c 1\nb 2\n"), "has no image b 2 "),
+        (lambda r: (r / SPLIT).write_text("c copy\n"), "has no image c copy "),
+        (
+            lambda r: write_xml(r, "c", voc_object(more=difficult("1")) * 2),
+            r"none of the 1 test images of test has an object that counts \(2 are difficult, 0 crowd regions\)",
+        ),
+        (lambda r: write_xml(r, "c", ""), "none of the 1 test images of test has an object that counts"),
     ],
 )
 def test_bad_voc_is_refused_in_one_line(voc, damage, words):
@@ -383,7 +460,9 @@ BAD_COCO = [
     (lambda r: (r / "val2017/x.jpg").write_text("hello"), "it is no image"),
     (lambda r: shutil.rmtree(r / "val2017"), "the images of val2017 belong there"),
     (image(width=30, height=40), "says 30x40 for .*x.jpg of 40x30 pixels"),
-    (image(width="wide"), "says widex30 for"),
+    (image(width="40"), "image 7: its width is '40' and must be a number"),
+    (image(height=True), "image 7: its height is True and must be a number"),
+    (image(height=0), "says 40x0 for"),
     (image(file_name="../val2017/x.jpg"), "is no name inside the folder of images"),
     (image(file_name="/etc/hostname"), "is no name inside the folder of images"),
     (image(file_name="C:\\x.jpg"), "is no name inside the folder of images"),
@@ -408,14 +487,42 @@ BAD_COCO = [
     (lambda r: write_json(r, "train2017", [annotation(1, 3, iscrowd=1)]), "none of the 1 training images"),
     (val(1, 3, 1, 2, 50, 8), "outside its 40x30 image"),
     (val(1, 3, 1, 2, -5, 8), "not min before max"),
+    (val(1, 3, 0.1, 0.2, 0.5, 0.7), "all boxes of val2017 lie between 0 and 1"),
     (val(1, 3, float("nan"), 2, 5, 8), "not finite"),
     (val(1, 3, 1, 2, 3), "bbox with four numbers"),
     (val(bbox=None), "bbox with four numbers"),
     (val(area="big"), "no area but a number"),
-    (val(category=4), "class '4' is not among the 2 classes"),
+    (val(category=4), r"annotation 1: its category_id 4 is not among the file's 2 categories \(3, 90\)"),
     (val(category=[3]), "it needs image_id, category_id"),
+    (val(category="3"), "its category_id is '3'; correct it"),
+    (val(category=True), "its category_id is True; correct it"),
+    (val(category=float("nan")), "its category_id nan is not among"),
+    (val(iscrowd="0"), "its iscrowd is '0'; correct it"),
+    (val(iscrowd="false"), "its iscrowd is 'false'; correct it"),
+    (val(iscrowd=2), "its iscrowd is 2; correct it"),
+    (val(area=-80), "its area is -80; correct it"),
+    (val(area=float("nan")), "its area is nan; correct it"),
+    (val(area=float("inf")), "its area is inf; correct it"),
+    (val(area="80"), "its area is '80'; correct it"),
+    (val(bbox="1234"), "its bbox is '1234'; correct it"),
+    (val(bbox=["1", "2", "10", "8"]), r"its bbox is \['1', '2', '10', '8'\]; correct it"),
+    (val(bbox={"0": 1, "1": 2, "2": 10, "3": 8}), "bbox with four numbers"),
+    (val(bbox=[1, 2, 10, 8, 0.3]), "bbox with four numbers"),
+    (val(bbox=[1, 2, 10, 10**400]), "not finite"),
+    (val(area=10**400), "its area is 10000"),
+    (val(bbox=[1, 2, 10, float("inf")]), "not finite"),
+    (lambda r: write_json(r, "train2017", [annotation(1, 3, iscrowd="1")]), "its iscrowd is '1'"),
+    (lambda r: rewrite(r, "categories", lambda items: [i | {"name": ""} for i in items]), "has no name of one line"),
+    (lambda r: rewrite(r, "images", lambda items: [*items, items[0] | {"id": 8}]), "file names of images: .*x.jpg' st"),
+    (
+        lambda r: rewrite(r, "images", lambda items: [*items, items[0] | {"id": 8, "file_name": "./x.jpg"}]),
+        "file names of images: .*x.jpg' stands there 2 times; keep one",
+    ),
+    (val(iscrowd=1), r"none of the 1 test images of val2017 has an object that counts \(0 are difficult, 1 crowd"),
+    (lambda r: rewrite(r, "annotations", lambda _: []), "none of the 1 test images of val2017 has an object that"),
     (val(image_id=8), "its image 8 is not among the images"),
     (val(segmentation=5), "its segmentation is neither polygons nor"),
+    (val(segmentation="12345678"), "its segmentation is neither polygons nor"),
     (val(segmentation="M0 0"), "its segmentation is neither polygons nor"),
     (val(segmentation=[1, 2, 3, 4, 5, 6]), "its segmentation is neither polygons nor"),
     (val(segmentation=[["a", "b", "c", "d", "e", "f"]]), "its segmentation is neither polygons nor"),
@@ -439,6 +546,53 @@ BAD_COCO = [
 def test_bad_coco_is_refused_in_one_line(coco, damage, words):
     damage(coco)
     assert_refused(coco, read_coco_folder, "coco-folder", words)
+
+
+def test_a_category_that_is_not_listed_is_no_class_of_that_number(coco):
+    """Classes named by numbers: id 3 is '90', and an annotation of the unlisted category 9 is not class '9'."""
+    named = [{"id": 90, "name": "9"}, {"id": 3, "name": "90"}]
+    write_json(coco, "train2017", [annotation(1, 90), annotation(2, 3)], categories=named)
+    write_json(coco, "val2017", [annotation(1, 90), annotation(2, 9)], categories=named)
+    with pytest.raises(InputError, match="its category_id 9 is not among the file's 2 categories"):
+        read_coco_folder(coco, None, None)
+    assert read_coco_folder(coco, None, None, clip=True).test[0].labels.tolist() == [1]
+
+
+def test_an_area_that_is_not_said_is_that_of_the_mask_or_the_box(coco, capsys):
+    """pycocotools' own rule for detections; AP by size goes by the area."""
+    masks = pytest.importorskip("pycocotools.mask")
+    text = masks.frPyObjects(RUNS, 30, 40)["counts"].decode()
+    kinds = [[SQUARE], RUNS, {"size": [30, 40], "counts": text}, None]
+    items = [annotation(i, 3, segmentation=kind) for i, kind in enumerate(kinds)]
+    items += [items[0] | {"id": 4, "area": None}, items[0] | {"id": 5, "area": 0}, items[3] | {"id": 6, "area": 7.5}]
+    for item in items[:4]:
+        del item["area"]
+    write_json(coco, "val2017", items)
+    areas = [item["area"] for item in read_coco_folder(coco, None, None).coco["annotations"]]
+    square = masks.area(masks.merge(masks.frPyObjects([SQUARE], 30, 40)))
+    assert areas == [square, 30, 30, 80, square, square, 7.5]
+    assert "6 objects without an area" in capsys.readouterr().err
+
+
+def test_numbers_that_mean_the_same_are_read_alike(coco):
+    """Ids and sides as 7.0, marks as true and null, a size that is null or left out."""
+    plain = read_coco_folder(coco, None, None).test[0]
+    items = [annotation(1, 90.0, image_id=7.0, iscrowd=False), annotation(2, 3.0, iscrowd=True)]
+    write_json(coco, "val2017", items, {"id": 7, "file_name": "x.jpg", "width": 40.0, "height": None})
+    read = read_coco_folder(coco, None, None).test[0]
+    assert (read.labels.tolist(), read.crowd.tolist()) == (plain.labels.tolist(), plain.crowd.tolist())
+    write_json(coco, "val2017", [annotation(1, 90, iscrowd=None)], {"id": 7, "file_name": "x.jpg"})
+    assert read_coco_folder(coco, None, None).test[0].crowd.tolist() == [False]
+
+
+def test_what_is_odd_in_a_file_is_said_with_its_value(coco, capsys):
+    named = [{"id": 90, "name": "Red car"}, {"id": 3, "name": "redcar "}]
+    for split in ("train2017", "val2017"):
+        write_json(coco, split, [annotation(1, 90, area=0.05), annotation(2, 3, area=1200)], categories=named)
+    read_coco_folder(coco, None, None)
+    err = capsys.readouterr().err
+    assert "classes whose names differ by spaces or case only: 'redcar ' and 'Red car'" in err
+    assert "2 objects whose area does not fit their box" in err and "0.05 in" in err and "1200 in" in err
 
 
 def test_official_coco_checks_its_counts(coco):
@@ -540,6 +694,9 @@ def test_keypoints_are_on_the_scale_of_the_boxes_and_know_their_mirror(people):
         ("annotations", {"keypoints": [1, 2, 3] * 4}, "keypoints are not 4 times x, y and 0, 1 or 2"),
         ("annotations", {"keypoints": "nose"}, "keypoints are not 4 times x, y and 0, 1 or 2"),
         ("annotations", {"keypoints": [float("nan"), 2, 2] * 4}, "keypoints are not 4 times x, y and 0, 1 or 2"),
+        ("annotations", {"keypoints": ["3", 4, 2] * 4}, "keypoints are not 4 times x, y and 0, 1 or 2"),
+        ("annotations", {"keypoints": "342342342342"}, "keypoints are not 4 times x, y and 0, 1 or 2"),
+        ("categories", {"keypoints": POINTS[::-1]}, "are not those trained on"),
         ("categories", {"keypoints": []}, "no category has keypoints"),
         ("categories", {"keypoints": "nose"}, "no list of names"),
     ],

@@ -131,6 +131,7 @@ PARAMETERS, RANGES = each(ours), each(changed_by_a_tenth)
 
 
 @pytest.mark.parametrize(("label", "name"), PARAMETERS)
+@pytest.mark.slow
 def test_parameters_are_drawn_as_torchvision_draws_them(label, name):
     assert agree(STEPS[label], STEPS[label], name)
 

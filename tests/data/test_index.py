@@ -4,16 +4,22 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import in_process
+from PIL import Image
 
+from moco_eval.config import load as configs
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data import index
-from moco_eval.data.catalogue import open_images
+from moco_eval.data.catalogue import check, open_images, open_splits
 from moco_eval.data.index import EXTENSIONS, ImageFiles, cache_folder, list_images
 from moco_eval.errors import InputError
+from pretraining.plan import plan
 
 NAMES = ("cat/b.jpg", "cat/a.PNG", "cat/deep/er/c.jpeg", "cat-2/ä.webp", "dog/x.jpg", "dog/x.txt", "dog/.y.bmp")
 
@@ -72,6 +78,125 @@ def test_order_labels_and_fingerprint_are_those_of_a_naive_listing(folder):
     flat = open_images("flat", folder, "train")
     assert flat.fingerprint == fingerprint
     assert [flat.name_of(i) for i in range(6)] == sorted(paths)
+
+
+# What systems leave
+
+LEFT = (
+    *(
+        "train/.ipynb_checkpoints/b-checkpoint.jpg",
+        "train/__MACOSX/._b.jpg",
+        "train/@eaDir/b.jpg/SYNOPHOTO_THUMB_S.jpg",
+    ),
+    *("train/.Trash-1000/files/gone.png", "train/cat/._b.jpg", "train/cat/.ipynb_checkpoints/b-checkpoint.jpg"),
+    *(
+        "train/dog/Thumbs.db",
+        "train/cat-2/$RECYCLE.BIN/x.jpg",
+        "train/.DS_Store",
+        "train/System Volume Information/x.jpg",
+    ),
+)
+
+
+def leave(folder: Path) -> Path:
+    for name in LEFT:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7")
+    return aged(folder)
+
+
+def test_what_systems_leave_is_passed_over_and_the_set_is_the_same(folder, scans):
+    """Also from the index; a file that is merely hidden is an image, as before."""
+    paths, fingerprint = naive(folder, "train")
+    leave(folder)
+    for _ in range(2):
+        images = open_images("imagefolder", folder, "train")
+        assert [images.name_of(i) for i in range(len(images))] == paths
+        assert (images.classes, images.fingerprint) == (("cat", "cat-2", "dog"), fingerprint)
+        words = "10 hidden or system entries passed over: train/.DS_Store, train/.Trash-1000, train/.ipynb_checkpoints"
+        assert images.passed_over == f"{words}, ..."
+        flat = open_images("flat", folder, "train")
+        assert (flat.fingerprint, flat.passed_over) == (fingerprint, f"{words}, ...")
+    assert len(scans) == 4
+
+
+def test_check_names_the_classes_and_what_was_passed_over(folder):
+    """The second split lies in a folder of its own; only what is passed over differs."""
+    for name in NAMES:
+        for split in ("train", "val"):
+            path = folder / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path, "PNG") if name[-3:] != "txt" else path.write_text("")
+    leave(folder)
+    lines = check("imagefolder", folder)
+    assert "classes: cat, cat-2, dog" in lines and "3 classes; metric top1" in lines
+    (said,) = [line for line in lines if "passed over" in line]
+    assert said.startswith("imagefolder train: 10 hidden or system entries passed over: train/.DS_Store")
+
+
+def test_many_classes_are_named_in_part(monkeypatch):
+    monkeypatch.setattr("moco_eval.data.catalogue.NAMED", 3)
+    assert "classes: 0, 1, 2, ... and 7 more" in check("digits", None)
+
+
+def test_an_evaluation_and_pretraining_say_what_was_passed_over(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("moco_eval.data.glance._told", set())
+    for split in ("train", "val"):
+        for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"):
+            path = tmp_path / "set" / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(len(list((tmp_path / "set").rglob("*.png")))).integers(0, 256, (8, 8, 3))
+            Image.fromarray(noise.astype(np.uint8)).save(path)
+    (tmp_path / "set" / "train" / ".ipynb_checkpoints").mkdir()
+    said = "imagefolder train: 1 hidden or system entries passed over: train/.ipynb_checkpoints"
+    command = ("knn", "random:resnet18_quarter", "--dataset", "imagefolder", "--data", tmp_path / "set", "--set", "k=2")
+    _, err = in_process(capfd, monkeypatch, *command, "--device", "cpu", "--dry-run")
+    assert err.count(said) == 1
+    settings = configs.load("digits", "pretrain", PretrainConfig, ["batch_size=4", "bn_groups=2", "queue_size=8"])
+    assert said in plan(settings, "imagefolder", tmp_path / "set", 1).warnings
+
+
+def test_nothing_but_what_systems_leave_is_refused_with_the_count(folder):
+    shutil.rmtree(folder / "train" / "dog")
+    (folder / "train" / "dog").mkdir()
+    (folder / "train" / "dog" / "._x.jpg").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"dog holds no images \(1 hidden or system entries passed over: train/dog/._x"
+    ):
+        list_images(folder, "train")
+    shutil.rmtree(folder / "train")
+    (folder / "train" / ".Trash-1000").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no class folders \(1 hidden or system entries passed over: train/.Trash"):
+        list_images(folder, "train")
+
+
+def test_one_folder_under_two_class_names_is_refused(folder):
+    (folder / "train" / "kitty").symlink_to(folder / "train" / "cat", target_is_directory=True)
+    with pytest.raises(InputError, match=r"class folders 'cat' and 'kitty' of .*train are one folder \(a link\)"):
+        list_images(folder, "train")
+
+
+def test_names_in_two_unicode_forms_are_refused_and_in_two_cases_are_two(folder):
+    for name in ("Cat", "caf\u00e9"):
+        (folder / "train" / name).mkdir()
+        (folder / "train" / name / "a.jpg").write_bytes(b"1")
+    (folder / "train" / "cat" / "A.png").write_bytes(b"1")  # beside a.PNG
+    listing = list_images(folder, "train")
+    assert listing.classes == ("Cat", "caf\u00e9", "cat", "cat-2", "dog") and len(listing.files) == 9
+    (folder / "train" / "cafe\u0301").mkdir()
+    with pytest.raises(InputError, match=r"'cafe\\u0301' and 'caf\\xe9' of .* are one name in two Unicode forms"):
+        list_images(folder, "train")
+
+
+@pytest.mark.parametrize(("one", "other"), [("Cat", "cat"), ("caf\u00e9", "cafe\u0301")])
+def test_splits_whose_classes_are_spelled_in_two_ways_say_so(tmp_path, one, other):
+    for split, name in (("train", one), ("val", other)):
+        for below in (name, "dog"):
+            (tmp_path / split / below).mkdir(parents=True)
+            (tmp_path / split / below / "0.png").write_bytes(b"1")
+    with pytest.raises(InputError, match="differ in capitals or in the Unicode form of a letter alone; rename one"):
+        open_splits("imagefolder", tmp_path)
 
 
 def test_an_index_is_written_used_and_gives_the_same(folder, scans):

@@ -105,6 +105,13 @@ def test_lists_that_cannot_be_read_are_refused(folder):
         open_images("digits", None, "train").listed(folder / "list.txt")
 
 
+def test_a_list_that_starts_with_a_byte_order_mark_is_read(folder):
+    images = open_images("imagefolder", folder, "train")
+    plain = images.listed(write(folder / "list.txt", "cat_1.png", "dog_1.png"))
+    (folder / "marked.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "list.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert images.listed(folder / "marked.txt").rows.tolist() == plain.rows.tolist() and len(plain) == 2
+
+
 def test_a_published_list_goes_by_its_name_and_is_no_deviation(folder, monkeypatch):
     path = write(folder / "1percent.txt", "cat_1.png", "dog_1.png")
     monkeypatch.setitem(choices.PUBLISHED, hashlib.sha256(path.read_bytes()).hexdigest(), "our own 1 %")

@@ -1,8 +1,15 @@
 """Images in tar shards: which there are, what is damaged, in which order they come, and a whole run over them."""
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import pickle
+import shutil
+import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +21,7 @@ from tars import jpeg, write, write_shards
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data import index, loader, shards
-from moco_eval.data.catalogue import open_images
+from moco_eval.data.catalogue import check, open_images
 from moco_eval.data.index import cache_folder
 from moco_eval.data.loader import WINDOW, Batches
 from moco_eval.errors import InputError, RunFailed
@@ -71,7 +78,8 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
             tar.addfile(about)
     with tarfile.open(tmp_path / "x.tar") as tar, (tmp_path / "x.tar").open("rb") as file:
         expected = [
-            (m.name + "/" * m.isdir(), m.offset, m.offset_data, m.size * m.isreg(), m.isreg(), True) for m in tar
+            (m.name + "/" * m.isdir(), m.offset, m.offset_data, m.size * m.isreg(), m.isreg(), True, m.linkname)
+            for m in tar
         ]
         found = list(shards.members(file.fileno(), (tmp_path / "x.tar").stat().st_size))
     assert found == expected and len(found) == 8
@@ -184,6 +192,187 @@ def test_damage_beyond_bad_images_is_refused_and_within_it_is_said(folder):
     assert warning.startswith("2 damaged in webdataset: 0/shard-000000.tar") and f"warning: {warning}" in run.describe()
 
 
+# Nothing is lost without a word: against GNU tar
+
+
+def gnu(*arguments: str | Path) -> str:
+    """What GNU tar says."""
+    if shutil.which("tar") is None or b"GNU" not in subprocess.run(["tar", "--version"], capture_output=True).stdout:
+        pytest.skip("no GNU tar")
+    return subprocess.run(["tar", *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+
+
+def pictures(folder: Path, numbers: range) -> Path:
+    folder.mkdir(parents=True)
+    for i in numbers:
+        (folder / f"{i:03}.jpg").write_bytes(jpeg(i))
+    return folder
+
+
+def opened(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    images = open_images("webdataset", folder, "train")
+    return all_of(images), images.damaged
+
+
+def test_archives_joined_by_cat_are_read_as_gnu_tar_reads_them(tmp_path):
+    parts = [tmp_path / f"{i}.part" for i in range(3)]
+    for i, path in enumerate(parts):
+        write(path, {f"{n:03}.jpg": jpeg(n) for n in range(4 * i, 4 * i + 4)})
+    parts[1].write_bytes(parts[1].read_bytes().rstrip(b"\0") + bytes(512 + 1024))  # ended by two blocks, not a record
+    size = parts[1].stat().st_size
+    parts[1].write_bytes(parts[1].read_bytes()[: size - size % 512])
+    (tmp_path / "set").mkdir()
+    joined = tmp_path / "set" / "all.tar"
+    joined.write_bytes(b"".join(path.read_bytes() for path in parts))
+    held, damaged = opened(tmp_path / "set")
+    assert [name.rpartition("/")[2] for name in held] == gnu("-tif", joined).split() and len(held) == 12
+    assert list(held.values()) == [jpeg(n) for n in range(12)] and damaged == ()
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(3, 9), (3, None), (3, 5)], ids=["to a header", "to the end", "into an image"]
+)
+def test_a_hole_of_zeros_is_a_break(folder, start, stop):
+    """An unfinished download whose place was kept: of GNU tar's a file ends there, or goes on behind without a word."""
+    members = {f"{i:03}.jpg": jpeg(i) * 12 for i in range(16)}
+    path = folder / "hole.tar"
+    write(path, members)
+    with tarfile.open(path) as tar:
+        places = [member.offset for member in tar]
+    data = bytearray(path.read_bytes())
+    end = len(data) if stop is None else places[stop] + (1024 if stop == 5 else 0)
+    assert end - places[start] > shards.LONGEST_END
+    data[places[start] : end] = bytes(end - places[start])
+    path.write_bytes(data)
+    held, damaged = opened(folder)
+    assert damaged == (f"hole.tar (zeros from byte {places[start]})",)
+    assert [name for name in held if name.startswith("hole")] == [f"hole.tar/{i:03}.jpg" for i in range(3)]
+
+
+@pytest.mark.parametrize("zeros", [1, 2, 21, 22])
+def test_only_zeros_that_a_writer_leaves_join_archives(folder, zeros):
+    data = [tarfile.TarInfo("a.jpg").tobuf(), bytes(512 * zeros), tarfile.TarInfo("b.jpg").tobuf(), bytes(1024)]
+    (folder / "x.tar").write_bytes(b"".join(data))
+    held, damaged = opened(folder)
+    whole = zeros in (2, 21)
+    assert ("x.tar/b.jpg" in held) == whole and (damaged == ()) == whole and "x.tar/a.jpg" in held
+
+
+def test_an_end_mark_of_one_block_or_with_a_newline_behind_it_is_whole(folder):
+    for name, tail in {"one.tar": bytes(512), "line.tar": bytes(1024) + b"\n", "twenty.tar": bytes(21 * 512)}.items():
+        (folder / name).write_bytes(tarfile.TarInfo("a.jpg").tobuf() + tail)
+    held, damaged = opened(folder)
+    assert len(held) == 39 and damaged == ()
+    (folder / "text.tar").write_bytes(tarfile.TarInfo("a.jpg").tobuf() + bytes(1024) + b"text" * 256)
+    assert opened(folder)[1] == ("text.tar (zeros from byte 512)",)
+
+
+def test_links_are_followed_as_gnu_tar_unpacks_them(tmp_path):
+    tree = pictures(tmp_path / "tree" / "x", range(6)).parent
+    pictures(tree / "y", range(6, 9))
+    for i in range(6):
+        (tree / "y" / f"{i:03}.jpg").hardlink_to(tree / "x" / f"{i:03}.jpg")
+    (tree / "a").mkdir()
+    (tree / "a" / "first.jpg").symlink_to("../y/008.jpg")  # comes before what it leads to
+    (tree / "y" / "chain.jpg").symlink_to("../a/first.jpg")
+    (tmp_path / "set").mkdir()
+    for form in ("gnu", "posix", "ustar"):
+        gnu("-C", tree, f"--format={form}", "-cf", tmp_path / "set" / f"{form}.tar", "a", "x", "y")
+    held, damaged = opened(tmp_path / "set")
+    expected = {
+        f"{form}.tar/{path.relative_to(tree)}": path.read_bytes()
+        for form in ("gnu", "posix", "ustar")
+        for path in tree.rglob("*.jpg")
+    }
+    assert held == expected and len(held) == 3 * 17 and damaged == ()
+
+
+def test_links_of_long_names_are_followed(tmp_path):
+    long = "d" * 120
+    tree = pictures(tmp_path / "tree" / long, range(2)).parent
+    (tree / "z").mkdir()
+    (tree / "z" / "hard.jpg").hardlink_to(tree / long / "000.jpg")
+    (tree / "z" / "soft.jpg").symlink_to(f"../{long}/001.jpg")
+    (tmp_path / "set").mkdir()
+    for form in ("gnu", "posix"):
+        gnu("-C", tree, f"--format={form}", "-cf", tmp_path / "set" / f"{form}.tar", long, "z")
+    held, damaged = opened(tmp_path / "set")
+    assert len(held) == 8 and damaged == ()
+    assert [held[f"gnu.tar/z/{name}.jpg"] for name in ("hard", "soft")] == [jpeg(0), jpeg(1)]
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "/etc/x.jpg", "link.jpg"])
+def test_a_link_to_nowhere_is_named(folder, target):
+    about = tarfile.TarInfo("link.jpg")
+    about.type, about.linkname = tarfile.SYMTYPE, target
+    (folder / "x.tar").write_bytes(tarfile.TarInfo("a.jpg").tobuf() + about.tobuf() + bytes(1024))
+    for _ in range(2):
+        held, damaged = opened(folder)
+        assert damaged == (f"x.tar/link.jpg (a link to {target}, which is not in it)",)
+        assert len(held) == 37 and "x.tar/a.jpg" in held
+
+
+def test_what_macos_leaves_in_a_shard_is_passed_over_and_named_once(folder):
+    twins = {f"./._{i:05}.jpg": b"\0\5\x16\7" for i in range(3)} | {"__MACOSX/a.jpg": b"", "x/.thumbs/a.jpg": b""}
+    write(folder / "mac.tar", twins | {"./00000.jpg": jpeg(0), "x/.hidden.jpg": jpeg(1)})
+    (folder / "._mac.tar").write_bytes(b"\0\5\x16\7")
+    for _ in range(2):
+        images = open_images("webdataset", folder, "train")
+        assert len(images) == 38 and images.damaged == ()
+        assert images.passed_over == (
+            "1 hidden or system entries passed over: ._mac.tar; "
+            "5 hidden or system members passed over: mac.tar/./._00000.jpg, ..."
+        )
+    assert f"webdataset train: {images.passed_over}" in check("webdataset", folder)
+
+
+def test_tar_files_in_a_tar_file_are_named(folder, tmp_path):
+    """ImageNet's own: a tar file for each class."""
+    inner = (folder / "0" / "shard-000000.tar").read_bytes()
+    write(tmp_path / "outer" / "train.tar", {"n01440764.tar": inner, "n01443537.tar": inner})
+    words = r"hold no images .*train.tar/n01440764.tar \(an archive in a shard: unpack the shard\)"
+    with pytest.raises(InputError, match=words):
+        open_images("webdataset", tmp_path / "outer", "train")
+    shutil.copy(tmp_path / "outer" / "train.tar", folder / "train.tar")
+    named = tuple(
+        f"train.tar/{name}.tar (an archive in a shard: unpack the shard)" for name in ("n01440764", "n01443537")
+    )
+    assert opened(folder)[1] == named
+
+
+COMPRESSORS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("kind", [*COMPRESSORS, "zip", "LFS", "page"])
+def test_what_is_no_tar_file_is_called_by_what_it_is(folder, kind):
+    path = folder / "0" / "shard-000000.tar"
+    if kind in COMPRESSORS:
+        data, words = COMPRESSORS[kind](path.read_bytes()), f"compressed by {kind}: unpack it"
+    elif kind == "zip":
+        held = io.BytesIO()
+        with zipfile.ZipFile(held, "w") as archive:
+            archive.write(path, "a.tar")
+        data, words = held.getvalue(), "a zip archive: unpack it, and make a tar file"
+    elif kind == "LFS":
+        data, words = b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: git lfs pull fetches it"
+    else:
+        data, words = b"<!DOCTYPE html>" + b"x" * 2000, "a web page: fetch it again"
+    path.write_bytes(data)
+    held_images, damaged = opened(folder)
+    assert damaged == (f"0/shard-000000.tar ({words})",) and len(held_images) == 32
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_sparse_members_are_a_break(folder, tmp_path, form):
+    """They are not stored as they are: a map of their holes comes first."""
+    tree = pictures(tmp_path / "tree", range(2))
+    with (tree / "001.jpg").open("ab") as file:
+        file.truncate(1 << 20)
+    gnu("-C", tree, f"--format={form}", "-Scf", folder / "sparse.tar", "000.jpg", "001.jpg")
+    held, (damage,) = opened(folder)
+    assert "sparse.tar/000.jpg" in held and damage.startswith("sparse.tar/") and damage.endswith("001.jpg")
+
+
 # The index
 
 
@@ -237,7 +426,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_no_error(folder, indexed, mo
 
 def test_several_processes_index_as_one_does(folder, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    found = shards._list(folder)
+    found, _ = shards._list(folder)
     assert list(shards._in_parallel(found)) == [shards._summary(shard) for shard in found]
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import time
 
@@ -10,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from commands import error_line, in_process, start
+from PIL import Image
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig, Scenes
-from moco_eval.data.boxes.samples import make_sample
+from moco_eval.data.boxes.samples import DetectionData, make_sample
 from moco_eval.detection import fine_tune, inputs, torchvision_engine
-from moco_eval.detection.detect import _mean_per_class, detect, format_table, plan
+from moco_eval.detection.average_precision import Detections
+from moco_eval.detection.detect import _judge, _mean_per_class, detect, format_table, plan
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.recipe import PROTOCOLS, is_on, learning_rate, recipe_deviations, rescaled
@@ -77,6 +81,67 @@ def same_weights(output, other):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+# Data that a recipe makes nothing of
+
+
+def boxes_folder(root, *sizes, mark="0"):
+    """A VOC folder: the first image is trained on, the others are for testing; sizes in pixels."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for number, (width, height) in enumerate(sizes):
+        Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
+            root / f"JPEGImages/{number}.png"
+        )
+        corners = f"<xmin>0</xmin><ymin>0</ymin><xmax>{width}</xmax><ymax>{min(height, 40)}</ymax>"
+        item = (
+            f"<object><name>cat</name><difficult>{mark if number else 0}</difficult><bndbox>{corners}</bndbox></object>"
+        )
+        (root / f"Annotations/{number}.xml").write_text(f"<annotation>{item}</annotation>")
+    (root / "ImageSets/Main/train.txt").write_text("0\n")
+    (root / "ImageSets/Main/val.txt").write_text("".join(f"{number}\n" for number in range(1, len(sizes))))
+    return root
+
+
+@pytest.mark.parametrize(
+    "sizes, mark, words",
+    [
+        ([(60, 50), (1, 3000)], "0", "1 of 2 images are too long and thin: .*1.png of 1x3000 pixels has a side of 0"),
+        ([(3000, 1), (60, 50)], "0", "1 of 2 images are too long and thin: .*0.png of 3000x1 pixels has a side of 0"),
+        ([(60, 50), (1, 20000), (20000, 1)], "0", "2 of 3 images are too long and thin: .*1.png of 1x20000 pixels"),
+        ([(60, 50), (60, 50)], "1", "none of the 1 test images of val has an object that counts"),
+    ],
+)
+def test_data_that_a_recipe_makes_nothing_of_are_refused_before_anything_is_written(
+    tmp_path, capfd, monkeypatch, sizes, mark, words
+):
+    folder = boxes_folder(tmp_path / "boxes", *sizes, mark=mark)
+    run = ("detect", "random:resnet18_quarter", "--dataset", "voc-folder", "--data", folder, "--recipe", "r50_c4_24k")
+    for more in ((), ("--dry-run",)):
+        assert re.search(words, error_line(capfd, monkeypatch, *run, "--output", tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_of_one_pixel_after_resizing_is_trained_on_and_judged(tmp_path):
+    """The thinnest that is taken: 96 pixels at most, so 1 x 150 becomes 1 x 96."""
+    folder = boxes_folder(tmp_path / "boxes", (1, 150), (150, 1), (60, 50))
+    record = run(tmp_path / "run", "input.max_size=96", dataset="voc-folder", data=folder)
+    assert 0 <= record["metrics"]["AP50"] <= 100
+
+
+def test_the_test_images_are_warned_of_at_the_start(tmp_path, capfd):
+    """A copy under another name of a training image, and more objects than the recipe lets the detector find."""
+    folder = boxes_folder(tmp_path / "boxes", (60, 50), (60, 50), (64, 50))
+    shutil.copy(folder / "JPEGImages/0.png", folder / "JPEGImages/2.png")
+    item = "<object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>30</xmax><ymax>9</ymax></bndbox></object>"
+    (folder / "Annotations/2.xml").write_text(f"<annotation>{item * 21}</annotation>")
+    task = DetectionTask(encoder(), recipe(), "voc-folder", folder, engine="torchvision")
+    text, err = plan(task, tmp_path / "run"), capfd.readouterr().err
+    assert err.count("warning: 1 of 2 test images are also trained on") == 1
+    assert "warning: 1 of 2 test images have more objects (up to 21) than test.detections 20" in err
+    assert "differs from detect/digits-r50-c4@1: 1 of 2 test images are also trained on" in text
+
+
 # Recipes
 
 
@@ -123,6 +188,28 @@ def test_a_smaller_batch_carries_rate_and_schedule_along_and_is_one_deviation():
     )
     with pytest.raises(InputError, match="batch_size 7 does not divide into accumulate 2 parts"):
         rescaled(paper, 7)
+
+
+def test_the_recipes_detections_reach_the_judge_and_others_are_a_deviation(tmp_path):
+    """150 objects in one image, all found: COCO's 100 give 2/3 of the recall, and 67 of its 101 levels."""
+    places = [(12.0 * (i % 15), 12.0 * (i // 15)) for i in range(150)]
+    annotations = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [x, y, 10, 10], "area": 100, "iscrowd": 0}
+        for i, (x, y) in enumerate(places)
+    ]
+    truth = {"images": [{"id": 1}], "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
+    Image.new("RGB", (180, 120)).save(tmp_path / "a.png")
+    boxes = np.array([(x, y, x + 10, y + 10) for x, y in places])
+    samples = [make_sample(1, tmp_path / "a.png", (180, 120), [(box, 0, False, False) for box in boxes])]
+    data = DetectionData("coco-folder", ("cell",), samples, samples, "a", "b", "", coco=truth, category_ids=(1,))
+    found = [Detections(boxes, np.linspace(0.9, 0.1, 150), np.zeros(150, np.int64))]
+    for detections, expected in ((100, 100 * 67 / 101), (400, 100)):
+        config = recipe("coco_r50_fpn_1x", f"test.detections={detections}")
+        (tmp_path / str(detections)).mkdir()
+        trial = _judge(data, config, tmp_path / str(detections), Cost("cpu"), found)
+        assert trial["metrics"]["APbb"] == pytest.approx(expected)
+        named = recipe_deviations(config, "coco", "resnet50")
+        assert named == ([] if detections == 100 else ["test.detections 400 instead of 100"])
 
 
 def test_learning_rate_of_the_24k_recipe():

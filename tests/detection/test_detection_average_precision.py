@@ -1,6 +1,7 @@
 """Average precision against closed forms, a literal loop, and reference implementations' own numbers."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import xml.etree.ElementTree as ElementTree
@@ -288,7 +289,7 @@ def encode(mask):
     return pycocotools_mask.encode(np.asfortranarray(mask))
 
 
-def own_summary(data, found, kind, categories=None):
+def own_summary(data, found, kind, categories=None, per_image=None):
     """What pycocotools itself prints, from files as it reads them."""
     truth, rows = COCO(), json.loads(json.dumps(coco_rows(data, found, kind), default=lambda b: b.decode()))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -299,8 +300,12 @@ def own_summary(data, found, kind, categories=None):
             rows = [row for row in rows if row["category_id"] in categories]
         truth.createIndex()
         judge = COCOeval(truth, truth.loadRes(rows), kind)
+        if per_image:
+            judge.params.maxDets = [1, 10, per_image]
         judge.evaluate()
         judge.accumulate()
+        if per_image:  # its summary asks for 100
+            return {"": 100 * (of_all := judge.eval["precision"][..., 0, -1])[of_all > -1].mean()}
         judge.summarize()
     sizes = ["_medium", "_large"] if kind == "keypoints" else ["_small", "_medium", "_large"]
     return dict(zip(["", "50", "75", *sizes], (100 * judge.stats).tolist()))
@@ -321,6 +326,44 @@ def test_coco_ap_is_pycocotools_own_summary(seed):
     data, found = coco_case(seed)
     assert_as_pycocotools(data, found, category=3)
     assert all("bbox" not in row for row in coco_rows(data, found, "segm"))  # the size of a mask is its own
+
+
+def crowded(objects, keypoints=2):
+    """One image of so many objects of one class in a grid, and as many detections that fit them perfectly."""
+    places = [(12 * (i % 20), 12 * (i // 20), 10, 10) for i in range(objects)]
+    marks = [[x + 2, y + 2, 2, x + 7, y + 7, 2] for x, y, _, _ in places]
+    annotations = [
+        {"id": i + 1, "image_id": 1, "category_id": 3, "bbox": list(box), "area": 100, "iscrowd": 0}
+        | {"segmentation": encode(box_mask(*box)), "keypoints": points, "num_keypoints": keypoints}
+        for i, (box, points) in enumerate(zip(places, marks))
+    ]
+    truth = {"images": [{"id": 1, "width": 400, "height": 300}], "annotations": annotations, "categories": CATEGORIES}
+    boxes = np.array([(x, y, x + w, y + h) for x, y, w, h in places], dtype=np.float64)
+    masks, points = [encode(box_mask(*box)) for box in places], np.array(marks, dtype=np.float64).reshape(-1, 2, 3)
+    scores, labels = np.linspace(0.9, 0.1, objects), np.zeros(objects, np.int64)
+    return coco_data(truth, [3, 5]), [Detections(boxes, scores, labels, masks, points)]
+
+
+@pytest.mark.parametrize("per_image", [100, 200])
+def test_as_many_detections_count_as_the_recipe_says(per_image):
+    """COCO's 100 where nothing is said; beyond it pycocotools with other maxDets is the reference."""
+    data, (image,) = crowded(120)
+    found = [dataclasses.replace(image, keypoints=None)]
+    metrics, _ = evaluate(data, found, per_image=per_image)
+    for kind in ("bbox", "segm"):
+        own = own_summary(data, found, kind, per_image=per_image)[""]
+        assert metrics[KINDS[kind]] == pytest.approx(own, abs=1e-9)
+    assert metrics["APbb"] == pytest.approx({100: 100 * 84 / 101, 200: 100}[per_image])
+    if per_image == 100:
+        assert evaluate(data, found)[0] == metrics
+
+
+def test_keypoints_count_20_of_an_image_by_cocos_rule_which_is_said(capfd):
+    data, found = crowded(30)
+    metrics, _ = evaluate(data, found, per_image=200)
+    assert metrics["APbb"] == pytest.approx(100)
+    assert metrics["APkp"] == pytest.approx(100 * 67 / 101)  # a recall of 20 / 30: 67 of the 101 levels
+    assert "1 test images have more than 20 objects of a class (up to 30)" in capfd.readouterr().err
 
 
 def test_a_detector_without_masks_is_judged_by_boxes():

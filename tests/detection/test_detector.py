@@ -399,7 +399,9 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "keypoints" else []) for name in EXTRA]
+)
 def test_masks_and_keypoints_are_trained_and_found(name):
     (config_name, *more), kind, shape = EXTRA[name]
     model = build_detector(encoder(), 3, configs.load(config_name, "detect", DetectConfig, (*FEW, *more)), 5)

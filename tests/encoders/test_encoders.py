@@ -1,5 +1,6 @@
 """Loading: every layout with every tensor in place, and each way in which one can be out of place."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -9,7 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import ARCH, FILES, PREPROCESSING, VIT, body, error, linear, mlp, moco, network, ours, under, written
+from checkpoints import (
+    ARCH,
+    FILES,
+    PREPROCESSING,
+    VIT,
+    body,
+    error,
+    linear,
+    mlp,
+    moco,
+    network,
+    ours,
+    under,
+    with_norms,
+    written,
+)
 from commands import ROOT, error_line
 from torch import nn
 
@@ -84,7 +100,7 @@ def test_heads_that_do_not_fit(tmp_path):
         ({"0.weight": torch.zeros(3, 4, 1, 1)}, "neither linear nor a batch norm: weight 3x4x1x1"),
         ({"fc0.weight": torch.zeros(3, 4)}, "neither linear nor a sequence of layers: fc0.weight"),
         ({"900000000.weight": torch.zeros(3, 4)}, "neither linear nor a sequence"),
-        ({"0.running_mean": torch.zeros(4), "0.running_var": torch.ones(4)}, "companions only: 0.num_batches_tracked"),
+        ({"0.running_mean": torch.zeros(4)}, "companions only: 0.running_var"),
         ({"weight": torch.zeros(3, 4).half()}, "head's weight is 3x4 torch.float16"),
         ({"weight": torch.full((3, 4), float("inf"))}, "the head's weight has 12 values that are not finite"),
     ],
@@ -99,8 +115,55 @@ def test_old_files_without_batch_counts(tmp_path):
     state = {k: v for k, v in network(0).state_dict().items() if "num_batches_tracked" not in k}
     encoder = load(written(tmp_path, state))
     assert encoder.tensors_loaded == 100 and "num_batches_tracked is absent (20 counts" in encoder.warnings[0]
-    state["bn1.num_batches_tracked"] = torch.tensor(0)
-    assert "19 are missing" in error(written(tmp_path, state))
+
+
+COUNTS = {
+    "float": lambda count: count.float(),
+    "half, run over": lambda count: (count + 10**6).half(),
+    "int32": lambda count: count.int(),
+    "shape (1,)": lambda count: count.reshape(1),
+    "one left": lambda count: None,
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_batch_counts_of_another_kind_are_taken_with_one_warning(kind, tmp_path):
+    """No forward pass reads them: the features are the same to the bit, of backbone and head."""
+    plain = moco(with_norms)
+    odd = {name: COUNTS[kind](t) if name.endswith("tracked") else t for name, t in plain.items()}
+    odd["module.encoder_q.bn1.num_batches_tracked"] = torch.tensor(0)
+    odd = {name: tensor for name, tensor in odd.items() if tensor is not None}
+    encoder, same = (load(written(tmp_path, {"state_dict": state})) for state in (odd, plain))
+    images = torch.randn(2, 3, 64, 64)
+    features = same.backbone(images)
+    assert torch.equal(encoder.backbone(images), features)
+    assert torch.equal(encoder.head(features), same.head(features))
+    assert len([words for words in encoder.warnings if words.startswith("num_batches_tracked, which no")]) == 1
+    assert not same.warnings and encoder.backbone.bn1.num_batches_tracked.dtype == torch.int64
+
+
+def test_batch_counts_that_are_none(tmp_path):
+    state = network(0).state_dict() | {"bn1.num_batches_tracked": torch.zeros(3, dtype=torch.int64)}
+    assert "1 have another shape (first: bn1.num_batches_tracked, 3" in error(written(tmp_path, state))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {
+            "total_ops": torch.zeros(1).double(),
+            "layer1.total_ops": torch.zeros(1),
+            "layer1.total_params": torch.zeros(1),
+        },
+        {"n_averaged": torch.tensor(9)},
+        {"num_updates": torch.tensor(9), "initted": torch.tensor(True)},
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "encoder_q."])
+def test_counts_of_profilers_and_averagers_are_left_out(counts, prefix, tmp_path):
+    (said,) = load(written(tmp_path, under(prefix, body(0)) | counts)).warnings
+    assert all(name.rpartition(".")[2] in said for name in counts) and "that no forward pass reads" in said
+    assert "unexpected" in error(written(tmp_path, body(0) | {"layer1.total_ops": torch.zeros(2)}))
 
 
 def test_half_weights_are_cast_and_untrained_ones_doubted(tmp_path):
@@ -156,7 +219,7 @@ def test_lightlys_own_resnet_is_refused_with_its_reason(tmp_path):
 def test_two_networks_of_equal_rank_are_not_guessed_between(tmp_path):
     state = under("left.", body(0)) | under("right.", body(1)) | {"t": torch.zeros(1)}
     message = error(written(tmp_path, state))
-    assert "holds several networks, under 'left.', 'right.'; save the one to be judged by itself" in message
+    assert "holds several networks, under 'left.', 'right.'; choose one: --key left" in message
 
 
 @pytest.mark.parametrize("prefix", ["teacher.", "ema.net.", "momentum_encoder.", "model.k.", "target_net.", "x_k."])
@@ -364,6 +427,7 @@ def detector(arch: str = "resnet50") -> dict:
     return {"model": under("backbone.bottom_up.", body(0, arch), detectron2), "iteration": 3}
 
 
+@pytest.mark.slow
 def test_detectors_do_not_say_their_strides_unless_their_settings_do(tmp_path):
     (said,) = load(written(tmp_path, detector())).warnings
     assert "RGB and the stride in the 3x3 were taken" in said and "--arch resnet50_msra" in said
@@ -435,6 +499,7 @@ def test_names_that_no_tensor_has(name, tmp_path):
         [f"layer{i}.0.conv1.weight" for i in range(20_000)],
     ],
 )
+@pytest.mark.slow
 def test_many_names_take_no_time(names, tmp_path):
     one = torch.zeros(1)
     path = written(tmp_path, dict.fromkeys(names, one))
@@ -741,3 +806,80 @@ def test_a_cifar_stem_starts_as_the_demos_does(arch):
     weight = build_resnet(arch).conv1.weight
     assert weight.abs().max() <= 27**-0.5
     assert weight.std().item() == pytest.approx((3 * 27) ** -0.5, rel=0.05)
+
+
+# Networks that are not built here, in words
+
+
+def without(tensors: dict, ending: str) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 12, 13])
+@pytest.mark.parametrize("arch", [ARCH, VIT])
+def test_other_channels_are_named(channels, arch, tmp_path):
+    name, shape = (
+        ("conv1.weight", (16, channels, 7, 7)) if arch == ARCH else ("patch_embed.proj.weight", (48, channels, 16, 16))
+    )
+    message = error(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
+    assert f"for images of {channels} channel{'s' * (channels > 1)} instead of 3" in message
+    assert "moco_eval.wrap" in message and "altered" not in message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (lambda: body(0, VIT) | mlps(96), "MLPs 2 times as wide as the tokens instead of 4"),
+        (lambda: without(body(0, VIT), "attn.qkv.bias"), "no biases on queries, keys and values"),
+        (lambda: body(0, VIT) | {"norm_pre.weight": torch.ones(48)}, "a norm before the blocks"),
+        (lambda: body(0, VIT) | {"patch_embed.proj.weight": torch.ones(48, 3, 16, 32)}, "patches of 16x32 pixels"),
+    ],
+)
+def test_other_parts_of_a_vit_are_named(tensors, words, tmp_path):
+    message = error(written(tmp_path, tensors()))
+    assert words in message and "altered" not in message
+
+
+def mlps(width: int) -> dict:
+    shapes = {"fc1.weight": (width, 48), "fc1.bias": (width,), "fc2.weight": (48, width)}
+    return {f"blocks.{i}.mlp.{name}": torch.ones(shape) for i in range(2) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda net: nn.utils.spectral_norm(net.layer1[0].conv1), "holds spectral norms"),
+        (
+            lambda net: nn.utils.parametrizations.spectral_norm(net.layer1[0].conv1),
+            "holds spectral norms",
+        ),
+        (
+            lambda net: nn.utils.parametrizations.weight_norm(net.layer1[0].conv1),
+            "such as a weight norm's",
+        ),
+        (lambda net: nn.utils.prune.identity(net.layer1[0].conv1, "weight"), "holds pruning masks"),
+    ],
+)
+def test_weights_in_other_parameters_are_named(change, words, tmp_path):
+    importlib.import_module("torch.nn.utils.prune")
+    net = network(0)
+    change(net)
+    assert words in error(written(tmp_path, net.state_dict()))
+
+
+def test_flattened_parameters_are_named(tmp_path):
+    assert "holds FSDP's flattened parameters" in error(
+        written(tmp_path, {"_fsdp_wrapped_module._flat_param": torch.ones(9)})
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_of_another_kind_of_number(dtype, tmp_path):
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in body(0).items()}
+    message = error(written(tmp_path, state))
+    assert message.endswith(f"have them saved in float32, not in {str(dtype).removeprefix('torch.')}.")
+
+
+def test_one_tensor_too_many_is_not_called_damage(tmp_path):
+    message = error(written(tmp_path, body(0) | {"surprise.weight": torch.zeros(3)}))
+    assert "altered" not in message and "have a head of your own saved apart" in message

@@ -246,6 +246,7 @@ def test_a_pickle_with_code_is_not_run_by_our_reader(tmp_path):
 
 
 @pytest.mark.parametrize("to", ENDINGS)
+@pytest.mark.slow
 def test_what_travels_with_the_weights_lies_beside_them(to, tmp_path):
     source = written(tmp_path, {"state_dict": moco(mlp)})
     output = tmp_path / f"copy{ENDINGS[to]}"
@@ -265,6 +266,7 @@ def test_what_travels_with_the_weights_lies_beside_them(to, tmp_path):
 
 @pytest.mark.parametrize("arch", ["resnet18", VIT, "vit_narrow_12h_patch16_32"])
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.slow
 def test_timm_reads_what_is_written_for_it(arch, ending, tmp_path):
     import timm
 
@@ -349,6 +351,7 @@ def test_networks_that_detectron2_cannot_build_are_written_without_settings(arch
     ],
 )
 @pytest.mark.parametrize("encoder", [None, "query"])
+@pytest.mark.slow
 def test_what_no_tensor_tells_comes_back_from_beside_the_copy(layout, to, encoder, tmp_path):
     source = written(tmp_path, FILES[layout]().values)
     output = tmp_path / f"copy{ENDINGS[to]}"
@@ -377,6 +380,7 @@ def test_settings_of_another_file_are_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["resnet50_msra", "resnet18_cifar_pad2"])
+@pytest.mark.slow
 def test_convert_says_what_the_copy_cannot(arch, tmp_path):
     said = convert(f"random:{arch}", tmp_path / "copy.pth", "torchvision")
     assert f"no tensor tells that it is {arch}: keep copy.pth.json with it" in said

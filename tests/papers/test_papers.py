@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import in_process
+from PIL import Image
 
 from moco_eval.config import load as configs
 from moco_eval.config.deviations import flatten
@@ -364,13 +365,19 @@ def row_of(name, label):
 class Published:
     """As many images as a data set was published with, and nothing in them."""
 
-    split, labels_per_class, subset, whole, damaged = "train", None, None, None, ()
+    split, labels_per_class, subset, whole, damaged, passed_over = "train", None, None, None, (), ""
 
     def __init__(self, name):
         self.name = name
 
     def __len__(self):
         return OFFICIAL[self.name, "train"]
+
+    def image(self, index):
+        return Image.effect_noise((8, 8), 60).convert("RGB")
+
+    def name_of(self, index):
+        return f"image {index}"
 
     def record(self):
         return {"name": self.name, "split": "train", "fingerprint": "ab", "images": len(self), "classes": 0}

@@ -67,6 +67,7 @@ def test_data_in_memory_needs_no_loader():
 
 
 @pytest.mark.parametrize("data", ["memory", "files", "reference"])
+@pytest.mark.slow
 def test_profile_says_what_limits_and_keeps_nothing(data, tmp_path, capfd, monkeypatch):
     from PIL import Image
 

@@ -146,6 +146,7 @@ def damage_sample(folder, **arrays):
         ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("U1")}, "cannot be read"),  # no characters
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_sample_is_told_in_a_line(arrays, message, tmp_path):
     write_run(tmp_path / "run", held=blobs())
     damage_sample(tmp_path / "run", **arrays)
@@ -234,6 +235,7 @@ def test_equal_features_make_a_map_of_one_place(tmp_path):
     assert len(set(re.findall(r"M([\d.]+ [\d.]+)h\.01", pca))) == 1 and group["encoders"][0]["tsne"] is None
 
 
+@pytest.mark.slow
 def test_of_many_classes_the_most_frequent_are_coloured(tmp_path):
     random = np.random.default_rng(0)
     label = np.repeat(np.arange(30), np.arange(1, 31))

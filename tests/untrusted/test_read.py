@@ -428,7 +428,7 @@ BROKEN: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "namespace": (lambda: saved(argparse.Namespace(a=1)), "holds an argparse.Namespace, not a dict"),
     "protocol 4": (lambda: saved({"a": torch.ones(3)}, pickle_protocol=4), "pickle protocol 4"),
     "plain pickle of tensors": (lambda: pickle.dumps({"a": torch.ones(2)}), "is a plain pickle of torch tensors"),
-    "half a checkpoint": (done(entries(weight=WEIGHT)), "a plain pickle of torch tensors"),
+    "half a checkpoint": (done(entries(weight=WEIGHT)), "the data.pkl of a checkpoint that was unpacked"),
     "TorchScript": (
         archive({"x/data.pkl": b"", "x/constants.pkl": b"", "x/code/a.py": b""}),
         "is a TorchScript archive",
@@ -564,6 +564,7 @@ def test_such_a_file_does_run_its_command_where_nobody_checks(name, hostile, in_
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.slow
 def test_reading_hostile_files_takes_no_memory(hostile, in_tmp):
     """All of them in one process, which may have 2 GB of address space more than it starts with."""
     script = """

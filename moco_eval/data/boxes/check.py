@@ -1,17 +1,21 @@
 """`datasets check` for detection: all that is wrong with a folder, by the readers that `detect` uses."""
 
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from moco_eval.data.boxes import coco, voc
-from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, grouped
+from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, grouped, read_image
 from moco_eval.data.catalogue import data_folder
+from moco_eval.data.glance import doubts_about
 from moco_eval.errors import InputError
 from moco_eval.runtime.files import sha256_of
 
 OFFICIAL = ("voc", "voc07", "coco")
 NAMES = (*OFFICIAL, "voc-folder", "coco-folder")
+OBLONG = 500
 
 
 def known() -> list[str]:
@@ -62,12 +66,17 @@ def _look(
         data = _read(name, folder, train_split, test_split, keypoints, findings)
     except InputError as error:  # nothing can be read beyond this
         return [f"refused: {line}" for line in [*grouped(findings.refused), str(error)]], str(error)
+    lines: list[str] = []
     for split, samples in ((data.train_split, data.train), (data.test_split, data.test)):
         findings.begin(split)
         _note_samples(samples, data.classes, findings)
+        for path in copies(sample.path for sample in samples):
+            findings.note("images that are copies of another in their split", str(path))
+        with findings.catching("images that cannot be read", split):
+            lines += [f"doubtful: {doubt}" for doubt in doubts(samples, split)]
     for sample in shared_images(data):
         findings.note(f"images that are in {data.train_split} too", str(sample.path))
-    lines = [f"refused: {line}" for line in grouped(findings.refused)]
+    lines = [f"refused: {line}" for line in grouped(findings.refused)] + lines
     lines += [f"note: {line}" for line in findings.notes()]
     return [line.replace(f"{folder}/", "") for line in lines] + summary(data), findings.refusal
 
@@ -92,6 +101,8 @@ def _note_samples(samples: list[Sample], classes: tuple[str, ...], findings: Fin
         for kind, marked in (("difficult objects", sample.difficult), ("crowd regions", sample.crowd)):
             for _ in range(marked.sum()):
                 findings.note(kind, name)
+        if max(sample.size) > OBLONG * min(sample.size):
+            findings.note(f"images more than {OBLONG} times as long as wide, which a recipe may refuse", name)
         rows = np.column_stack([sample.boxes, sample.labels])
         for _ in range(len(rows) - len(np.unique(rows, axis=0))):
             findings.note("objects that stand there twice, with the same box", name)
@@ -103,6 +114,12 @@ def _note_samples(samples: list[Sample], classes: tuple[str, ...], findings: Fin
             findings.note("classes without objects", classes[label])
 
 
+def doubts(samples: list[Sample], split: str) -> list[str]:
+    """What is doubtful about the pixels of a few images, in words. Raises InputError where none can be read."""
+    paths = [sample.path for sample in samples]
+    return doubts_about(split, len(paths), lambda i: read_image(paths[i]), lambda i: str(paths[i]), "say")
+
+
 def objects_of(samples: list[Sample], classes: int) -> np.ndarray:
     """How many objects of each class there are, without crowd regions."""
     labels = [sample.labels[~sample.crowd] for sample in samples]
@@ -111,21 +128,34 @@ def objects_of(samples: list[Sample], classes: int) -> np.ndarray:
 
 def shared_images(data: DetectionData) -> list[Sample]:
     """The test images whose file, or a copy of it, is also trained on."""
-    by_size: dict[int, list[Path]] = {}
-    for sample in data.train:
-        by_size.setdefault(sample.path.stat().st_size, []).append(sample.path)
-    digests: dict[Path, str] = {}
+    tested = {sample.path: sample.path.stat().st_size for sample in data.test}
+    sizes = set(tested.values())
+    trained = {path: size for path in (sample.path for sample in data.train) if (size := path.stat().st_size) in sizes}
+    contents = _contents(trained | tested)
+    known = {contents[path] for path in trained}
+    return [sample for sample in data.test if contents[sample.path] in known]
 
-    def digest(path: Path) -> str:
-        digests[path] = digests.get(path) or sha256_of(path)
-        return digests[path]
 
-    shared = []
-    for sample in data.test:
-        others = by_size.get(sample.path.stat().st_size, [])
-        if sample.path in others or any(digest(sample.path) == digest(other) for other in others):
-            shared.append(sample)
-    return shared
+def copies(paths: Iterable[Path]) -> list[Path]:
+    """The files that have the content of one before them."""
+    first: dict[Hashable, Path] = {}
+    contents = _contents({path: path.stat().st_size for path in paths})
+    return [path for path, content in contents.items() if first.setdefault(content, path) != path]
+
+
+def _contents(sizes: dict[Path, int]) -> dict[Path, Hashable]:
+    """Keys of files, equal where their content is: the size; where that is shared, some bytes; then a digest."""
+    keys: dict[Path, Hashable] = dict(sizes)
+    for tell in (_middle, sha256_of):
+        times = Counter(keys.values())
+        keys |= {path: (key, tell(path)) for path, key in keys.items() if times[key] > 1}
+    return keys
+
+
+def _middle(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size // 2 - 2048, 0))
+        return file.read(4096)
 
 
 def summary(data: DetectionData) -> list[str]:

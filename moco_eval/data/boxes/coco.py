@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,21 @@ from moco_eval.data.boxes.samples import (
     image_sizes,
     inside,
     make_sample,
+    note_similar,
     one_line,
+    refuse_fractions,
+    require_counted,
     require_objects,
 )
-from moco_eval.data.boxes.segmentation import read_mask
+from moco_eval.data.boxes.segmentation import area_of, read_mask
 from moco_eval.errors import InputError
 
 OFFICIAL = {"train2017": 118287, "val2017": 5000}
 SLACK = 1.0  # pixels; COCO's own boxes reach past their image by rounding
 KEYS = ("images", "annotations", "categories")
+SIDES = ("width", "height")
+NUMBERS = frozenset((int, float))
+LARGEST = 1e15  # a float still counts whole pixels
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,6 @@ class Annotated:
     image_id: Any
     label: int
     corners: tuple[float, ...]
-    area: float
     crowd: bool
     mask: Any
     keypoints: np.ndarray | None
@@ -103,12 +109,19 @@ def _open(
     values = {split: _load(path, split, findings) for split, path in paths.items()}
     if name == "coco":
         _check_counts(root, values, findings)
-    categories = _categories(values[train_split], paths[train_split], train_split, keypoints, findings)
+    files = {
+        split: File(path, split, values[split], _names(path, split, values[split], findings))
+        for split, path in paths.items()
+    }
+    categories = _categories(files[train_split], files[test_split], keypoints, findings)
     objects = Objects(categories.names, clip, findings)
-    train, _ = _read(root, paths[train_split], values[train_split], train_split, categories, objects, keep=False)
-    test, kept = _read(root, paths[test_split], values[test_split], test_split, categories, objects, keep=True)
+    train, _ = _read(root, files[train_split], categories, objects, keep=False)
+    test, kept = _read(root, files[test_split], categories, objects, keep=True)
     if findings.refusal is None:
         require_objects(train, train_split, paths[train_split], findings)
+        require_counted(test, test_split, paths[test_split], findings)
+        refuse_fractions(train, train_split, paths[train_split], findings)
+        refuse_fractions(test, test_split, paths[test_split], findings)
     findings.tell()
     listed = [{"id": key, "name": label} for key, label in zip(categories.ids, categories.names)]
     return DetectionData(
@@ -204,32 +217,58 @@ def _have_ids(items: object, key: str) -> bool:
     return kinds <= {int} or (key != "categories" and kinds == {str})
 
 
+@dataclass(frozen=True)
+class File:
+    """The annotation file of a split; `names`: of its categories, None for one without."""
+
+    path: Path
+    split: str
+    values: dict[str, Any]
+    names: dict[int, str | None]
+
+
 # Categories and keypoints
 
 
-def _categories(values: dict[str, Any], path: Path, split: str, keypoints: bool, findings: Findings) -> Categories:
+def _names(path: Path, split: str, values: dict[str, Any], findings: Findings) -> dict[int, str | None]:
+    """The names of a file's categories in the order of their ids; None for one that is refused."""
     findings.begin(split)
-    names_by_id = {}
+    names: dict[int, str | None] = {}
     for item in sorted(values["categories"], key=lambda item: item["id"]):
         name = item.get("name")
         if not isinstance(name, str) or not name.strip() or one_line(name) != name:
             message = f"{path}: category {item['id']} has no name of one line; give it one"
             findings.refuse("categories without a name", str(item["id"]), message)
-        else:
-            names_by_id[item["id"]] = name
-    findings.refuse_twice(names_by_id.values(), "names of categories", str(path))
-    if not names_by_id:
+            name = None
+        names[item["id"]] = name
+    return names
+
+
+def _categories(train: File, test: File, keypoints: bool, findings: Findings) -> Categories:
+    """Those of the training file."""
+    path = train.path
+    findings.begin(train.split)
+    names = {key: name for key, name in train.names.items() if name is not None}
+    findings.refuse_twice(names.values(), "names of categories", str(path))
+    note_similar(tuple(names.values()), findings)
+    if not names:
         findings.refuse("files without categories", str(path), f"{path} has no categories; export it again")
-    names: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
     if keypoints:
         with findings.catching("files without keypoints", str(path)):
-            names = _keypoint_names(values["categories"], path)
-    return Categories(tuple(names_by_id), tuple(names_by_id.values()), names)
+            points = _keypoint_names(train)
+        with findings.catching("files with other keypoints", str(test.path)):
+            _check_same_keypoints(test, points)
+    return Categories(tuple(names), tuple(names.values()), points)
 
 
-def _keypoint_names(categories: list[dict[str, Any]], path: Path) -> tuple[str, ...]:
+def _keypoint_lists(file: File) -> list[Any]:
+    return [item["keypoints"] for item in file.values["categories"] if item.get("keypoints")]
+
+
+def _keypoint_names(file: File) -> tuple[str, ...]:
     """Those of the categories that have keypoints, which must be the same for all of them."""
-    lists = [item["keypoints"] for item in categories if item.get("keypoints")]
+    lists, path = _keypoint_lists(file), file.path
     if not lists:
         raise InputError(f"{path}: no category has keypoints; take a recipe without keypoints, or other data")
     if not isinstance(lists[0], list) or not all(isinstance(name, str) for name in lists[0]):
@@ -237,6 +276,16 @@ def _keypoint_names(categories: list[dict[str, Any]], path: Path) -> tuple[str, 
     if any(other != lists[0] for other in lists):
         raise InputError(f"{path}: its categories have different keypoints; keep those of one category")
     return tuple(lists[0])
+
+
+def _check_same_keypoints(test: File, names: tuple[str, ...]) -> None:
+    """Raises InputError where the test file has other keypoints, or in another order, than those trained on."""
+    for other in _keypoint_lists(test):
+        if names and other != list(names):
+            raise InputError(
+                f"{test.path}: its keypoints {str(other)[:80]} are not those trained on, {str(list(names))[:80]}; "
+                "export both splits alike, or remove the file's keypoints"
+            )
 
 
 def mirrored(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -259,62 +308,92 @@ class Part:
     path: Path
     images: dict[Any, tuple[Path, tuple[int, int]]]
     listed: frozenset[Any]
-    names: dict[int, Any]
+    names: dict[int, str | None]
     categories: Categories
     objects: Objects
 
 
 def _read(
-    root: Path,
-    path: Path,
-    values: dict[str, Any],
-    split: str,
-    categories: Categories,
-    objects: Objects,
-    keep: bool,
+    root: Path, file: File, categories: Categories, objects: Objects, keep: bool
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
     """The samples of a split; where `keep`, its annotations that were read, as pycocotools takes them."""
-    objects.findings.begin(split)
-    images = _images(root, path, values["images"], split, objects.findings)
-    listed = frozenset(item["id"] for item in values["images"])
-    names = {item["id"]: item.get("name") for item in values["categories"]}
-    part = Part(path, images, listed, names, categories, objects)
+    objects.findings.begin(file.split)
+    images = _images(root, file.path, file.values["images"], file.split, objects.findings)
+    listed = frozenset(item["id"] for item in file.values["images"])
+    part = Part(file.path, images, listed, file.names, categories, objects)
     annotations: dict[Any, list[Annotated]] = {image_id: [] for image_id in images}
     kept: list[dict[str, Any]] = []
-    for item in values["annotations"]:
+    for item in file.values["annotations"]:
         annotation = _annotated(item, part)
         if annotation is None:
             continue
         annotations[annotation.image_id].append(annotation)
         if keep:
-            kept.append(_for_pycocotools(len(kept) + 1, item, annotation, categories))
+            kept.append(_for_pycocotools(len(kept) + 1, item, annotation, part))
     return [_sample(key, *images[key], annotations[key], len(categories.keypoints)) for key in images], kept
 
 
 def _annotated(item: dict[str, Any], part: Part) -> Annotated | None:
     """An annotation, checked; None where it is refused or dropped."""
     where, findings = f"{part.path} annotation {item['id']}", part.objects.findings
-    try:
-        image_id, category = item["image_id"], item["category_id"]
-        x, y, width, height = map(float, item["bbox"])
-        area = width * height if item.get("area") is None else float(item["area"])
-        known, name = image_id in part.listed, part.names.get(category)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        message = f"{where}: it needs image_id, category_id, bbox with four numbers, and no area but a number"
-        findings.refuse("annotations without image_id, category_id or four numbers", where, f"{message}; correct it")
+    if field := _wrong_field(item):
+        value = f"{field} is {repr(item.get(field))[:60]}"
+        message = (
+            f"{where}: it needs image_id, category_id, bbox with four numbers, iscrowd 0 or 1, and no area but a "
+            f"number from 0 on; its {value}; correct it"
+        )
+        findings.refuse(
+            "annotations with a field that is missing, text or out of range", f"{value} in {where}", message
+        )
         return None
-    if not known:
+    image_id = item["image_id"]
+    try:
+        x, y, width, height = map(float, item["bbox"])
+    except OverflowError:  # a whole number beyond all floats
+        x = y = width = height = math.inf
+    if image_id not in part.listed:
         message = f"{where}: its image {image_id!r} is not among the images; remove the one or add the other"
         findings.refuse("annotations of images that are not listed", where, message)
     if image_id not in part.images:  # refused, now or before
         return None
     size = part.images[image_id][1]
-    label = part.objects.label(str(name or category), where)
+    label = _label(item["category_id"], part, where)
     corners = part.objects.box((x, y, x + width, y + height), size, SLACK, where)
     if label is None or corners is None:
         return None
     mask, points = _shape(item, size, len(part.categories.keypoints), where, findings)
-    return Annotated(image_id, label, corners, area, bool(item.get("iscrowd", 0)), mask, points)
+    return Annotated(image_id, label, corners, bool(item.get("iscrowd")), mask, points)
+
+
+def _wrong_field(item: dict[str, Any]) -> str | None:
+    """The first field of an annotation that cannot be read; None where all can. Text, true and false are no numbers."""
+    if type(item.get("image_id")) not in (int, float, str):
+        return "image_id"
+    if type(item.get("category_id")) not in NUMBERS:
+        return "category_id"
+    box, area, crowd = item.get("bbox"), item.get("area"), item.get("iscrowd")
+    if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
+        return "bbox"
+    if area is not None and (type(area) not in NUMBERS or not 0 <= area <= LARGEST):
+        return "area"
+    return None if crowd is None or crowd in (0, 1) else "iscrowd"
+
+
+def _label(category: int, part: Part, where: str) -> int | None:
+    """The class index of a category id; None where it is not listed, or its class not trained on."""
+    if category in part.names:
+        name = part.names[category]  # None was refused
+        return None if name is None else part.objects.label(name, where)
+    place = f"category_id {category} in {where}"
+    if part.objects.clip:
+        part.objects.findings.note("objects of unknown classes passed over", place)
+    else:
+        message = (
+            f"{where}: its category_id {category} is not among the file's {len(part.names)} categories "
+            f"({', '.join(map(str, list(part.names)[:25]))}); correct it, or --set data.clip=true passes over it"
+        )
+        part.objects.findings.refuse("objects of categories that are not listed", place, message)
+    return None
 
 
 def _shape(
@@ -335,10 +414,9 @@ def _points(value: Any, count: int, where: str) -> np.ndarray:
     """Keypoints, (K, 3), half a pixel added to x and y: COCO counts whole pixels. All 0 where the object has none."""
     if value is None:
         return np.zeros((count, 3))
-    try:
+    points = np.zeros(0)
+    if isinstance(value, list) and all(type(number) in NUMBERS and abs(number) <= LARGEST for number in value):
         points = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        points = np.zeros(0)
     if points.shape != (3 * count,) or not np.isfinite(points).all() or not np.isin(points[2::3], (0, 1, 2)).all():
         raise InputError(
             f"{where}: its keypoints are not {count} times x, y and 0, 1 or 2; correct the file, or remove them"
@@ -359,18 +437,31 @@ def _sample(image_id: Any, path: Path, size: tuple[int, int], annotations: list[
     return make_sample(image_id, path, size, rows, masks, keypoints)
 
 
-def _for_pycocotools(
-    number: int, item: dict[str, Any], annotation: Annotated, categories: Categories
-) -> dict[str, Any]:
+def _area(item: dict[str, Any], annotation: Annotated, part: Part) -> float:
+    """The area of an object that is judged: the file's; where it says none or 0, that of the mask, or else of the box.
+
+    AP by size goes by it.
+    """
+    where, findings = f"{part.path} annotation {item['id']}", part.objects.findings
+    box, said = float(item["bbox"][2]) * float(item["bbox"][3]), float(item.get("area") or 0)
+    if not said:
+        findings.note("objects without an area (that of the mask, or else of the box, is taken)", where)
+        return box if annotation.mask is None else area_of(annotation.mask, part.images[annotation.image_id][1])
+    if said > 1.1 * box + 10 or (said < 1 and box > 50):
+        findings.note("objects whose area does not fit their box, as AP by size goes by it", f"{said:g} in {where}")
+    return said
+
+
+def _for_pycocotools(number: int, item: dict[str, Any], annotation: Annotated, part: Part) -> dict[str, Any]:
     """An annotation under a new number from 1 on: pycocotools takes a match with annotation 0 for none."""
     x0, y0, x1, y1 = annotation.corners
     box = [x0, y0, x1 - x0, y1 - y0]
     kept = {
         "id": number,
         "image_id": annotation.image_id,
-        "category_id": categories.ids[annotation.label],
+        "category_id": part.categories.ids[annotation.label],
         "bbox": box,
-        "area": annotation.area,
+        "area": _area(item, annotation, part),
         "iscrowd": int(annotation.crowd),
     }
     if annotation.mask is not None:
@@ -396,12 +487,14 @@ def _images(
         return {}
     there = [item for item in items if _inside(item.get("file_name"), item["id"], json_path, findings)]
     there = _present(there, len(items), folder, json_path, findings)
+    there = [item for item in there if _size_is_number(item, json_path, findings)]
     paths = [folder / item["file_name"] for item in there]
+    findings.refuse_twice(map(str, paths), "file names of images", str(json_path))
     images = {}
     for item, path, size in zip(there, paths, image_sizes(paths, findings)):
         if size is None:
             continue
-        declared = (item.get("width", size[0]), item.get("height", size[1]))
+        declared = tuple(own if item.get(side) is None else item[side] for side, own in zip(SIDES, size))
         if declared != size:
             findings.refuse(
                 "images of another size than the json says",
@@ -412,6 +505,16 @@ def _images(
         else:
             images[item["id"]] = (path, size)
     return images
+
+
+def _size_is_number(item: dict[str, Any], json_path: Path, findings: Findings) -> bool:
+    """Whether an image's width and height are numbers, or not said."""
+    wrong = [side for side in SIDES if item.get(side) is not None and type(item[side]) not in NUMBERS]
+    for side in wrong:
+        said = f"{side} is {repr(item[side])[:60]}"
+        message = f"{json_path} image {item['id']}: its {said} and must be a number, without quotes; correct it"
+        findings.refuse("images whose size is no number", f"{said} in image {item['id']}", message)
+    return not wrong
 
 
 def _inside(name: object, image_id: Any, json_path: Path, findings: Findings) -> bool:

@@ -14,8 +14,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from moco_eval.data.pixels import as_rgb, other_than_image
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import log
 
@@ -237,6 +238,40 @@ def require_objects(train: Sequence[Sample], split: str, where: Path, findings: 
         findings.refuse("training splits without objects", split, message)
 
 
+def require_counted(test: Sequence[Sample], split: str, where: Path | str, findings: Findings) -> None:
+    """Refuse test images none of which has an object that counts, which is neither difficult nor a crowd region."""
+    if all((sample.difficult | sample.crowd).all() for sample in test):
+        findings.begin(split)
+        difficult, crowd = (sum(int(getattr(s, mark).sum()) for s in test) for mark in ("difficult", "crowd"))
+        message = (
+            f"{where}: none of the {len(test)} test images of {split} has an object that counts ({difficult} are "
+            f"difficult, {crowd} crowd regions), so that there is nothing to measure; add some, or take another split"
+        )
+        findings.refuse("test splits without objects that count", split, message)
+
+
+def refuse_fractions(samples: Sequence[Sample], split: str, where: Path | str, findings: Findings) -> None:
+    """Refuse boxes that are fractions of their image: all of a split within its first pixel."""
+    if all(sample.boxes.max(initial=0) <= 1 for sample in samples) and any(len(sample.boxes) for sample in samples):
+        findings.begin(split)
+        message = (
+            f"{where}: all boxes of {split} lie between 0 and 1, as fractions of their image do; "
+            "export them in pixels, or correct the file"
+        )
+        findings.refuse("splits with boxes that are fractions", split, message)
+
+
+def note_similar(classes: Sequence[str], findings: Findings) -> None:
+    """Note classes whose names differ by spaces or case only: they are trained and judged as different ones."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            place = " and ".join(map(repr, names))
+            findings.note("sets of classes whose names differ by spaces or case only", place)
+
+
 def make_sample(
     image_id: str | int,
     path: Path,
@@ -272,8 +307,12 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
             if decode:
                 image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
                 image.load()
+            if image.mode in ("F", "I"):
+                as_rgb(image, str(path))
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
+        raise _unreadable(path, error) from None
     return (height, width) if turned else (width, height)
 
 
@@ -304,25 +343,27 @@ def _size_or_error(path: Path, decode: bool = False) -> tuple[int, int] | InputE
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as 8-bit RGB, EXIF rotation applied; 16-bit grey is scaled to 8.
+    """An image as 8-bit RGB, EXIF rotation applied; see `pixels.as_rgb`.
 
     Raises:
-        InputError: missing, truncated or not an image.
+        InputError: missing, truncated, not an image, or of a kind of pixels without a known scale.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            image.load()
+            return as_rgb(image, str(path), file.format)
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}; replace it, or take it out of its split") from None
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+        raise _unreadable(path, error) from None
 
 
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
-    return "it is no image" if "cannot identify" in reason else " ".join(reason.split())
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            reason = f"it is {other_than_image(file.read(200)) or 'no image'}"
+    return InputError(f"cannot read {path}: {reason}; replace it, or take it out of its split")
 
 
 def images_by_stem(folder: Path) -> dict[str, list[Path]]:

@@ -26,7 +26,7 @@ def read_mask(value: Any, size: tuple[int, int], where: str) -> tuple[Any, int]:
         return None, 0
     if isinstance(value, dict):
         _check_runs(value, size, where)
-        return value, 0
+        return {"size": [size[1], size[0]], "counts": value["counts"]}, 0
     try:
         polygons = [np.array(polygon, dtype=np.float64) for polygon in value]
     except (TypeError, ValueError, OverflowError):
@@ -79,6 +79,17 @@ def uncompressed(text: str) -> np.ndarray:
     for first in (1, 2):
         runs[first::2] = np.cumsum(runs[first::2])
     return runs
+
+
+def area_of(mask: Any, size: tuple[int, int]) -> float:
+    """How many pixels a checked mask covers, as pycocotools counts them; `size`: width and height of the image."""
+    from pycocotools import mask as coco_mask
+
+    width, height = size
+    if isinstance(mask, dict) and isinstance(mask["counts"], str):
+        return float(coco_mask.area(mask))
+    runs = coco_mask.frPyObjects(mask, height, width)
+    return float(coco_mask.area(runs if isinstance(mask, dict) else coco_mask.merge(runs)))
 
 
 def runs_of(mask: np.ndarray) -> list[int]:

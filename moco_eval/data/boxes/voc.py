@@ -1,9 +1,9 @@
 """Pascal VOC format: JPEGImages/, Annotations/*.xml, ImageSets/Main/<split>.txt, with any list of classes."""
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from moco_eval.config.load import did_you_mean
 from moco_eval.data.boxes.samples import (
@@ -16,6 +16,9 @@ from moco_eval.data.boxes.samples import (
     images_by_stem,
     inside,
     make_sample,
+    note_similar,
+    refuse_fractions,
+    require_counted,
     require_objects,
 )
 from moco_eval.errors import InputError
@@ -39,6 +42,10 @@ VOC_CLASSES = (
 )
 # images of the official splits: (year, split) to count
 OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "test"): 4952}
+# what tools write for VOC's 0 and 1, in any case; an empty element says nothing, which is 0
+MARKS = dict.fromkeys(("0", "0.0", "false", "no", ""), False) | dict.fromkeys(("1", "1.0", "true", "yes"), True)
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+PRESENCE = ("-1", "0", "1")  # the second column of the devkit's lists of one class
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,7 @@ def _read(
         with findings.catching("training splits without objects", " and ".join(train)):
             names = (item[0] for split in train for annotation in drawn[split] for item in annotation.objects)
             classes = class_names(names, [entry for entries in train.values() for entry in entries])
+    note_similar(classes, findings)
     objects = Objects(classes, clip, findings)
     samples = {split: _samples(entries, drawn[split], split, objects) for split, entries in (train | test).items()}
     trained = [sample for split in train for sample in samples[split]]
@@ -172,6 +180,9 @@ def _read(
     train_split, test_split = " and ".join(train), " and ".join(test)
     if findings.refusal is None:
         require_objects(trained, train_split, root, findings)
+        require_counted(tested, test_split, root, findings)
+        refuse_fractions(trained, train_split, root, findings)
+        refuse_fractions(tested, test_split, root, findings)
     findings.tell()
     listed = [entry for entries in (train | test).values() for entry in entries]
     return DetectionData(
@@ -214,7 +225,7 @@ def read_entries(root: Path, split: str, findings: Findings | None = None) -> li
     findings = findings or Findings()
     findings.begin(split)
     path = root / "ImageSets" / "Main" / f"{split}.txt"
-    lines = _lines(path, findings)
+    lines = [str(PurePosixPath(line)) if "/" in line else line for line in _lines(path, findings)]  # ./a is a
     folders = {line.rpartition("/")[0] for line in lines}
     images = {
         f"{folder}/{stem}" if folder else stem: paths
@@ -222,14 +233,25 @@ def read_entries(root: Path, split: str, findings: Findings | None = None) -> li
         if inside(folder)
         for stem, paths in images_by_stem(root / "JPEGImages" / folder).items()
     }
-    # a list of one class has a second column, its presence; a name may itself hold a space
-    names = [line if line in images else line.split()[0] for line in lines]
+    columns = all(len(line.split()) > 1 for line in lines)
+    names = [line if line in images else _name(line, columns) for line in lines]
     findings.refuse_twice(names, "images", str(path))
     entries = []
     for name in dict.fromkeys(names):
         with findings.catching("images or XML files that are missing", name):
             entries.append(Entry(name, _image(images, name, root, path), _xml(root, name)))
     return entries
+
+
+def _name(line: str, columns: bool) -> str:
+    """The image that a line means, without its presence; a name may hold spaces, as that of a copy, 'photo (1)', does.
+
+    Where not every line has several words (`columns`), 'photo 1' is a name; 'photo  1' and 'photo -1', as the devkit
+    writes them, are none.
+    """
+    name, presence = line.rsplit(maxsplit=1) if " " in line or "\t" in line else (line, "")
+    two_wide = len(line) - len(name) > 2
+    return name if presence in PRESENCE and (columns or two_wide) else line
 
 
 def _lines(path: Path, findings: Findings) -> list[str]:
@@ -316,22 +338,42 @@ def _same_size(declared: tuple[int, int], size: tuple[int, int], entry: Entry, f
 
 def _annotations(entries: list[Entry], split: str, findings: Findings) -> list[Annotation]:
     findings.begin(split)
-    return [_annotation(entry.xml, findings) for entry in entries]
+    return [_annotation(entry, findings) for entry in entries]
 
 
-def _annotation(path: Path, findings: Findings) -> Annotation:
-    size, objects = None, []
+def _annotation(entry: Entry, findings: Findings) -> Annotation:
+    size, objects, path = None, [], entry.xml
     with findings.catching("XML files that are damaged", str(path)):
         tree = read_xml(path)
         size = _size(tree, path)
-        for item in tree.iter("object"):
-            with findings.catching("objects without a class or four numbers", str(path)):
-                objects.append((text_of(item, "name", path), _corners(item, path), is_difficult(item)))
+        if (named := (tree.findtext("filename") or "").strip()) and not _names(named, entry):
+            findings.note("XML files that name another image", f"{named} in {path}")
+        if next(tree.iter("bndbox"), None) is not None and next(tree.iter("object"), None) is None:
+            raise InputError(f"{path} has a <bndbox> and no <object>, which VOC's boxes belong to; export it again")
+        for item in objects_in(tree):
+            with findings.catching("objects without a class, a box of four numbers or a known mark", str(path)):
+                name, difficult = text_of(item, "name", path), is_difficult(item, path)
+                boxes = _boxes(item, path)
+                objects += [(name, corners, difficult) for corners in boxes]
+                if len(boxes) > 1:
+                    findings.note("objects with several boxes, each of which is read as an object", str(path))
     return Annotation(size, objects)
 
 
+def _names(filename: str, entry: Entry) -> bool:
+    """Whether a <filename>, with or without folders and suffix, is that of the entry's image."""
+    if filename == entry.image.name:
+        return True
+    last, own = PureWindowsPath(filename), PurePosixPath(entry.name).name
+    return own in (last.name, last.stem)
+
+
 def read_xml(path: Path) -> ElementTree.Element:
-    """An annotation file, without name spaces. Raises InputError where it is damaged, or declares entities."""
+    """An annotation file, its tags in small letters without name spaces.
+
+    Raises:
+        InputError: damaged, or it declares entities.
+    """
     try:
         data = path.read_bytes()
         if b"<!ENTITY" in data.replace(b"\0", b""):  # in any encoding; entities of entities can grow without end
@@ -346,20 +388,35 @@ def read_xml(path: Path) -> ElementTree.Element:
     for element in tree.iter():
         if "}" in element.tag:
             element.tag = element.tag.rpartition("}")[2]
+        element.tag = element.tag.lower()
     return tree
 
 
+def objects_in(tree: ElementTree.Element) -> Iterator[ElementTree.Element]:
+    """The objects of an annotation, without those that LabelMe keeps and marks as deleted."""
+    return (item for item in tree.iter("object") if (item.findtext("deleted") or "").strip() != "1")
+
+
 def text_of(item: ElementTree.Element, key: str, path: Path) -> str:
-    """What an object says of itself. Raises InputError where it says nothing."""
-    text = (item.findtext(key) or "").strip()
-    if not text:
-        raise InputError(f"{path}: an object has no <{key.replace('/', '><')}>; add it, or take the object out")
-    return text
+    """What an object says of itself. Raises InputError where it says nothing, or two things."""
+    texts = {(element.text or "").strip() for element in item.findall(key)} - {""}
+    if len(texts) != 1:
+        tags, several = f"<{key.replace('/', '><')}>", " and ".join(sorted(texts))
+        wrong = f"has several {tags}, {several}; keep one" if several else f"has no {tags}; add it"
+        raise InputError(f"{path}: an object {wrong}, or take the object out")
+    return texts.pop()
 
 
-def is_difficult(item: ElementTree.Element) -> bool:
-    """Whether an object is marked so; it is not where nothing is said."""
-    return (item.findtext("difficult") or "0").strip() not in ("0", "")
+def is_difficult(item: ElementTree.Element, path: Path) -> bool:
+    """Whether an object is marked so; it is not where nothing is said. Raises InputError for another word."""
+    words = [(element.text or "").strip() for element in item.findall("difficult")]
+    if words == ["0"]:  # nearly always
+        return False
+    marks = {MARKS.get(word.lower()) for word in words}
+    if None in marks or len(marks) > 1:
+        said = " and ".join(repr(word) for word in sorted(set(words)))
+        raise InputError(f"{path}: <difficult> is {said} and must be 0 or 1; correct the file, or take it out")
+    return any(marks)
 
 
 def _size(tree: ElementTree.Element, path: Path) -> tuple[int, int] | None:
@@ -368,12 +425,25 @@ def _size(tree: ElementTree.Element, path: Path) -> tuple[int, int] | None:
         width, height = (round(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (ValueError, OverflowError):
         raise InputError(f"{path}: its size is no number; correct it, or take it out") from None
-    return (width, height) if width and height else None
+    return (width, height) if width or height else None
 
 
-def _corners(item: ElementTree.Element, path: Path) -> tuple[float, ...]:
-    values = [text_of(item, f"bndbox/{key}", path) for key in ("xmin", "ymin", "xmax", "ymax")]
+def _boxes(item: ElementTree.Element, path: Path) -> list[tuple[float, ...]]:
+    """The boxes of an object: one, or, of tools that write an object for each class, several."""
+    boxes = item.findall("bndbox")
+    if not boxes:
+        text_of(item, "bndbox/xmin", path)
+    return [_corners(box, path) for box in boxes]
+
+
+def _corners(box: ElementTree.Element, path: Path) -> tuple[float, ...]:
+    values = [box.findtext(side) or "" for side in SIDES]
+    if len(box) != len(SIDES) or not all(values):  # one that is missing, or stands there twice
+        values = [text_of(box, side, path) for side in SIDES]
+    said = ", ".join(values)
     try:
-        return tuple(float(value) for value in values)
+        if "_" in said:  # Python reads 1_0 as 10
+            raise ValueError
+        return tuple(map(float, values))
     except ValueError:
-        raise InputError(f"{path}: box {', '.join(values)} is not four numbers; correct the file") from None
+        raise InputError(f"{path}: box {said} is not four numbers; correct the file") from None

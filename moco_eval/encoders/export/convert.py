@@ -26,7 +26,13 @@ from moco_eval.untrusted import pickle_read
 
 
 def convert(
-    source: str, output: Path, to: str, arch: str | None = None, encoder: str | None = None, force: bool = False
+    source: str,
+    output: Path,
+    to: str,
+    arch: str | None = None,
+    encoder: str | None = None,
+    key: str | None = None,
+    force: bool = False,
 ) -> str:
     """Write CHECKPOINT's encoder in another format and prove the copy.
 
@@ -49,7 +55,7 @@ def convert(
     about, settings_file = output.with_name(f"{output.name}.json"), output.with_suffix(".yaml")
     beside = [about, settings_file] if to == "detectron2" else [about]
     _require_free(source, [output, *beside], force)
-    loaded = load(source, arch, encoder)
+    loaded = load(source, arch, encoder, key=key)
     if not loaded.tensors_loaded:
         raise InputError(f"{source} has no weights to convert")
     verify.require_place(loaded, to)
@@ -175,7 +181,7 @@ def _as_stored(encoder: Encoder) -> dict[str, torch.Tensor]:
     """Backbone and projection head exactly as in the file, in its order."""
     if encoder.path is None:
         return encoder.backbone.state_dict()
-    return split(recognise(encoder.path), encoder.taken).raw
+    return split(recognise(encoder.path, encoder.key), encoder.taken).raw
 
 
 def _known_to_numpy(tensor: torch.Tensor) -> bool:

@@ -12,8 +12,7 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_eval.encoders.architectures import ARCHITECTURES, Architecture
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.encoders.layouts import DETECTRON2, Rules
-from moco_eval.encoders.split import rename
+from moco_eval.encoders.layouts import DETECTRON2, Rules, rename
 from moco_eval.preprocessing import Preprocessing
 
 TO_DETECTRON2: Rules = (

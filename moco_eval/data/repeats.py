@@ -1,0 +1,143 @@
+"""Test images that are trained on too, found by their content."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moco_eval.data.image_set import ImageSet
+from moco_eval.data.index import ImageFiles
+from moco_eval.data.map_style import MapStyle
+from moco_eval.runtime.console import warn
+
+READS = 2000  # pieces of files at most
+PIECE = 4096  # bytes, from a file's end: its start is often the same in all
+COLUMNS = 64  # bytes of an image in memory that are compared first
+_known: dict[tuple, "Repeats | None"] = {}
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Which test images are trained on too.
+
+    Attributes:
+        rows: theirs, among those that were looked at.
+        looked: how many test images were looked at; of a large set a sample.
+        images: how many there are.
+        first: the name of the first.
+    """
+
+    rows: tuple[int, ...]
+    looked: int
+    images: int
+    first: str
+
+    def words(self) -> str:
+        """In a sentence."""
+        sample = f" of a sample of {self.looked}" if self.looked < self.images else f" of {self.images}"
+        return f"{len(self.rows)}{sample} test images are also trained on (the same content; first: {self.first})"
+
+
+def repeats(train: ImageSet, test: ImageSet) -> Repeats | None:
+    """The test images that are trained on too; None where the sets cannot be compared without decoding all of them."""
+    key = tuple((one.name, one.split, one.fingerprint, one.subset, len(one)) for one in (train, test))
+    if key not in _known:
+        _known[key] = _compared(train, test)
+    return _known[key]
+
+
+def tell_repeats(train: ImageSet, test: ImageSet) -> None:
+    """Warn, once for each pair of sets in a process."""
+    key = tuple((one.name, one.split, one.fingerprint, one.subset, len(one)) for one in (train, test))
+    told = key in _known
+    found = repeats(train, test)
+    if found and found.rows and not told:
+        warn(f"{test.name}: {found.words()}")
+
+
+def _compared(train: ImageSet, test: ImageSet) -> Repeats | None:
+    rows: list[int]
+    looked = len(test)
+    if train.pixels is not None and test.pixels is not None:
+        rows = _in_memory(train.pixels, test.pixels)
+    elif isinstance(train.files, ImageFiles) and isinstance(test.files, ImageFiles):
+        rows, looked = repeated_files(
+            train.files.sizes, train.files.__getitem__, test.files.sizes, test.files.__getitem__
+        )
+    elif isinstance(train.files, MapStyle) and isinstance(test.files, MapStyle):
+        if train.files.dataset is not test.files.dataset:
+            return None
+        rows = np.flatnonzero(np.isin(test.files.rows, train.files.rows)).tolist()
+    else:
+        return None
+    return Repeats(tuple(rows), looked, len(test), test.name_of(rows[0]) if rows else "")
+
+
+def _in_memory(train: np.ndarray, test: np.ndarray) -> list[int]:
+    """Rows of (N, H, W, 3) test images that are among the training images: a few bytes first, then all."""
+    if train.shape[1:] != test.shape[1:]:
+        return []
+    flat = [images.reshape(len(images), -1) for images in (train, test)]
+    columns = np.linspace(0, flat[0].shape[1] - 1, min(COLUMNS, flat[0].shape[1])).astype(int)
+    places: dict[bytes, list[int]] = {}
+    for row, few in enumerate(np.ascontiguousarray(flat[0][:, columns])):
+        places.setdefault(few.tobytes(), []).append(row)
+    return [
+        row
+        for row, few in enumerate(np.ascontiguousarray(flat[1][:, columns]))
+        if any((flat[0][other] == flat[1][row]).all() for other in places.get(few.tobytes(), ()))
+    ]
+
+
+def repeated_files(
+    train_sizes: np.ndarray, train: Callable[[int], Any], test_sizes: np.ndarray, test: Callable[[int], Any]
+) -> tuple[list[int], int]:
+    """Rows of the test files that are copies of training files, and how many test files were looked at.
+
+    Files of another size are no copies. Of the sizes that both have, so many are looked at, in an order drawn once for
+    all, as READS pieces of files are enough for; a match is compared as a whole.
+
+    Args:
+        train_sizes, test_sizes: bytes of each file, (N,).
+        train, test: the path of each file, by row.
+    """
+    by_size = [np.argsort(sizes, kind="stable") for sizes in (train_sizes, test_sizes)]
+    ordered = [sizes[order] for sizes, order in zip((train_sizes, test_sizes), by_size)]
+    shared = np.intersect1d(ordered[0], ordered[1])
+    looked, left, rows = int((~np.isin(test_sizes, shared)).sum()), READS, list[int]()
+    for size in np.random.default_rng(0).permutation(shared):
+        mine, theirs = (
+            order[np.searchsorted(sizes, size, "left") : np.searchsorted(sizes, size, "right")].tolist()
+            for order, sizes in zip(reversed(by_size), reversed(ordered))
+        )
+        if len(mine) + len(theirs) > left:
+            continue
+        left -= len(mine) + len(theirs)
+        looked += len(mine)
+        pieces: dict[bytes, list[Any]] = {}
+        for row in theirs:
+            pieces.setdefault(_piece(train(row), int(size)), []).append(train(row))
+        for row in mine:
+            others = pieces.get(_piece(test(row), int(size)), [])
+            if any(_content(test(row)) == _content(other) for other in others):
+                rows.append(row)
+    return sorted(rows), looked
+
+
+def _piece(path: Any, size: int) -> bytes:
+    """The end of a file; of one that cannot be read, nothing that another file has."""
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            file.seek(max(0, size - PIECE))
+            return file.read(PIECE)
+    except OSError:
+        return str(path).encode(errors="surrogateescape")
+
+
+def _content(path: Any) -> bytes | None:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return None
