@@ -380,10 +380,8 @@ def _spanned(features: Rows, mean: torch.Tensor, block: int) -> Uncorrelated:
     for one, rows in _blocks(features, device, block):
         for other, columns in _blocks(features, device, block):
             if other.start <= one.start:
-                product = (rows.double() - mean) @ (columns.double() - mean).T
-                products[one, other] = product
-                products[other, one] = product.T
-    squares, directions = torch.linalg.eigh(products)
+                products[one, other] = (rows.double() - mean) @ (columns.double() - mean).T
+    squares, directions = torch.linalg.eigh(products)  # reads the lower half
     kept = squares > N * torch.finfo(torch.float64).eps * squares[-1]  # the rest is rounding
     lengths, directions = squares[kept].sqrt(), directions[:, kept]
     vectors = sum((rows.double() - mean).T @ directions[part] for part, rows in _blocks(features, device, block))
