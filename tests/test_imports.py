@@ -20,6 +20,7 @@ ROWS = (
     ("data", "encoders"),
     ("untrusted",),
     ("runtime", "config", "preprocessing"),
+    ("limits",),
     ("errors",),
     ("__init__",),  # the version and the public names, which it imports when they are asked for
 )
