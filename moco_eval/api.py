@@ -436,11 +436,13 @@ def _require_encoder(encoder: Encoder) -> None:
 
 def _require_same_classes(train: ImageSet, test: ImageSet) -> None:
     """Raises InputError where two sets number their classes differently."""
-    for name, one in (("train", train), ("test", test)):
-        if not isinstance(one, ImageSet):
-            raise InputError(f"{name} is a {type(one).__name__}; give an ImageSet: moco_eval.images, ImageSet.from_...")
-        if one.labels is None:
-            raise InputError(f"{name} ({one.name}) has no labels; it is for pretraining only")
+    for name, images in (("train", train), ("test", test)):
+        if not isinstance(images, ImageSet):
+            raise InputError(
+                f"{name} is a {type(images).__name__}; give an ImageSet: moco_eval.images, ImageSet.from_..."
+            )
+        if images.labels is None:
+            raise InputError(f"{name} ({images.name}) has no labels; it is for pretraining only")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         first = f"{odd[0]!r} is in one of them only" if odd else "they are in another order"

@@ -210,8 +210,8 @@ def _deviations(task: Task, config: Any, protocol: Protocol, rows: Sequence[dict
 
 def _repeats(task: Task) -> list[str]:
     """Test images that are trained on too, in words; those of published splits are everybody's."""
-    found = None if (task.test.name, task.test.split) in OFFICIAL else repeats(task.train, task.test)
-    return [found.words()] if found and found.rows else []
+    copies = None if (task.test.name, task.test.split) in OFFICIAL else repeats(task.train, task.test)
+    return [copies.sentence()] if copies and copies.rows else []
 
 
 def _intervals(names: list[str], outcomes: Sequence[Outcome], test: ImageSet) -> dict[str, tuple[float, float]]:

@@ -19,7 +19,7 @@ from moco_eval.results.record import Cost
 from moco_eval.runtime import files
 from moco_eval.runtime.collectives import barrier, from_main
 from moco_eval.runtime.console import warn
-from moco_eval.runtime.rank import is_main
+from moco_eval.runtime.rank import is_main, world_size
 
 ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
 BEAT, PATIENCE = 10.0, 300.0  # seconds between two signs of life, and without one until a process is given up
@@ -59,7 +59,7 @@ def kept(task: Task, config: Any, trial: Trial, cost: Cost, device: torch.device
 
 def forget(output: Path) -> None:
     """Remove the trials' files, when predictions.npz and result.json hold what counts."""
-    for path in output.glob("trial_*.npz"):
+    for path in (*output.glob("trial_*.npz"), *output.glob("trial_*.alive")):
         path.unlink()
 
 
@@ -77,8 +77,8 @@ def _run(task: Task, config: Any, trial: Trial, seed: int, place: Path, device: 
 
 @contextlib.contextmanager
 def _signs_of_life(path: Path) -> Iterator[None]:
-    """Touch a file every BEAT seconds, from the first process: a collective cannot wait as long as a trial may take."""
-    if not is_main():
+    """Touch a file every BEAT seconds, from the first of several processes: no collective waits as long as a trial."""
+    if not is_main() or world_size() == 1:
         yield
         return
     over = threading.Event()

@@ -99,7 +99,7 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
 def _plain(value: Any) -> Any:
     """NumPy's numbers and arrays as Python's."""
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -179,8 +179,8 @@ def check(name: str, data: Path | None, train_split: str | None = None, test_spl
     for images in splits:
         lines += glance.passed_over(images)
         lines += [f"doubtful: {doubt}" for doubt in glance.doubts(images, "say")]
-    if len(splits) == 2 and (found := repeats(*splits)) and found.rows:
-        lines.append(f"repeated: {found.words()}")
+    if len(splits) == 2 and (copies := repeats(*splits)) and copies.rows:
+        lines.append(f"repeated: {copies.sentence()}")
     return lines + [f"damaged: {damage}" for images in splits for damage in images.damaged]
 
 

@@ -33,15 +33,15 @@ class Repeats:
     images: int
     first: str
 
-    def words(self) -> str:
-        """In a sentence."""
+    def sentence(self) -> str:
+        """How many, and the first."""
         sample = f" of a sample of {self.looked}" if self.looked < self.images else f" of {self.images}"
         return f"{len(self.rows)}{sample} test images are also trained on (the same content; first: {self.first})"
 
 
 def repeats(train: ImageSet, test: ImageSet) -> Repeats | None:
     """The test images that are trained on too; None where the sets cannot be compared without decoding all of them."""
-    key = tuple((one.name, one.split, one.fingerprint, one.subset, len(one)) for one in (train, test))
+    key = tuple((images.name, images.split, images.fingerprint, images.subset, len(images)) for images in (train, test))
     if key not in _known:
         _known[key] = _compared(train, test)
     return _known[key]
@@ -49,11 +49,11 @@ def repeats(train: ImageSet, test: ImageSet) -> Repeats | None:
 
 def tell_repeats(train: ImageSet, test: ImageSet) -> None:
     """Warn, once for each pair of sets in a process."""
-    key = tuple((one.name, one.split, one.fingerprint, one.subset, len(one)) for one in (train, test))
-    told = key in _known
-    found = repeats(train, test)
-    if found and found.rows and not told:
-        warn(f"{test.name}: {found.words()}")
+    key = tuple((images.name, images.split, images.fingerprint, images.subset, len(images)) for images in (train, test))
+    compared_before = key in _known
+    copies = repeats(train, test)
+    if copies and copies.rows and not compared_before:
+        warn(f"{test.name}: {copies.sentence()}")
 
 
 def _compared(train: ImageSet, test: ImageSet) -> Repeats | None:

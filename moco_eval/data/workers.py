@@ -49,9 +49,9 @@ class Reason:
     def __reduce__(self) -> tuple:
         return Reason, ()  # a process that is no fork has its own, and says nothing
 
-    def write(self, words: str) -> None:
-        said = words.encode("utf-8", "backslashreplace")[: self.SIZE - 1]
-        self.page[: len(said)] = said
+    def write(self, message: str) -> None:
+        data = message.encode("utf-8", "backslashreplace")[: self.SIZE - 1]
+        self.page[: len(data)] = data
 
     def read(self) -> str:
         return self.page[:].rstrip(b"\0").decode("utf-8", "replace")
@@ -127,10 +127,10 @@ class Loaded:
             for process in getattr(batches, "_workers", ()):  # one that waits for its storage would be waited for
                 process.terminate()
             reason = self.reason.read()
-            words = explanation(str(error), reason) if isinstance(error, RuntimeError | OSError | EOFError) else None
-            if words is None:
+            message = explanation(str(error), reason) if isinstance(error, RuntimeError | OSError | EOFError) else None
+            if message is None:
                 raise
-            raise RunFailed(words) from None
+            raise RunFailed(message) from None
 
     @staticmethod
     def _next(batches: Iterator[Any]) -> Any:
@@ -155,9 +155,9 @@ def explanation(error: str, reason: str = "") -> str | None:
     if not (lost or reason or re.search(r"ancdata|Too many open files|torch_\S+>|shared memory", error)):
         return None
     files = os.sysconf("SC_OPEN_MAX")
-    for pattern, words in REASONS:
+    for pattern, message in REASONS:
         if re.search(pattern, f"{reason} {error}"):
-            return words.format(shm=SHARED_MEMORY, files=files)
+            return message.format(shm=SHARED_MEMORY, files=files)
     if reason:
         return f"a loader process could not send its batch ({reason}); --workers 0 does without them"
     assert lost

@@ -28,7 +28,7 @@ _WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_mod
 
 
 @dataclass(frozen=True)
-class Found:
+class Contents:
     """The named tensors of a checkpoint, and what stands beside them.
 
     Attributes:
@@ -44,7 +44,7 @@ class Found:
     others: tuple[str, ...] = ()
 
 
-def find_tensors(path: Path, values: dict[str, Any], key: str | None = None) -> Found:
+def find_tensors(path: Path, values: dict[str, Any], key: str | None = None) -> Contents:
     """The named tensors of a checkpoint, at whatever depth: of its only backbone, or of the one that `key` names.
 
     Args:
@@ -57,16 +57,16 @@ def find_tensors(path: Path, values: dict[str, Any], key: str | None = None) -> 
     places: dict[str, dict] = {place: inner for place, inner in _dicts_of_tensors(values) if _holds_backbone(inner)}
     if key is None and (usual or not places):
         _require_tensors(path, values, named)
-        return Found(_joined(path, named), beside, others=tuple(places))
+        return Contents(_joined(path, named), beside, others=tuple(places))
     chosen = [place for place in places if key is None or is_named(place, key)]
     chosen = [place for place in chosen if place == key] or chosen
     if not chosen and usual:
-        return Found(_joined(path, named), beside, others=tuple(places))  # the key is a prefix of names, perhaps
+        return Contents(_joined(path, named), beside, others=tuple(places))  # the key is a prefix of names, perhaps
     if len(chosen) != 1:
         raise InputError(_several(path, list(places), key))
     place = chosen[0]
     others = tuple(other for other in places if other != place)
-    return Found(_joined(path, {"": places[place]}), _siblings(values, place), place, others)
+    return Contents(_joined(path, {"": places[place]}), _siblings(values, place), place, others)
 
 
 def is_named(place: str, key: str) -> bool:

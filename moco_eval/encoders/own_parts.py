@@ -90,8 +90,8 @@ def _of_network(layout: Layout, name: str) -> bool:
 
 def _part(name: str, modules: set[str]) -> str:
     """The first module of a name that no backbone is in: 'projector', or 'student.projector' beside a student."""
-    words = name.split(".")
-    parts = (".".join(words[:count]) for count in range(1, len(words)))
+    levels = name.split(".")
+    parts = (".".join(levels[:count]) for count in range(1, len(levels)))
     return next((part for part in parts if part not in modules), name)
 
 

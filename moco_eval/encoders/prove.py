@@ -48,7 +48,7 @@ def with_counts(tensors: dict[str, Tensor], wanted: Iterable[str], warnings: lis
     zero = torch.zeros((), dtype=torch.int64)
     odd = {name: _as_count(tensors[name]) for name in counts if name in tensors and tensors[name].numel() == 1}
     odd = {name: count for name, count in odd.items() if (count.dtype, count.shape) != _kind(tensors[name])}
-    if (absent or odd) and not any(words.startswith(OPTIONAL) for words in warnings):
+    if (absent or odd) and not any(warning.startswith(OPTIONAL) for warning in warnings):
         warnings.append(_counts_in_words(len(counts), len(absent), sorted({_stored(tensors[name]) for name in odd})))
     return tensors | odd | dict.fromkeys(absent, zero)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moco_eval.encoders.containers import Found, count_tensors, find_tensors, is_named
+from moco_eval.encoders.containers import Contents, count_tensors, find_tensors, is_named
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
 from moco_eval.encoders.own_parts import has_network, without_own_parts
 from moco_eval.errors import InputError
@@ -88,17 +88,17 @@ def recognise(path: Path, key: str | None = None) -> Checkpoint:
         InputError: missing, unreadable, wants to run code, no checkpoint, or of no known layout; it holds several
             networks and no key chooses.
     """
-    found = find_tensors(path, read(path), key)
-    named = {name: value.detach() for name, value in found.named.items() if isinstance(value, torch.Tensor)}
+    contents = find_tensors(path, read(path), key)
+    named = {name: value.detach() for name, value in contents.named.items() if isinstance(value, torch.Tensor)}
     counts = {name: tensor for name, tensor in named.items() if tensor.numel() == 1 and _COUNT.search(name)}
     read_by_layers = {name: tensor for name, tensor in named.items() if name not in counts}
-    layout, tensors = _layout(path, read_by_layers, found.beside.get("format"), None if found.place else key)
+    layout, tensors = _layout(path, read_by_layers, contents.beside.get("format"), None if contents.place else key)
     if layout.refused:
         raise InputError(f"{path} is {layout.origin}: {layout.refused}")
-    layout = _in_place(layout, found)
+    layout = _in_place(layout, contents)
     known = {name: counts.pop(name) for name in list(counts) if _has_part(layout, name)}
-    only_key = layout.query == NOTHING and (found.place or key)
-    dropped = [*_beside(found), *((name, "not a tensor") for name in found.named if name not in named)]
+    only_key = layout.query == NOTHING and (contents.place or key)
+    dropped = [*_beside(contents), *((name, "not a tensor") for name in contents.named if name not in named)]
     if counts:
         part = f"{_kinds(counts)} ({len(counts)} tensors)" if len(counts) > 1 else _kinds(counts)
         dropped.append((part, "counts left by a profiler or an averager"))
@@ -106,7 +106,7 @@ def recognise(path: Path, key: str | None = None) -> Checkpoint:
         path,
         layout,
         tensors | known,
-        found.beside,
+        contents.beside,
         dropped,
         "key" if only_key else layout.usual,
         [f"{_kinds(counts)}: counts that no forward pass reads ({len(counts)}) were left out"] if counts else [],
@@ -124,26 +124,26 @@ def _has_part(layout: Layout, name: str) -> bool:
     return any(re.match(mark, name) for mark, _, _ in layout.dropped)
 
 
-def _in_place(layout: Layout, found: Found) -> Layout:
+def _in_place(layout: Layout, contents: Contents) -> Layout:
     """The row in an entry that was looked for; one whose name speaks of momentum holds a key encoder."""
-    if not found.place:
+    if not contents.place:
         return layout
-    layout = replace(layout, origin=f"{layout.origin}, in {shown(found.place, 40)!r}")
-    if not MOMENTUM.search(f"{found.place}.") or layout.key is not None:
+    layout = replace(layout, origin=f"{layout.origin}, in {shown(contents.place, 40)!r}")
+    if not MOMENTUM.search(f"{contents.place}.") or layout.key is not None:
         return layout
-    alone = all(MOMENTUM.search(f"{other}.") for other in found.others)
+    alone = all(MOMENTUM.search(f"{other}.") for other in contents.others)
     layout = replace(layout, query=NOTHING, key=layout.query, head=None, key_head=layout.head)
     return replace(layout, usual="key") if alone else layout
 
 
-def _beside(found: Found) -> list[tuple[str, str]]:
+def _beside(contents: Contents) -> list[tuple[str, str]]:
     """What stands beside the tensors and is not read, each with its reason."""
     dropped = []
-    for name, value in found.beside.items():
+    for name, value in contents.beside.items():
         count = count_tensors(value) + isinstance(value, torch.Tensor)
         if name in STATE or (name not in READ and not count):
             dropped.append((name, STATE.get(name, "not used by an evaluation")))
-        elif any(is_named(other, name) for other in found.others):
+        elif any(is_named(other, name) for other in contents.others):
             dropped.append((f"{name} ({count} tensors)", f"another network; --key {name} takes it"))
         elif count:
             dropped.append((f"{name} ({count} tensors)" if count > 1 else name, "no backbone is in it"))

@@ -121,8 +121,8 @@ class Result:
         caption = f"{self.protocol} of {encoder['path']} on {data['name']}, {data['images']:,} test images, percent"
         head = "".join(f"<th>{title}</th>" for title in ("metric", "value", "over trials", "95 % over test images"))
         notes = "".join(f"<li>{html.escape(deviation)}</li>" for deviation in self.deviations)
-        told = f"<p>Not comparable with published numbers:</p><ul>{notes}</ul>" if notes else ""
-        return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{''.join(rows)}</table>{told}"
+        remarks = f"<p>Not comparable with published numbers:</p><ul>{notes}</ul>" if notes else ""
+        return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{''.join(rows)}</table>{remarks}"
 
 
 def lines(record: dict[str, Any]) -> list[str]:

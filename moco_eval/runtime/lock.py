@@ -101,5 +101,5 @@ def _ourselves() -> str:
 
 def _holder(descriptor: int) -> str:
     """What the holder says of itself, on one line."""
-    words = os.pread(descriptor, SHOWN, 0).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else " " for letter in words).strip() or "another command"
+    text = os.pread(descriptor, SHOWN, 0).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip() or "another command"

@@ -73,9 +73,9 @@ class Stop:
         before, at = self._looked or (step, now)
         steps = max(1, self.EVERY * (step - before) // max(now - at, 1e-3))
         first = torch.tensor([float(due), float(steps)]) * is_main()
-        said = all_sum(first.cuda() if dist.get_backend() == "nccl" else first).tolist()
-        self._looked, self._next = (step, now), step + int(said[1])
-        return self.requested(), bool(said[0])
+        agreed = all_sum(first.cuda() if dist.get_backend() == "nccl" else first).tolist()
+        self._looked, self._next = (step, now), step + int(agreed[1])
+        return self.requested(), bool(agreed[0])
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop."""

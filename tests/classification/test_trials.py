@@ -41,9 +41,22 @@ def test_a_process_that_shows_life_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_signs_of_life_come_and_go(tmp_path, monkeypatch):
+    """One process alone needs none."""
     monkeypatch.setattr(trials, "BEAT", 0.05)
     alive = tmp_path / "trial_0.alive"
+    with trials._signs_of_life(alive):
+        time.sleep(0.2)
+        assert not alive.is_file()
+    monkeypatch.setattr(trials, "world_size", lambda: 2)
     with trials._signs_of_life(alive):
         time.sleep(0.3)
         assert alive.is_file()
     assert not alive.is_file()
+
+
+def test_the_files_of_trials_go_when_the_result_stands(tmp_path):
+    """Also a sign of life that a kill has left."""
+    for name in ("trial_0.npz", "trial_0.alive", "result.json"):
+        (tmp_path / name).touch()
+    trials.forget(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

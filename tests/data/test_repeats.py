@@ -54,8 +54,8 @@ def test_copies_are_found_by_their_content_whatever_their_names(tmp_path, ending
     root = folder_of(tmp_path / "set", ending=ending)
     assert not any("trained on" in line for line in check("imagefolder", root))
     copy(root, 3, ending)
-    found = repeats.repeats(*open_splits("imagefolder", root))
-    assert (len(found.rows), found.looked, found.images) == (3, 11, 11)
+    copies = repeats.repeats(*open_splits("imagefolder", root))
+    assert (len(copies.rows), copies.looked, copies.images) == (3, 11, 11)
     words = f"3 of 11 test images are also trained on (the same content; first: {root}/val/dog/copy0.{ending})"
     assert f"repeated: {words}" in check("imagefolder", root)
 
@@ -81,9 +81,9 @@ def test_of_a_large_set_a_sample_is_looked_at_and_its_size_is_said(tmp_path, mon
         for path in (root / name).iterdir():
             shutil.copy(path, root / "val/dog" / f"{name[-3:]}-{path.name}")
     monkeypatch.setattr(repeats, "READS", 17)
-    found = repeats.repeats(*open_splits("imagefolder", root))
-    assert 0 < len(found.rows) <= found.looked < found.images == 20
-    assert f"{len(found.rows)} of a sample of {found.looked} test images are also trained on" in found.words()
+    copies = repeats.repeats(*open_splits("imagefolder", root))
+    assert 0 < len(copies.rows) <= copies.looked < copies.images == 20
+    assert f"{len(copies.rows)} of a sample of {copies.looked} test images are also trained on" in copies.sentence()
 
 
 def test_every_kind_of_set_is_compared():
