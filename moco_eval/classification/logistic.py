@@ -37,6 +37,7 @@ RESIDENT = 4 * 2**30  # bytes of features that are kept in a CPU's memory in flo
 # of L-BFGS in uncorrelated coordinates, as seen on the digits: iterations for each C of a path and for the last fit,
 PATH_ITERATIONS, LAST_ITERATIONS = 25, 150
 LONGEST_PART = 0.43  # and what the costliest of a path's five parts has of them
+SIZES = (1e-6, 1e6)  # standard deviations of features between which a C regularises; encoders give 0.001 to 100
 SUBPATH = 9  # values of C that start from one another; fixed, so that the number of processes moves no number
 
 
@@ -84,8 +85,10 @@ def on_features(
         train, test: (N, D); labels: (N,), each class at least once.
         measure: of the held-out images, by which C is chosen.
     Raises:
-        InputError: no class has an image to spare for the choice of C.
+        InputError: no class has an image to spare for the choice of C, or the features are of such a size that no C of
+            the path means anything.
     """
+    _require_size(train)
     settings = SolverSettings(config.tolerance, config.max_iterations)
     path = costs(config.path.low, config.path.high, config.path.count)
     points = _points(train, labels, path, config.solver, config.held_out, seed, device, settings, measure)
@@ -131,6 +134,17 @@ def _require_some(held: np.ndarray) -> None:
         raise InputError(
             "every class has one training image, none to spare for the choice of C; take more labels, or one C alone: "
             "--set path.count=1 --set path.low=1.0"
+        )
+
+
+def _require_size(features: "Rows") -> None:
+    """Raises InputError where the features' standard deviation is far from what a C is chosen for."""
+    rows = np.asarray(features[np.arange(0, features.shape[0], max(1, features.shape[0] // 256))], dtype=np.float64)
+    deviation = float(np.sqrt(rows.var(axis=0).mean()))
+    if deviation and not SIZES[0] <= deviation <= SIZES[1]:
+        raise InputError(
+            f"the features have a standard deviation of {deviation:.1e}: at that size every C regularises as much as "
+            "any other; take another --feature, or divide the network's output by that number (moco_eval.wrap)"
         )
 
 

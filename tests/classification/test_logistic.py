@@ -294,3 +294,11 @@ def test_a_fit_beyond_the_memory_is_refused_with_its_size():
     features = SimpleNamespace(shape=(200_000, 150_528))
     with pytest.raises(RunFailed, match=r"150,528 dimensions of 200,000 images takes 544 GB and this machine has"):
         logistic.uncorrelated(features, CPU)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-8, 1e8, 1e25])
+def test_features_of_a_size_at_which_no_c_regularises_are_refused(digits, size):
+    """There a path over C would answer chance, or one number for all of it."""
+    config = configs.load("digits", "logistic", LogisticConfig)
+    with pytest.raises(InputError, match=r"the features have a standard deviation of .*e[+-]\d+.*moco_eval.wrap"):
+        logistic.on_features(digits.X * size, digits.y, digits.Xt, config, 0, CPU)
