@@ -60,6 +60,7 @@ class Monitor:
                 k=self.settings.k,
                 temperature=self.settings.temperature,
                 workers=self.run.config.workers,
+                precision=self.run.config.precision,
             )
         finally:
             encoder_q.fc = head

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-from moco_eval.runtime.collectives import gather
+from moco_eval.runtime.collectives import exchange, gather
 from moco_eval.runtime.device import to_device
 from moco_eval.runtime.rank import rank, world_size
 
@@ -39,25 +38,12 @@ def shuffle(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     owner = wanted // N
     sent = [wanted[to][owner[to] == rank()] - rank() * N for to in range(ranks)]
     received_from = owner[rank()]
-    parts = _exchange(
-        [rows[to_device(part, rows.device)] for part in sent], torch.bincount(received_from, minlength=ranks)
-    )
+    counts = torch.bincount(received_from, minlength=ranks).tolist()
+    parts = exchange([rows[to_device(part, rows.device)] for part in sent], counts)
     place = torch.argsort(received_from, stable=True)
     result = torch.empty_like(rows)
     result[to_device(place, rows.device)] = parts
     return result
-
-
-def _exchange(parts: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-    """Send part r to rank r; return what the others sent here, in rank order."""
-    incoming = torch.empty((int(counts.sum()), *parts[0].shape[1:]), dtype=parts[0].dtype, device=parts[0].device)
-    dist.all_to_all_single(
-        incoming,
-        torch.cat(parts),
-        output_split_sizes=counts.tolist(),
-        input_split_sizes=[len(part) for part in parts],
-    )
-    return incoming
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

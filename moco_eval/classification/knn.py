@@ -11,17 +11,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco_eval.classification.neighbours import Distance, Neighbours, nearest, nearest_by_ranks, require_enough
+from moco_eval.classification.neighbours import (
+    Distance,
+    Neighbours,
+    nearest,
+    nearest_by_ranks,
+    nearest_in_shares,
+    require_enough,
+)
 from moco_eval.classification.probe import Probe
 from moco_eval.classification.task import Code, Outcome, Passes, Task, clean_features
 from moco_eval.config.classification import KnnConfig, KnnGridConfig
 from moco_eval.data.image_set import ImageSet
-from moco_eval.features.extract import extract
+from moco_eval.features.extract import extract, extract_share
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime import files
+from moco_eval.runtime.rank import world_size
 
 EPSILON = 1e-5  # solo-learn's
+ON_GPU = 1024  # images of each process in a step of the monitor
 
 
 def weights(neighbours: Neighbours, temperature: float | None) -> torch.Tensor:
@@ -68,22 +77,26 @@ def monitor(
     k: int,
     temperature: float,
     workers: int,
+    precision: str = "fp32",
 ) -> float:
     """Top-1 in percent of the kNN monitor during pretraining: bank of clean training images; puts `net` back.
 
-    Collective: every rank has all features and searches for its share of the queries.
+    Collective: every rank has the features of its own images, and searches among these for all queries.
     An unreadable image is named and counts as a grey one: a monitor must not end a run, least of all on one rank.
+
+    Args:
+        precision: of the encoder's arithmetic; the search is in fp32.
     """
     assert train.labels is not None and test.labels is not None
     training = net.training
     net.eval()
-    bank, queries = (
-        extract(net, images, preprocessing, device, workers=workers, title="kNN", tolerant=True)
-        for images in (train, test)
-    )
+    how: dict[str, Any] = {"workers": workers, "precision": precision, "title": "kNN", "tolerant": True}
+    how["batch_size"] = 256 if device.type == "cpu" else ON_GPU * world_size()
+    bank, index = extract_share(net, train, preprocessing, device, **how)
+    queries = extract(net, test, preprocessing, device, **how)
     net.train(training)
     scores = vote(
-        nearest_by_ranks(queries, bank, min(k, len(bank)), device=device),
+        nearest_in_shares(queries, bank, index, min(k, len(train)), device=device),
         torch.as_tensor(train.labels, device=device),
         len(train.classes),
         temperature,

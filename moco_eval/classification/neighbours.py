@@ -18,7 +18,8 @@ import torch
 from moco_eval.data.loader import share
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.extract import in_order
-from moco_eval.runtime.device import autocast
+from moco_eval.runtime.collectives import gather
+from moco_eval.runtime.device import autocast, to_device
 from moco_eval.runtime.rank import world_size
 
 Distance = Literal["cosine", "euclidean"]
@@ -26,6 +27,7 @@ Distance = Literal["cosine", "euclidean"]
 MEMORY = 1e9  # bytes of working blocks on a CPU
 AT_ONCE = {"cpu": 512, "cuda": 4096}  # queries in one product at most; more gains nothing
 LINE = 64  # floats
+MERGED = 4096  # queries whose neighbours of all ranks are merged at once
 CLOSE = 1e-2  # squared distances below this share of the squared norms are taken again, by difference
 
 
@@ -125,6 +127,38 @@ def nearest_by_ranks(
     part = nearest(queries[here], bank, k, own=None if own is None else own[here], **options)
     similarity, index = (in_order(rows, len(queries)) for rows in (part.similarity, part.index))
     return Neighbours(similarity, index, part.distance)
+
+
+def nearest_in_shares(
+    queries: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, k: int, *, device: torch.device
+) -> Neighbours:
+    """The k nearest by cosine similarity in a bank that is spread over ranks; every rank returns all. Collective.
+
+    Args:
+        queries: (Q, D), the same on every rank.
+        bank: this rank's rows, (B, D), and `index`, (B,), where they stand in the whole bank.
+        k: at most the rows of all ranks.
+    """
+    if world_size() == 1:
+        return nearest(queries, bank, k, device=device)
+    similarity = torch.full((len(queries), k), -torch.inf, device=device)
+    place = torch.full((len(queries), k), -1, device=device)
+    if most := min(k, len(bank)):
+        here = nearest(queries, bank, most, device=device)
+        similarity[:, :most], place[:, :most] = here.similarity, to_device(index, device)[here.index]
+    merged = [_best(*pair) for pair in zip(similarity.split(MERGED), place.split(MERGED), strict=True)]
+    return Neighbours(torch.cat([similarity for similarity, _ in merged]), torch.cat([place for _, place in merged]))
+
+
+def _best(similarity: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of all ranks, from this rank's, all (Q, k); of equals the smaller index first. Collective."""
+    k = index.shape[1]
+    similarity, index = (
+        gather(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1) for part in (similarity, index)
+    )
+    index, order = index.sort(dim=1)
+    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarity[:, :k], index.gather(1, order)[:, :k]
 
 
 def require_enough(k: int, images: int) -> None:

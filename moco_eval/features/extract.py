@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from moco_eval.config.base import Augmentation
 from moco_eval.data.augment.steps import Crop, Flip, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident
+from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident, share
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.collectives import gather
@@ -133,16 +134,83 @@ def extract(
         InputError: an image cannot be read; it names the file.
         RunFailed: a feature is not finite.
     """
+    batches = _batches(images, batch_size, crops)
+    views = pixels(images, preprocessing, crops, batches, device, workers, tolerant)
+    everything = Filled(len(images))
+    for step, mine in enumerate(_features(net, views, batches, device, precision, title)):
+        everything.add(in_order(mine, batches.size(step)))
+    return require_finite_features(everything.rows(), title)
+
+
+@torch.no_grad()
+def extract_share(
+    net: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    title: str = "features",
+    tolerant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `extract`, but each rank keeps only what it has made itself.
+
+    Returns:
+        (n, D) float32 on the CPU, and which images these are, (n,) int64, ascending.
+    """
+    batches = _batches(images, batch_size, None)
+    views = pixels(images, preprocessing, None, batches, device, workers, tolerant)
+    starts = range(0, len(images), batch_size)
+    index = [share(range(start, start + batches.size(step))) for step, start in enumerate(starts)]
+    mine = torch.tensor(list(chain.from_iterable(index)), dtype=torch.long)
+    rows = Filled(len(mine))
+    for features in _features(net, views, batches, device, precision, title):
+        rows.add(features)
+    return require_finite_features(rows.rows(), title), mine
+
+
+def _batches(images: ImageSet, batch_size: int, crops: Crops | None) -> Batches:
     epoch = 0 if crops is None else crops.epoch
-    batches = Batches(len(images), batch_size, 0, range(epoch, epoch + 1), shuffle=False, drop_last=False)
-    rows = []
-    with progress(title, len(batches), batch_size) as advance:
-        for step, views in enumerate(pixels(images, preprocessing, crops, batches, device, workers, tolerant)):
+    return Batches(len(images), batch_size, 0, range(epoch, epoch + 1), shuffle=False, drop_last=False)
+
+
+def _features(
+    net: nn.Module,
+    views: Iterator[torch.Tensor],
+    batches: Batches,
+    device: torch.device,
+    precision: str,
+    title: str,
+) -> Iterator[torch.Tensor]:
+    """This rank's rows of each batch, (n, D) float32 on the device."""
+    with progress(title, len(batches), batches.batch_size) as advance:
+        for step, batch in enumerate(views):
             with autocast(device, precision):
-                mine = net(views).flatten(1).float()[: batches.mine(step)]
-            rows.append(in_order(mine, batches.size(step)).cpu())
+                mine = net(batch).flatten(1).float()[: batches.mine(step)]
+            yield mine
             advance()
-    return require_finite_features(torch.cat(rows), title)
+
+
+class Filled:
+    """Rows on the CPU that are added piece by piece to memory that is taken once."""
+
+    def __init__(self, count: int):
+        self.count, self.done = count, 0
+        self.room: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        """(n, D), the first of which says how wide they are."""
+        if self.room is None:
+            self.room = torch.empty(self.count, *rows.shape[1:])
+        self.room[self.done : self.done + len(rows)] = rows
+        self.done += len(rows)
+
+    def rows(self) -> torch.Tensor:
+        """All of them, (count, D)."""
+        assert self.room is not None and self.done == self.count
+        return self.room
 
 
 def require_finite_features(features: torch.Tensor, title: str) -> torch.Tensor:

@@ -26,10 +26,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+def in_order_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, which every collective sends through here: its memory must lie as its rows do.
+
+    Collectives move memory, not rows: of channels-last images they would exchange pieces of other images.
+    """
+    assert tensor.is_contiguous(), f"a collective of {tuple(tensor.shape)} with strides {tensor.stride()}"
+    return tensor
+
+
 def broadcast_(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's values in place, on every rank."""
+    return _in_place(tensor, lambda rows: dist.broadcast(rows, src=0))
+
+
+def _in_place(tensor: torch.Tensor, collective: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    """The tensor after a collective that changes it; one that does not lie in order is copied forth and back."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0)
+        rows = tensor.contiguous()
+        collective(in_order_of_rows(rows))
+        if rows is not tensor:
+            tensor.copy_(rows)
     return tensor
 
 
@@ -60,9 +77,24 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate every rank's tensor (equal shapes) along dimension 0, in rank order; no gradient."""
     if world_size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    rows = tensor.contiguous()
+    parts = [in_order_of_rows(torch.empty_like(rows)) for _ in range(world_size())]
+    dist.all_gather(parts, in_order_of_rows(rows))
     return torch.cat(parts)
+
+
+def exchange(parts: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+    """Send part r to rank r; return what the others sent here, in rank order.
+
+    Args:
+        parts: one for each rank, (any number, ...).
+        counts: rows that come from each rank.
+    """
+    sent = torch.cat(parts).contiguous()
+    received = sent.new_empty((sum(counts), *sent.shape[1:]))
+    sizes = [len(part) for part in parts]
+    dist.all_to_all_single(in_order_of_rows(received), in_order_of_rows(sent), counts, sizes)
+    return received
 
 
 class _Gather(torch.autograd.Function):
@@ -112,6 +144,4 @@ def same_on_all_ranks(*tensors: torch.Tensor) -> bool:
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+    return _in_place(tensor, dist.all_reduce)

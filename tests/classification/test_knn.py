@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from moco_eval.errors import InputError
 from moco_eval.features import extract as extraction
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.statistics import Answers, value
+
+from ranks import run_ranks  # isort: skip
 
 CPU = torch.device("cpu")
 
@@ -159,3 +163,46 @@ def test_a_vote_too_small_to_count_is_a_guess():
     scores = knn.guesses(found, torch.tensor([2, 1]), 4, temperature=0.001)
     assert scores.tolist() == [[-math.inf, 0.0, 1.0, -math.inf]]
     assert [knn.accuracy(scores, torch.tensor([label]), top=3) for label in range(4)] == [0, 100, 100, 0]
+
+
+# The monitor on several processes
+
+
+class Wide(torch.nn.Module):
+    """Each image to 512 numbers, of which many images together would be seen in the memory."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3 * 4 * 4, 512, generator=generator), requires_grad=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) @ self.weight
+
+
+def monitored(bank: int) -> tuple[float, int]:
+    """Top-1 of the monitor, and by how many bytes this process's peak has grown."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(10, size=bank + 200)
+    pixels = draw.integers(256, size=(bank + 200, 4, 4, 3)).astype(np.uint8) // 2 + 12 * labels[
+        :, None, None, None
+    ].astype(np.uint8)
+    train, test = (me.ImageSet.from_arrays(pixels[part], labels[part]) for part in (slice(bank), slice(bank, None)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    top1 = knn.monitor(Wide(), train, test, Preprocessing(4, 4), CPU, k=20, temperature=0.1, workers=0)
+    return top1, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_each_process_of_the_monitor_keeps_its_own_part_of_the_bank(tmp_path):
+    alone, _ = monitored(1001)
+    assert [top1 for top1, _ in run_ranks(monitored, tmp_path, 1001)] == [alone, alone] and 15 < alone < 95
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+def test_the_monitors_memory_falls_with_the_number_of_processes(tmp_path):
+    """A bank of 200,000 x 512 in float32 is 410 MB."""
+    alone, _ = monitored(200_000)
+    ranks = run_ranks(monitored, tmp_path, 200_000, ranks=4)
+    assert [top1 for top1, _ in ranks] == 4 * [alone]
+    assert max(grown for _, grown in ranks) < 200_000 * 512 * 4 / 4 + 200e6

@@ -11,7 +11,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
 from moco_eval.classification.knn import vote
-from moco_eval.classification.neighbours import Neighbours, blocks, nearest, nearest_by_ranks
+from moco_eval.classification.neighbours import Neighbours, blocks, nearest, nearest_by_ranks, nearest_in_shares
+from moco_eval.data.loader import share
 from moco_eval.errors import InputError, RunFailed
 
 from ranks import run_ranks  # isort: skip
@@ -231,6 +232,25 @@ def test_two_processes_give_one_processs_answer(tmp_path):
         for name, expected in alone.items():
             assert torch.allclose(rank[name], expected, atol=1e-6)
             assert rank[name].shape == expected.shape
+
+
+def in_shares(bank: torch.Tensor) -> list[torch.Tensor]:
+    """Of the whole bank, of one that gives some ranks fewer rows than k, and of one that gives some none."""
+    neighbours = []
+    for rows, k in ((90, 4), (7, 6), (2, 2)):
+        mine = torch.tensor(share(list(range(rows))), dtype=torch.long)
+        each = nearest_in_shares(bank[-5:], bank[mine], mine, k, device=torch.device("cpu"))
+        neighbours += [each.similarity, each.index]
+    return neighbours
+
+
+def test_a_bank_that_is_spread_over_processes_gives_one_processs_neighbours(tmp_path):
+    bank = drawn(90, 8)
+    bank[80] = bank[88]  # equally near: the smaller index first, on whatever rank
+    alone = in_shares(bank)
+    for rank in run_ranks(in_shares, tmp_path, bank, ranks=3):
+        for each, expected in zip(rank, alone, strict=True):
+            assert torch.allclose(each, expected, atol=1e-6) and each.shape == expected.shape
 
 
 @pytest.mark.parametrize("rest", [1, 5, 40])

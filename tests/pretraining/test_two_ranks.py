@@ -17,7 +17,7 @@ from moco_eval.errors import InputError, Interrupted
 from moco_eval.features.extract import extract
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.batch_norm import SyncBatchNorm2d
-from moco_eval.runtime.collectives import all_sum, same_on_all_ranks
+from moco_eval.runtime.collectives import all_sum, broadcast_, gather, same_on_all_ranks
 from moco_eval.runtime.rank import rank, world_size
 from pretraining import moco
 from pretraining.mechanisms import build
@@ -117,6 +117,20 @@ def seen_in_shards(folder) -> list[str]:
     return [run.images.name_of(index) for index in seen]
 
 
+def of_channels_last() -> dict[str, torch.Tensor]:
+    """Collectives of images whose memory does not lie as their rows do."""
+    pixels = images().to(memory_format=torch.channels_last)
+    mine = share(pixels)
+    forth, _ = permutation(BATCH, torch.Generator().manual_seed(3))
+    from_rank_0, total = (mine.clone(memory_format=torch.channels_last) for _ in range(2))
+    return {
+        "shuffled": shuffle(mine, forth),
+        "gathered": gather(mine),
+        "from_rank_0": broadcast_(from_rank_0),
+        "total": all_sum(total),
+    }
+
+
 def both_ranks(folder) -> dict:
     """Everything the tests below look at, as one rank sees it."""
     rows = torch.arange(12)[:, None] * torch.ones(1, 2)
@@ -132,6 +146,7 @@ def both_ranks(folder) -> dict:
         "restored": shuffle(shuffle(mine, forth), back),
         "indices": [index for batch in batches for index in batch],
         "in_shards": seen_in_shards(folder / "shards"),
+        "channels_last": of_channels_last(),
         "keys": keys_of(True, "shuffle"),
         "keys_unshuffled": keys_of(False, "shuffle"),
         "synchronised": synchronised(),
@@ -174,6 +189,18 @@ def test_shuffled_rows_cross_ranks_and_come_back(ranks):
     assert torch.cat([rank["shuffled"] for rank in ranks])[:, 0].tolist() == forth.tolist()
     assert (ranks[0]["shuffled"][:, 0] >= 6).any() and (ranks[1]["shuffled"][:, 0] < 6).any()
     assert torch.cat([rank["restored"] for rank in ranks])[:, 0].tolist() == list(range(12))
+
+
+def test_images_whose_channels_lie_last_in_memory_cross_ranks_whole(ranks):
+    """Sent as they lie, their pixels would arrive scrambled."""
+    pixels, half = images(), BATCH // 2
+    forth, _ = permutation(BATCH, torch.Generator().manual_seed(3))
+    for number, each in enumerate(ranks):
+        crossed = each["channels_last"]
+        assert torch.equal(crossed["shuffled"], pixels[forth][number * half :][:half])
+        assert torch.equal(crossed["gathered"], pixels)
+        assert torch.equal(crossed["from_rank_0"], pixels[:half])
+        assert torch.equal(crossed["total"], pixels[:half] + pixels[half:])
 
 
 def test_shuffling_changes_the_keys_where_there_is_bn(ranks):
