@@ -6,6 +6,8 @@ import re
 import shlex
 import signal
 import sys
+import traceback
+from typing import NoReturn
 
 import click
 
@@ -48,7 +50,33 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # a file's name may be no text
             stream.reconfigure(errors="backslashreplace")
     with command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
-        sys.exit(_run())
+        try:
+            code = _run()
+        except Exception:
+            if not _is_one_of_several():
+                raise
+            click.echo(f"rank {os.environ['RANK']}: {traceback.format_exc()}", err=True)
+            code = 1
+    if code and _is_one_of_several():
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this is a process of a run of several."""
+    return bool(os.environ.get("RANK")) and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _of_rank() -> str:
+    """Which process of several has failed."""
+    return f" (rank {os.environ['RANK']})" if _is_one_of_several() else ""
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End without the way out of an orderly process: it may wait for the others, who may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run() -> int:
@@ -62,7 +90,7 @@ def _run() -> int:
         code = 2
     except (InputError, RunFailed) as error:
         if not getattr(error, "told", False):
-            click.echo(f"Error: {message_of(error)}", err=True)
+            click.echo(f"Error: {message_of(error)}{_of_rank()}", err=True)
         code = 2 if isinstance(error, InputError) else 1
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:  # before RuntimeError, of which Abort is one
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
@@ -71,12 +99,18 @@ def _run() -> int:
             )
         code = 3
     except RuntimeError as error:
-        if words := _of_loader(error):
-            click.echo(f"Error: {words}", err=True)
+        if reason := _of_loader(error):
+            click.echo(f"Error: {reason}{_of_rank()}", err=True)
             return 1
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
+        if not _is_one_of_several() or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
             raise
-        code = 1  # another process of this run failed, and says why
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        click.echo(
+            f"rank {os.environ['RANK']} has lost the other processes ({first}); if one of them says why, that is the "
+            "reason, otherwise look at the network and the GPUs",
+            err=True,
+        )
+        code = 1
     return code if isinstance(code, int) else 0
 
 

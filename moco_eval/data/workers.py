@@ -4,6 +4,7 @@ import mmap
 import multiprocessing.queues
 import os
 import re
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from moco_eval.runtime.stop import reading, stop_waiting
 SHARED_MEMORY = Path("/dev/shm")  # where torch puts what loader processes send
 PREFETCH = 4  # batches that a loader process keeps ready
 POLL = 1.0  # seconds between two looks for a signal
+GRACE = 60  # seconds that a loader process lives after SIGTERM
 LONGEST_TMPDIR = 75  # bytes: the processes' sockets lie below it, and their paths may have 107
 LOST = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([\w ]+))?")
 REASONS = (
@@ -64,17 +66,30 @@ class Start:
         self.reason = reason
 
     def __call__(self, _worker: int) -> None:
-        """Leave the group to which signals are sent, and end with the reason where a batch cannot be sent.
+        """Leave signals to the process that trains, and end with the reason where a batch cannot be sent.
 
         multiprocessing only prints that, and whoever waits for the batch waits for ever.
         """
-        os.setpgid(0, 0)
+        outlive_signals()
 
         def failed(error: Exception, _batch: Any) -> None:
             self.reason.write(" ".join(f"{type(error).__name__}: {error}".split()))
             os._exit(0)  # a failure would be raised in the middle of a training step; its absence is noticed
 
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(failed)  # type: ignore[attr-defined]
+
+
+def outlive_signals() -> None:
+    """A loader process goes on, so that the process that trains can end its step and save.
+
+    A signal to the group does not reach it, one to every process is ignored; but after SIGTERM, by which its own parent
+    may want to end it, it lives for GRACE at most.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class Loaded:
@@ -125,7 +140,7 @@ class Loaded:
             raise  # no more is wanted
         except BaseException as error:
             for process in getattr(batches, "_workers", ()):  # one that waits for its storage would be waited for
-                process.terminate()
+                process.kill()
             reason = self.reason.read()
             message = explanation(str(error), reason) if isinstance(error, RuntimeError | OSError | EOFError) else None
             if message is None:

@@ -25,10 +25,12 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from torch import nn
+from torch.utils.data import get_worker_info
 
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import UNREADABLE, DetectionData, Sample
 from moco_eval.data.pixels import SIXTEEN_BITS
+from moco_eval.data.workers import outlive_signals
 from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detectron2_config import config_of
@@ -158,7 +160,12 @@ def _image(number: int, sample: Sample) -> dict[str, Any]:
 class _Mapper(DatasetMapper):
     """detectron2's reading of an image, with its refusals in our words and the file's name."""
 
+    outlives_signals = False
+
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        if get_worker_info() and not self.outlives_signals:
+            outlive_signals()
+            self.outlives_signals = True
         path = record["file_name"]
         try:
             with Image.open(path) as image:

@@ -23,7 +23,7 @@ OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[torch.device]:
-    """Join torchrun's process group if there is one; yield this process's device; leave the group at the end.
+    """Join torchrun's process group if there is one; yield this process's device; leave the group at a good end.
 
     Raises:
         InputError: a device that is not there, or an environment that is not torchrun's.
@@ -35,12 +35,10 @@ def processes(device: str) -> Iterator[torch.device]:
             warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    try:
-        with exact_arithmetic():
-            yield chosen
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with exact_arithmetic():
+        yield chosen
+    if dist.is_initialized():  # not after an error: leaving is collective, and the others are elsewhere
+        dist.destroy_process_group()
 
 
 def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:

@@ -136,6 +136,31 @@ def test_a_batch_that_comes_late_is_still_taken(monkeypatch):
         assert stop.requested()
 
 
+def _signals_itself(index: int) -> None:
+    """What a scheduler does that signals every process of a job."""
+    for number in Stop.SIGNALS if index == 2 else ():
+        os.kill(os.getpid(), number)
+
+
+def test_loader_processes_outlive_the_signals_that_the_step_is_to_hear(monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 60)
+    assert [batch.item() for batch in Loaded(Numbers(_signals_itself), ONE_BY_ONE, 1)] == list(range(8))
+
+
+def test_a_loader_process_does_not_outlive_sigterm_for_ever(monkeypatch):
+    """One that waits for its storage, and whose parent ends."""
+    monkeypatch.setattr(workers, "GRACE", 1)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        workers.outlive_signals()
+        os.write(writer, b"x")
+        os.read(os.pipe()[0], 1)
+        os._exit(0)
+    os.read(reader, 1)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGALRM
+
+
 def test_a_command_says_in_one_line_what_ended_a_loader_process(capfd, monkeypatch):
     """torch raises it wherever the waiting process happens to be."""
 
