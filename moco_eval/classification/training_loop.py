@@ -122,7 +122,7 @@ class Loop:
     def _after_step(self, done: int, total: int, per_epoch: int, stop: Stop) -> None:
         """At the end of each epoch check the loss and keep the state; stop where asked to."""
         epoch_ends = done % per_epoch == 0
-        requested = (world_size() == 1 or done % 50 == 0 or epoch_ends) and stop.requested()
+        requested = stop.look(done, due=False)[0] or (epoch_ends and stop.requested())
         if not epoch_ends and not requested:
             return
         loss = all_sum(torch.stack(self.losses).mean()).item() / world_size()

@@ -97,7 +97,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
         click.echo(_plan(task, config, output))
         return 0
     if options.nproc > 1:
-        return launch_again(options.nproc)
+        return launch_again(options)
     with processes(options.device) as device:
         result = judged(task, config, output, device)
         if is_main():
@@ -181,7 +181,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
         click.echo(describe(chosen, forecast(chosen, needs, choose_device(options.device), options.nproc), output))
         return 0
     if options.nproc > 1:
-        return launch_again(options.nproc)
+        return launch_again(options)
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
@@ -223,7 +223,7 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     wanted = [task.source(task.train, config, kind) for kind in (None, *linear_quick.crops(config)) if split != "test"]
     wanted += [task.source(task.test, config)] if split != "train" else []
     if options.nproc > 1:
-        return launch_again(options.nproc)
+        return launch_again(options)
     with processes(options.device) as device:
         for source in wanted:
             extracted = cache.features_of(source, task.cache, device)

@@ -58,7 +58,7 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
             choose_device(options.device)
             click.echo(planned)
             return 0
-        return launch_again(options.nproc)
+        return launch_again(options)
     with processes(options.device) as device:
         record = detection.detect(task, output, device)
         if is_main():

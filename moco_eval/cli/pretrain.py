@@ -45,7 +45,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
         if options.dry_run:
             click.echo(f"{planned.describe()}\noutput: {output}")
             return 0
-        return launch_again(options.nproc, max_restarts)
+        return launch_again(options, max_restarts)
     with processes(options.device) as device:
         run = plan(resolved, options.dataset, options.data, world_size(), device)
         log(run.describe())

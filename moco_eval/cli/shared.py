@@ -45,13 +45,19 @@ def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:
     return encoder
 
 
-def launch_again(nproc: int, max_restarts: int = 0) -> int:
-    """This very command in `nproc` processes."""
+def launch_again(options: Options, max_restarts: int = 0) -> int:
+    """This very command in several processes. Raises InputError where one GPU would serve them all."""
+    from moco_eval.errors import InputError
     from moco_eval.runtime.launch import launch
 
+    if options.device.startswith("cuda:"):
+        raise InputError(
+            f"--device {options.device} puts all {options.nproc} processes on one GPU; take --device cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose which"
+        )
     kept, skip = [], False
     for argument in sys.argv[1:]:
         if not skip and argument != "--nproc" and not argument.startswith("--nproc="):
             kept.append(argument)
         skip = argument == "--nproc"
-    return launch(nproc, kept, max_restarts)
+    return launch(options.nproc, kept, max_restarts)

@@ -13,6 +13,8 @@ import torch
 from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.runtime.console import warn
 
+LARGEST_PINNED = 64 << 20  # bytes
+
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
@@ -24,6 +26,11 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {name}: no CUDA device is visible here; take --device cpu")
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE") or "1") > 1:
+            raise InputError(
+                f"--device {name} puts all {os.environ['LOCAL_WORLD_SIZE']} processes of this machine on one GPU; take "
+                "--device cuda, and CUDA_VISIBLE_DEVICES to choose which"
+            )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
@@ -35,8 +42,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; a GPU fetches it by itself, and the host waits for nothing."""
-    if device.type != "cuda" or tensor.device.type == "cuda":
+    """The tensor on a device; a GPU fetches it by itself, and the host waits for nothing but a copy of LARGEST_PINNED.
+
+    Memory that is pinned is never given back, and rounded up to a power of two: a whole data set would cost it twice.
+    """
+    if device.type != "cuda" or tensor.device.type == "cuda" or tensor.nbytes > LARGEST_PINNED:
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 

@@ -55,7 +55,10 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[OWN_STORE] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    cores = str(max(1, (os.cpu_count() or 1) // nproc))
+    os.environ.setdefault("OMP_NUM_THREADS", cores)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", cores)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")  # seconds for a step and a checkpoint after SIGTERM
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

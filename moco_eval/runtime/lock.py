@@ -74,14 +74,23 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # the latter from NFS, where it becomes a lock of another kind
-        raise InputError(
-            f"--output {folder} is in use by {_holder(descriptor)}; wait until that ends, or choose another --output"
-        ) from None
+        raise InputError(f"--output {folder} is in use by {_holder(descriptor)}; {_way_out()}") from None
     except OSError as error:
         warn(
             f"the file system of {folder} has no locks ({error.strerror}): nothing will notice a second command there, "
             "so start none"
         )
+
+
+def _way_out() -> str:
+    """What to do instead; several tasks of one srun are most likely meant to be one run."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or os.environ.get("RANK"):
+        return "wait until that ends, or choose another --output"
+    return (
+        f"srun has started {tasks} such commands, each for itself: take --ntasks-per-node=1 and --nproc N, or torchrun "
+        "as in tools/pretrain.sbatch; or give each an --output of its own"
+    )
 
 
 def _is_named(descriptor: int, path: Path) -> bool:

@@ -63,6 +63,10 @@ def test_configs_and_tables_are_listed_name_first(capfd, monkeypatch):
         ),
         (["knn", "random:resnet18", "--dataset", "digits", "--set", "kk=3"], "unknown key 'kk'"),
         (["knn", "random:resnet18_quarter", "--dataset", "digits", "--device", "cuda:9"], "--device cuda:9"),
+        (
+            ["knn", "random:resnet18_quarter", "--dataset", "digits", "--device", "cuda:0", "--nproc", "2"],
+            "puts all 2 processes on one GPU; take --device cuda, and CUDA_VISIBLE_DEVICES",
+        ),
         (["table", "moco-v1-2bb"], "Did you mean 'moco-v1-2b'"),
         (["table"], "moco-eval table --list"),
         (["report", "nowhere"], "nowhere"),
