@@ -25,7 +25,7 @@ def photo(images: ImageSet, index: int) -> torch.Tensor:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in ("YCbCr", "RGB", "Gray") and height * width < LARGEST:
                 return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-        except ValueError:
+        except (ValueError, MemoryError):
             pass  # truncated or damaged: PIL says how
     image = decode_bytes(data, images.name_of(index))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
