@@ -33,7 +33,7 @@ LIMITS = {
     "members": Limit(1 << 24, "members", "tar file"),
     "header": Limit(1 << 20, "bytes", "extended header in a tar file"),
     "records": Limit(1024, "records", "extended header in a tar file"),
-    "xml": Limit(16 << 20, "bytes", "XML file"),
+    "xml": Limit(4 << 20, "bytes", "XML file"),
     "coco": Limit(8 << 30, "bytes", "annotation file in COCO format"),
     "outline": Limit(8 << 20, "pixels", "polygon's outline"),
     "sample": Limit(100_000_000, "bytes", "sample.npz, as it is and unpacked"),
