@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -153,7 +154,7 @@ def damaged_json(draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 1, 2, 4))):
         holder, key = draw.choice(list(places(values)))
         with contextlib.suppress(IndexError, KeyError, TypeError):  # an earlier change took the place away
-            holder[key] = draw.choice(VALUES)
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
             if draw.random() < 0.1:
                 del holder[key]
     text = json.dumps(values)

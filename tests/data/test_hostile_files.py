@@ -432,10 +432,11 @@ print("MB", (kilobytes("VmHWM") - before) // 1024, "of", len(data))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("depth", "colour", "row"),
-    [(1, 0, 1673), (8, 0, 13371), (16, 0, 26741), (8, 2, 40111), (16, 6, 106961), (8, 3, 13371)],
-    ids=["black and white", "grey", "16-bit grey", "colour", "16-bit colour and alpha", "palette"],
+    [(16, 0, 26741), (8, 2, 40111), (16, 6, 106961)],
+    ids=["16-bit grey", "colour", "16-bit colour and alpha"],
 )
 def test_an_image_of_as_many_pixels_as_may_be_takes_two_gigabytes_at_most(tmp_path, depth, colour, row):
+    signal.alarm(600)
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *map(str, (tmp_path / "x.png", depth, colour, row))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0 and done.stdout.startswith("MB"), done.stdout + done.stderr
