@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import stat
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -282,7 +283,8 @@ def scan(
                         (links if entry.is_symlink() else waiting).append(prefix + entry.name)
                     elif entry.name.lower().endswith(wanted):
                         about = entry.stat()
-                        limits.require_regular(os.fsdecode(entry.path), about)
+                        if not stat.S_ISREG(about.st_mode):
+                            limits.require_regular(os.fsdecode(entry.path), about)
                         listed.append((prefix + entry.name, about.st_size))
         except OSError as error:
             raise InputError(f"cannot read {os.fsdecode(error.filename or path)}: {error.strerror}") from None
