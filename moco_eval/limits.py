@@ -30,6 +30,7 @@ LIMITS = {
     "yaml": Limit(4 << 20, "bytes", "YAML file"),
     "image": Limit(512 << 20, "bytes", "image file"),
     "pixels": Limit(178_956_970, "pixels", "image"),  # Pillow's own limit
+    "scans": Limit(1 << 33, "pixels in all its scans", "JPEG image"),
     "members": Limit(1 << 24, "members", "tar file"),
     "header": Limit(1 << 20, "bytes", "extended header in a tar file"),
     "records": Limit(1024, "records", "extended header in a tar file"),

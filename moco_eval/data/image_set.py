@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moco_eval import limits
 from moco_eval.data import label_subsets, map_style
 from moco_eval.data.index import ImageFiles
-from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, reason_of
+from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
 
@@ -316,6 +317,7 @@ def decode_bytes(data: bytes, name: str) -> Image.Image:
     """
     try:
         with open_image(io.BytesIO(data), name) as image:
+            limits.require(name, "scans", pixels_in_scans(data, image.width * image.height))
             image.load()
             return as_rgb(image, name)
     except InputError:

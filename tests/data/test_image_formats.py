@@ -188,6 +188,19 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch,
         me.ImageSet.from_dataset(lazy)
 
 
+@pytest.mark.parametrize("read", [READERS[name] for name in READERS if name not in ("a header", "the report")])
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path, read):
+    """31 bytes for each scan, and every one goes over all pixels again."""
+    held = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(held, "JPEG", progressive=True)
+    whole = held.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    path = written(tmp_path / "set", whole[:-2] + 600 * scan + whole[-2:])
+    with pytest.raises(InputError, match=r"x.jpg has [\d,]+ pixels in all its scans, and 8,589,934,592 are the most"):
+        read(path)
+    read(written(tmp_path / "other", whole))
+
+
 def test_an_image_of_more_pixels_than_the_limit_says_how_to_read_it(tmp_path, monkeypatch):
     monkeypatch.setitem(limits.LIMITS, "pixels", limits.Limit(500, "pixels", "image"))
     path = written(tmp_path / "set", encoded("PNG"), "x.png")

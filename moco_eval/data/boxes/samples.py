@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moco_eval import limits
-from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, reason_of
+from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import log
 
@@ -310,6 +310,7 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
             with open_image(io.BufferedReader(file), str(path)) as image:
                 size = _turned(image)
                 if decode:
+                    _require_few_scans(path, image)
                     image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
                     image.load()
                 if image.mode in ("F", "I"):
@@ -319,6 +320,11 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
         raise
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise unreadable(path, error) from None
+
+
+def _require_few_scans(path: Path, image: Image.Image) -> None:
+    data = limits.read_bytes(path, "image")
+    limits.require(path, "scans", pixels_in_scans(data, image.width * image.height))
 
 
 def _size_in_head(head: bytes, name: str) -> tuple[int, int] | None:
@@ -369,7 +375,9 @@ def read_image(path: Path) -> Image.Image:
         InputError: missing, truncated, not an image, or of a kind of pixels without a known scale.
     """
     try:
-        with limits.open_unbuffered(path, "image") as file, open_image(io.BufferedReader(file), str(path)) as opened:
+        data = limits.read_bytes(path, "image")
+        with open_image(io.BytesIO(data), str(path)) as opened:
+            limits.require(path, "scans", pixels_in_scans(data, opened.width * opened.height))
             image = ImageOps.exif_transpose(opened)
             return as_rgb(image, str(path), opened.format)
     except InputError:
