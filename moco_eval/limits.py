@@ -4,6 +4,7 @@ No honest file comes near these limits. The environment variable MOCO_EVAL_LIMIT
 times as much. The table in docs/limits.md is checked against `LIMITS`.
 """
 
+import io
 import os
 import stat
 from dataclasses import dataclass
@@ -27,6 +28,17 @@ class Limit:
 LIMITS = {
     "record": Limit(64 << 20, "bytes", "result.json, environment.json or other JSON of a run"),
     "yaml": Limit(4 << 20, "bytes", "YAML file"),
+    "image": Limit(512 << 20, "bytes", "image file"),
+    "pixels": Limit(178_956_970, "pixels", "image"),  # Pillow's own limit
+    "scans": Limit(1 << 33, "pixels in all its scans", "JPEG image"),
+    "members": Limit(1 << 24, "members", "tar file"),
+    "header": Limit(1 << 20, "bytes", "extended header in a tar file"),
+    "records": Limit(1024, "records", "extended header in a tar file"),
+    "xml": Limit(4 << 20, "bytes", "XML file"),
+    "coco": Limit(8 << 30, "bytes", "annotation file in COCO format"),
+    "outline": Limit(8 << 20, "pixels", "polygon's outline"),
+    "sample": Limit(100_000_000, "bytes", "sample.npz, as it is and unpacked"),
+    "stl10": Limit(8 << 30, "bytes", ".bin file of STL-10"),
     "list": Limit(256 << 20, "bytes", "text file that lists images or labels"),
 }
 
@@ -56,9 +68,14 @@ def most(name: str) -> int:
     return int(LIMITS[name].most * factor())
 
 
+def allows(name: str, count: int) -> bool:
+    """Whether so many are within the limit of that name; the environment is asked only where they may not be."""
+    return count <= LIMITS[name].most or count <= most(name)
+
+
 def require(path: Path | str, name: str, count: int) -> None:
     """Raises InputError where a file holds more than the limit of that name allows."""
-    if count > LIMITS[name].most and count > most(name):
+    if not allows(name, count):
         limit = LIMITS[name]
         raise InputError(
             f"{path} has {count:,} {limit.unit}, and {most(name):,} are the most that one {limit.of} may have; if it "
@@ -73,17 +90,31 @@ def open_regular(path: Path | str) -> BinaryIO:
         InputError: a folder, a pipe, a socket or a device, also behind a link.
         OSError: missing, or not readable.
     """
-    _require_regular(path, os.stat(path))  # noqa: PTH116 (one call for each image)
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    return io.BufferedReader(open_unbuffered(path))
+
+
+def open_unbuffered(path: Path | str, name: str = "") -> io.FileIO:
+    """As `open_regular`; with a name, the file may be no larger than the limit of that name.
+
+    Raises:
+        InputError: as `open_regular`, or too large.
+        OSError: missing, or not readable.
+    """
+    require_regular(path, os.stat(path))  # noqa: PTH116 (one call for each image)
+    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     try:
-        _require_regular(path, os.fstat(file.fileno()))  # it may have been replaced meanwhile
+        about = os.fstat(file.fileno())
+        require_regular(path, about)  # it may have been replaced meanwhile
+        if name:
+            require(path, name, about.st_size)
     except InputError:
         file.close()
         raise
     return file
 
 
-def _require_regular(path: Path | str, about: os.stat_result) -> None:
+def require_regular(path: Path | str, about: os.stat_result) -> None:
+    """Raises InputError where what `os.stat` says about a path is not that of a regular file."""
     if not stat.S_ISREG(about.st_mode):
         kind = next((kind for is_kind, kind in KINDS if is_kind(about.st_mode)), "no file")
         raise InputError(f"{path} is {kind}, not a regular file; put a copy of what it should hold in its place")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.data.boxes import voc
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import fingerprint, packed
@@ -28,6 +29,7 @@ class Benchmark:
         images: how many images train and test were published with.
         metric: what papers report; see `ImageSet`.
         marker: a folder below --data that is there when the set is.
+        lists: the files that torchvision reads beside the images, below --data.
         layout: what must lie below --data.
         url: where it is published.
     """
@@ -38,6 +40,7 @@ class Benchmark:
     images: dict[str, int]
     metric: str
     marker: str
+    lists: str
     layout: str
     url: str
 
@@ -50,6 +53,7 @@ BENCHMARKS = {
         images={"train": 2_040, "test": 6_149},
         metric="mean_per_class",
         marker="flowers-102/jpg",
+        lists="flowers-102/*.mat",
         layout="flowers-102/jpg/image_*.jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat",
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
     ),
@@ -60,6 +64,7 @@ BENCHMARKS = {
         images={"train": 3_680, "test": 3_669},
         metric="mean_per_class",
         marker="oxford-iiit-pet/annotations",
+        lists="oxford-iiit-pet/annotations/*.txt",
         layout="oxford-iiit-pet/images/*.jpg and oxford-iiit-pet/annotations/{trainval,test}.txt",
         url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
     ),
@@ -70,6 +75,7 @@ BENCHMARKS = {
         images={"train": 75_750, "test": 25_250},
         metric="top1",
         marker="food-101/meta",
+        lists="food-101/meta/*.json",
         layout="food-101/images/CLASS/*.jpg and food-101/meta/{train,test}.json",
         url="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
     ),
@@ -80,6 +86,7 @@ BENCHMARKS = {
         images={"train": 3_760, "test": 1_880},
         metric="top1",
         marker="dtd/dtd/labels",
+        lists="dtd/dtd/labels/*.txt",
         layout="dtd/dtd/images/CLASS/*.jpg and dtd/dtd/labels/{train1,val1,test1}.txt",
         url="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
     ),
@@ -130,7 +137,11 @@ def _read_part(name: str, root: Path, part: str) -> tuple[list[Path], list[int],
 
     benchmark = BENCHMARKS[name]
     try:
+        for path in root.glob(benchmark.lists):
+            limits.open_unbuffered(path, "list").close()
         dataset: Any = getattr(datasets, benchmark.reader)(root, split=part)
+    except InputError:
+        raise
     except Exception as error:  # whatever damaged lists make torchvision's readers raise
         reason = " ".join(str(error).replace(" You can use download=True to download it", "").split())
         raise InputError(
@@ -166,7 +177,9 @@ def _file_set(
 
 def _size(path: Path, name: str) -> int:
     try:
-        return path.stat().st_size
+        about = path.stat()
+        limits.require_regular(path, about)
+        return about.st_size
     except FileNotFoundError:
         raise InputError(f"{path} is missing, which {name} lists; fetch the data set again") from None
     except OSError as error:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moco_eval import limits
 from moco_eval.data import label_subsets, map_style
 from moco_eval.data.index import ImageFiles
-from moco_eval.data.pixels import as_rgb, other_than_image
+from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
 
@@ -315,13 +316,14 @@ def decode_bytes(data: bytes, name: str) -> Image.Image:
         InputError: unreadable, truncated, of a kind of pixels without a known scale, or no image at all.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data), name) as image:
+            limits.require(name, "scans", pixels_in_scans(data, image.width * image.height))
             image.load()
             return as_rgb(image, name)
-    except UnidentifiedImageError:
-        what = other_than_image(data[:200]) or "not an image that Pillow reads"
-        raise InputError(f"{name} is {what}; remove or replace it") from None
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} cannot be decoded ({error}); remove or replace it") from None
+    except UnidentifiedImageError:
+        what = other_than_image(data[:200]) or f"not an image that Pillow reads as {', '.join(FORMATS)}"
+        raise InputError(f"{name} is {what}; remove or replace it") from None
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        raise InputError(f"{name} cannot be decoded ({reason_of(error)}); remove or replace it") from None

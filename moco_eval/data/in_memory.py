@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moco_eval import limits
 from moco_eval.data.image_set import ImageSet
 from moco_eval.errors import InputError
 from moco_eval.untrusted import pickle_read
@@ -112,9 +113,13 @@ def stl10(folder: Path, split: str) -> ImageSet:
 
 def _stl10_file(path: Path, row: int) -> np.ndarray:
     """(N, row) bytes of one file."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing; --data must hold stl10_binary with its .bin files")
-    values = np.fromfile(path, dtype=np.uint8)
+    try:
+        with limits.open_unbuffered(path, "stl10") as file:
+            values = np.fromfile(file, dtype=np.uint8)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; --data must hold stl10_binary with its .bin files") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); mend or replace it") from None
     if not len(values) or len(values) % row:
         raise InputError(f"{path} has {len(values)} bytes, no whole number of {row}; fetch the data set again")
     return values.reshape(-1, row)

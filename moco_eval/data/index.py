@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import stat
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
@@ -28,7 +30,7 @@ LEFT_BY_SYSTEMS = frozenset(
 KEPT_FROM = 10_000  # files; fewer are listed in less time than an index is worth
 SAMPLE = 200  # files whose sizes are looked at again before an index is believed
 SETTLED = 2.0  # seconds: a folder that changed later than this before it was listed may change unseen
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,18 @@ class ImageFiles:
         """A file's bytes.
 
         Raises:
-            InputError: it cannot be read, or has another size than when it was listed.
+            InputError: it is no regular file, cannot be read, is too large, or is of another size than when listed.
         """
         path, size = self[index], int(self.sizes[index])
         try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                data = file.read()
+            with limits.open_unbuffered(path, "image") as file:
+                data = file.read(size + 1) or b""
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
         if len(data) != size:
+            there = len(data) if len(data) < size else os.stat(path).st_size  # noqa: PTH116
             raise InputError(
-                f"{path} has {len(data)} bytes, but {size} when it was listed; touch its folder to have it listed anew"
+                f"{path} has {there} bytes, but {size} when it was listed; touch its folder to have it listed anew"
             )
         return data
 
@@ -244,26 +247,31 @@ def scan(
 ) -> tuple[list[tuple[bytes, int]], dict[bytes, int], list[bytes]]:
     """Files below `folder/start` whose names end so, in small letters or capitals; links are followed.
 
+    A folder that several ways lead to is listed once: where it really lies, else at the first link by name.
+
     Returns:
         (path relative to `folder`, bytes) of each, sorted; each folder's relative path and time of change in ns; the
         relative paths of what is passed over, see `is_left_by_a_system`.
     Raises:
-        InputError: a folder or a file cannot be looked at.
+        InputError: a folder or a file cannot be looked at, or is a pipe, a socket or a device.
     """
     wanted = tuple(ending.encode() for ending in endings)
     listed: list[tuple[bytes, int]] = []
     folders: dict[bytes, int] = {}
     left: list[bytes] = []
-    waiting: list[tuple[bytes, tuple]] = [(start, ())]
+    visited: set[tuple[int, int]] = set()
+    waiting, links = [start], list[bytes]()
     root = os.fsencode(folder)
-    while waiting:
-        relative, above = waiting.pop()
+    while waiting or links:
+        if not waiting:  # all that lies here is visited before what is linked
+            waiting, links = sorted(links, reverse=True), []
+        relative = waiting.pop()
         path = os.path.join(root, relative)  # noqa: PTH118
         try:
             status = os.stat(path)  # noqa: PTH116 (before it is listed: what changes later, changes its time)
-            this = (status.st_dev, status.st_ino)
-            if this in above:  # a link to a folder that it lies in
+            if (status.st_dev, status.st_ino) in visited:
                 continue
+            visited.add((status.st_dev, status.st_ino))
             folders[relative] = status.st_mtime_ns
             prefix = relative + b"/" if relative else b""
             with os.scandir(path) as entries:
@@ -272,9 +280,12 @@ def scan(
                     if is_left_by_a_system(entry.name, is_folder):
                         left.append(prefix + entry.name)
                     elif is_folder:
-                        waiting.append((prefix + entry.name, (*above, this)))
+                        (links if entry.is_symlink() else waiting).append(prefix + entry.name)
                     elif entry.name.lower().endswith(wanted):
-                        listed.append((prefix + entry.name, entry.stat().st_size))
+                        about = entry.stat()
+                        if not stat.S_ISREG(about.st_mode):
+                            limits.require_regular(os.fsdecode(entry.path), about)
+                        listed.append((prefix + entry.name, about.st_size))
         except OSError as error:
             raise InputError(f"cannot read {os.fsdecode(error.filename or path)}: {error.strerror}") from None
     return sorted(listed), folders, left

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.data.index import ImageFiles
 from moco_eval.errors import InputError
 
@@ -65,11 +66,13 @@ def read_list(path: Path) -> tuple[list[str], str]:
     """The names in a list file, an image a line, and what list it is: by its sha256 a published one, or none.
 
     Raises:
-        InputError: it cannot be read, is empty, or names an image twice.
+        InputError: it cannot be read, is no regular file or too large, is empty, or names an image twice.
     """
     try:
-        data = path.read_bytes()
+        data = limits.read_bytes(path, "list")
         names = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except InputError as error:
+        raise InputError(f"cannot read --labels {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8; save it as such"
         raise InputError(f"cannot read --labels {path}: {reason}") from None

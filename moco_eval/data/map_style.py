@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moco_eval.data.pixels import as_rgb
+from moco_eval import limits
+from moco_eval.data.pixels import FORMATS, as_rgb, reason_of, without_programs
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import progress
 
@@ -141,7 +142,8 @@ class MapStyle:
     def item(self, index: int) -> tuple[Any, Any]:
         """(image, label) as the data set gives it. Raises InputError naming the index where it cannot."""
         try:
-            item = self.dataset[int(self.rows[index])]
+            with without_programs():
+                item = self.dataset[int(self.rows[index])]
         except Exception as error:  # whatever somebody's data set raises
             reason = " ".join(str(error).split())  # in one line, as a loader process can hand it on
             raise InputError(f"{self[index]} raised {type(error).__name__}: {reason}") from None
@@ -153,7 +155,7 @@ class MapStyle:
         """8-bit RGB. Raises InputError naming the index for what is no image."""
         image = self.item(index)[0]
         if isinstance(image, Image.Image):
-            return as_rgb(image, self[index])
+            return self._as_rgb(image, self[index])
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and _is_of_an_image(image.shape):
             return Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).convert("RGB")
         form = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -161,6 +163,21 @@ class MapStyle:
             f"{self[index]} gives a {form}; give PIL images or uint8 arrays (H, W, 3), without a transform to tensors: "
             "the preprocessing makes them"
         )
+
+    @staticmethod
+    def _as_rgb(image: Image.Image, name: str) -> Image.Image:
+        """8-bit RGB of an image that may not be decoded yet."""
+        if image.format not in (None, "MPO", *FORMATS):
+            raise InputError(
+                f"{name} is an image of format {image.format}; give {', '.join(FORMATS)}, or convert it to RGB there"
+            )
+        limits.require(name, "pixels", image.width * image.height)
+        try:
+            return as_rgb(image, name)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a damaged file makes its decoder raise
+            raise InputError(f"{name} cannot be decoded ({reason_of(error)}); remove or replace it") from None
 
     def read(self, index: int) -> bytes:
         """The pixels of an image as bytes, for a fingerprint."""

@@ -1,10 +1,20 @@
-"""Decoded images to 8-bit RGB, by one rule for every task; and what lies there in place of an image."""
+"""Images opened by their format, decoded to 8-bit RGB by one rule for every task; what lies there in their place."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from moco_eval import limits
 from moco_eval.errors import InputError
 
+# what the accepted suffixes stand for; Pillow has forty more, some of which start programs or have no limits
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
+PART = 2**20  # pixels that are scaled at once
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 16-bit greys some versions of Pillow hold in 32 bits
 # what is found under an image's name, by its first bytes
 OTHERS = (
@@ -13,7 +23,85 @@ OTHERS = (
     (b"\0\5\x16\7", "an AppleDouble file, which macOS leaves beside an image"),
     (b"<!doctype html", "a web page in place of the image"),
     (b"<html", "a web page in place of the image"),
+    (b"%!ps", "PostScript, which is a program and not an image"),
 )
+
+
+def open_image(file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """An image of one of these formats, its pixels not yet decoded; no other decoder is tried, no program started.
+
+    Args:
+        file: at its start.
+        name: what to call it in a message.
+        formats: as Pillow calls them.
+    Raises:
+        InputError: more pixels than the limit.
+        UnidentifiedImageError: it is of none of these formats.
+        Exception: whatever else Pillow raises about damaged files; see `reason_of`.
+    """
+    try:
+        image = Image.open(file, formats=formats)
+    except Image.DecompressionBombError:
+        if not _raise_limit_of_pillow():
+            raise InputError(
+                f"{name} has more than the {limits.most('pixels'):,} pixels that one image may have; if it is from "
+                f"somebody you trust, raise the limit with {limits.SETTING}=N, which multiplies it"
+            ) from None
+        image = Image.open(file, formats=formats)
+    width, height = image.size
+    limits.require(name, "pixels", width * height)
+    return image
+
+
+def _raise_limit_of_pillow() -> bool:
+    """Raise Pillow's own limit, twice MAX_IMAGE_PIXELS, to ours; False where MOCO_EVAL_LIMITS asks for no more."""
+    wanted = limits.most("pixels") // 2 + 1
+    if Image.MAX_IMAGE_PIXELS is None or wanted <= Image.MAX_IMAGE_PIXELS + 1:
+        return False
+    Image.MAX_IMAGE_PIXELS = wanted
+    return True
+
+
+def pixels_in_scans(data: bytes, pixels: int) -> int:
+    """How many pixels the decoder of a JPEG image goes over: all of them again for each scan, of which 30 bytes do.
+
+    A progressive file has about ten; 0 for other formats.
+    """
+    return pixels * data.count(b"\xff\xda") if data.startswith(b"\xff\xd8\xff") else 0
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be decoded, on one line: whatever `open_image`, or what it opened, has raised."""
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+_without_programs = ContextVar("_without_programs", default=False)
+
+
+@contextmanager
+def without_programs() -> Iterator[None]:
+    """Images that another library opens inside start no program either: of Pillow's formats PostScript alone does."""
+    _refuse_programs()
+    token = _without_programs.set(True)
+    try:
+        yield
+    finally:
+        _without_programs.reset(token)
+
+
+@functools.cache
+def _refuse_programs() -> None:
+    """Pillow's Ghostscript as before, but inside `without_programs`."""
+    ghostscript = EpsImagePlugin.Ghostscript
+
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        if _without_programs.get():
+            raise OSError("PostScript is a program, which is not run; give an image")
+        return ghostscript(*arguments, **options)
+
+    EpsImagePlugin.Ghostscript = guarded
 
 
 def as_rgb(image: Image.Image, name: str, form: str | None = None) -> Image.Image:
@@ -38,15 +126,26 @@ def as_rgb(image: Image.Image, name: str, form: str | None = None) -> Image.Imag
             )
         return image.convert("L").convert("RGB")
     if image.mode.startswith("I"):
-        sixteen = np.asarray(image).astype(np.int64)
-        return Image.fromarray((sixteen.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """16 bits, held in as many or more, to 8; a part at a time, without a second copy of them all."""
+    sixteen, eight = pixels.ravel(), np.empty(pixels.size, np.uint8)
+    for start in range(0, pixels.size, PART):
+        part = slice(start, start + PART)
+        eight[part] = sixteen[part].astype(np.int64).clip(0, 65535) >> 8
+    return eight.reshape(pixels.shape)
 
 
 def _span(image: Image.Image) -> str:
     values = np.asarray(image)
-    finite = values[np.isfinite(values)]
-    return f", {finite.min():g} to {finite.max():g}" if finite.size else ""
+    finite = np.isfinite(values)
+    if not finite.any():
+        return ""
+    low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
+    return f", {low:g} to {high:g}"
 
 
 def other_than_image(start: bytes) -> str:

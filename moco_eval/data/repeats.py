@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.map_style import MapStyle
+from moco_eval.errors import InputError
 from moco_eval.runtime.console import warn
 
 READS = 2000  # pieces of files at most
@@ -126,18 +128,18 @@ def repeated_files(
 
 
 def _piece(path: Any, size: int) -> bytes:
-    """The end of a file; of one that cannot be read, nothing that another file has."""
+    """The end of a file; of one that is none or cannot be read, nothing that another file has."""
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        with limits.open_unbuffered(path) as file:
             file.seek(max(0, size - PIECE))
             return file.read(PIECE)
-    except OSError:
+    except (OSError, InputError):
         return str(path).encode(errors="surrogateescape")
 
 
 def _content(path: Any) -> bytes | None:
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        with limits.open_unbuffered(path, "image") as file:
             return file.read()
-    except OSError:
+    except (OSError, InputError):
         return None

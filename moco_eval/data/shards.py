@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.data.index import (
     EXTENSIONS,
     cache_folder,
@@ -30,7 +31,8 @@ from moco_eval.runtime.console import progress
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 BLOCK = 512
-LONGEST_NAME = 1 << 20  # bytes; a longer one is damage
+LONGEST_LENGTH = 20  # characters of a length in a pax record, with the space behind it
+LONGEST_HEADERS = 8  # extended headers before a member; more are damage
 LONGEST_CHAIN = 16  # links that lead to each other
 OPEN = 32  # shards that a process keeps open
 VERSION = 2
@@ -101,12 +103,13 @@ class Shards:
         """An image's bytes.
 
         Raises:
-            InputError: its shard cannot be read, or has changed.
+            InputError: its shard cannot be read, or has changed; it is too large.
         """
         shard, row = self._find(index)
         try:
             opened = _open(shard)
             start, size, lead = opened.rows[row].tolist()
+            limits.require(shard.path, "image", size)
             data = os.pread(opened.handle, size, start + lead)
         except OSError as error:
             raise InputError(f"{shard.path} cannot be read ({error.strerror}); mend or remove it") from None
@@ -150,7 +153,7 @@ def _passed_over(shards: list[Shard], summaries: list["Summary"]) -> str:
     if not count:
         return ""
     shard = next(shard for shard, summary in zip(shards, summaries) if summary.left)
-    with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123
+    with limits.open_unbuffered(shard.path) as file:
         found = members(file.fileno(), shard.size)
         name = next(member.name for member in found if _is_image(member.name) and _is_left(member.name))
     return f"{count} hidden or system members passed over: {shard.name}/{name}{', ...' if count > 1 else ''}"
@@ -222,7 +225,7 @@ def _summary(shard: Shard) -> Summary:
 
 
 def _name_of_break(shard: Shard, start: int) -> str:
-    with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123
+    with limits.open_unbuffered(shard.path) as file:
         member = next(members(file.fileno(), shard.size, start))
         head = os.pread(file.fileno(), BLOCK, start)
     name = f"{shard.name}/{member.name}" if member.name else shard.name
@@ -253,9 +256,14 @@ def _rows(shard: Shard) -> np.ndarray:
 
 
 def index_of(shard: Shard) -> np.ndarray:
-    """The rows of a shard's images, read from its headers; see ROW. Raises OSError where it cannot be read."""
-    with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123
-        images, breaks, others, left = _sorted(members(file.fileno(), shard.size))
+    """The rows of a shard's images, read from its headers; see ROW.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it is no regular file, or has too many members.
+    """
+    with limits.open_unbuffered(shard.path) as file:
+        images, breaks, others, left = _sorted(members(file.fileno(), shard.size), shard.path)
         targets = _targets(file.fileno(), shard.size) if any(image.link for image in images) else {}
     followed = [(image, _followed(image, targets)) for image in images]
     breaks += [image for image, target in followed if target is None]
@@ -265,10 +273,13 @@ def index_of(shard: Shard) -> np.ndarray:
     return np.array(rows, dtype=ROW)
 
 
-def _sorted(found: Iterator["Member"]) -> tuple[list["Member"], list["Member"], int, int]:
+def _sorted(found: Iterator["Member"], path: str) -> tuple[list["Member"], list["Member"], int, int]:
     """The images of a tar file and links to them; its breaks; how many other members, and images passed over."""
     images, breaks, others, left = list[Member](), list[Member](), 0, 0
-    for member in found:
+    most = limits.most("members")
+    for count, member in enumerate(found, 1):
+        if count > most:
+            limits.require(path, "members", count)
         if not member.whole:
             breaks.append(member)
         elif _is_image(member.name) and (member.regular or member.link):
@@ -324,15 +335,12 @@ class _Open:
     """A shard's descriptor and index. Read by `pread`, so forked processes do not disturb each other."""
 
     def __init__(self, shard: Shard):
-        self.handle = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.file = limits.open_unbuffered(shard.path)
+        self.handle = self.file.fileno()
         status = os.fstat(self.handle)
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
             raise InputError(f"{shard.path} has changed since it was indexed; start again")
         self.rows = _rows(shard)
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            os.close(self.handle)
 
 
 _open = functools.lru_cache(OPEN)(_Open)
@@ -369,6 +377,7 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
     """
     start = at
     records: dict[str, str] = {}
+    headers = 0
     while True:
         header = os.pread(handle, BLOCK, at)
         if header.count(0) == BLOCK:
@@ -383,7 +392,9 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
         try:
             name, size, kind = _header(header)
             if kind in b"xXgLK":
-                if not 0 <= size <= LONGEST_NAME or at + BLOCK + size > end:
+                headers += kind not in b"g"
+                allowed = size >= 0 and limits.allows("header", size) and headers <= LONGEST_HEADERS
+                if not allowed or at + BLOCK + size > end:
                     raise ValueError
                 records |= _extension(kind, os.pread(handle, size, at + BLOCK))
                 at += BLOCK + _padded(size)
@@ -402,7 +413,7 @@ def members(handle: int, end: int, at: int = 0) -> Iterator[Member]:
         if not whole:
             return
         at += BLOCK + _padded(size)
-        start, records = at, {}
+        start, records, headers = at, {}, 0
 
 
 def _behind_zeros(handle: int, at: int, end: int) -> int | None:
@@ -455,11 +466,13 @@ def _extension(kind: bytes, data: bytes) -> dict[str, str]:
     if kind in b"LK":
         return {"path" if kind == b"L" else "linkpath": _text(data)}
     records: dict[str, str] = {}
-    while kind in b"xX" and data.strip(b"\0"):
-        length = int(data.partition(b" ")[0])
-        if not 0 < length <= len(data):
+    at, end, count = 0, len(data.rstrip(b"\0")) if kind in b"xX" else 0, 0
+    while at < end:
+        length = int(data[at : at + LONGEST_LENGTH].partition(b" ")[0])
+        count += 1
+        if not 0 < length <= len(data) - at or not limits.allows("records", count):
             raise ValueError
-        key, _, value = data[: length - 1].partition(b" ")[2].partition(b"=")
+        key, _, value = data[at : at + length - 1].partition(b" ")[2].partition(b"=")
         records["sparse" if key.startswith(b"GNU.sparse.") else os.fsdecode(key)] = os.fsdecode(value)
-        data = data[length:]
+        at += length
     return records

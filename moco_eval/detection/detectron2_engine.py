@@ -4,6 +4,7 @@ Nothing here is bit for bit repeatable after an interruption: the loader's order
 """
 
 import contextlib
+import io
 import logging
 import re
 import uuid
@@ -23,13 +24,13 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
-from PIL import Image
 from torch import nn
 from torch.utils.data import get_worker_info
 
+from moco_eval import limits
 from moco_eval.config.detection import DetectConfig
-from moco_eval.data.boxes.samples import UNREADABLE, DetectionData, Sample
-from moco_eval.data.pixels import SIXTEEN_BITS
+from moco_eval.data.boxes.samples import DetectionData, Sample
+from moco_eval.data.pixels import SIXTEEN_BITS, open_image, reason_of
 from moco_eval.data.workers import outlive_signals
 from moco_eval.detection import inputs, state
 from moco_eval.detection.average_precision import Detections
@@ -168,14 +169,15 @@ class _Mapper(DatasetMapper):
             self.outlives_signals = True
         path = record["file_name"]
         try:
-            with Image.open(path) as image:
+            with limits.open_unbuffered(path, "image") as file, open_image(io.BufferedReader(file), path) as image:
                 deep = image.mode.startswith("I") and (image.mode != "I" or image.format in SIXTEEN_BITS)
             if not deep:
                 return super().__call__(record)
-        except UNREADABLE as error:
-            reason = " ".join(str(error).split())
+        except InputError:
+            raise
+        except Exception as error:  # whatever a damaged file makes its decoder raise
             raise InputError(
-                f"detectron2 cannot read {path}: {reason}; replace it, or take it out of its split"
+                f"detectron2 cannot read {path}: {reason_of(error)}; replace it, or take it out of its split"
             ) from None
         raise InputError(f"{path} has 16-bit greys, which detectron2 cuts off at 255; take --engine torchvision")
 

@@ -5,8 +5,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from moco_eval import limits
+from moco_eval.data.pixels import open_image, reason_of
 from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
 from moco_eval.errors import InputError
 from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
@@ -72,14 +74,18 @@ def _detection(name: str, run: Run) -> dict[str, Any]:
 
 def image(path: Path, limit: int = PICTURE_BYTES) -> str:
     """A picture as a data address; one of more bytes is made smaller. Raises InputError where it is none."""
-    data, kind = path.read_bytes(), "png"
     try:
-        with Image.open(path) as image:
+        data, kind = limits.read_bytes(path, "image"), "png"
+        with open_image(io.BytesIO(data), str(path), ("PNG",)) as image:
             image.load()
             if len(data) > limit:
                 data, kind = _smaller(image), "jpeg"
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable picture: {error}") from None
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a readable picture: it is no PNG image; run the evaluation again") from None
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        raise InputError(f"{path} is not a readable picture: {reason_of(error)}; run the evaluation again") from None
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from moco_eval import limits
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.errors import InputError
@@ -169,7 +170,7 @@ def test_a_sample_is_not_made_as_large_as_it_says(tmp_path):
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**13,)})
     for content, words in (
         (header.getvalue(), r"index\.npy of shape \(10000000000000,\) has 128 bytes"),
-        (bytes(sample.MOST_BYTES // 5 + 1), "bytes unpacked, more than any sample has"),
+        (bytes(limits.LIMITS["sample"].most // 5 + 1), "bytes unpacked, more than any sample has"),
     ):
         with zipfile.ZipFile(tmp_path / "sample.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             for name in sample.ARRAYS:

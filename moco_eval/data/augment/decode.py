@@ -5,8 +5,10 @@ import simplejpeg
 import torch
 from torch.nn.functional import interpolate
 
+from moco_eval import limits
 from moco_eval.data.image_set import ImageSet, decode_bytes
 from moco_eval.data.map_style import MapStyle
+from moco_eval.data.pixels import pixels_in_scans
 
 LARGEST = 2**26  # pixels; PIL, which decides about larger ones, refuses from 2.7 times as many
 
@@ -23,9 +25,10 @@ def photo(images: ImageSet, index: int) -> torch.Tensor:
     if data[:3] == b"\xff\xd8\xff":
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours in ("YCbCr", "RGB", "Gray") and height * width < LARGEST:
+            few_scans = limits.allows("scans", pixels_in_scans(data, height * width))
+            if colours in ("YCbCr", "RGB", "Gray") and height * width < LARGEST and few_scans:
                 return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-        except ValueError:
+        except (ValueError, MemoryError):
             pass  # truncated or damaged: PIL says how
     image = decode_bytes(data, images.name_of(index))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.data.boxes.samples import (
     DetectionData,
     Findings,
@@ -170,9 +171,9 @@ def _path(root: Path, split: str, keypoints: bool) -> Path:
     folder = root / "annotations"
     path = folder / f"instances_{split}.json"
     people = folder / f"person_keypoints_{split}.json"
-    if keypoints and people.is_file():
+    if keypoints and people.exists():
         return people
-    if not path.is_file():
+    if not path.exists():
         there = sorted(p.stem.removeprefix("instances_") for p in folder.glob("instances_*.json"))
         raise InputError(
             f"{path} does not exist; COCO format is annotations/instances_<split>.json below --data"
@@ -196,7 +197,9 @@ def _load(path: Path, split: str, findings: Findings) -> dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(limits.read_bytes(path, "coco"))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {error}; fetch or export it again") from None
     except RecursionError:
@@ -204,17 +207,20 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(_have_ids(values.get(key), key) for key in KEYS):
         raise InputError(
             f"{path} is no COCO annotation file: it needs lists of images, annotations and categories, with ids that "
-            "are numbers; export it again"
+            "are numbers of at most 15 digits; export it again"
         )
     return {key: values[key] for key in KEYS}
 
 
 def _have_ids(items: object, key: str) -> bool:
-    """Whether these are objects with an id each; an image's may also be text."""
+    """Whether these are objects with an id each, of at most fifteen digits; an image's may also be text."""
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         return False
-    kinds = {type(item.get("id")) for item in items}
-    return kinds <= {int} or (key != "categories" and kinds == {str})
+    ids = [item.get("id") for item in items]
+    kinds = set(map(type, ids))
+    if kinds <= {int}:
+        return not ids or -LARGEST <= min(ids) <= max(ids) <= LARGEST
+    return key != "categories" and kinds == {str}
 
 
 @dataclass(frozen=True)

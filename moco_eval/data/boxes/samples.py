@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import io
 import math
 import os
 import re
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moco_eval.data.pixels import as_rgb, other_than_image
+from moco_eval import limits
+from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import log
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"))
 EXIF_ORIENTATION = 0x0112
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on damaged files
+HEAD = 8192  # bytes; what comes before the pixels of a JPEG file is rarely longer
 
 
 @dataclass(frozen=True)
@@ -301,18 +303,42 @@ def image_size(path: Path, decode: bool = False) -> tuple[int, int]:
         InputError: missing, or not an image.
     """
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            width, height = image.size
-            if decode:
-                image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
-                image.load()
-            if image.mode in ("F", "I"):
-                as_rgb(image, str(path))
+        with limits.open_unbuffered(path, "image") as file:
+            if not decode and (size := _size_in_head(file.read(HEAD), str(path))):
+                return size
+            file.seek(0)
+            with open_image(io.BufferedReader(file), str(path)) as image:
+                size = _turned(image)
+                if decode:
+                    _require_few_scans(path, image)
+                    image.draft("RGB", (1, 1))  # an eighth of a JPEG's pixels, from all its bytes
+                    image.load()
+                if image.mode in ("F", "I"):
+                    as_rgb(image, str(path))
+                return size
     except InputError:
         raise
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        raise unreadable(path, error) from None
+
+
+def _require_few_scans(path: Path, image: Image.Image) -> None:
+    data = limits.read_bytes(path, "image")
+    limits.require(path, "scans", pixels_in_scans(data, image.width * image.height))
+
+
+def _size_in_head(head: bytes, name: str) -> tuple[int, int] | None:
+    """The size of a JPEG image by the first bytes of its file; None where they are not enough, or of another format."""
+    if head.startswith(b"\xff\xd8\xff"):
+        with contextlib.suppress(Exception):  # the whole file says more
+            return _turned(open_image(io.BytesIO(head), name, ("JPEG",)))
+    return None
+
+
+def _turned(image: Image.Image) -> tuple[int, int]:
+    """Width and height after EXIF rotation."""
+    width, height = image.size
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
@@ -349,20 +375,23 @@ def read_image(path: Path) -> Image.Image:
         InputError: missing, truncated, not an image, or of a kind of pixels without a known scale.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            return as_rgb(image, str(path), file.format)
+        data = limits.read_bytes(path, "image")
+        with open_image(io.BytesIO(data), str(path)) as opened:
+            limits.require(path, "scans", pixels_in_scans(data, opened.width * opened.height))
+            image = ImageOps.exif_transpose(opened)
+            return as_rgb(image, str(path), opened.format)
     except InputError:
         raise
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+def unreadable(path: Path | str, error: Exception) -> InputError:
+    """What to say of an image file whose decoder raised `error`."""
+    reason = reason_of(error)
     if isinstance(error, UnidentifiedImageError):
-        with path.open("rb") as file:
-            reason = f"it is {other_than_image(file.read(200)) or 'no image'}"
+        with limits.open_regular(path) as file:
+            reason = "it is " + (other_than_image(file.read(200)) or f"no image ({', '.join(FORMATS)})")
     return InputError(f"cannot read {path}: {reason}; replace it, or take it out of its split")
 
 

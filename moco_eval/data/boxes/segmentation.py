@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.errors import InputError
 
+REACH = 4  # times the longer side of its image; no coordinate of a polygon lies further off
 LONGEST = 7  # characters of five bits that a run below 2^31 has in a compressed encoding
 
 
@@ -33,10 +35,23 @@ def read_mask(value: Any, size: tuple[int, int], where: str) -> tuple[Any, int]:
         polygons = []
     if not isinstance(value, list) or not polygons or any(polygon.ndim != 1 for polygon in polygons):
         raise InputError(f"{where}: its segmentation is neither polygons nor size and counts; correct or remove it")
-    if not all(np.isfinite(polygon).all() for polygon in polygons):
-        raise InputError(f"{where}: its segmentation has a number that is not finite; correct or remove it")
+    for polygon in polygons:
+        _check_polygon(polygon, size, where)
     valid = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
     return valid or None, len(polygons) - len(valid)
+
+
+def _check_polygon(polygon: np.ndarray, size: tuple[int, int], where: str) -> None:
+    """The C code that fills polygons walks along their outlines, and keeps every step."""
+    reach = REACH * max(size)
+    if not np.abs(polygon).max(initial=0) <= reach:  # also what is not a number
+        far = polygon[~(np.abs(polygon) <= reach)][0]
+        what = f"the number {far:g}, far outside its image" if np.isfinite(far) else "a number that is not finite"
+        raise InputError(f"{where}: its segmentation has {what}; correct or remove it")
+    if not limits.allows("outline", len(polygon) * reach):  # no outline is longer
+        points = polygon[: len(polygon) // 2 * 2].reshape(-1, 2)
+        steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
+        limits.require(f"{where}: a polygon", "outline", int(steps.sum()) + len(points))
 
 
 def _check_runs(value: dict[str, Any], size: tuple[int, int], where: str) -> None:
@@ -53,7 +68,7 @@ def _check_runs(value: dict[str, Any], size: tuple[int, int], where: str) -> Non
     except ValueError:
         runs = np.array([])
     whole = runs.ndim == 1 and runs.dtype.kind == "i" and len(runs) > 0
-    if not whole or runs.min() < 0 or runs.sum() != width * height:
+    if not whole or runs.min() < 0 or runs.max() > width * height or runs.sum() != width * height:
         raise InputError(
             f"{where}: the counts of its mask are no runs that fill {width}x{height} pixels; correct or remove it"
         )

@@ -1,10 +1,12 @@
 """Pascal VOC format: JPEGImages/, Annotations/*.xml, ImageSets/Main/<split>.txt, with any list of classes."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from moco_eval import limits
 from moco_eval.config.load import did_you_mean
 from moco_eval.data.boxes.samples import (
     DetectionData,
@@ -45,6 +47,7 @@ OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "t
 # what tools write for VOC's 0 and 1, in any case; an empty element says nothing, which is 0
 MARKS = dict.fromkeys(("0", "0.0", "false", "no", ""), False) | dict.fromkeys(("1", "1.0", "true", "yes"), True)
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+LONG_NAMESPACE = re.compile(rb"xmlns[^=<>]*=\s*(\"[^\"]{257}|'[^']{257})")  # it stands in each element's tag
 PRESENCE = ("-1", "0", "1")  # the second column of the devkit's lists of one class
 
 
@@ -256,7 +259,11 @@ def _name(line: str, columns: bool) -> str:
 
 def _lines(path: Path, findings: Findings) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = limits.read_bytes(path, "list").decode("utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except InputError as error:
+        findings.refuse("lists that cannot be read", str(path), f"cannot read {error}")
+        return []
     except (OSError, UnicodeDecodeError) as error:
         findings.refuse("lists that cannot be read", str(path), f"cannot read {path}: {error}; save it as UTF-8 text")
         return []
@@ -280,7 +287,7 @@ def _image(images: dict[str, list[Path]], name: str, root: Path, split: Path) ->
 
 def _xml(root: Path, name: str) -> Path:
     path = root / "Annotations" / f"{name}.xml"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} does not exist; every image of a split needs one (without objects if it has none)")
     return path
 
@@ -372,12 +379,16 @@ def read_xml(path: Path) -> ElementTree.Element:
     """An annotation file, its tags in small letters without name spaces.
 
     Raises:
-        InputError: damaged, or it declares entities.
+        InputError: damaged, no regular file or too large, or it declares a document type or long name spaces, with
+            which a small file can fill the memory.
     """
     try:
-        data = path.read_bytes()
-        if b"<!ENTITY" in data.replace(b"\0", b""):  # in any encoding; entities of entities can grow without end
-            raise InputError(f"{path} declares XML entities, which no annotation needs; take them out")
+        data = limits.read_bytes(path, "xml")
+        ascii_data = data.replace(b"\0", b"")  # of any encoding
+        if b"<!DOCTYPE" in ascii_data or b"<!ENTITY" in ascii_data:
+            raise InputError(f"{path} declares XML entities or a document type; take them out, no annotation needs one")
+        if b"xmlns" in ascii_data and LONG_NAMESPACE.search(ascii_data):
+            raise InputError(f"{path} declares a name space of more than 256 characters; take it out")
         tree = ElementTree.fromstring(data)
     except (ElementTree.ParseError, OSError, LookupError) as error:
         raise InputError(f"{path} is not readable XML: {error}; export it again") from None
