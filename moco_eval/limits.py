@@ -25,8 +25,17 @@ class Limit:
 
 
 LIMITS = {
-    "record": Limit(64 << 20, "bytes", "result.json, environment.json or other JSON of a run"),
-    "yaml": Limit(4 << 20, "bytes", "YAML file"),
+    "record": Limit(16 << 20, "bytes", "result.json, environment.json or other JSON of a run"),
+    "yaml": Limit(1 << 20, "bytes", "YAML file"),
+    "depth": Limit(100, "levels", "JSON or YAML file (aliases written out)"),
+    "values": Limit(100_000, "values", "YAML file (aliases written out)"),
+    "digits": Limit(40, "digits", "integer in JSON or YAML"),
+    "metrics": Limit(256 << 20, "bytes", "metrics.jsonl"),
+    "classes": Limit(50_000, "classes", "data set of a run"),
+    "array": Limit(4 << 30, "bytes", "array of a run (unpacked)"),
+    "packing": Limit(100, "times its packed bytes", "array of a run (if it has more than 64 MiB unpacked)"),
+    "picture": Limit(32 << 20, "bytes", "picture of a run"),
+    "picture_pixels": Limit(50_000_000, "pixels", "picture of a run"),
     "list": Limit(256 << 20, "bytes", "text file that lists images or labels"),
 }
 

@@ -17,6 +17,7 @@ from moco_eval.papers import match
 from moco_eval.papers.match import Record
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
 from moco_eval.runtime import files
+from moco_eval.runtime.console import warn
 
 BUILT_IN = ("digits",)  # data sets that need no folder
 EVALUATIONS = (*kinds(), "detect")
@@ -167,9 +168,11 @@ def _finished(runs: Path) -> list[Run]:
 
 
 def _read(path: Path) -> Record:
+    """Nothing, and a warning, of a file that is damaged or another program's."""
     try:
         return configs.read_yaml(path)[0]
-    except InputError:
+    except InputError as error:
+        warn(f"no pretraining of ours: {error}")
         return {}
 
 

@@ -12,6 +12,7 @@ from moco_eval.results.compare import read_run
 from moco_eval.results.record import repeats
 from moco_eval.results.run_directory import holds, write_resolved
 from moco_eval.runtime import files, lock
+from moco_eval.untrusted import npz
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,7 @@ class Result:
     @classmethod
     def read(cls, folder: Path) -> "Result":
         """Of a finished run directory of a classification. Raises InputError where it is none."""
-        record = read_run(folder).record
-        with np.load(folder / "predictions.npz", allow_pickle=False) as kept:
-            arrays = {name: kept[name] for name in kept.files}
-        return cls(record, arrays)
+        return cls(read_run(folder).record, npz.read(folder / "predictions.npz"))
 
     @property
     def protocol(self) -> str:
