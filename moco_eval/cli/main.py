@@ -1,6 +1,5 @@
 """The command line: its commands, and the four ways in which one ends. Imports happen inside the commands."""
 
-import io
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from moco_eval import __version__
 from moco_eval.cli import classify, detect, encoders, pretrain, shipped, tables
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 from moco_eval.runtime import command
+from moco_eval.runtime.printable import one_line, printable_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -44,11 +44,9 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run a command; exit 0 done, 1 the run failed, 2 wrong input, 3 interrupted and resumable."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # a file's name may be no text
-            stream.reconfigure(errors="backslashreplace")
-    with command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
-        sys.exit(_run())
+    with printable_streams(), command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
+        code = _run()
+    sys.exit(code)
 
 
 def _run() -> int:
@@ -62,7 +60,7 @@ def _run() -> int:
         code = 2
     except (InputError, RunFailed) as error:
         if not getattr(error, "told", False):
-            click.echo(f"Error: {message_of(error)}", err=True)
+            click.echo(f"Error: {one_line(message_of(error))}", err=True)
         code = 2 if isinstance(error, InputError) else 1
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:  # before RuntimeError, of which Abort is one
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
@@ -72,7 +70,7 @@ def _run() -> int:
         code = 3
     except RuntimeError as error:
         if words := _of_loader(error):
-            click.echo(f"Error: {words}", err=True)
+            click.echo(f"Error: {one_line(words)}", err=True)
             return 1
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
             raise

@@ -13,6 +13,7 @@ from typing import Any
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.steps import ChainStep
 from moco_eval.runtime import files
+from moco_eval.runtime.printable import shell_join
 
 NAME = "moco-eval-"  # a job's name begins so
 JOB = re.compile(r"\w{1,40}")
@@ -37,7 +38,7 @@ class Job:
         if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
             time.sleep(GRACE)
         if code:
-            raise RuntimeError(f"exit code {code}: moco-eval {' '.join(self.arguments)}")
+            raise RuntimeError(f"exit code {code}: {shell_join(('moco-eval', *self.arguments))}")
 
     def checkpoint(self) -> Any:
         """Let the step save what it does; the job that goes on with it. Called from a signal's handler."""

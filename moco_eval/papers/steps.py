@@ -1,7 +1,6 @@
 """The steps behind the rows of a table, each a command of ours: pretrain, convert, evaluate."""
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,6 +17,7 @@ from moco_eval.papers.match import Record
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
 from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
+from moco_eval.runtime.printable import shell_join
 
 BUILT_IN = ("digits",)  # data sets that need no folder
 EVALUATIONS = (*kinds(), "detect")
@@ -66,7 +66,7 @@ class ChainStep:
 
     @property
     def command(self) -> str:
-        return shlex.join(("moco-eval", *self.arguments))
+        return shell_join(("moco-eval", *self.arguments))
 
     @property
     def before(self) -> "list[ChainStep]":

@@ -17,6 +17,7 @@ from moco_eval.errors import InputError
 from moco_eval.results import run_files
 from moco_eval.results.record import SCHEMA, repeats
 from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
+from moco_eval.runtime.printable import one_line
 from moco_eval.untrusted import npz
 
 RESAMPLES = 10_000
@@ -212,7 +213,7 @@ def describe(done: Comparison) -> str:
     for name, run, other in (("A", done.a, done.b), ("B", done.b, done.a)):
         own = [deviation for deviation in run.record["deviations"] if deviation not in other.record["deviations"]]
         lines += [f"only {name}: {deviation}" for deviation in own]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def not_alike(a: Run, b: Run) -> list[str]:
