@@ -107,7 +107,7 @@ def records(folder: Path, draw: random.Random) -> bytes:
 
 
 def configs(folder: Path, draw: random.Random) -> bytes:
-    return flipped((folder / "config.yaml").read_bytes() + b"a: &a {x: [1, 2], y: *b}\nb: &b [&c d, *c]\n", draw)
+    return flipped((folder / "config.yaml").read_bytes() + b"b: &b [&c d, *c]\na: &a {x: [1, 2], y: *b}\n", draw)
 
 
 def metrics(folder: Path, draw: random.Random) -> bytes:

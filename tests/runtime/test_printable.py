@@ -51,6 +51,10 @@ def test_plain_words_stay_plain():
 def test_standard_streams_of_a_command_take_no_control_characters(capfd, monkeypatch):
     _, err = in_process(capfd, monkeypatch, "report", HOSTILE, code=2)
     assert err.count("\n") == 1 and printable(err) == err and r"a\x1b]0;title\x07b" in err
+    with printable_streams():
+        print(HOSTILE)
+        print(HOSTILE, file=sys.stderr)
+    assert capfd.readouterr() == (f"{printable(HOSTILE)}\n",) * 2
 
 
 def test_the_name_of_a_folder_in_every_output(in_tmp, capfd, monkeypatch, quick_probe):
