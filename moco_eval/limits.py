@@ -26,8 +26,8 @@ class Limit:
 
 
 LIMITS = {
-    "record": Limit(64 << 20, "bytes", "result.json, environment.json or other JSON of a run"),
-    "yaml": Limit(4 << 20, "bytes", "YAML file"),
+    "record": Limit(16 << 20, "bytes", "result.json, environment.json or other JSON of a run"),
+    "yaml": Limit(1 << 20, "bytes", "YAML file"),
     "image": Limit(512 << 20, "bytes", "image file"),
     "pixels": Limit(178_956_970, "pixels", "image"),  # Pillow's own limit
     "scans": Limit(1 << 33, "pixels in all its scans", "JPEG image"),
@@ -37,8 +37,17 @@ LIMITS = {
     "xml": Limit(4 << 20, "bytes", "XML file"),
     "coco": Limit(8 << 30, "bytes", "annotation file in COCO format"),
     "outline": Limit(8 << 20, "pixels", "polygon's outline"),
-    "sample": Limit(100_000_000, "bytes", "sample.npz, as it is and unpacked"),
     "stl10": Limit(8 << 30, "bytes", ".bin file of STL-10"),
+    "sample": Limit(100_000_000, "bytes", "sample.npz, as it is and unpacked"),
+    "depth": Limit(100, "levels", "JSON or YAML file (aliases written out)"),
+    "values": Limit(100_000, "values", "YAML file (aliases written out)"),
+    "digits": Limit(40, "digits", "integer in JSON or YAML"),
+    "metrics": Limit(256 << 20, "bytes", "metrics.jsonl"),
+    "classes": Limit(50_000, "classes", "data set of a run"),
+    "array": Limit(4 << 30, "bytes", "array of a run (unpacked)"),
+    "packing": Limit(100, "times its packed bytes", "array of a run (if it has more than 64 MiB unpacked)"),
+    "picture": Limit(32 << 20, "bytes", "picture of a run"),
+    "picture_pixels": Limit(50_000_000, "pixels", "picture of a run"),
     "list": Limit(256 << 20, "bytes", "text file that lists images or labels"),
 }
 

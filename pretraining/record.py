@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moco_eval.errors import RunFailed
 from moco_eval.runtime import files
-from moco_eval.runtime.collectives import all_sum, gather, union
+from moco_eval.runtime.collectives import all_sum, found_by_main, gather, union
 from moco_eval.runtime.console import log, tell, warn
 from moco_eval.runtime.device import to_host
 from moco_eval.runtime.rank import is_main, rank, world_size
@@ -120,9 +120,10 @@ class Metrics:
         self.run, self.path, self.device = run, output / "metrics.jsonl", device
         self.recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
         self.knn: list[float] = []
+        # the line of chance, of step 0, is written anew
+        found_by_main(lambda: files.cut_lines(self.path, "step", step or -1))
         if is_main():
-            files.cut_lines(self.path, lambda line: 0 < step >= line["step"])
-            for line in files.read_lines(self.path):
+            for line in files.read_lines(self.path, "step"):
                 self._remember(line)
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
@@ -134,7 +135,7 @@ class Metrics:
 
     def has(self, name: str, step: int) -> bool:
         """Whether a figure was already written for this step; the first process's answer, on every rank."""
-        known = is_main() and any(name in line and line["step"] == step for line in files.read_lines(self.path))
+        known = is_main() and any(name in line and line["step"] == step for line in files.read_lines(self.path, "step"))
         return bool(all_sum(torch.tensor(float(known), device=self.device)).item())
 
     def write(self, line: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The command line: its commands, and the four ways in which one ends. Imports happen inside the commands."""
 
-import io
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from moco_eval import __version__
 from moco_eval.cli import classify, detect, encoders, pretrain, shipped, tables
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 from moco_eval.runtime import command
+from moco_eval.runtime.printable import one_line, printable_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -46,10 +46,7 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run a command; exit 0 done, 1 the run failed, 2 wrong input, 3 interrupted and resumable."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # a file's name may be no text
-            stream.reconfigure(errors="backslashreplace")
-    with command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
+    with printable_streams(), command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
         try:
             code = _run()
         except Exception:
@@ -90,7 +87,7 @@ def _run() -> int:
         code = 2
     except (InputError, RunFailed) as error:
         if not getattr(error, "told", False):
-            click.echo(f"Error: {message_of(error)}{_of_rank()}", err=True)
+            click.echo(f"Error: {one_line(message_of(error))}{_of_rank()}", err=True)
         code = 2 if isinstance(error, InputError) else 1
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:  # before RuntimeError, of which Abort is one
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
@@ -100,7 +97,7 @@ def _run() -> int:
         code = 3
     except RuntimeError as error:
         if reason := _of_loader(error):
-            click.echo(f"Error: {reason}{_of_rank()}", err=True)
+            click.echo(f"Error: {one_line(reason)}{_of_rank()}", err=True)
             return 1
         if not _is_one_of_several() or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
             raise

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from moco_eval.config import yaml_read
 from moco_eval.config.base import Model, is_neutral
 from moco_eval.config.deviations import flatten
 from moco_eval.errors import InputError
@@ -116,23 +117,13 @@ def merged(name: str, kind: str, overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML has it: ten times as fast
-
-
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A YAML mapping and, for each dotted key, where it stands ('line 14').
 
     Raises:
-        InputError: unreadable, not YAML, not a mapping, or the same key twice.
+        InputError: unreadable, not YAML, more than a config holds, not a mapping, or the same key twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=LOADER)
-        values = yaml.load(text, Loader=LOADER)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    node, values = yaml_read.read(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no mapping of keys to values")
     lines: dict[str, str] = {}
@@ -156,8 +147,8 @@ def _apply(values: dict[str, Any], lines: dict[str, str], override: str) -> None
     if not equals or not key:
         raise InputError(f"--set {override!r} is not key=value; for example --set batch_size=64")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        _, value = yaml_read.parse(text, text)
+    except InputError:
         raise InputError(f"--set {override!r}: {text!r} is not a YAML value") from None
     *parents, last = key.split(".")
     place = values

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from moco_eval.runtime.stop import reading, stop_waiting
 SHARED_MEMORY = Path("/dev/shm")  # where torch puts what loader processes send
 PREFETCH = 4  # batches that a loader process keeps ready
 POLL = 1.0  # seconds between two looks for a signal
-GRACE = 60  # seconds that a loader process lives after SIGTERM
 LONGEST_TMPDIR = 75  # bytes: the processes' sockets lie below it, and their paths may have 107
 LOST = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)(?: is killed by signal: ([\w ]+))?")
 REASONS = (
@@ -80,16 +80,22 @@ class Start:
 
 
 def outlive_signals() -> None:
-    """A loader process goes on, so that the process that trains can end its step and save.
+    """A loader process goes on whoever signals it but its parent, which can then end its step and save.
 
-    A signal to the group does not reach it, one to every process is ignored; but after SIGTERM, by which its own parent
-    may want to end it, it lives for GRACE at most.
+    It is no longer of the group to which torchrun and Ctrl-C send signals, and ignores those that a scheduler sends to
+    every process; SIGTERM from its own parent ends it even while it waits for its storage.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_asked_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class Loaded:
@@ -140,7 +146,7 @@ class Loaded:
             raise  # no more is wanted
         except BaseException as error:
             for process in getattr(batches, "_workers", ()):  # one that waits for its storage would be waited for
-                process.kill()
+                process.terminate()
             reason = self.reason.read()
             message = explanation(str(error), reason) if isinstance(error, RuntimeError | OSError | EOFError) else None
             if message is None:

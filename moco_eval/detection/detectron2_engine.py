@@ -267,8 +267,7 @@ def _train(
     sgd, total, metrics = _Optimisation(model, cfg, output, cost), recipe.schedule.iterations, output / "metrics.jsonl"
     if sgd.finished:
         return
-    if rank.is_main():
-        files.cut_lines(metrics, lambda line: line["iteration"] <= sgd.done)
+    collectives.found_by_main(lambda: files.cut_lines(metrics, "iteration", sgd.done))
     seed_all_rng(seed_of(recipe.seed, 1 + sgd.done, rank.rank()))
     model.train()
     with _registered(data, samples, cfg) as named, _refusals():

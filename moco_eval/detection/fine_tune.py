@@ -146,8 +146,7 @@ class _Losses:
         self.path, self.recipe = path, recipe
         self.coming: tuple[int, list[str], Any] | None = None
         self.note: str | None = None
-        if rank.is_main():
-            files.cut_lines(path, lambda line: line["iteration"] <= done)
+        collectives.found_by_main(lambda: files.cut_lines(path, "iteration", done))
 
     def add(self, iteration: int, losses: dict[str, Tensor]) -> str | None:
         """Take an iteration's losses; returns what to say of the newest that were read."""

@@ -34,7 +34,7 @@ def per_class_bars(per_class: dict[str, Scores], metric: str, path: Path) -> Non
 
 def loss_curves(metrics: Sequence[Path], path: Path) -> None:
     """Draw the losses of one or more metrics.jsonl (trials) into a file; see `loss_figure`. Nothing without a line."""
-    trials = [lines for path in metrics if (lines := files.read_lines(path))]
+    trials = [lines for path in metrics if (lines := files.read_lines(path, "iteration"))]
     if trials:
         _save(loss_figure(trials), path)
 

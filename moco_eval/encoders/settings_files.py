@@ -1,5 +1,6 @@
 """What files of settings beside a checkpoint say about its network: our own, Hugging Face's, timm's, detectron2's."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torchvision.models.resnet import Bottleneck
 
+from moco_eval.config import yaml_read
 from moco_eval.encoders.architectures import VisionTransformer, architecture
 from moco_eval.encoders.infer import expected
 from moco_eval.errors import InputError
@@ -67,7 +68,7 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str, arch: str) -> Fi
     aside: dict[str, str] = {}
     for name, fits, read in _files(checkpoint, sha256, arch):
         path = checkpoint.with_name(name)
-        if not path.is_file() or not fits(origin) or name in aside:
+        if not os.path.lexists(path) or not fits(origin) or name in aside:
             continue
         if name == _PROCESSOR and "config.json" in aside:
             aside[name] = "beside that model's config.json"
@@ -82,7 +83,7 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str, arch: str) -> Fi
                 f"{path}: {error}; without the file another network would be judged: build yours and give it to "
                 "moco_eval.wrap"
             ) from None
-        except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (InputError, KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
             raise InputError(f"{path}: {error}; correct it, or move it away to go without") from None
         if settings:
             doubts = settings.pop("warnings", ())
@@ -127,10 +128,7 @@ def _contents(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         values = files.read_json(path)
     else:
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"is not readable YAML ({str(error).splitlines()[0]})") from None
+        _, values = yaml_read.read(path)
     return values if isinstance(values, dict) else {}
 
 
@@ -175,7 +173,7 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
         "stride_in_1x1": values.get("downsample_in_bottleneck"),
     }
     processor = checkpoint.with_name(_PROCESSOR)
-    if not processor.is_file():
+    if not os.path.lexists(processor):
         return settings
     try:
         return settings | _pixels(_processor(_contents(processor)))

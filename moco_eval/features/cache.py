@@ -2,11 +2,17 @@
 
 What a feature depends on (weights, network, feature, pixels, data, arithmetic) is its address, so that a cache is
 neither stale nor mixed. A shard's name carries the sha256 of its bytes: it is there whole or not at all, and a changed
-byte is found before it is used.
+byte is found before it is used. The manifest names the shards that were written. What keeps others from writing a
+manifest of their own is whose the folder is, and that is looked at.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import pwd
+import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -34,6 +40,8 @@ from moco_eval.runtime.rank import rank, world_size
 from moco_eval.runtime.stop import Stop
 
 VERSION = 1
+MANIFEST = "manifest.json"  # the sha256 of each shard, under the key that the folder is of
+SHARD_NAME = re.compile(r"\d{6,9}-[0-9a-f]{64}\.npy")
 SHARD = 1024  # images; what an interruption loses at most, on each process
 
 
@@ -234,13 +242,16 @@ def open_folder(folder: Path) -> Features:
     key = files.read_json(folder / "key.json")
     if not isinstance(key, dict) or key.get("version") != VERSION:
         raise InputError(f"{folder / 'key.json'} is not of a folder of features (version {VERSION})")
-    shards = [path for _, path in sorted(_shards(folder).items())]
-    for path in shards:
+    _say_whose(folder)
+    known = _named(folder, key) if (folder / MANIFEST).exists() else None
+    shards, images = _shards(folder, known), (key.get("data") or {}).get("images")
+    for path in shards.values():
         if not _is_sound(path):
             raise InputError(f"{path} is damaged: its bytes are not those that were written; extract it anew")
-    parts, wanted = [np.load(path, mmap_mode="r") for path in shards], key["data"]["images"]
-    if (held := sum(map(len, parts))) != wanted:
-        raise InputError(f"{folder} holds features of {held} of {wanted} images; run the extraction to its end")
+    parts = [_mapped(path, key.get("precision")) for _, path in sorted(shards.items())]
+    if (held := sum(map(len, parts))) != images or not parts:
+        raise InputError(f"{folder} holds features of {held} of {images} images; run the extraction to its end")
+    _require_one_width(folder, parts)
     return Features(parts)
 
 
@@ -296,13 +307,14 @@ class _Entry:
     def __init__(self, source: Source, folder: Path):
         self.source, self.folder = source, folder
         self.bounds = [*range(0, len(source.images), SHARD), len(source.images)]
+        self.key: dict[str, Any] = json.loads(json.dumps(source.key()))
 
     def is_there(self) -> bool:
         return (self.folder / "key.json").is_file()
 
     def prepare(self) -> None:
-        """The folder with its key, and no shard that is damaged."""
-        path, key = self.folder / "key.json", json.loads(json.dumps(self.source.key()))
+        """The folder with its key and its manifest, and no shard that is damaged."""
+        path, key = self.folder / "key.json", self.key
         if not self.is_there():
             self._make()
             files.write_json(path, key)
@@ -312,28 +324,41 @@ class _Entry:
             raise InputError(f"{error}; remove that folder of features") from None
         if kept != key:
             raise InputError(f"{path} does not say what this folder's name says; remove the folder")
-        for number, shard in self._damaged():
+        _say_whose(self.folder)
+        self._require_manifest()
+        named, shards = self.shards(), _shards(self.folder)
+        for number in sorted(shards.keys() - named.keys()):
+            warn(f"{shards[number]} is not named in {MANIFEST} and is not read; shard {number} is extracted anew")
+        for number, shard in _damaged(named):
             warn(f"{shard} is damaged: its bytes are not those that were written; shard {number} is extracted anew")
-            shard.unlink()
+            _remove(shard)
+
+    def _require_manifest(self) -> None:
+        """There is a manifest: in a folder of an earlier version, which has none, one of the shards that are there."""
+        path = self.folder / MANIFEST
+        with files.one_at_a_time(path):
+            if path.exists():
+                return
+            shards = {str(number): [_sha_of(shard)] for number, shard in _shards(self.folder).items()}
+            if shards:
+                warn(f"{self.folder} is of an earlier version, without {MANIFEST}: its {len(shards)} shards are reused")
+            with contextlib.suppress(InputError):  # a cache that was put away where nobody writes
+                files.write_json(path, {"key": _of(self.key), "shards": shards})
 
     def _make(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _make_private(self.folder)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise InputError(
                 f"cannot write features to {self.folder.parent}: {error.strerror}; give another folder by --cache"
             ) from None
 
-    def _damaged(self) -> list[tuple[int, Path]]:
-        shards = list(self.shards().items())
-        with ThreadPoolExecutor(8) as threads:
-            sound = threads.map(lambda item: _is_sound(item[1]), shards)
-            return [item for item, fine in zip(shards, sound) if not fine]
-
     def shards(self) -> dict[int, Path]:
-        """The shard files that are there, by number."""
-        return _shards(self.folder)
+        """The shard files that are there, by number: those that the manifest names, where there is one."""
+        if not (self.folder / MANIFEST).exists():
+            return _shards(self.folder)
+        return _shards(self.folder, _named(self.folder, self.key))
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there."""
@@ -346,21 +371,150 @@ class _Entry:
         unnamed = self.folder / f".{number:06}.{uuid.uuid4().hex}.npy"
         with files.atomic(unnamed) as temporary:
             np.save(temporary, _encoded(features, self.source.precision))
-        unnamed.rename(self.folder / f"{number:06}-{files.sha256_of(unnamed)}.npy")
+        digest = files.sha256_of(unnamed)
+        with files.one_at_a_time(self.folder / MANIFEST):  # named before it is there: what is there is named
+            known = _named(self.folder, self.key)
+            known[number] = [*known.get(number, ()), digest]
+            shards = {str(shard): sorted(set(digests)) for shard, digests in sorted(known.items())}
+            files.write_json(self.folder / MANIFEST, {"key": _of(self.key), "shards": shards})
+        unnamed.rename(self.folder / f"{number:06}-{digest}.npy")
 
     def open(self) -> Features:
         """All shards, memory-mapped."""
         there = self.shards()
         if self.missing():
             raise RunFailed(f"{self.folder} has lost shards while it was in use; run again")
-        parts = [np.load(there[number], mmap_mode="r") for number in range(len(self.bounds) - 1)]
+        parts = [_mapped(there[number], self.source.precision) for number in range(len(self.bounds) - 1)]
         if [len(part) for part in parts] != [end - start for start, end in pairwise(self.bounds)]:
             raise RunFailed(f"{self.folder} holds shards of other lengths; remove it and run again")
+        _require_one_width(self.folder, parts)
         return Features(parts)
 
 
-def _shards(folder: Path) -> dict[int, Path]:
-    return {int(path.name[:6]): path for path in folder.glob("[0-9]*.npy")}
+# What is in a folder, and whose it is
+
+
+def _of(key: dict[str, Any]) -> str:
+    """What stands for a key in the manifest."""
+    return _sha256(json.dumps(key, sort_keys=True).encode())
+
+
+def _named(folder: Path, key: dict[str, Any]) -> dict[int, list[str]]:
+    """The sha256 of each shard that was written under this key, by its number; several where several commands wrote it.
+
+    Raises:
+        InputError: the manifest is damaged, or of other features.
+    """
+    path = folder / MANIFEST
+    manifest = files.read_json(path)
+    try:
+        shards = {int(number): list(map(_digest, digests)) for number, digests in manifest["shards"].items()}
+        if manifest["key"] == _of(key):
+            return shards
+    except (KeyError, TypeError, AttributeError, ValueError):
+        pass
+    raise InputError(f"{path} is damaged, or of other features than key.json beside it; remove that folder of features")
+
+
+def _digest(text: Any) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(text)
+    return text
+
+
+def _shards(folder: Path, known: dict[int, list[str]] | None = None) -> dict[int, Path]:
+    """The shard files by number; with `known`, only those of that sha256.
+
+    Raises:
+        InputError: a file among them that is no shard of ours.
+    """
+    shards = {}
+    for path in sorted(folder.glob("[!.]*.npy")):
+        if not SHARD_NAME.fullmatch(path.name) or not path.is_file():
+            raise InputError(f"{path} is no shard of features, and is not read; move it away")
+        if known is None or _is_named(path, known):
+            shards[_number_of(path)] = path
+    return shards
+
+
+def _number_of(path: Path) -> int:
+    return int(path.name.partition("-")[0])
+
+
+def _sha_of(path: Path) -> str:
+    return path.stem.partition("-")[2]
+
+
+def _is_named(path: Path, known: dict[int, list[str]]) -> bool:
+    return _sha_of(path) in known.get(_number_of(path), ())
+
+
+def _mapped(path: Path, precision: Any) -> np.ndarray:
+    """A shard as it is kept, (N, D). Raises InputError where it is no such array."""
+    try:
+        part = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no array of features: {error}; remove it, and it is extracted anew") from None
+    wanted = np.dtype(np.int16 if precision == "bf16" else np.float32)
+    if part.ndim != 2 or part.dtype != wanted or not part.shape[1]:
+        raise InputError(
+            f"{path} is no array of features: of type {part.dtype} and shape {part.shape}, not {wanted} and (images, "
+            "dimensions); remove it, and it is extracted anew"
+        )
+    return part
+
+
+def _require_one_width(folder: Path, parts: Sequence[np.ndarray]) -> None:
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) > 1:
+        raise InputError(f"{folder} holds features of {widths[0]} and of {widths[1]} dimensions; remove that folder")
+
+
+def _damaged(shards: dict[int, Path]) -> list[tuple[int, Path]]:
+    """The shards whose bytes are not those of their name."""
+    with ThreadPoolExecutor(8) as threads:
+        sound = threads.map(lambda item: _is_sound(item[1]), shards.items())
+        return [item for item, fine in zip(shards.items(), sound) if not fine]
+
+
+def _remove(shard: Path) -> None:
+    try:
+        shard.unlink()
+    except OSError as error:
+        raise InputError(f"cannot remove {shard}: {error.strerror}; give another folder by --cache") from None
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder of features: open to others only as far as the cache is in which its owner made it."""
+    cache = folder.parent
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        cache.mkdir(mode=0o700)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=stat.S_IMODE(cache.stat().st_mode))
+
+
+@once
+def _say_whose(folder: Path) -> None:
+    """Say, once, whether somebody else may have written the features in a folder."""
+    manifest = folder / MANIFEST
+    for path in (folder, folder / "key.json", *([manifest] if manifest.exists() else []), *_shards(folder).values()):
+        about = path.stat()
+        if about.st_uid not in (0, os.geteuid()):
+            whose = f"belongs to {_user(about.st_uid)}"
+        elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            whose = "may be written by others"
+        else:
+            continue
+        warn(f"{path} {whose}, who may put any features there; give a --cache of your own if in doubt")
+        return
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
 
 
 def _is_sound(path: Path) -> bool:
@@ -371,7 +525,7 @@ def _is_sound(path: Path) -> bool:
 @once
 def _has_its_bytes(path: Path, _size: int, _changed: int) -> bool:
     """Read once by each process, as long as the file stays as it is."""
-    return path.stem.split("-")[1] == files.sha256_of(path)
+    return _sha_of(path) == files.sha256_of(path)
 
 
 @torch.no_grad()

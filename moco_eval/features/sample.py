@@ -1,17 +1,15 @@
 """A few test images of an evaluation, as the encoder sees them: what the report's maps are drawn from."""
 
 import math
-import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from moco_eval import limits
 from moco_eval.errors import InputError
 from moco_eval.runtime import files
+from moco_eval.untrusted import npz
 
 IMAGES = 1000  # at most
 COMPONENTS = 50  # at most
@@ -77,10 +75,10 @@ def write(path: Path, sample: Sample) -> None:
 def read(path: Path) -> Sample:
     """Read a sample.npz. Raises InputError where it is damaged."""
     try:
-        with limits.open_regular(path) as file:
-            limits.require(path, "sample", os.fstat(file.fileno()).st_size)
-            held = _arrays(file)
+        held = _arrays(path)
         classes = tuple(map(str, held["classes"].reshape(-1)))
+    except InputError:
+        raise
     except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read ({reason}); run the evaluation again into another --output") from None
@@ -90,28 +88,13 @@ def read(path: Path) -> Sample:
     return sample
 
 
-def _arrays(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The arrays of the archive, none read before its size is known to be what its header says, and not too large."""
-    with zipfile.ZipFile(file) as archive:
-        members = {name: archive.getinfo(f"{name}.npy") for name in ARRAYS}
-        total = sum(member.file_size for member in members.values())
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the file, none read before its size is known to be what its header says, and not too large."""
+    with npz.Arrays(path) as arrays:
+        total = sum(math.prod(header.shape) * header.dtype.itemsize for header in arrays.headers.values())
         if not limits.allows("sample", total):
             raise ValueError(f"{total:,} bytes unpacked, more than any sample has")
-        return {name: _array(archive, member) for name, member in members.items()}
-
-
-def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{member.filename} is of a version of .npy that is never written here")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        wanted = file.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.itemsize:
-        raise ValueError(f"{member.filename} is of {dtype}, values of no bytes")
-    if wanted != member.file_size:
-        raise ValueError(f"{member.filename} of shape {shape} has {member.file_size} bytes instead of {wanted}")
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        return {name: arrays[name] for name in ARRAYS}
 
 
 def _trouble(sample: Sample) -> str | None:

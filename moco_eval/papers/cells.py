@@ -4,6 +4,7 @@ from moco_eval.papers.match import Comparison, Line, Ours
 from moco_eval.papers.tables import Table
 from moco_eval.papers.todo import LEFT_OUT, Missing
 from moco_eval.results.statistics import REPEATS
+from moco_eval.runtime.printable import one_line
 
 HEADINGS = ("row", "metric", "published", "ours", "difference")
 
@@ -59,7 +60,7 @@ def below(comparison: Comparison) -> list[str]:
         over = REPEATS.get(str(table.over), str(table.over))
         notes.append(f"within, above, below: beside the published mean ± its standard deviation over {over}")
     notes += [f"{row.label}: {row.note}" for row in table.rows if row.note]
-    return [*notes, f"published: {table.source}"]
+    return [one_line(note) for note in (*notes, f"published: {table.source}")]
 
 
 def heading(missing: Missing) -> str:

@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def _is_whole(record: Record) -> bool:
 
 def _ran_here(record: Record, processes: int, device: torch.device) -> bool:
     where = record["environment"]
-    command = shlex.split(where.get("command") or "")
+    command = _words(where.get("command"))
     return (
         where.get("hardware") == hardware()
         and record["cost"].get("device", "").startswith(device.type)
@@ -171,13 +172,22 @@ def _ran_here(record: Record, processes: int, device: torch.device) -> bool:
     )
 
 
+def _words(command: Any) -> list[str]:
+    """The words of a command line that a record holds; none of what is no command line."""
+    try:
+        return shlex.split(command) if isinstance(command, str) else []
+    except ValueError:  # a quote that is never closed
+        return []
+
+
 def _number(arguments: Sequence[str], option: str) -> int:
-    """The value of an option in a command; 1 where it is not given."""
-    return int(_value(arguments, option, "1"))
+    """The value of an option in a command; 1 where it is not given, 0 where it is no number."""
+    value = _value(arguments, option, "1")
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else 0
 
 
 def _value(arguments: Sequence[str], option: str, default: str) -> str:
-    return arguments[arguments.index(option) + 1] if option in arguments else default
+    return next((value for name, value in pairwise(arguments) if name == option), default)
 
 
 # What a step consists of

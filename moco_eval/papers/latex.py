@@ -88,8 +88,12 @@ def _below(comparison: Comparison) -> str:
 def escape(text: str) -> str:
     """Text that LaTeX prints as it is; a character that it may not know becomes a question mark."""
     line = " ".join(text.split())  # an empty line would end a caption
-    escaped = "".join(SPECIAL.get(letter, letter if letter.isascii() or letter in KNOWN else "?") for letter in line)
+    escaped = "".join(SPECIAL.get(letter, letter if _is_known(letter) else "?") for letter in line)
     return f"{{}}{escaped}" if escaped.startswith("[") else escaped  # not an optional argument of the \\ before it
+
+
+def _is_known(letter: str) -> bool:
+    return letter in KNOWN or (letter.isascii() and letter.isprintable())
 
 
 def _comments(missing: Missing) -> list[str]:

@@ -211,10 +211,10 @@ def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
     """
     assert column.metric and {record["protocol"] for record in records} == {column.protocol}
     newest = records[0]
-    repeats: dict[Any, Record] = {}
+    repeats: dict[str, Record] = {}
     for record in records if column.trials == 1 and _config(newest["encoder"]) else [newest]:
         if _same(record, newest):
-            repeats.setdefault(_settings(record["encoder"])["seed"], record)
+            repeats.setdefault(str(_settings(record["encoder"])["seed"]), record)
     runs = [record.get("run", "") for record in repeats.values()]
     if len(repeats) > 1:
         mean, std = mean_and_std([record["metrics"][column.metric] for record in repeats.values()])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ from moco_eval.papers.html import page
 from moco_eval.papers.latex import latex
 from moco_eval.papers.match import Comparison, Line, Ours
 from moco_eval.papers.todo import Missing, script
+from moco_eval.runtime.printable import printable
 from moco_eval.runtime.text import as_text
 
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for the start of one
 CSV_COLUMNS = (
     *("row", "metric", "protocol", "dataset", "published", "published_std", "published_n"),
     *("ours", "ours_std", "n", "over", "difference", "judgement", "comparable", "deviations"),
@@ -59,18 +62,43 @@ def _text(comparison: Comparison, missing: Missing) -> str:
 
 def _markdown(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
-    rows = [cells.HEADINGS, ("---", "---", "---:", "---:", "---:"), *map(cells.cells, comparison.lines)]
-    grid = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
-    below = [f"- {_plain(note)}" for note in (*cells.below(comparison), *cells.unobtainable(missing))]
+    rows: list[tuple[str, ...]] = [cells.HEADINGS, ("---", "---", "---:", "---:", "---:")]
+    rows += [tuple(map(_plain, cells.cells(line))) for line in comparison.lines]
+    grid = ["| " + " | ".join(row) + " |" for row in rows]
+    below = [_item(note) for note in (*cells.below(comparison), *cells.unobtainable(missing))]
     lines = [f"**{_plain(cells.title(table))}.** {_plain(table.caption)}", "", *grid, "", *below]
     if missing.steps:
-        lines += ["", cells.heading(missing), "", "```sh", script(missing), "```", "", missing.total]
+        fence = _fence(script(missing))
+        lines += ["", _plain(cells.heading(missing)), "", f"{fence}sh", script(missing), fence, "", missing.total]
     return "\n".join(lines)
 
 
 def _plain(text: str) -> str:
-    """Text on one line that is neither a column's edge nor HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
+    """Text on one line that Markdown shows as it is: no column's edge, HTML, link, picture, code or emphasis."""
+    special = r"[\\`*<|~&#]|\[(?!\d+\](?![(\[:]))|(?<![^\W_])_|_(?![^\W_])"  # a mark such as [1] is no link
+    return re.sub(special, r"\\\g<0>", " ".join(text.split()))
+
+
+def _item(text: str) -> str:
+    """The same as an item of a list, which begins no list or heading of its own."""
+    return "- " + re.sub(r"^(?=[-+=])|(?<=^\d)(?=[.)]\s)|(?<=^\d\d)(?=[.)]\s)", r"\\", _plain(text))
+
+
+def _fence(code: str) -> str:
+    """Longer than any row of backticks in the code that it encloses."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+
+
+def _inert(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets a ' before it; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    mark = "'" if value.startswith(FORMULA) and not _is_number(value) else ""
+    return mark + printable(value)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) is not None
 
 
 def _csv(comparison: Comparison, missing: Missing) -> str:
@@ -92,7 +120,8 @@ def _csv(comparison: Comparison, missing: Missing) -> str:
             "judgement": line.judgement,
             "status": _status(line, reasons),
         }
-        writer.writerow(values | (_csv_ours(line.ours) if line.ours else {}) | _csv_steps(line, names, missing))
+        values |= (_csv_ours(line.ours) if line.ours else {}) | _csv_steps(line, names, missing)
+        writer.writerow({name: _inert(value) for name, value in values.items()})
     return out.getvalue()
 
 

@@ -3,7 +3,6 @@
 import difflib
 import fcntl
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Row, Table
 from moco_eval.papers.todo import total
+from moco_eval.runtime.printable import shell_join
 from moco_eval.runtime.text import as_text
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def check(plan: Plan, asked: Sequence[str], could_start: Callable[..., object]) 
         more = [word for name in plan.lacking for word in ("--data", f"{name}={USUAL.get(name, f'/datasets/{name}')}")]
         raise InputError(
             f"{plan.table.id} needs the folder of {' and of '.join(plan.lacking)}; for example: "
-            f"{shlex.join((*asked, *more))}"
+            f"{shell_join((*asked, *more))}"
         )
     looked_at = set()
     for step in plan.left:

@@ -1,6 +1,7 @@
 """The steps of a chain as SLURM jobs, by submitit: each waits for the one before it, and resumes where it was ended."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.steps import ChainStep
 from moco_eval.runtime import files
+from moco_eval.runtime.printable import shell_join
 
 NAME = "moco-eval-"  # a job's name begins so
+JOB = re.compile(r"\w{1,40}")
 OURS = ("dependency", "kill_on_invalid_dep", "job_name", "output", "error", "open_mode", "signal", "array", "requeue")
 ONE_TASK = ("nodes", "ntasks", "ntasks_per_node")
 DEFAULTS = {"time": "1-00:00:00"}
@@ -35,7 +38,7 @@ class Job:
         if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
             time.sleep(GRACE)
         if code:
-            raise RuntimeError(f"exit code {code}: moco-eval {' '.join(self.arguments)}")
+            raise RuntimeError(f"exit code {code}: {shell_join(('moco-eval', *self.arguments))}")
 
     def checkpoint(self) -> Any:
         """Let the step save what it does; the job that goes on with it. Called from a signal's handler."""
@@ -149,4 +152,8 @@ def _jobs(runs: Path) -> Path:
 
 def _remembered(runs: Path) -> dict[str, str]:
     """The job of each step that was ever submitted, by the step's output."""
-    return files.read_json(_jobs(runs)) if _jobs(runs).is_file() else {}
+    path = _jobs(runs)
+    jobs = files.read_json(path) if path.is_file() else {}
+    if not isinstance(jobs, dict) or not all(isinstance(job, str) and JOB.fullmatch(job) for job in jobs.values()):
+        raise InputError(f"{path} does not hold the number of a job for each output; move it away to submit anew")
+    return jobs

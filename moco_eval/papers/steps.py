@@ -1,7 +1,6 @@
 """The steps behind the rows of a table, each a command of ours: pretrain, convert, evaluate."""
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,6 +16,8 @@ from moco_eval.papers import match
 from moco_eval.papers.match import Record
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
 from moco_eval.runtime import files
+from moco_eval.runtime.console import warn
+from moco_eval.runtime.printable import shell_join
 
 BUILT_IN = ("digits",)  # data sets that need no folder
 EVALUATIONS = (*kinds(), "detect")
@@ -65,7 +66,7 @@ class ChainStep:
 
     @property
     def command(self) -> str:
-        return shlex.join(("moco-eval", *self.arguments))
+        return shell_join(("moco-eval", *self.arguments))
 
     @property
     def before(self) -> "list[ChainStep]":
@@ -167,9 +168,11 @@ def _finished(runs: Path) -> list[Run]:
 
 
 def _read(path: Path) -> Record:
+    """Nothing, and a warning, of a file that is damaged or another program's."""
     try:
         return configs.read_yaml(path)[0]
-    except InputError:
+    except InputError as error:
+        warn(f"no pretraining of ours: {error}")
         return {}
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from moco_eval.errors import InputError
 from moco_eval.features import sample
 from moco_eval.report.pick import by_test_set, description, has_answers, shared, unlike
 from moco_eval.report.runs import Run
-from moco_eval.results import compare
+from moco_eval.results import compare, run_files
 
 CLASSES = 20  # at most in a matrix; of more, the pairs that are confused most
 PAIRS = 20
@@ -36,22 +35,25 @@ def confusion(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) 
 
 def _encoder(name: str, run: Run, shown: Sequence[Run]) -> dict[str, Any]:
     assert run.record
-    counts = count(run)
-    classes = class_names(run, len(counts))
+    pairs, classes = count(run)
+    names = class_names(run, classes)
     trials = len(run.record["trials"])
     about = (description(run), unlike(run, shown), f"mean of {trials} trials" * (trials > 1))
-    small = len(counts) <= CLASSES
+    small = classes <= CLASSES
     return {
         "name": name,
         "description": ", ".join(filter(None, about)),
-        "classes": len(counts),
-        "matrix": matrix(counts, classes, f"Confusion matrix of {name}") if small else None,
-        "pairs": [] if small else most_confused(counts, classes),
+        "classes": classes,
+        "matrix": matrix(_dense(pairs, classes), names, f"Confusion matrix of {name}") if small else None,
+        "pairs": [] if small else most_confused(pairs, names),
     }
 
 
-def count(run: Run) -> np.ndarray:
-    """How many images of each class were taken for each, mean over trials, (classes, classes): rows are the truth.
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # true class, class it was taken for, how often; (P,) each
+
+
+def count(run: Run) -> tuple[Pairs, int]:
+    """How often images of each class were taken for each, mean over trials, where that was so; and how many classes.
 
     Raises:
         InputError: predictions.npz is damaged.
@@ -59,39 +61,42 @@ def count(run: Run) -> np.ndarray:
     answers = compare.read_run(run.path).answers
     assert run.record and answers.predictions is not None
     predictions, labels = answers.predictions, answers.labels
-    highest = int(max(labels.max(), predictions.max()))
-    classes = run.record["dataset"].get("classes") or highest + 1
-    if min(labels.min(), predictions.min()) < 0 or highest >= classes:
-        raise InputError(
-            f"{run.path / 'predictions.npz'} is damaged: a class is none of {classes}; run the evaluation again into "
-            "another --output"
-        )
-    cells = (labels * classes + predictions).ravel().astype(np.int64)
-    return np.bincount(cells, minlength=classes**2).reshape(classes, classes) / len(predictions)
+    classes = run.record["dataset"].get("classes") or int(max(labels.max(), predictions.max())) + 1
+    cells, often = np.unique(labels * classes + predictions, return_counts=True)
+    return (cells // classes, cells % classes, often / len(predictions)), classes
+
+
+def _dense(pairs: Pairs, classes: int) -> np.ndarray:
+    """(classes, classes), rows are the truth."""
+    true, taken, often = pairs
+    counts = np.zeros((classes, classes))
+    counts[true, taken] = often
+    return counts
 
 
 def class_names(run: Run, classes: int) -> tuple[str, ...]:
     """Names of the classes where the run left a sample with them, else their numbers."""
     path = run.path / sample.NAME
-    held = sample.read(path).classes if path.is_file() else ()
+    held = sample.read(path).classes if run_files.is_there(path) else ()
     return held if len(held) == classes else tuple(map(str, range(classes)))
 
 
-def most_confused(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+def most_confused(pairs: Pairs, classes: Sequence[str]) -> list[dict[str, Any]]:
     """The pairs of classes that are confused most often, the most frequent first; ties by the share of the class."""
-    wrong = counts * (1 - np.eye(len(counts)))
-    total = counts.sum(axis=1)
-    true, taken = (indices.tolist() for indices in np.nonzero(wrong))
-    first = sorted(zip(true, taken), key=lambda pair: (-wrong[pair], -wrong[pair] / total[pair[0]], pair))[:PAIRS]
+    true, taken, often = pairs
+    total = np.bincount(true, weights=often, minlength=len(classes))
+    wrong = true != taken
+    rows = zip(*(array[wrong].tolist() for array in (true, taken, often)))
+    first = sorted(rows, key=lambda row: (-row[2], -row[2] / total[row[0]], row[:2]))[:PAIRS]
     return [
         {
             "true": classes[i],
             "taken": classes[j],
-            "count": f"{wrong[i, j]:.3g}",
+            "count": f"{often:.3g}",
             "of": f"{total[i]:g}",
-            "share": 100 * wrong[i, j] / total[i],
+            "share": 100 * often / total[i],
         }
-        for i, j in first
+        for i, j, often in first
     ]
 
 

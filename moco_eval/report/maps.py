@@ -10,6 +10,7 @@ from moco_eval.features import sample
 from moco_eval.features.sample import Sample
 from moco_eval.report.pick import by_encoder, by_test_set, feature
 from moco_eval.report.runs import Run
+from moco_eval.results import run_files
 
 # Of the classes, which are round and square in turn. Chosen so that two of one shape differ by at least 25 (CIELAB)
 # for normal, protanopic and deuteranopic eyes, and each stands out (2.3 : 1) from light and dark paper.
@@ -31,7 +32,7 @@ def maps(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> li
     """
     groups = []
     for data, tested in by_test_set(runs):
-        kept = [run for run in tested if (run.path / sample.NAME).is_file()]
+        kept = [run for run in tested if run_files.is_there(run.path / sample.NAME)]
         chosen = by_encoder(kept, names, order, lambda run: feature(run) == "pooled")
         if chosen:
             shown = [_encoder(name, run) for name, run in chosen.items()]

@@ -6,6 +6,7 @@ from typing import Any
 
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.report.runs import Run, sha_of
+from moco_eval.results import run_files
 
 TASKS = ("linear", "knn")  # the protocols whose answers are shown first
 
@@ -45,7 +46,7 @@ def feature(run: Run) -> str:
 
 def has_answers(run: Run) -> bool:
     """Whether a run said one class of each test image, and kept it."""
-    return bool(run.record and "top1" in run.record["metrics"] and (run.path / "predictions.npz").is_file())
+    return bool(run.record and "top1" in run.record["metrics"] and run_files.is_there(run.path / "predictions.npz"))
 
 
 def terms(run: Run) -> tuple:

@@ -14,6 +14,7 @@ from moco_eval.errors import InputError
 from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
 from moco_eval.report.pick import by_encoder, by_test_set
 from moco_eval.report.runs import Run, sha_of
+from moco_eval.results import run_files
 
 PICTURES = 4  # drawn images per encoder
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
@@ -22,7 +23,7 @@ CLASS_METRICS = ("APbb", "AP50")  # the one shown of each class: COCO's, or VOC'
 
 
 def has(run: Run, name: str) -> bool:
-    return (run.path / name).is_file()
+    return run_files.is_there(run.path / name)
 
 
 def neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list[dict[str, Any]]:
@@ -75,8 +76,9 @@ def _detection(name: str, run: Run) -> dict[str, Any]:
 def image(path: Path, limit: int = PICTURE_BYTES) -> str:
     """A picture as a data address; one of more bytes is made smaller. Raises InputError where it is none."""
     try:
-        data, kind = limits.read_bytes(path, "image"), "png"
+        data, kind = limits.read_bytes(path, "picture"), "png"
         with open_image(io.BytesIO(data), str(path), ("PNG",)) as image:
+            limits.require(path, "picture_pixels", image.width * image.height)
             image.load()
             if len(data) > limit:
                 data, kind = _smaller(image), "jpeg"

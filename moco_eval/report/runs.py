@@ -1,6 +1,5 @@
 """Runs as the report reads them, and the names of their encoders."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moco_eval.config import load as configs
 from moco_eval.errors import InputError
-from moco_eval.report import schema
+from moco_eval.results import run_files, schema
 from moco_eval.results.run_directory import finished
 from moco_eval.runtime import files
 
@@ -88,46 +86,20 @@ def _folders(path: Path) -> list[Path]:
 
 def _read(folder: Path) -> Run | None:
     """Raises InputError where a file of the run lacks what a report needs."""
-    values, _ = configs.read_yaml(folder / "config.yaml")
-    if "command" not in values or not (folder / "environment.json").is_file():
+    values = run_files.read_config(folder)
+    if "command" not in values or not run_files.is_there(folder / "environment.json"):
         return None
-    try:
-        run = Run(folder, values, files.read_json(folder / "environment.json"), finished(folder))
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # an endless number, or one bracket in another
-        raise InputError(f"a file of {folder} is not readable JSON: {error}; {schema.WAY_OUT}") from None
-    schema.require(schema.Environment, run.environment, folder / "environment.json")
-    if values["command"] == "pretrain" and (folder / "metrics.jsonl").is_file():
-        run.metrics = _read_lines(folder / "metrics.jsonl", schema.LoggedStep)
+    run = Run(folder, values, run_files.read_environment(folder), finished(folder))
+    metrics = folder / "metrics.jsonl"
+    if values["command"] == "pretrain" and run_files.is_there(metrics):
+        run.metrics = run_files.read_metrics(metrics, schema.LoggedStep)
     if values["command"] == "detect":
-        paths = [folder / "metrics.jsonl", *sorted(folder.glob("trial_*/metrics.jsonl"))]
-        run.trials = [lines for path in paths if path.is_file() and (lines := _read_lines(path, schema.Iteration))]
+        paths = [path for path in (metrics, *sorted(folder.glob("trial_*/metrics.jsonl"))) if run_files.is_there(path)]
+        run.trials = [lines for path in paths if (lines := run_files.read_metrics(path, schema.Iteration))]
     if not (run.record or run.metrics):
         return None
     schema.require(schema.Evaluation if run.record else schema.Pretraining, values, folder / "config.yaml")
-    if run.record:
-        schema.require(schema.Record, run.record, folder / "result.json")
-        run.record.setdefault("interval", {})
     return run
-
-
-def _read_lines(path: Path, model: type[schema.LoggedStep | schema.Iteration]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that is still being written is passed over."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; {schema.WAY_OUT}") from None
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(line.decode("utf-8")))
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise InputError(f"{path} line {number} is not JSON; {schema.WAY_OUT}") from None
-        else:
-            schema.require(model, parsed[-1], f"{path} line {number}")
-    return parsed
 
 
 # Names

@@ -83,7 +83,7 @@ def _number_data(columns: dict[Any, Column]) -> None:
 
 def _rank(metric: str) -> int | None:
     """The place of a metric that is shown, from 1: those of METRICS, then the mAP of so many shots (`mAP_4`)."""
-    if metric.startswith("mAP_") and metric[4:].isdecimal():
+    if metric.startswith("mAP_") and metric[4:].isdecimal() and len(metric) < 12:
         return len(METRICS) + int(metric[4:])
     return list(METRICS).index(metric) + 1 if metric in METRICS else None
 

@@ -3,6 +3,7 @@
 See docs/statistics.md.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from moco_eval import limits
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
+from moco_eval.results import run_files
 from moco_eval.results.record import SCHEMA, repeats
 from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
-from moco_eval.runtime import files
+from moco_eval.runtime.printable import one_line
+from moco_eval.untrusted import npz
 
 RESAMPLES = 10_000
 METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
@@ -71,66 +75,82 @@ def read_run(folder: Path) -> Run:
     """Raises InputError where the folder holds no finished classification run, or its files are damaged."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the run directories of two finished evaluations")
-    path = folder / "result.json"
-    if not path.is_file():
+    record = run_files.read_record(folder)
+    if record is None and run_files.is_there(folder / "result.json"):
+        raise InputError(f"{folder / 'result.json'} is no {SCHEMA} record")
+    if record is None:
         raise InputError(f"{folder} holds no result.json, so no finished evaluation; run it to its end first")
-    record = files.read_json(path)
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise InputError(f"{path} is no {SCHEMA} record")
-    kinds = {"protocol": str, "dataset": dict, "metrics": dict, "trials": list, "deviations": list}
-    for key, kind in (kinds | {"std": dict, "interval": dict, "over": str}).items():
-        if not isinstance(record.get(key), kind):
-            raise InputError(f"{path} is damaged: {key} is missing or no {kind.__name__}")
     if kind_and_name(record["protocol"])[0] == "detect":
         raise InputError(
             f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one "
             "answer to each test image: moco-eval report sets detections side by side"
         )
-    answers = _read_answers(folder / "predictions.npz", len(record["trials"]))
-    return Run(folder, record, answers)
+    return Run(folder, record, _read_answers(folder / "predictions.npz", record))
 
 
-def _read_answers(path: Path, trials: int) -> Answers:
+def _read_answers(path: Path, record: dict[str, Any]) -> Answers:
     """The predictions of a run: prediction (T, N), or (N,) of one trial; label (N,) or (N, C); scores (T, N, C).
 
     Runs of version 0.1.0 kept the scores of the first trial only, (N, C).
     """
-    if not path.is_file():
+    if not run_files.is_there(path):
         raise InputError(
             f"{path} does not exist; compare needs the run's answer to each test image: run the evaluation again into "
             "another --output"
         )
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            labels, parts = kept["label"], _answers(kept)
+        with npz.Arrays(path) as arrays:
+            name, trouble = _answers_of(arrays.headers, record)
+            labels, array = (arrays["label"], arrays[name]) if not trouble else (np.zeros(0), np.zeros(0))
+    except InputError:
+        raise
     except Exception as error:  # whatever a damaged file makes numpy raise
-        raise InputError(f"{path} cannot be read ({error}); run the evaluation again into another --output") from None
-    name, array = next(iter(parts.items()))
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({reason}); run the evaluation again into another --output") from None
+    trouble = trouble or _impossible(labels, array, record["dataset"].get("classes"))
+    if trouble:
+        raise InputError(f"{path} is damaged: {trouble}; run the evaluation again into another --output")
     array = array[None] if array.ndim == labels.ndim else array
-    wanted = (trials, *labels.shape)
-    if array.shape != wanted or not labels.size:
-        raise InputError(
-            f"{path} is damaged: {name} of shape {array.shape} for {trials} trials and labels of shape {labels.shape}"
-        )
-    if labels.dtype.kind not in "iu" or array.dtype.kind not in ("iu" if labels.ndim == 1 else "f"):
-        raise InputError(f"{path} is damaged: labels of type {labels.dtype}, {name} of type {array.dtype}")
-    if labels.ndim == 2 and not (np.isfinite(array).all() and np.isin(labels, (-1, 0, 1)).all()):
-        raise InputError(f"{path} is damaged: a score is not finite, or a label is none of 1, 0 and -1")
-    return Answers(labels, **{name: array})
+    if labels.ndim == 2:
+        return Answers(labels, scores=array)
+    return Answers(labels.astype(np.int64), predictions=array.astype(np.int64))
 
 
-def _answers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What counts of the arrays of predictions.npz: the classes predicted, or the scores of images of several."""
-    if arrays["label"].ndim == 1:
-        return {"predictions": arrays["prediction"]}
-    return {"scores": arrays["scores"]}
+def _answers_of(headers: Mapping[str, npz.Header], record: dict[str, Any]) -> tuple[str, str]:
+    """Which array has the answers, and what is wrong with it by the headers alone, in words."""
+    labels = headers["label"]
+    name = "prediction" if len(labels.shape) == 1 else "scores"
+    answers, trials, images = headers[name], len(record["trials"]), record["dataset"].get("images")
+    shape = (1, *answers.shape) if len(answers.shape) == len(labels.shape) else answers.shape
+    if len(labels.shape) not in (1, 2) or shape != (trials, *labels.shape) or not math.prod(labels.shape):
+        counted = f"{trials} trials and labels of shape {labels.shape}"
+        return name, f"{name} of shape {answers.shape} for {counted}"
+    if images is not None and images != labels.shape[0]:
+        return name, f"it has {labels.shape[0]:,} answers for {images:,} images"
+    if labels.dtype.kind not in "iu" or answers.dtype.kind not in ("iu" if name == "prediction" else "f"):
+        return name, f"labels of type {labels.dtype}, {name} of type {answers.dtype}"
+    return name, ""
+
+
+def _impossible(labels: np.ndarray, answers: np.ndarray, classes: int | None) -> str:
+    """What no run can have said, in words: classes that there are not, or scores that are no numbers."""
+    if labels.ndim == 2:
+        if np.isfinite(answers).all() and np.isin(labels, (-1, 0, 1)).all():
+            return ""
+        return "a score is not finite, or a label is none of 1, 0 and -1"
+    lowest = min(int(labels.min()), int(answers.min()))
+    highest = max(int(labels.max()), int(answers.max()))
+    known = classes or limits.most("classes")
+    return "" if lowest >= 0 and highest < known else f"a class is none of {known}"
 
 
 def run_in_memory(name: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Run:
     """A run that no folder holds. Raises InputError where it has no answer to each image: a detection."""
     if "label" not in arrays:
         raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; compare takes classifications")
-    return Run(name, record, Answers(arrays["label"], **_answers(arrays)))
+    if arrays["label"].ndim == 1:
+        return Run(name, record, Answers(arrays["label"], predictions=arrays["prediction"]))
+    return Run(name, record, Answers(arrays["label"], scores=arrays["scores"]))
 
 
 def require_same_images(a: Run, b: Run) -> None:
@@ -193,7 +213,7 @@ def describe(done: Comparison) -> str:
     for name, run, other in (("A", done.a, done.b), ("B", done.b, done.a)):
         own = [deviation for deviation in run.record["deviations"] if deviation not in other.record["deviations"]]
         lines += [f"only {name}: {deviation}" for deviation in own]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def not_alike(a: Run, b: Run) -> list[str]:

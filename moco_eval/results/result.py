@@ -12,6 +12,8 @@ from moco_eval.results.compare import read_run
 from moco_eval.results.record import repeats
 from moco_eval.results.run_directory import holds, write_resolved
 from moco_eval.runtime import files, lock
+from moco_eval.runtime.printable import one_line
+from moco_eval.untrusted import npz
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,7 @@ class Result:
     @classmethod
     def read(cls, folder: Path) -> "Result":
         """Of a finished run directory of a classification. Raises InputError where it is none."""
-        record = read_run(folder).record
-        with np.load(folder / "predictions.npz", allow_pickle=False) as kept:
-            arrays = {name: kept[name] for name in kept.files}
-        return cls(record, arrays)
+        return cls(read_run(folder).record, npz.read(folder / "predictions.npz"))
 
     @property
     def protocol(self) -> str:
@@ -133,4 +132,5 @@ def lines(record: dict[str, Any]) -> list[str]:
         spread = f" ± {std:.2f} ({repeats(record)})" if std is not None else ""
         interval = f"  [{bounds[0]:.2f}, {bounds[1]:.2f}] over test images" if bounds else ""
         rows.append(f"{record['protocol']} {record['dataset']['name']} {name} {value:.2f}{spread}{interval}")
-    return rows + [f"  not comparable with published numbers: {deviation}" for deviation in record["deviations"]]
+    rows += [f"  not comparable with published numbers: {deviation}" for deviation in record["deviations"]]
+    return [one_line(row) for row in rows]

@@ -14,8 +14,8 @@ from moco_eval.config.deviations import flatten
 from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
+from moco_eval.results import run_files
 from moco_eval.results.environment import environment
-from moco_eval.results.record import SCHEMA
 from moco_eval.runtime import files, lock
 from moco_eval.runtime.collectives import found_by_main
 
@@ -107,13 +107,10 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(output: Path) -> dict[str, Any] | None:
-    """The record of a run that is already done."""
-    path = output / "result.json"
-    if not path.is_file():
-        return None
-    record = files.read_json(path)
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise InputError(f"{path} is no result record of ours; remove it, or choose another --output")
+    """The record of a run that is already done. Raises InputError where it is damaged, or something else."""
+    record = run_files.read_record(output)
+    if record is None and run_files.is_there(output / "result.json"):
+        raise InputError(f"{output / 'result.json'} is no result record of ours; remove it, or choose another --output")
     return record
 
 
@@ -175,19 +172,15 @@ def _of_resolved(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Every result record below a folder, each with its run directory under `run`; other files are passed over.
+    """Every result record below a folder, each with its run directory under `run`.
+
+    A result.json that does not say it is ours is passed over.
 
     Raises:
-        InputError: the folder does not exist, or a result.json is damaged.
+        InputError: the folder does not exist, or a file of a run is damaged.
     """
     if not folder.is_dir():
         raise InputError(f"--runs {folder} does not exist")
-    records = []
-    for path in (place / "result.json" for place in files.folders_with(folder, "result.json")):
-        try:
-            record = files.read_json(path)
-        except InputError as error:
-            raise InputError(f"{error}; remove that file, and running the command again makes it anew") from None
-        if isinstance(record, dict) and record.get("schema") == SCHEMA:
-            records.append(record | {"run": str(path.parent)})
-    return records
+    places = files.folders_with(folder, "result.json")
+    records = [(place, run_files.read_record(place)) for place in places]
+    return [record | {"run": str(place)} for place, record in records if record]

@@ -4,21 +4,37 @@ A command says everything; in a library the host decides, and hears warnings alo
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 
 from moco_eval.errors import InputError
 from moco_eval.runtime.command import is_command
+from moco_eval.runtime.printable import one_line, printable
 from moco_eval.runtime.rank import is_main
 from moco_eval.runtime.text import without_dashes
 
 LEVELS = ("silent", "warnings", "info")
 _level: str | None = None
 _bar = threading.Lock()  # a terminal has room for the bar of one thread
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    """rich's, which draws bars with control characters, on the stream itself; see `printable.PrintableStream`."""
+
+    @property  # type: ignore[misc]  # nothing sets it
+    def file(self) -> IO[str]:
+        stream = sys.stderr
+        while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
+            stream = behind
+        return stream
+
+
+console = _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def set_verbosity(level: str) -> None:
@@ -42,7 +58,7 @@ def _says(level: str) -> bool:
 def tell(message: str, level: str = "info") -> None:
     """One line to stderr, from whichever process calls."""
     if _says(level):
-        console.print(message if is_command() else without_dashes(message), markup=False)
+        console.print(printable(message if is_command() else without_dashes(message)), markup=False)
 
 
 def log(message: str) -> None:
@@ -54,7 +70,7 @@ def log(message: str) -> None:
 def warn(message: str) -> None:
     """One line to stderr, from the first process only, which a library says too."""
     if is_main():
-        tell(f"warning: {message}", "warnings")
+        tell(f"warning: {one_line(message)}", "warnings")
 
 
 class _Rate(ProgressColumn):
@@ -77,23 +93,23 @@ def progress(title: str, total: int, images: int = 1, done: int = 0, unit: str =
         unit: what is counted.
     """
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     ]
     with (
         _alone(is_main() and console.is_terminal and _says("info")) as shown,
         Progress(*columns, console=console, disable=not shown) as bar,
     ):
-        task = bar.add_task(title, total=total, completed=done, images=images, unit=unit, note="")
+        task = bar.add_task(one_line(title), total=total, completed=done, images=images, unit=unit, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
             bar.advance(task, steps)
             if note is not None:
-                bar.update(task, note=note)
+                bar.update(task, note=one_line(note))
 
         yield advance
 

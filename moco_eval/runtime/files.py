@@ -3,14 +3,16 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moco_eval import limits
 from moco_eval.errors import InputError, RunFailed
 
 
@@ -69,13 +71,39 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Raises InputError where the file is missing or not JSON."""
+    """What a JSON file of a run holds.
+
+    Raises:
+        InputError: missing, not a regular file, not JSON, or larger, deeper or with longer integers than the limits
+            allow.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(limits.read_bytes(path, "record").decode("utf-8"), parse_int=_integer)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path} is not readable JSON: it has more than {limits.most('depth')} levels") from None
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from None
+    limits.require(path, "depth", _depth(value))
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > limits.most("digits"):
+        raise ValueError(f"an integer of {len(digits):,} digits")
+    return int(digits)
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and mappings within each other."""
+    levels, inner = 0, [value]
+    while inner := [item for item in inner if isinstance(item, dict | list)]:
+        levels += 1
+        inner = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
+    return levels
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -90,20 +118,75 @@ def flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave only the objects of a JSON-lines file that a resumed run still stands by; a half-written end goes."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if keep(line)))
+def cut_lines(path: Path, key: str, last: int) -> None:
+    """Leave only the lines of a metrics.jsonl that a resumed run still stands by; the file stays if one is damaged.
+
+    Args:
+        key: what counts the lines: step, or iteration.
+        last: the last that stays.
+    Raises:
+        InputError: a line is damaged.
+    """
+    from moco_eval.runtime.console import warn
+
+    lines, unfinished = _lines(path, key)
+    if unfinished:
+        warn(f"{path}: its last line was cut off in writing, and is left out: {len(unfinished)} bytes")
+    write_text(path, "".join(f"{text}\n" for text, line in lines if line[key] <= last))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, none where there is no file; a half-written end is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, each with a number under `key`; none where there is no file.
+
+    An unfinished last line, without its newline, is left out.
+
+    Raises:
+        InputError: a line is damaged, or the file is too large.
+    """
+    return [line for _, line in _lines(path, key)[0]]
+
+
+def _lines(path: Path, key: str) -> tuple[list[tuple[str, dict[str, Any]]], bytes]:
+    """Each line as it stands and as an object, and what there is of an unfinished last one."""
+    *whole, last = split_lines(path) or [b""]
+    lines = [_line(path, number, data, key) for number, data in enumerate(whole, 1)]
+    try:
+        return [*lines, _line(path, len(lines) + 1, last, key)], b""  # it lacks its newline alone
+    except InputError:
+        return lines, last
+
+
+def split_lines(path: Path) -> list[bytes]:
+    """The lines of a metrics.jsonl; last what stands after the last newline, mostly nothing. Empty without a file.
+
+    Raises:
+        InputError: not a regular file, too large, or not readable.
+    """
+    try:
+        return limits.read_bytes(path, "metrics").split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _line(path: Path, number: int, data: bytes, key: str) -> tuple[str, dict[str, Any]]:
+    try:
+        text = data.decode("utf-8")
+        line = json.loads(text)
+        if type(line[key]) in (int, float) and math.isfinite(line[key]):
+            return text, line
+        trouble = f"its {key} is no number"
+    except OverflowError:
+        trouble = f"its {key} is endless"
+    except (ValueError, RecursionError):
+        trouble = "it is not JSON"
+    except (KeyError, TypeError, IndexError):
+        trouble = f"it has no {key}"
+    raise InputError(
+        f"{path} line {number} is damaged: {trouble}. The file is as it was: mend or remove that line, or move the "
+        "file away to go on without its earlier lines"
+    )
 
 
 def sha256_of(path: Path | str) -> str:
@@ -114,7 +197,7 @@ def sha256_of(path: Path | str) -> str:
 def digest_of(path: Path | str, algorithm: str) -> str:
     """The same by any of hashlib's algorithms."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with Path(path).open("rb") as file:
+    with limits.open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -8,6 +8,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from moco_eval.runtime.printable import printable
+
 
 def as_text(*parts: str | Table) -> str:
     """Lines and tables below each other, without a newline at the end.
@@ -16,10 +18,11 @@ def as_text(*parts: str | Table) -> str:
     """
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=False, highlight=False, color_system=None)
+    console = Console(file=out, width=width, force_terminal=False, highlight=False, emoji=False, color_system=None)
     for part in parts:
         console.print(part, markup=False)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    text = printable(out.getvalue()).removesuffix("\n")
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 def duration(seconds: float) -> str:

@@ -196,11 +196,11 @@ def test_a_file_that_becomes_a_pipe_after_it_was_listed_is_one_unreadable_image(
 
 
 LARGE = {
-    "image": ("flat", "VOC image", "COCO image", "detection's pixels", "the report's picture"),
+    "image": ("flat", "VOC image", "COCO image", "detection's pixels"),
+    "picture": ("the report's picture",),
     "xml": ("VOC XML",),
     "list": ("VOC list", "a list of labels", "torchvision's lists"),
     "coco": ("COCO json",),
-    "sample": ("sample.npz",),
     "stl10": ("STL-10",),
 }
 

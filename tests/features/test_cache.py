@@ -1,5 +1,8 @@
 """The feature cache: addressed by what it depends on, whole shards or none, the same from any number of processes."""
 
+import hashlib
+import io
+import json
 import os
 import signal
 from dataclasses import replace
@@ -293,3 +296,127 @@ def test_a_key_that_cannot_be_read_says_the_way_out(tmp_path):
     next(tmp_path.rglob("key.json")).write_text("{")
     with pytest.raises(InputError, match="remove that folder of features"):
         features_of(source(), tmp_path, CPU)
+
+
+# What others may have put there
+
+
+def replaced(path, array):
+    """An array in the place of a shard, under a name that carries its own sha256."""
+    path.unlink()
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    other = path.with_name(f"{path.name[:6]}-{hashlib.sha256(file.getvalue()).hexdigest()}.npy")
+    other.write_bytes(file.getvalue())
+    return other
+
+
+@pytest.mark.parametrize("kind", ["noise", "objects", "one dimension"])
+def test_a_shard_that_certifies_itself_is_not_believed(kind, tmp_path, capfd):
+    asked = source()
+    whole = features_of(asked, tmp_path, CPU).tensor()
+    shard = sorted(tmp_path.rglob("000001-*.npy"))[0]
+    arrays = {
+        "noise": np.ones((100, 128), np.float32),
+        "objects": np.array([None] * 100),
+        "one dimension": np.ones(100),
+    }
+    other = replaced(shard, arrays[kind])
+    assert cache.missing(asked, tmp_path) == 100
+    with pytest.raises(InputError, match="holds features of 150 of 250 images"):
+        cache.open_folder(shard.parent)
+    assert torch.equal(features_of(asked, tmp_path, CPU).tensor(), whole)
+    assert torch.equal(cache.open_folder(shard.parent).tensor(), whole)
+    said = capfd.readouterr().err
+    assert f"{other.name} is not named in manifest.json and is not read; shard 1 is extracted anew" in said
+
+
+def adopted(folder, array, number=0):
+    """The same, named in the manifest too, as only who may write there can do."""
+    other = replaced(sorted(folder.glob(f"{number:06}-*.npy"))[0], array)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][str(number)] = [other.stem.partition("-")[2]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.array([None] * 100), "is no array of features: .*remove it"),
+        (np.ones((100, 3)), "of type float64 and shape"),
+        (np.ones(100, np.float32), r"shape \(100,\)"),
+        (np.ones((100, 3), np.float32), "holds features of 3 and of 128 dimensions"),
+    ],
+)
+def test_shards_that_are_no_features_are_refused_in_a_line(array, words, tmp_path):
+    asked = source()
+    features_of(asked, tmp_path, CPU)
+    adopted(asked.folder(tmp_path), array)
+    for read in (lambda: features_of(asked, tmp_path, CPU), lambda: cache.open_folder(asked.folder(tmp_path))):
+        with pytest.raises(InputError, match=words) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["0x.npy", "000000-.npy", "000000-abc.npy", "000000.npy", "x.npy"])
+def test_a_stray_file_is_refused_in_a_line(name, tmp_path):
+    asked = source()
+    features_of(asked, tmp_path, CPU)
+    (asked.folder(tmp_path) / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{name} is no shard of features, and is not read; move it away"):
+        features_of(asked, tmp_path, CPU)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(tmp_path):
+    asked = source()
+    features_of(asked, tmp_path, CPU)
+    shard = sorted(tmp_path.rglob("0*.npy"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(InputError, match="is no shard of features"):
+        features_of(asked, tmp_path, CPU)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": "x", "shards": {}}', '{"key": 1}', '{"shards": {"0": ["../x"]}}'])
+def test_a_manifest_of_something_else_is_refused(text, tmp_path):
+    asked = source()
+    features_of(asked, tmp_path, CPU)
+    (asked.folder(tmp_path) / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json is (damaged|not readable)"):
+        features_of(asked, tmp_path, CPU)
+
+
+def test_a_folder_of_an_earlier_version_is_reused_and_said(tmp_path, capfd):
+    asked = source()
+    whole, before = features_of(asked, tmp_path, CPU).tensor(), shard_files(tmp_path)
+    (asked.folder(tmp_path) / "manifest.json").unlink()
+    assert torch.equal(features_of(asked, tmp_path, CPU).tensor(), whole) and shard_files(tmp_path) == before
+    assert "is of an earlier version, without manifest.json: its 3 shards are reused" in capfd.readouterr().err
+    assert (asked.folder(tmp_path) / "manifest.json").is_file()
+
+
+def test_a_cache_is_its_owners_alone_unless_its_folder_was_made_for_others(tmp_path, capfd):
+    asked = source(100)
+    features_of(asked, tmp_path / "runs" / "own", CPU)
+    folder = asked.folder(tmp_path / "runs" / "own")
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700, 0o700]
+    assert "own if in doubt" not in capfd.readouterr().err
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o775)
+    before = os.umask(0o002)
+    try:
+        features_of(asked, tmp_path / "shared", CPU)
+    finally:
+        os.umask(before)
+    assert asked.folder(tmp_path / "shared").stat().st_mode & 0o777 == 0o775
+    assert "may be written by others, who may put any features there" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_features_of_another_user_are_said(tmp_path, capfd):
+    asked = source(100)
+    features_of(asked, tmp_path / "a", CPU)
+    (tmp_path / "a").rename(tmp_path / "b")
+    os.chown(next((tmp_path / "b").rglob("0*.npy")), 12345, 0)
+    features_of(asked, tmp_path / "b", CPU)
+    assert "belongs to user 12345, who may put any features there" in capfd.readouterr().err

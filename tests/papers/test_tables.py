@@ -21,6 +21,7 @@ from moco_eval.errors import InputError
 from moco_eval.papers import latex, match, render, tables, todo
 from moco_eval.papers import steps as chain
 from moco_eval.papers.cost import Cost
+from moco_eval.runtime.printable import printable
 
 TABLES = {name: tables.load_table(name) for name, _ in tables.tables()}
 FORMS = ("text", "markdown", "csv", "latex", "html")
@@ -339,3 +340,55 @@ def test_the_whole_command_says_what_is_missing(tmp_path):
     assert "timing this machine once: resnet18_cifar at 32 pixels" in err
     again, err = moco_eval("table", "cifar10-demo", "--runs", tmp_path)
     assert again == out and "timing" not in err
+
+
+HOSTILE = "![t](http://evil/t.png) [c](javascript:alert(1)) \\<img src=x> `id` *b* a_b _c_ ~~d~~ &lt; # x"
+
+
+def test_markdown_of_strangers_is_text():
+    done = judged()
+    done.lines[0].row = done.footnotes[0] = HOSTILE
+    out = render.render(done, "markdown")
+    shown = (
+        r"!\[t](http://evil/t.png) \[c](javascript:alert(1)) \\\<img src=x> \`id\` \*b\* a_b \_c\_ \~\~d\~\~ \&lt; \# x"
+    )
+    assert f"| {shown} |" in out and f"- [1] not comparable: {shown}" in out
+
+
+@pytest.mark.parametrize(
+    ("note", "shown"),
+    [
+        ("[1]: http://evil", r"- \[1]: http://evil"),
+        ("+ x", r"- \+ x"),
+        ("12. x", r"- 12\. x"),
+        ("-3.5 x", r"- \-3.5 x"),
+    ],
+)
+def test_an_item_of_markdown_begins_no_list_and_no_link(note, shown):
+    assert render._item(note) == shown
+
+
+def test_code_of_markdown_ends_where_it_ends():
+    assert render._fence("a ```` b") == "`````" and render._fence("a") == "```"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＝"])
+def test_cells_of_csv_are_no_formulas_and_numbers_stay(start):
+    done = judged()
+    done.lines[0].row, done.lines[0].ours.deviations = f"{start}1+1", [f'{start}HYPERLINK("http://evil")']
+    done.lines[0].published, done.lines[0].ours.mean = -3.5, -1.25
+    row = next(csv.DictReader(io.StringIO(render.render(done, "csv"), newline="")))
+    shown = printable(start)
+    assert row["row"] == f"'{shown}1+1" and row["deviations"].startswith(f"'{shown}HYPERLINK")
+    assert (float(row["published"]), float(row["ours"]), float(row["difference"])) == (-3.5, -1.25, 2.25)
+    assert render._inert("-3.5e2") == "-3.5e2" and render._inert("-3.5x") == "'-3.5x"
+
+
+def test_control_characters_are_nothing_in_latex():
+    assert latex.escape("a\x1b[31m\x00b") == "a?[31m?b"
+
+
+def test_a_note_of_two_lines_is_one():
+    done = judged()
+    done.footnotes[0] = "a\npublished: theirs\x1b[31m"
+    assert r"[1] not comparable: a\npublished: theirs\x1b[31m" in render.render(done, "text")

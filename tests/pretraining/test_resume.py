@@ -252,3 +252,13 @@ def test_another_number_of_processes_is_refused_with_the_reason(whole, capfd, mo
     if launch[-1] == "2":
         words = error_line(capfd, monkeypatch, *command(output))
         assert "processes is 2 there and 1 now (the BN groups" in words
+
+
+def test_a_damaged_line_of_metrics_stops_a_resumed_run_and_stays(tmp_path, capfd, monkeypatch):
+    moco_eval(*command(tmp_path / "run", "--set=max_steps=20"), code=3)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join((*lines[:3], b'{"step": 12, #' + lines[3], *lines[4:])))
+    before = path.read_bytes()
+    line = error_line(capfd, monkeypatch, *command(tmp_path / "run"))
+    assert "metrics.jsonl line 4 is damaged: it is not JSON" in line and path.read_bytes() == before

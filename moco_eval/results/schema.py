@@ -1,4 +1,4 @@
-"""What the report needs of a run's files; more may be in them. A file that has it not is damaged, and said to be."""
+"""What the commands need of a run's files; more may be in them. A file that has it not is damaged, and said to be."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, 
 from moco_eval.errors import InputError
 
 Text = InstanceOf[str]  # of any characters: names of files may be no UTF-8
-Numbers = dict[str, float]
+LARGEST = 1e9  # no percentage, second or count of a record comes near
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Numbers = dict[str, Number]
 WAY_OUT = "leave that run out, or run it again into another --output"
 SAID = dict.fromkeys(("model_type", "dict_type"), "no mapping of keys to values")
 SAID |= dict.fromkeys(("float_type", "int_type"), "no number") | {"is_instance_of": "no text", "list_type": "no list"}
@@ -22,9 +25,9 @@ class _Dataset(_Expected):
     name: Text
     split: Text | None = None
     fingerprint: Text | None = None
-    images: int | None = None
-    classes: int | None = None
-    labels_per_class: int | None = None
+    images: Count | None = None
+    classes: Count | None = None
+    labels_per_class: Count | None = None
     subset: Text | None = None
 
 
@@ -35,7 +38,7 @@ class _Named(_Expected):
 class _Pretraining(_Expected):
     protocol: Text | None = None
     dataset: _Named = _Named()
-    epochs: float | None = None
+    epochs: Number | None = None
     bn: Text = "none"
     config: dict[str, Any] = {}
 
@@ -54,19 +57,19 @@ class _Trial(_Expected):
 
 
 class _Cost(_Expected):
-    seconds: float
-    images: int
-    peak_memory: float = Field(alias="peak_memory_MB")
+    seconds: Number
+    images: Count
+    peak_memory: Number = Field(alias="peak_memory_MB")
     device: Text
 
 
 class _Health(_Expected):
-    images: int
-    dimensions: int
-    uniformity: float | None
-    alignment: float | None
-    effective_rank: float
-    dead_dimensions: int
+    images: Count
+    dimensions: Count
+    uniformity: Number | None
+    alignment: Number | None
+    effective_rank: Number
+    dead_dimensions: Count
 
 
 class _Hardware(_Expected):
@@ -89,7 +92,7 @@ class Record(_Expected):
     encoder: _Encoder
     metrics: Numbers
     std: Numbers
-    interval: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
+    interval: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]] = {}
     trials: list[_Trial] = Field(min_length=1)
     over: Text
     selection: Text
@@ -98,7 +101,7 @@ class Record(_Expected):
     cost: _Cost
     environment: Environment = Environment()
     health: _Health | None = None
-    per_class: dict[str, dict[str, float | None]] | None = None
+    per_class: dict[str, dict[str, Number | None]] | None = None
 
 
 class _Feature(_Expected):
@@ -124,12 +127,12 @@ class Pretraining(_Expected):
 class LoggedStep(_Expected):
     """A line of a pretraining's metrics.jsonl: of a step, of an epoch's monitor, or the first, of chance."""
 
-    step: float = Field(ge=0)
-    epoch: float = Field(ge=0)
+    step: float = Field(ge=0, le=LARGEST)
+    epoch: float = Field(ge=0, le=LARGEST)
     loss: float = Field(0.0, allow_inf_nan=True)
-    knn_top1: float = 0.0
-    chance: float | None = None
-    queue_full_step: float | None = None
+    knn_top1: Number = 0.0
+    chance: Number | None = None
+    queue_full_step: Number | None = None
 
     @model_validator(mode="after")
     def _a_loss_is_of_a_step(self) -> "LoggedStep":
@@ -142,10 +145,10 @@ class Iteration(_Expected):
     """A line of a fine-tuning's metrics.jsonl: beside iteration and learning rate the loss and its parts."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | None]
+    __pydantic_extra__: dict[str, Number | None]
 
-    iteration: float
-    lr: float | None = None
+    iteration: Number
+    lr: Number | None = None
 
 
 def require(model: type[_Expected], value: Any, path: Path | str) -> None:
