@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -68,7 +67,7 @@ def _require_regular(path: Path, about: os.stat_result) -> None:
 def _new_file(path: Path, mode: int) -> Path:
     """A new file beside another, by a name that nobody foresees. Raises OSError."""
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{path.suffix}")
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
             return temporary
