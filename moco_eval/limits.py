@@ -125,8 +125,14 @@ def open_unbuffered(path: Path | str, name: str = "") -> io.FileIO:
 def require_regular(path: Path | str, about: os.stat_result) -> None:
     """Raises InputError where what `os.stat` says about a path is not that of a regular file."""
     if not stat.S_ISREG(about.st_mode):
-        kind = next((kind for is_kind, kind in KINDS if is_kind(about.st_mode)), "no file")
-        raise InputError(f"{path} is {kind}, not a regular file; put a copy of what it should hold in its place")
+        raise InputError(
+            f"{path} is {kind_of(about)}, not a regular file; put a copy of what it should hold in its place"
+        )
+
+
+def kind_of(about: os.stat_result) -> str:
+    """What something is that is no regular file: a folder, a named pipe, a socket or a device."""
+    return next((kind for is_kind, kind in KINDS if is_kind(about.st_mode)), "no file")
 
 
 def read_bytes(path: Path | str, name: str) -> bytes:

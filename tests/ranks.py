@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,29 +9,31 @@ from typing import Any
 
 import torch
 
+from moco_eval.runtime.rendezvous import FOLDER, ON_LOOPBACK, private_meeting
+
 # The ranks are forks of one server, which imports the libraries once for all tests; never our own code.
 LIBRARIES = ["torch.utils.tensorboard", "torchvision", "sklearn.datasets", "matplotlib.figure", "pydantic", "pytest"]
 
 
 def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 2) -> list[Any]:
     """`function(*arguments)` in each rank of a gloo group; its result must be plain or tensors."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(LIBRARIES)
-    torch.multiprocessing.start_processes(
-        _rank, (ranks, port, folder, function, arguments), nprocs=ranks, start_method="forkserver"
-    )
+    with private_meeting():  # each rank is told where, as the server was started in another environment
+        meeting = {name: os.environ[name] for name in (FOLDER, *ON_LOOPBACK)}
+        torch.multiprocessing.start_processes(
+            _rank, (ranks, meeting, folder, function, arguments), nprocs=ranks, start_method="forkserver"
+        )
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable, arguments: tuple) -> None:
+def _rank(rank: int, ranks: int, meeting: dict, folder: Path, function: Callable, arguments: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+        **meeting,
     }
     torch.set_num_threads(1)
     from moco_eval.runtime.command import running

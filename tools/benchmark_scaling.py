@@ -21,6 +21,7 @@ all-gather, which take R-1. The rate is N R / t.
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
@@ -34,6 +35,7 @@ from rich.table import Table
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.results.environment import environment
+from moco_eval.runtime import rendezvous
 from moco_eval.runtime.device import choose_device
 from moco_eval.runtime.files import write_json
 from pretraining.bottleneck import seconds
@@ -85,10 +87,10 @@ def predict(config: PretrainConfig, rate: float, bandwidth: float, latency: floa
     return lines
 
 
-def two_processes(rank: int, port: int, results) -> None:
+def two_processes(rank: int, results) -> None:
     """gloo's bandwidth and latency between two processes of this machine."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    rendezvous.join("gloo", timedelta(minutes=5))
     large, small, cpu = torch.ones(2**24), torch.ones(1), torch.device("cpu")
     taken = [seconds(lambda tensor=tensor: dist.all_reduce(tensor), cpu, 20) for tensor in (large, small)]
     if rank == 0:
@@ -98,24 +100,20 @@ def two_processes(rank: int, port: int, results) -> None:
 
 def measured(config: PretrainConfig) -> tuple[float, float, float]:
     """Rate of a step here, and gloo's bandwidth (bytes per second received) and latency (seconds)."""
-    import socket
-
     from benchmark_pretrain import ours, pictures, resolved_at
 
     device = choose_device("auto")
     run = resolved_at(config, device)
     rate = len(pictures(run, device).index) / seconds(ours(run, pictures(run, device), device), device, 3)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    children = [context.Process(target=two_processes, args=(rank, port, results)) for rank in range(2)]
-    for child in children:
-        child.start()
-    bandwidth, latency = results.get()
-    for child in children:
-        child.join()
+    children = [context.Process(target=two_processes, args=(rank, results)) for rank in range(2)]
+    with rendezvous.private_meeting():
+        for child in children:
+            child.start()
+        bandwidth, latency = results.get()
+        for child in children:
+            child.join()
     return rate, bandwidth, latency
 
 

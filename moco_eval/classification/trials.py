@@ -32,7 +32,7 @@ def in_memory(task: Task, config: Any, trial: Trial, cost: Cost, device: torch.d
         task.cached.clear()
         with cost.clock():
             outcome = trial(task, config, seed, None, device)
-        outcome = from_main([outcome])[0]
+        outcome = Outcome(**from_main([outcome and vars(outcome)])[0])
         cost.images += outcome.images
         cost.cached_images += task.cached.total()
         outcomes.append(outcome)

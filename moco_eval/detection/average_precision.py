@@ -11,6 +11,7 @@ import numpy as np
 
 from moco_eval.data.boxes.samples import DetectionData, Sample
 from moco_eval.results.metrics import area_under, eleven_point
+from moco_eval.runtime.collectives import gather_values
 from moco_eval.runtime.console import log
 
 IOUS = tuple(percent / 100 for percent in range(50, 100, 5))  # divided, as an overlap of exactly 0.55 is compared
@@ -40,6 +41,12 @@ class Detections:
 
 
 Scores = dict[str, float | None]
+
+
+def gather(detections: Sequence[Detections], images: int) -> list[Detections]:
+    """Those of all images, in their order, on every process; each process has those of every world-th. Collective."""
+    shares = gather_values([vars(each) for each in detections])
+    return [Detections(**shares[index % len(shares)][index // len(shares)]) for index in range(images)]
 
 
 def evaluate(

@@ -33,7 +33,7 @@ from moco_eval.data.boxes.samples import DetectionData, Sample
 from moco_eval.data.pixels import SIXTEEN_BITS, open_image, reason_of
 from moco_eval.data.workers import outlive_signals
 from moco_eval.detection import inputs, state
-from moco_eval.detection.average_precision import Detections
+from moco_eval.detection.average_precision import Detections, gather
 from moco_eval.detection.detectron2_config import config_of
 from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.masks import decoded, encoded
@@ -348,8 +348,7 @@ def detect(
         with autocast(device, recipe.precision):
             (result,) = model([image])
         detections.append(_detections(result["instances"].to("cpu")))
-    shares = collectives.gather_lists(detections)
-    return [shares[index % world][index // world] for index in range(len(data.test))]
+    return gather(detections, len(data.test))
 
 
 def _detections(instances: Instances) -> Detections:

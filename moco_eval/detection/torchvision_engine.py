@@ -8,13 +8,13 @@ import torch
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import inputs
-from moco_eval.detection.average_precision import Detections
+from moco_eval.detection.average_precision import Detections, gather
 from moco_eval.detection.detector import Detector, build_detector
 from moco_eval.detection.fine_tune import train
 from moco_eval.detection.masks import paste
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.results.record import Cost
-from moco_eval.runtime import collectives, console, rank
+from moco_eval.runtime import console, rank
 from moco_eval.runtime.batch_norm import share_statistics
 from moco_eval.runtime.device import autocast, to_device
 from moco_eval.runtime.stop import Stop
@@ -69,8 +69,7 @@ def _detect(
             with autocast(device, recipe.precision):
                 (result,) = model([to_device(pixels, device)])
             detections.append(on_disk(result, (pixels.shape[2], pixels.shape[1]), size))
-    shares = collectives.gather_lists(detections)
-    return [shares[index % world][index // world] for index in range(len(data.test))]
+    return gather(detections, len(data.test))
 
 
 def on_disk(result: dict[str, torch.Tensor], resized: tuple[int, int], size: tuple[int, int]) -> Detections:

@@ -2,11 +2,14 @@
 
 import http.client
 import math
+import queue
 import re
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime import files
 
 TIMEOUT = 30.0  # seconds without a byte
+ANSWER = 120.0  # seconds until the file begins to arrive, redirects included
+SLOWEST, WINDOW = 10_000.0, 60.0  # bytes a second at least, over so many seconds
+DEADLINE = 24 * 3600.0  # seconds that a call takes at most
 
 
 @dataclass(frozen=True)
@@ -74,16 +80,18 @@ def fetch(name: str, output: Path | None = None) -> Path:
     """
     checkpoint = entry(name)
     folder = files.cache_folder("zoo")
-    place = Place(name, checkpoint, output or folder / f"{name}{checkpoint.ending}")
-    if place.path.is_dir():
-        raise InputError(f"--output {place.path} is a folder; name a file in it")
+    path = output or folder / f"{name}{checkpoint.ending}"
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder; name a file in it")
+    place = Place(name, checkpoint, files.output_file(path))
     with files.one_at_a_time(folder / name):
         if place.path.exists():
             _tell(place, "already there", _verify(place, place.path))
         else:
             _download(place)
             _tell(place, "fetched", _verify(place, place.part))
-            place.part.replace(place.path)
+            with files.disk_errors_named(place.path):
+                place.part.replace(place.path)
             _forget(place)
     return place.path
 
@@ -151,10 +159,11 @@ def _forget(place: Place) -> None:
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https, and to nothing else."""
+    """Follows a redirect to https, and to nothing else; of this machine's own server also to this machine."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not is_safe(newurl):
+        fp.close()  # or all of its body would be read
+        if not is_safe(newurl) or (req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https"):
             raise RunFailed(f"{req.full_url} redirects to {newurl}; only https is fetched")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -213,7 +222,7 @@ def _open(place: Place, headers: dict[str, str]) -> http.client.HTTPResponse:
     url = place.entry.url
     request = urllib.request.Request(url, headers={"User-Agent": f"moco-eval/{__version__}", **headers})
     try:
-        return urllib.request.build_opener(_SafeRedirects).open(request, timeout=TIMEOUT)
+        return _in_time(lambda: urllib.request.build_opener(_SafeRedirects).open(request, timeout=TIMEOUT))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and headers:
@@ -224,6 +233,26 @@ def _open(place: Place, headers: dict[str, str]) -> http.client.HTTPResponse:
     except (OSError, http.client.HTTPException) as error:
         reason = _reason(getattr(error, "reason", error))
         raise RunFailed(f"cannot reach {place.host} ({reason}); {place.by_hand}") from None
+
+
+def _in_time(ask: Callable[[], http.client.HTTPResponse]) -> http.client.HTTPResponse:
+    """The server's answer. Raises TimeoutError where it takes longer than ANSWER, a byte now and then or not."""
+    answers: queue.SimpleQueue[http.client.HTTPResponse | Exception] = queue.SimpleQueue()
+
+    def wait() -> None:
+        try:
+            answers.put(ask())
+        except Exception as error:  # whatever it is, it belongs to who asked
+            answers.put(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        answer = answers.get(timeout=ANSWER)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer in {ANSWER:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _reason(error: Any) -> str:
@@ -248,8 +277,8 @@ def _start(place: Place, response: http.client.HTTPResponse, have: int) -> tuple
         total = int(match[2])
     else:
         have = 0
-        with files.disk_errors_named(place.part):
-            place.part.write_bytes(b"")
+        with files.disk_errors_named(place.part), open(place.part, "wb", opener=files.open_own):
+            pass
     _refuse_another_size(place, total)
     files.write_json(place.whole, {"url": place.entry.url, "bytes": total, "version": _version(response)})
     return have, total
@@ -277,23 +306,33 @@ def _save(place: Place, response: http.client.HTTPResponse, done: int, total: in
         RunFailed: too much, the connection broke, or the disk is full.
     """
     limit = total or place.entry.bytes or LARGEST
-    with files.disk_errors_named(place.part), place.part.open("ab") as file:
+    with files.disk_errors_named(place.part), open(place.part, "ab", opener=files.open_own) as file:
         for block in _blocks(place, response):
             done += len(block)
             if done > limit:
                 _forget(place)
                 raise RunFailed(f"{place.entry.url} sends more than {limit} bytes; it is not kept")
             file.write(block)
-            advance(1)
+            advance(done // MB - (done - len(block)) // MB)
     if total is not None and done < total:
         raise RunFailed(_cut(place, f"{total - done} bytes are missing"))
     files.flush(place.part)
 
 
 def _blocks(place: Place, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """What arrives. Raises RunFailed where the connection breaks, or is too slow."""
+    began = since = time.monotonic()
+    arrived = 0
     try:
-        while block := response.read(MB):
+        while block := response.read1(MB):
             yield block
+            now, arrived = time.monotonic(), arrived + len(block)
+            if now - began > DEADLINE:
+                raise RunFailed(_cut(place, f"not all has arrived in {DEADLINE / 3600:.3g} hours"))
+            if now - since > WINDOW:
+                if arrived < SLOWEST * WINDOW:
+                    raise RunFailed(_cut(place, f"fewer than {SLOWEST / 1000:.0f} kB a second in {WINDOW:.0f} s"))
+                since, arrived = now, 0
     except (OSError, http.client.HTTPException) as error:
         raise RunFailed(_cut(place, _reason(error))) from None
 

@@ -51,11 +51,12 @@ def write_report(runs: list[Path], output: Path, title: str = "moco-eval report"
     """
     if output.is_dir():
         raise InputError(f"--output {output} is a folder; name a file in it, such as {output / 'report.html'}")
+    place = files.output_file(output)
     page = _template().render(title=title, version=__version__, **_script(), **_contents(read_runs(runs)))
     written = page.encode("utf-8", "backslashreplace")  # a folder's name may be no UTF-8
     if len(written) > PAGE_BYTES:
         warn(f"{output} has {len(written) / 1e6:.1f} MB; report on fewer runs for a lighter page")
-    files.write_text(output, written.decode("utf-8"))
+    files.write_text(place, written.decode("utf-8"))
 
 
 def _template() -> jinja2.Template:

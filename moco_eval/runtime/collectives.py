@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from moco_eval.errors import InputError
+from moco_eval.runtime.messages import packed, unpacked
 from moco_eval.runtime.rank import is_main, rank, world_size
 
 
@@ -51,10 +53,15 @@ def _in_place(tensor: torch.Tensor, collective: Callable[[torch.Tensor], Any]) -
 
 
 def from_main(values: list) -> list:
-    """Rank 0's plain values, on every rank."""
-    if world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values
+    """Rank 0's values, such as `messages.packed` takes, on every rank."""
+    if world_size() == 1:
+        return values
+    message = _bytes_on_device(packed(values) if is_main() else b"")
+    size = torch.tensor(len(message), device=message.device)
+    dist.broadcast(size, src=0)
+    message = message if is_main() else message.new_empty(int(size))
+    dist.broadcast(message, src=0)
+    return values if is_main() else unpacked(message.cpu().numpy().tobytes())
 
 
 def found_by_main(look: Callable[[], Any]) -> Any:
@@ -118,20 +125,25 @@ def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
 
 def union(values: set) -> set:
     """The union over ranks, on every rank."""
-    if world_size() == 1:
-        return values
-    everyone: list[set] = [set()] * world_size()
-    dist.all_gather_object(everyone, values)
-    return set().union(*everyone)
+    return set().union(*gather_values(values))
 
 
-def gather_lists(values: list) -> list[list]:
-    """Every rank's list, in rank order, on every rank."""
+def gather_values(value: Any) -> list:
+    """Every rank's value, such as `messages.packed` takes, in rank order, on every rank."""
     if world_size() == 1:
-        return [values]
-    everyone: list[list] = [[]] * world_size()
-    dist.all_gather_object(everyone, values)
-    return everyone
+        return [value]
+    message = _bytes_on_device(packed(value))
+    sizes = gather(torch.tensor([len(message)], device=message.device)).tolist()
+    padded = message.new_zeros(max(sizes))
+    padded[: len(message)] = message
+    rows = gather(padded[None]).cpu().numpy()
+    return [unpacked(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def _bytes_on_device(message: bytes) -> torch.Tensor:
+    """Where collectives take it: on the GPU with NCCL."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return torch.from_numpy(np.frombuffer(message, np.uint8).copy()).to(device)
 
 
 def same_on_all_ranks(*tensors: torch.Tensor) -> bool:

@@ -1,12 +1,14 @@
 """Files that are never half there: written under a temporary name, flushed, renamed."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,26 +22,82 @@ from moco_eval.errors import InputError, RunFailed
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it takes the final name, on failure it goes.
 
+    A file that is replaced leaves its mode to the new one; otherwise the umask says what that is. A link is replaced
+    and not followed: in a run directory it may be a stranger's.
+
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or a folder, a pipe, a socket or a device has this name.
+        RunFailed: the disk is full or fails; what was there is as before.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        mode = _mode_of(path)
+        temporary = _new_file(path, 0o666 if mode is None else mode)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another --output") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         with disk_errors_named(path):
             yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+            flush(temporary)
+            if mode is not None:
+                temporary.chmod(mode)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of a regular file; None where there is none, or a link. Raises InputError for anything else."""
+    try:
+        about = path.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(about.st_mode):
+        return None
+    _require_regular(path, about)
+    return about.st_mode & 0o777
+
+
+def _require_regular(path: Path, about: os.stat_result) -> None:
+    if not stat.S_ISREG(about.st_mode):
+        raise InputError(f"cannot write {path}: it is {limits.kind_of(about)}; choose another --output")
+
+
+def _new_file(path: Path, mode: int) -> Path:
+    """A new file beside another, by a name that nobody foresees. Raises OSError."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{path.suffix}")
+        try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+            return temporary
+        except FileExistsError:
+            continue
+
+
+def output_file(path: Path) -> Path:
+    """Where a file is to be written that the user names: where a link of theirs leads, so that it stays a link.
+
+    Raises:
+        InputError: a folder, a pipe, a socket or a device, also behind a link; a link to nothing, or of another user.
+    """
+    try:
+        about = path.lstat()
+        if not stat.S_ISLNK(about.st_mode):
+            _require_regular(path, about)
+            return path
+        if about.st_uid not in (os.geteuid(), 0):
+            raise InputError(f"cannot write {path}: it is a link of another user; choose another --output")
+        _require_regular(path, path.stat())
+        return path.resolve(strict=True)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(f"cannot write {path}: it is a link to nothing; choose another --output") from None
+        return path
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path}: {reason}; choose another --output") from None
 
 
 @contextmanager
@@ -53,12 +111,6 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         if "unexpected pos" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
         raise RunFailed(f"cannot write {path}: is the disk full? What was there is as before") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -107,9 +159,18 @@ def _depth(value: Any) -> int:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add one object to a JSON-lines file. Raises RunFailed where the disk refuses."""
-    with disk_errors_named(path), path.open("a", encoding="utf-8") as file:
+    """Add one object to a JSON-lines file. Raises RunFailed where the disk refuses, or something else is there."""
+    with disk_errors_named(path), open(path, "a", encoding="utf-8", opener=open_own) as file:
         file.write(json.dumps(line) + "\n")
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a regular file of ours to write to, or make it. Raises OSError for a link, a pipe or a device."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
 
 
 def flush(path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moco_eval.errors import InputError
+from moco_eval.runtime import rendezvous
 from moco_eval.runtime.console import tell, warn
 from moco_eval.runtime.device import choose_device, exact_arithmetic
 
@@ -23,18 +24,18 @@ OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[torch.device]:
-    """Join torchrun's process group if there is one; yield this process's device; leave the group at a good end.
+    """Join the launcher's process group if there is one; yield this process's device; leave the group at a good end.
 
     Raises:
         InputError: a device that is not there, or an environment that is not torchrun's.
+        RunFailed: another user's process is connected to this one.
     """
     _require_whole_environment()
     chosen = choose_device(device)
     if os.environ.get("RANK") and int(os.environ.get("WORLD_SIZE") or "1") > 1:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
             warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        rendezvous.join("nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30))
     with exact_arithmetic():
         yield chosen
     if dist.is_initialized():  # not after an error: leaving is collective, and the others are elsewhere
@@ -44,7 +45,8 @@ def processes(device: str) -> Iterator[torch.device]:
 def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     """Run `moco-eval ARGUMENTS` in `nproc` processes on this machine by torchrun's elastic launcher.
 
-    When a process dies, the others are ended and all start again, at most `max_restarts` times.
+    They meet where no other user and no other machine can; see `rendezvous`. When a process dies, the others are ended
+    and all start again, at most `max_restarts` times.
 
     Returns:
         The exit code: 0, or that of the process that failed first.
@@ -63,14 +65,16 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend=rendezvous.IN_MEMORY,
+        local_addr="localhost",
         max_restarts=max_restarts,
         monitor_interval=0.5,
         run_id=uuid.uuid4().hex,
     )
+    rendezvous.keep_in_memory()
     try:
-        elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
+        with rendezvous.private_meeting():
+            elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         if agreed := next((code for code in (2, 3) if code in codes), None):

@@ -1,12 +1,16 @@
+import contextlib
 import hashlib
 import http.server
+import io
 import itertools
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -565,6 +569,52 @@ def test_a_server_that_says_nothing(served, server, monkeypatch):
     server.pause = 1.0
     with pytest.raises(RunFailed, match=r"broke .*timed out.*run the same command to go on"):
         download.fetch("mine")
+
+
+def test_a_server_that_sends_a_byte_now_and_then(served, server, cache, monkeypatch):
+    server.pause = 0.05
+    monkeypatch.setattr(download, "WINDOW", 0.1)
+    monkeypatch.setattr(download, "SLOWEST", 1e9)
+    with pytest.raises(RunFailed, match=r"fewer than 1000000 kB a second in 0 s\); run the same command to go on"):
+        download.fetch("mine")
+    part = next(cache.glob("mine*.part"))
+    assert 0 < part.stat().st_size < len(WEIGHTS)
+
+
+def test_a_download_has_a_deadline(served, server, monkeypatch):
+    server.pause = 0.05
+    monkeypatch.setattr(download, "DEADLINE", 0.1)
+    with pytest.raises(RunFailed, match=r"not all has arrived in .* hours\); run the same command to go on"):
+        download.fetch("mine")
+
+
+def test_an_answer_that_never_ends_to_begin(manifest, cache, monkeypatch):
+    """A line of the header now and then, for ever."""
+    monkeypatch.setattr(download, "ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        manifest(mine=entry_with(url=f"http://127.0.0.1:{listening.getsockname()[1]}/weights.pth"))
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                for number in range(40):
+                    connection.sendall(f"X-{number}: 1\r\n".encode())
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(RunFailed, match=r"cannot reach .* \(no whole answer in 0 s\)"):
+            download.fetch("mine")
+
+
+@pytest.mark.parametrize(
+    "location", ["http://127.0.0.1:80/admin", "http://localhost/", "http://x.org/a", "ftp://x.org"]
+)
+def test_https_redirects_to_https_alone(location):
+    request, body = urllib.request.Request("https://x.org/weights.pth"), io.BytesIO(b"no end")
+    with pytest.raises(RunFailed, match="only https is fetched"):
+        download._SafeRedirects().redirect_request(request, body, 302, "Found", {}, location)
+    assert body.closed
 
 
 @pytest.mark.parametrize("location", ["http://x.org/weights.pth", "ftp://x.org/a", "file:///etc/passwd"])

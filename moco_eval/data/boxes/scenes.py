@@ -6,7 +6,7 @@ classification digits.
 
 import json
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from moco_eval.data.boxes.segmentation import runs_of
 from moco_eval.errors import InputError
-from moco_eval.runtime.files import read_json, write_json, write_text
+from moco_eval.runtime.files import disk_errors_named, read_json, write_json, write_text
 
 CANVAS = 128
 SIDE = (20, 40)  # pixels a digit's 8x8 image is enlarged to
@@ -58,17 +58,17 @@ def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) 
             return folder
         raise InputError(f"{folder} holds something other than the digit scenes {wanted}; choose another --data")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     try:
-        for split, scenes in draw_scenes(seed, train, test).items():
-            _write_voc(temporary / "voc", split, scenes)
-            _write_coco(temporary / "coco", SPLITS[split], scenes)
-        (temporary / "scenes.json").write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.replace(folder)
+        with disk_errors_named(folder):
+            for split, scenes in draw_scenes(seed, train, test).items():
+                _write_voc(temporary / "voc", split, scenes)
+                _write_coco(temporary / "coco", SPLITS[split], scenes)
+            (temporary / "scenes.json").write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moco_eval import __version__
@@ -60,7 +61,7 @@ def convert(
         raise InputError(f"{source} has no weights to convert")
     verify.require_place(loaded, to)
     settings, why_none = detectron2.settings_of(loaded, output) if to == "detectron2" else (None, "")
-    copied, shown = _write(loaded, output, to, settings, beside)
+    copied, shown = _write(loaded, files.output_file(output), to, settings, beside)
     files.write_json(about, _about(loaded) | {"format": to, "sha256": files.sha256_of(output)})
     if settings:
         files.write_text(settings_file, detectron2.yaml_of(settings))
@@ -89,6 +90,8 @@ def _write(
                 old.unlink(missing_ok=True)
     except OSError as error:
         raise RunFailed(f"cannot write {output}: {error.strerror}") from None
+    except SafetensorError as error:  # a full disk too
+        raise RunFailed(f"cannot write {output}: {error}; what was there is as before") from None
     return copied, shown
 
 
@@ -108,6 +111,7 @@ def _require_free(source: str, outputs: list[Path], force: bool) -> None:
             raise InputError(f"{output} is no name for a file: {error.strerror}") from None
         if folder:
             raise InputError(f"{output} is a folder; give the name of a file")
+        files.output_file(output)
         if output.exists() and Path(source).exists() and output.samefile(source):
             raise InputError(f"{output} is the checkpoint itself; give another name")
         if output.exists() and not force:
