@@ -378,8 +378,9 @@ def read_image(path: Path) -> Image.Image:
         data = limits.read_bytes(path, "image")
         with open_image(io.BytesIO(data), str(path)) as opened:
             limits.require(path, "scans", pixels_in_scans(data, opened.width * opened.height))
-            image = ImageOps.exif_transpose(opened)
-            return as_rgb(image, str(path), opened.format)
+            image, form = ImageOps.exif_transpose(opened), opened.format
+        del opened  # of the largest images there is room for two
+        return as_rgb(image, str(path), form)
     except InputError:
         raise
     except Exception as error:  # whatever a damaged file makes its decoder raise
