@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from moco_eval.errors import InputError
 from moco_eval.runtime import rendezvous
 from moco_eval.runtime.console import tell, warn
 from moco_eval.runtime.device import choose_device, exact_arithmetic
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # With it torchrun opens a new store at each restart; in a shared one the dead workers' addresses are still found.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -79,34 +82,39 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
         codes = {failure.exitcode for failure in error.failures.values()}
         if agreed := next((code for code in (2, 3) if code in codes), None):
             return agreed
-        _tell_of_killed(error.failures)
+        _tell_of_first(error)
         return 1
     except (SignalException, KeyboardInterrupt):
         return 3
     return 0
 
 
-def _tell_of_killed(failures: dict[int, Any]) -> None:
-    """A line about the process that a signal has ended; others have said why they failed."""
-    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+def _tell_of_first(error: "ChildFailedError") -> None:
+    """A line about the process that ended first: by a signal, of which it could not speak, or with words of its own."""
+    killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
     first = min(killed, key=lambda rank: (killed[rank].exitcode == -signal.SIGTERM, rank), default=None)
-    if first is not None:  # SIGTERM: how the launcher ends the others
-        name = signal.Signals(-killed[first].exitcode).name
+    if first is None:
+        rank, failure = error.get_first_failure()
         tell(
-            f"Error: process {killed[first].pid} (rank {first}) was ended by {name}, perhaps for lack of memory, and "
-            "the others with it; run the same command to go on"
+            f"rank {rank} (process {failure.pid}) ended first, with exit code {failure.exitcode}; what it said is above"
         )
+        return
+    name = signal.Signals(-killed[first].exitcode).name  # SIGTERM: how the launcher ends the others
+    tell(
+        f"Error: process {killed[first].pid} (rank {first}) was ended by {name}, perhaps for lack of memory, and "
+        "the others with it; run the same command to go on"
+    )
 
 
 def _require_whole_environment() -> None:
     """Raises InputError where some of what torchrun tells its processes is missing, or is no number."""
-    told = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    alone = told["WORLD_SIZE"] == "1" or not (told["WORLD_SIZE"] or told["RANK"].strip("0"))
-    if not told["RANK"] or alone:
+    values = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    alone = values["WORLD_SIZE"] == "1" or not (values["WORLD_SIZE"] or values["RANK"].strip("0"))
+    if not values["RANK"] or alone:
         return
     way_out = "start by torchrun, which sets them all, or with --nproc, or unset RANK"
-    if missing := [name for name, value in told.items() if not value]:
-        raise InputError(f"RANK is {told['RANK']} and {' and '.join(missing)} not set; {way_out}")
+    if missing := [name for name, value in values.items() if not value]:
+        raise InputError(f"RANK is {values['RANK']} and {' and '.join(missing)} not set; {way_out}")
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not told[name].isdecimal():
-            raise InputError(f"{name} is {told[name]!r}, which is no number; {way_out}")
+        if not values[name].isdecimal():
+            raise InputError(f"{name} is {values[name]!r}, which is no number; {way_out}")

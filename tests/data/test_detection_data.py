@@ -377,6 +377,16 @@ def test_voc0712_trains_on_both_years(voc, tmp_path, monkeypatch):
     assert (data.train_split, data.test_split) == ("trainval07+12", "test2007")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+def test_the_size_that_is_said_is_that_of_the_image_that_is_read(ending, orientation, tmp_path):
+    """A TIFF that is turned was turned twice for its size."""
+    exif, path = Image.Exif(), tmp_path / f"a.{ending}"
+    exif[0x0112] = orientation
+    Image.new("RGB", (9, 6)).save(path, exif=exif)
+    assert image_size(path) == read_image(path).size == ((9, 6) if orientation < 5 else (6, 9))
+
+
 def test_exif_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20))
     exif = image.getexif()

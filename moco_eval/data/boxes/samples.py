@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from moco_eval import limits
 from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
@@ -336,8 +337,8 @@ def _size_in_head(head: bytes, name: str) -> tuple[int, int] | None:
 
 
 def _turned(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF rotation."""
-    width, height = image.size
+    """Width and height after EXIF rotation; of a TIFF by its own tags, as Pillow may have turned it already."""
+    width, height = (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
     turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
