@@ -24,6 +24,7 @@ from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Row, Table
 from moco_eval.papers.todo import total
+from moco_eval.runtime import files
 from moco_eval.runtime.printable import shell_join
 from moco_eval.runtime.text import as_text
 
@@ -238,7 +239,7 @@ def alone(runs: Path) -> Iterator[IO[Any]]:
         raise InputError("reproduce starts the processes of its steps itself: give it --nproc, not torchrun")
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        lock = (runs / ".reproduce.lock").open("a")
+        lock = files.lock_file(runs / ".reproduce.lock")
     except OSError as error:
         raise InputError(f"cannot write --runs {runs}: {error.strerror}") from None
     with lock:

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moco_eval import limits
 from moco_eval.errors import InputError, RunFailed
@@ -297,12 +297,18 @@ def cache_folder(part: str) -> Path:
     return Path(os.environ.get("MOCO_EVAL_CACHE") or f"{cache}/moco-eval") / part
 
 
+def lock_file(path: Path) -> IO[Any]:
+    """An open file to lock, made where it is missing; no link is followed, no pipe waited for. Raises OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "w")
+
+
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Of several processes that would write `path`, one is inside, the others wait; not where locks do not work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("a")
+        lock = lock_file(path.with_suffix(".lock"))
     except OSError:
         yield
         return

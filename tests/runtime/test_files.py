@@ -237,3 +237,12 @@ def test_nothing_is_lost_between_any_two_renames(kind, how, tmp_path):
         assert run(again, errors)[::2] == (0, [])
         assert end_of(tmp_path / str(number)) == expected
     assert code == 0 and number > 3
+
+
+def test_a_lock_file_is_no_link_and_no_pipe_that_is_waited_for(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.lock_file(tmp_path / "link")
+    os.mkfifo(tmp_path / "pipe")
+    with files.lock_file(tmp_path / "pipe"), files.lock_file(tmp_path / "new"):
+        assert not (tmp_path / "elsewhere").exists() and (tmp_path / "new").is_file()
