@@ -58,7 +58,9 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[OWN_STORE] = "1"
     cores = str(max(1, (os.cpu_count() or 1) // nproc))
     os.environ.setdefault("OMP_NUM_THREADS", cores)
