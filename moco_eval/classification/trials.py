@@ -4,8 +4,6 @@ import contextlib
 import json
 import threading
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from moco_eval.runtime import files
 from moco_eval.runtime.collectives import barrier, from_main
 from moco_eval.runtime.console import warn
 from moco_eval.runtime.rank import is_main, world_size
+from moco_eval.untrusted import npz
 
 ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
 BEAT, PATIENCE = 10.0, 300.0  # seconds between two signs of life, and without one until a process is given up
@@ -115,10 +114,10 @@ def _wait_for(path: Path, alive: Path) -> None:
 
 def _read(path: Path, cost: Cost) -> Outcome:
     """A trial as it was kept; what it took is added to the cost."""
-    with np.load(path, allow_pickle=False) as arrays:
+    with npz.Arrays(path) as arrays:
         notes, metrics = json.loads(str(arrays["notes"]))
         outcome = Outcome(torch.from_numpy(arrays["scores"]), int(arrays["images"]), notes, metrics=metrics)
-        names = [name for name in arrays.files if name.startswith(ARRAY)]
+        names = [name for name in arrays.headers if name.startswith(ARRAY)]
         outcome.arrays = {name.removeprefix(ARRAY): arrays[name] for name in names}
         cost.seconds += float(arrays["seconds"])
         cost.images += outcome.images
@@ -131,10 +130,10 @@ def _is_whole(path: Path) -> bool:
     if not is_main() or not path.is_file():
         return False
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with npz.Arrays(path) as arrays:
             json.loads(str(arrays["notes"]))
-            return bool(arrays["scores"].size) and "cached" in arrays.files
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            return bool(arrays["scores"].size) and "cached" in arrays.headers
+    except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
         warn(f"{path} cannot be read ({error}); this trial is done again")
         path.unlink()
         return False

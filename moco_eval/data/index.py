@@ -16,6 +16,7 @@ from moco_eval import limits
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
+from moco_eval.untrusted import npz
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # What systems leave among a person's files, in small letters; and hidden folders, and files that begin with ._
@@ -331,7 +332,7 @@ def _keep(path: Path, listing: Listing) -> None:
 def _from_index(path: Path, folder: Path) -> Listing | None:
     """What the index says, where there is one that can be read and still holds."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with npz.Arrays(path) as kept:
             if kept["version"] != VERSION:
                 return None
             listing = Listing(
