@@ -45,10 +45,10 @@ class Feed:
     def _from_files(self, batches: Batches) -> Iterator[tuple[Batch, list[int]]]:
         """Workers decode and cut; on a GPU the recipe's other steps are done there."""
         loaded = loader(self.views, batches, self.config.workers, self.device)
-        for views, rows, index, substitute, numbers in beside(loaded, self.device):
+        for views, index, substitute, numbers in beside(loaded, self.device):
             if not self.views.finished:
                 views = self.views.finish(views, numbers.numpy(), self.fuse)
-            yield Batch(views[0], views[-1], rows), index[substitute >= 0].tolist()
+            yield Batch(views[0], views[-1], index), index[substitute >= 0].tolist()
 
     def device_part(self, items: list[tuple[int, int]]) -> Callable[[], Tensor]:
         """What the training device does to make the views of a batch, and nothing before it."""

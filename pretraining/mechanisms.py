@@ -60,9 +60,10 @@ class MemoryBank(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> Step:
         """The loss of this process's share of the batch; `generator` draws the negatives, the same on every rank."""
         q = unit(self.encoder_q(self.pixels(batch.view_q)))  # (N, C)
-        index = gather(batch.index)  # (R N,)
+        own = to_device(batch.index, q.device)  # (N,)
+        index = gather(own)  # (R N,)
         drawn = draw_outside(index, len(self.bank), self.queue_size, generator)
-        loss, logits = info_nce(q, self.bank[batch.index], self.bank[drawn].T, self.temperature)
+        loss, logits = info_nce(q, self.bank[own], self.bank[drawn].T, self.temperature)
         return measured(q, loss, logits, gather(q.detach()), index)
 
     def move_encoder_k(self) -> None:

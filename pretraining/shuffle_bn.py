@@ -39,10 +39,12 @@ def shuffle(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     sent = [wanted[to][owner[to] == rank()] - rank() * N for to in range(ranks)]
     received_from = owner[rank()]
     counts = torch.bincount(received_from, minlength=ranks).tolist()
-    parts = exchange([rows[to_device(part, rows.device)] for part in sent], counts)
     place = torch.argsort(received_from, stable=True)
+    lengths = [len(part) for part in sent]
+    leaving, place = to_device(torch.cat([*sent, place]), rows.device).split(N)
+    parts = exchange(list(rows[leaving].split(lengths)), counts)
     result = torch.empty_like(rows)
-    result[to_device(place, rows.device)] = parts
+    result[place] = parts
     return result
 
 

@@ -40,7 +40,7 @@ def preprocessing(views: Views) -> Preprocessing:
 
 @dataclass
 class Batch:
-    """This process's share of a batch: two views of each image, (N, 3, H, W) uint8, and its index, (N,)."""
+    """This process's share of a batch: two views of each image, (N, 3, H, W) uint8; its index, (N,), on any device."""
 
     view_q: torch.Tensor
     view_k: torch.Tensor

@@ -3,7 +3,7 @@
 
 python tools/benchmark_augment.py [--device cuda] [--batch-size 256] [--size 224] [--repeats 5] [--json FILE]
 
-- ours: colour jitter with parameters and order per image, grey, PIL's blur, flip; fused: compiled operations.
+- ours: colour jitter with parameters and order per image, grey, PIL's blur, flip; fused: the steps compiled as one.
 - torchvision v2: the same transforms on tensors, image after image, since a call draws once for all it is given.
 - kornia: where it is installed; parameters per image, one order of the jitter for the whole batch, a true Gaussian.
 """

@@ -34,7 +34,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
-from moco_eval.data.augment.steps import fusing
 from moco_eval.data.loader import Normalise
 from moco_eval.runtime.batch_norm import replace_batch_norm
 from moco_eval.runtime.device import choose_device, exact_arithmetic
@@ -42,7 +41,7 @@ from pretraining.bottleneck import seconds, wait_for
 from pretraining.mechanisms import build_encoder
 from pretraining.plan import Plan, plan
 from pretraining.train import Trainer
-from pretraining.views import RECIPES, Batch, preprocessing
+from pretraining.views import Batch, preprocessing
 
 
 class PublishedSplitBatchNorm(nn.BatchNorm2d):
@@ -112,16 +111,14 @@ def published(run: Plan, batch: Batch, device: torch.device, tf32: bool) -> Run:
 
 def ours(run: Plan, batch: Batch, device: torch.device, augmented: bool = False) -> Run:
     trainer = Trainer(run, Path(os.devnull), device)
-    recipe, size = RECIPES[run.config.views.recipe], run.config.views.size
-    numbers = trainer.feed.views.numbers(torch.zeros(len(batch.index)).numpy(), batch.index.cpu().numpy())
-    fuse = fusing(device, bool(run.config.compile))
+    two_views, index = trainer.feed.views, batch.index.cpu().numpy()
+    views, numbers = torch.stack([batch.view_q, batch.view_k]), two_views.numbers(0 * index, index)
 
     def step() -> None:
         torch.backends.cudnn.benchmark = True  # as training sets it
         with exact_arithmetic():  # as training does; other contestants turn TF32 on
             if augmented:
-                views = [recipe.apply(view, u, size, 1, fuse) for view, u in zip((batch.view_q, batch.view_k), numbers)]
-                trainer.train_step(Batch(*views, batch.index))
+                trainer.train_step(Batch(*two_views.finish(views, numbers, trainer.feed.fuse), batch.index))
             else:
                 trainer.train_step(batch)
             if trainer.step % 10 == 0:

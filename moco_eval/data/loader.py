@@ -272,21 +272,20 @@ def resident(images: ImageSet, device: torch.device) -> torch.Tensor:
 
 
 def beside(loaded: Iterable[tuple[torch.Tensor, ...]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
-    """(views, index) of each loaded batch on the device, then (index, substitute, numbers) as they came.
+    """The views of each loaded batch on the device; index, substitute and numbers as they came.
 
     A GPU fetches them on a stream of its own, while the step before is still running.
     """
-    for views, index, *rest in loaded:
+    for views, *rest in loaded:
         if device.type == "cpu":
-            yield views, index, index, *rest
+            yield views, *rest
             continue
         here, copies = torch.cuda.current_stream(device), _copy_stream(device)
         with torch.cuda.stream(copies):
-            moved = to_device(views, device), to_device(index, device)
+            moved = to_device(views, device)
         here.wait_stream(copies)
-        for tensor in moved:
-            tensor.record_stream(here)
-        yield *moved, index, *rest
+        moved.record_stream(here)
+        yield moved, *rest
 
 
 @lru_cache

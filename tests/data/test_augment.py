@@ -4,6 +4,7 @@ Tolerances are mean absolute errors per pixel and channel, in levels of 0 to 255
 """
 
 from functools import lru_cache, partial
+from itertools import permutations, product
 
 import numpy as np
 import pil
@@ -11,11 +12,12 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tv
 
-from moco_eval.data.augment import pixel_ops
+from moco_eval.data.augment import pixel_ops, steps, two_views
 from moco_eval.data.augment.decode import cut
-from moco_eval.data.augment.steps import Blur, Flip, Jitter, Solarize, ViewRecipe
+from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, Solarize, ViewRecipe
 from moco_eval.data.catalogue import open_images
 from pretraining.views import RECIPES
 
@@ -156,14 +158,119 @@ def test_the_boxes_of_a_blur_reach_as_far_as_its_sigma_needs():
         )
 
 
+ALONE = {  # each step by itself, and jitters that leave operations out
+    "crop": Crop((0.2, 1.0)),
+    "flip": Flip(),
+    "grey": Grey(0.5),
+    "solarize": Solarize(0.5),
+    "blur": Blur((0.1, 2.0), 0.5),
+    "wide blur": Blur((0.1, 5.0), 0.5),
+    "affine": Affine(15, 15),
+    "jitter": Jitter(0.4, 0.4, 0.4, 0.4, p=0.8),
+    "only hue": Jitter(0, 0, 0, 0.4, p=0.5),
+    "no hue": Jitter(0.4, 0.4, 0.4, 0, p=0.5),
+    "two of four": Jitter(0.4, 0, 0, 0.1),
+    "nothing": Jitter(0, 0, 0, 0),
+}
+TOGETHER = {name: ViewRecipe((step,)) for name, step in ALONE.items()} | RECIPES | {"solarized": SOLARIZED}
+
+
+def for_all(recipe: ViewRecipe, images: torch.Tensor, u: np.ndarray, size: int) -> torch.Tensor:
+    """What a GPU does, on the CPU: every operation for all images."""
+    return recipe._views(images.clone(), recipe._parameters(u, images, 0), size, 0, True)
+
+
+def drawn(recipe: ViewRecipe, count: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """So many photos, and numbers for a view of each."""
+    return pil.tensor(PHOTOS[:count]), recipe.uniforms(seed, np.zeros(count), np.arange(count), 0)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_operations_for_all_images_give_the_pixels_of_those_for_the_drawn_ones(name, count):
+    """To the bit: whichever images are drawn, in whatever order of the jitter."""
+    recipe = TOGETHER[name]
+    for seed in range(12 // count):
+        images, u = drawn(recipe, count, seed)
+        assert torch.equal(for_all(recipe, images, u, 32), recipe.apply(images, u, 32))
+
+
+def test_every_order_of_the_jitter_has_its_places():
+    """All 24 orders for all images and for the drawn ones, with the parts of the jitter that a recipe may leave out."""
+    ranks = np.array(list(permutations(range(4))))
+    u = np.random.default_rng(0).random((24, 9))
+    u[:, 1:5] = (ranks + 0.5) / 4
+    images = pil.tensor(pil.photos((16, 12), 24))
+    for wanted in product((0, 0.4), repeat=4):
+        recipe = ViewRecipe((Jitter(*wanted),))
+        assert torch.equal(for_all(recipe, images, u, 0), recipe.apply(images, u, 1000))
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gpu_is_asked_for_the_same_whatever_is_drawn(name, monkeypatch):
+    """No operator waits for the host or depends on the draws; the parameters of both views are one copy."""
+    copies = []
+    monkeypatch.setattr(steps, "to_device", lambda tensor, device: copies.append(tensor.shape) or tensor)
+    monkeypatch.setattr(steps, "is_for_all", lambda images, fuse: True)
+    monkeypatch.setattr(two_views, "is_for_all", steps.is_for_all)
+    views = two_views.TwoViews(open_images("digits", None, "train"), RECIPES[name], 32, 0)
+    asked = []
+    for epoch, count in ((0, 3), (1, 16), (2, 16)):
+        images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+        numbers = views.numbers(np.full(count, epoch), np.arange(count))
+        with Called() as called:
+            assert views.of_pixels(images, numbers).shape == (2, count, 3, 32, 32)
+        asked.append(called.names)
+    assert len(copies) == len(asked) and all(columns == 2 * 16 for _, columns in copies[1:])
+    assert asked[0] == asked[1] == asked[2]
+    assert len(asked[0]) < 500 and not any(name.startswith(WAITING) for name in asked[0])
+
+
+WAITING = tuple(f"aten.{name}" for name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique"))
+
+
+def variants(recipe: ViewRecipe, counts: tuple[int, ...]) -> list[int]:
+    """How often the steps of a recipe have been compiled after each of several batches."""
+    torch._dynamo.reset()
+    counter, compiled = CompileCounterWithBackend("eager"), []
+    fuse = lru_cache(partial(torch.compile, backend=counter, fullgraph=True))
+    for seed, count in enumerate(counts):
+        images, u = drawn(recipe, count, seed)
+        assert torch.equal(recipe.apply(images, u, 24, fuse=fuse), recipe.apply(images, u, 24))
+        compiled.append(counter.frame_count)
+    return compiled
+
+
+def test_steps_are_compiled_once_whatever_is_drawn():
+    recipe = ViewRecipe((Crop((0.2, 1.0)), Jitter(0.4, 0, 0, 0.1, p=0.5), Blur((0.1, 2.0), 0.3), Flip()))
+    assert variants(recipe, (12, 12, 12, 12)) == [1, 1, 1, 1]
+    assert variants(recipe, (1, 1, 1)) == [1, 1, 1]
+
+
 @pytest.mark.slow
-def test_compiled_operations_give_the_same_pixels():
-    """Each is compiled two or three times (many images, one alone, the blur's reach), not for each number of them."""
+@pytest.mark.parametrize("name", RECIPES)
+def test_steps_are_compiled_once_more_for_any_other_number_of_images(name):
+    assert variants(RECIPES[name], (12, 12, 7, 9, 3, 1, 2, 4, 11)) == [1, 1, *[2] * 7]
+    assert variants(RECIPES[name], (3, 1, 12, 2))[-1] == 2
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_pixels():
     recipe = ViewRecipe((Jitter(0.4, 0.4, 0.4, 0.1), Blur((0.1, 2.0), 0.5), Flip()))
-    counter = CompileCounterWithBackend("inductor")
-    fuse = lru_cache(partial(torch.compile, dynamic=True, backend=counter))
-    for count in (12, 7, 5, 9, 3, 11, 2, 8, 10, 6, 4, 1):
-        images, u = pil.tensor(PHOTOS[:count]), np.random.default_rng(count).random((count, 12))
+    fuse = lru_cache(torch.compile)
+    for count in (12, 7, 1):
+        images, u = drawn(recipe, count, count)
         ours = recipe.apply(images, u, 96, fuse=fuse)
         assert (ours.int() - recipe.apply(images, u, 96).int()).abs().float().mean() < 0.01
-    assert fuse.cache_info().currsize == 5 and 5 <= counter.frame_count <= 15

@@ -19,7 +19,7 @@ from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.batch_norm import SyncBatchNorm2d
 from moco_eval.runtime.collectives import all_sum, broadcast_, gather, same_on_all_ranks
 from moco_eval.runtime.rank import rank, world_size
-from pretraining import moco
+from pretraining import moco, shuffle_bn
 from pretraining.mechanisms import build
 from pretraining.plan import Plan, plan
 from pretraining.shuffle_bn import encode_shuffled, permutation, shuffle
@@ -131,6 +131,20 @@ def of_channels_last() -> dict[str, torch.Tensor]:
     }
 
 
+def copies_of_a_shuffle() -> int:
+    """How many tensors the host sends to the device to encode keys in shuffled groups."""
+    copies = []
+
+    def counted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copies.append(tensor)
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shuffle_bn, "to_device", counted)
+        without_bn(True)
+    return len(copies)
+
+
 def both_ranks(folder) -> dict:
     """Everything the tests below look at, as one rank sees it."""
     rows = torch.arange(12)[:, None] * torch.ones(1, 2)
@@ -147,6 +161,7 @@ def both_ranks(folder) -> dict:
         "indices": [index for batch in batches for index in batch],
         "in_shards": seen_in_shards(folder / "shards"),
         "channels_last": of_channels_last(),
+        "copies": copies_of_a_shuffle(),
         "keys": keys_of(True, "shuffle"),
         "keys_unshuffled": keys_of(False, "shuffle"),
         "synchronised": synchronised(),
@@ -189,6 +204,11 @@ def test_shuffled_rows_cross_ranks_and_come_back(ranks):
     assert torch.cat([rank["shuffled"] for rank in ranks])[:, 0].tolist() == forth.tolist()
     assert (ranks[0]["shuffled"][:, 0] >= 6).any() and (ranks[1]["shuffled"][:, 0] < 6).any()
     assert torch.cat([rank["restored"] for rank in ranks])[:, 0].tolist() == list(range(12))
+
+
+def test_a_shuffle_asks_for_two_copies_to_the_device_whatever_the_number_of_ranks(ranks):
+    """Rows that leave and places of those that come; the way back."""
+    assert [rank["copies"] for rank in ranks] == [2, 2]
 
 
 def test_images_whose_channels_lie_last_in_memory_cross_ranks_whole(ranks):

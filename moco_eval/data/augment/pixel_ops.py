@@ -45,6 +45,14 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, luma(images)[:, None], factor)
 
 
+def blend(images: Tensor, factor: Tensor, is_contrast: Tensor, is_saturation: Tensor) -> Tensor:
+    """Contrast or saturation where it is 1 instead of 0, brightness elsewhere; to the bit the pixels of each alone."""
+    grey = luma(images)
+    mean = grey.mean(dim=(1, 2), keepdim=True).add_(0.5).floor_()
+    reference = grey.mul_(is_saturation.view(-1, 1, 1)).add_(mean.mul_(is_contrast.view(-1, 1, 1)))
+    return _blend(images, reference[:, None], factor)
+
+
 def hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the colour circle by `shift` turns, -0.5 to 0.5, in 8-bit HSV. torchvision adjust_hue on PIL images."""
     red, green, blue = images.float().unbind(1)

@@ -1,12 +1,16 @@
 """The steps of an augmentation recipe, each in two forms: the published PIL transform, and on batches of uint8 images.
 
-A step says how many uniform numbers it takes from an image's stream (`draws`), makes its parameters of them and
-applies them to the whole batch: called with images (N, 3, H, W) uint8, which it may overwrite, the numbers (N, draws),
-the size of a view in pixels and what compiles an operation, it returns images. `reference` is torchvision's transform
-of the same parameters.
+A step says how many uniform numbers it takes from an image's stream (`draws`). `parameters` makes of them, (N, draws),
+what the step does to each image: (P, N), whether it was drawn among them as 0 or 1, for images of H x W pixels. Called
+with images (N, 3, H, W) uint8, which it may overwrite, these parameters on the images' device, the size of a view in
+pixels and whether to compute `for_all`, it returns images. `reference` is torchvision's transform.
+
+An operation that is not drawn for every image is computed in one of two ways, with the same pixels. On a CPU, for the
+images alone for which it was drawn: least arithmetic. On a GPU, or compiled, for all of them, and taken where it was
+drawn: shapes do not depend on the draws, so that there is little to launch, nothing to wait for and one graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -22,22 +26,22 @@ from moco_eval.data.augment.random_draws import CROP_DRAWS, crop_boxes, uniforms
 from moco_eval.runtime.device import can_compile, to_device
 
 Operation = Callable[..., Tensor]
-Fuse = Callable[[Operation], Operation]  # compiles an operation, or leaves it as it is
+Fuse = Callable[[Operation], Operation]  # compiles a recipe's steps, or leaves them as they are
 
 
-def on_chosen(images: Tensor, chosen: np.ndarray, operation: Operation, *parameters: np.ndarray) -> Tensor:
-    """The operation applied to the chosen images, (N,) bool, each with its own parameters, (N,).
+def on_chosen(images: Tensor, chosen: Tensor, for_all: bool, operation: Operation, *parameters: Tensor) -> Tensor:
+    """The operation applied to the chosen images, (N,) 1 or 0, each with its own parameters, (N,).
 
     May overwrite `images`; what is returned counts.
     """
-    rows = np.flatnonzero(chosen)
+    if for_all:
+        return torch.where(chosen.view(-1, 1, 1, 1) > 0, operation(images, *parameters), images)
+    rows = chosen.nonzero().squeeze(1)
     if len(rows) == 0:
         return images
-    values = [to_device(torch.from_numpy(each[rows].astype(np.float32)), images.device) for each in parameters]
     if len(rows) == len(images):
-        return operation(images, *values)
-    where = to_device(torch.from_numpy(rows), images.device)
-    return images.index_copy_(0, where, operation(images[where], *values))
+        return operation(images, *parameters)
+    return images.index_copy_(0, rows, operation(images[rows], *(each[rows] for each in parameters)))
 
 
 def between(u: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
@@ -71,10 +75,11 @@ class Crop:
         """(N, 4): top, left, height, width in pixels."""
         return crop_boxes(u, heights, widths, self.scale, self.ratio)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        height, width = (np.full(len(u), side) for side in images.shape[2:])
-        boxes = to_device(torch.from_numpy(self.boxes(u, height, width)), images.device)
-        return pixel_ops.crop(images, boxes, size)
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        return self.boxes(u, *(np.full(len(u), side) for side in (height, width))).T
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        return pixel_ops.crop(images, parameters.T, size)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,11 @@ class Flip:
     def reference(self, size: int) -> Any:
         return transforms.RandomHorizontalFlip(self.p)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        return on_chosen(images, u[:, 0] < self.p, pixel_ops.flip)
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        return (u[:, 0] < self.p)[None]
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        return on_chosen(images, parameters[0], for_all, pixel_ops.flip)
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,11 @@ class Grey:
     def reference(self, size: int) -> Any:
         return transforms.RandomGrayscale(self.p)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        return on_chosen(images, u[:, 0] < self.p, fuse(pixel_ops.grey))
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        return (u[:, 0] < self.p)[None]
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        return on_chosen(images, parameters[0], for_all, pixel_ops.grey)
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,11 @@ class Solarize:
     def reference(self, size: int) -> Any:
         return transforms.RandomSolarize(128, self.p)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        return on_chosen(images, u[:, 0] < self.p, fuse(pixel_ops.solarize))
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        return (u[:, 0] < self.p)[None]
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        return on_chosen(images, parameters[0], for_all, pixel_ops.solarize)
 
 
 @dataclass(frozen=True)
@@ -133,10 +147,14 @@ class Blur:
     def sigmas(self, u: np.ndarray) -> np.ndarray:
         return between(u[:, 1], *self.sigma)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        chosen, sigmas = u[:, 0] < self.p, self.sigmas(u)
-        reach = pixel_ops.box_reach(sigmas.max(where=chosen, initial=0))
-        return on_chosen(images, chosen, partial(fuse(pixel_ops.blur), reach=reach), sigmas)
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        return np.stack([u[:, 0] < self.p, self.sigmas(u)])
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        chosen, sigmas = parameters
+        largest = max(self.sigma) if for_all else (chosen * sigmas).max().item()  # beyond its boxes, weights are zero
+        blur = partial(pixel_ops.blur, reach=pixel_ops.box_reach(largest))
+        return on_chosen(images, chosen, for_all, blur, sigmas)
 
 
 @dataclass(frozen=True)
@@ -155,8 +173,11 @@ class Affine:
         """Rotation and slant in degrees, (N,) each."""
         return between(u[:, 0], -self.degrees, self.degrees), between(u[:, 1], -self.shear, self.shear)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        return on_chosen(images, np.ones(len(u), dtype=bool), pixel_ops.affine, *self.angles(u))
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        return np.stack(self.angles(u))
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        return pixel_ops.affine(images, *parameters)
 
 
 @dataclass(frozen=True)
@@ -188,29 +209,67 @@ class Jitter:
         low = np.maximum(middle - spans, (0, 0, 0, -0.5))
         return between(u[:, 5:9], low, middle + spans)
 
-    def __call__(self, images: Tensor, u: np.ndarray, size: int, fuse: Fuse) -> Tensor:
-        chosen, order, factors = u[:, 0] < self.p, self.order(u), self.factors(u)
-        operations = (pixel_ops.brightness, pixel_ops.contrast, pixel_ops.saturation, pixel_ops.hue)
-        wanted = [i for i, span in enumerate((self.brightness, self.contrast, self.saturation, self.hue)) if span]
-        for turn in range(4):
-            for i in wanted:
-                images = on_chosen(images, chosen & (order[:, turn] == i), fuse(operations[i]), factors[:, i])
+    def parameters(self, u: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Whether hue is turned, and how far; then of each place: its factor, and which operation is due there.
+
+        Places are what the others need before and after hue, which is thus computed once: as many as there are of
+        them on either side, so that any order fits in, and factor 1, which changes nothing, where none is due.
+        """
+        chosen, turns, factors = u[:, 0] < self.p, self.order(u).argsort(axis=1), self.factors(u)
+        wanted = np.array([self.brightness, self.contrast, self.saturation]) > 0
+        earlier = (turns[:, None, :3] < turns[:, :3, None]) & wanted
+        after_hue = (turns[:, :3] > turns[:, 3:]) & (self.hue > 0)
+        place = earlier.sum(2) + after_hue * wanted.sum()  # (N, 3)
+        due = (place == np.arange(self.places)[:, None, None]) & wanted & chosen[:, None]  # (places, N, 3)
+        factor = np.where(due, factors[:, :3], 0).sum(2) + ~due.any(2)
+        blends = np.concatenate([factor[..., None], due], axis=2)
+        return np.stack([chosen & (self.hue > 0), factors[:, 3], *blends.swapaxes(1, 2).reshape(-1, len(u))])
+
+    @property
+    def places(self) -> int:
+        return sum(span > 0 for span in (self.brightness, self.contrast, self.saturation)) * (2 if self.hue else 1)
+
+    def __call__(self, images: Tensor, parameters: Tensor, size: int, for_all: bool) -> Tensor:
+        turned, shift = parameters[:2]
+        blends = parameters[2:].unflatten(0, (self.places, 4))
+        before = self.places // 2 if self.hue else self.places
+        for factor, *due in blends[:before]:
+            images = blend(images, factor, due, for_all)
+        if self.hue:
+            images = on_chosen(images, turned, for_all, pixel_ops.hue, shift)
+        for factor, *due in blends[before:]:
+            images = blend(images, factor, due, for_all)
         return images
+
+
+def blend(images: Tensor, factor: Tensor, due: Sequence[Tensor], for_all: bool) -> Tensor:
+    """Brightness, contrast or saturation, whichever is due for an image, (N,) each 1 or 0."""
+    if for_all:
+        return pixel_ops.blend(images, factor, *due[1:])
+    for chosen, operation in zip(due, (pixel_ops.brightness, pixel_ops.contrast, pixel_ops.saturation)):
+        images = on_chosen(images, chosen, for_all, operation, factor)
+    return images
 
 
 ViewStep = Crop | Flip | Grey | Solarize | Blur | Affine | Jitter
 CACHE_PIXELS = 100_000  # a CPU takes so many pixels at a time: their floats stay in its cache
 
 
-def unfused(operation: Operation) -> Operation:
-    return operation
+def unfused(steps: Operation) -> Operation:
+    return steps
 
 
 def fusing(device: torch.device, wanted: bool) -> Fuse:
-    """Compiles each operation once, for any number of images, where that is wanted and works."""
-    if not (wanted and can_compile(device)):
-        return unfused
-    return lru_cache(partial(torch.compile, dynamic=True))
+    """Compiles the steps of a recipe as one on a GPU, where that is wanted and works; once, and again for other shapes.
+
+    Nothing on a CPU: what is compiled is computed for all images, which costs it more than fusing spares.
+    """
+    return lru_cache(torch.compile) if wanted and device.type != "cpu" and can_compile(device) else unfused
+
+
+def is_for_all(images: Tensor, fuse: Fuse) -> bool:
+    """Whether an operation is computed for all images; see above."""
+    return images.device.type != "cpu" or fuse is not unfused
 
 
 @dataclass(frozen=True)
@@ -233,15 +292,30 @@ class ViewRecipe:
         Args:
             u: (N, D) from `uniforms`.
             skip: steps already done.
-            fuse: what compiles an operation.
+            fuse: what compiles the steps.
         """
-        batch = len(images) if images.device.type != "cpu" else max(1, CACHE_PIXELS // (size * size))
-        parts = []
-        for first in range(0, len(images), batch):
-            part, numbers = images[first : first + batch], u[first : first + batch]
-            part = part.clone(memory_format=torch.contiguous_format)
-            for i, step in list(enumerate(self.steps))[skip:]:
-                start = sum(before.draws for before in self.steps[:i])
-                part = step(part, numbers[:, start : start + step.draws], size, fuse)
-            parts.append(part)
+        if 0 < len(images) < 4 and fuse is not unfused:  # graphs hold for four images and more
+            return self.apply(images.repeat(4, 1, 1, 1), np.tile(u, (4, 1)), size, skip, fuse)[: len(images)]
+        parameters = self._parameters(u, images, skip)
+        if is_for_all(images, fuse):
+            return fuse(self._views)(images.contiguous(), parameters, size, skip, True)
+        count = max(1, CACHE_PIXELS // (size * size))
+        batches = zip(images.split(count), zip(*(each.split(count, dim=1) for each in parameters)))
+        copies = ((part.clone(memory_format=torch.contiguous_format), numbers) for part, numbers in batches)
+        parts = [self._views(part, numbers, size, skip, False) for part, numbers in copies]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _parameters(self, u: np.ndarray, images: Tensor, skip: int) -> tuple[Tensor, ...]:
+        """What each step from `skip` on does to each image, (P, N), on the images' device by one copy."""
+        ends = np.cumsum([step.draws for step in self.steps])[skip:]
+        height, width = images.shape[2:]
+        each = [
+            step.parameters(u[:, end - step.draws : end], height, width) for step, end in zip(self.steps[skip:], ends)
+        ]
+        together = np.concatenate([np.empty((0, len(u))), *each]).astype(np.float32)
+        return to_device(torch.from_numpy(together), images.device).split([len(rows) for rows in each])
+
+    def _views(self, images: Tensor, parameters: Sequence[Tensor], size: int, skip: int, for_all: bool) -> Tensor:
+        for step, rows in zip(self.steps[skip:], parameters):
+            images = step(images, rows, size, for_all)
+        return images

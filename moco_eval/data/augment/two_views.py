@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.utils import save_image
 
 from moco_eval.data.augment.decode import cut, photo
-from moco_eval.data.augment.steps import Crop, Fuse, ViewRecipe, unfused
+from moco_eval.data.augment.steps import Crop, Fuse, ViewRecipe, is_for_all, unfused
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import draw_seed
 from moco_eval.errors import InputError
@@ -81,11 +81,18 @@ class TwoViews(Dataset):
 
     def of_pixels(self, pixels: Tensor, numbers: np.ndarray, fuse: Fuse = unfused) -> Tensor:
         """Views of whole images of one size, (N, 3, H, W) uint8, on their device."""
-        return torch.stack([self.recipe.apply(pixels, u, self.size, fuse=fuse) for u in numbers])
+        return self._views(pixels.expand(len(numbers), *pixels.shape), numbers, 0, fuse)
 
     def finish(self, views: Tensor, numbers: np.ndarray, fuse: Fuse = unfused) -> Tensor:
         """All steps after the cut, on the views' device."""
-        return torch.stack([self.recipe.apply(view, u, self.size, 1, fuse) for view, u in zip(views, numbers)])
+        return self._views(views, numbers, 1, fuse)
+
+    def _views(self, views: Tensor, numbers: np.ndarray, skip: int, fuse: Fuse) -> Tensor:
+        """The steps from `skip` on, of all views at once where an operation is computed for all images."""
+        if not is_for_all(views, fuse):
+            return torch.stack([self.recipe.apply(view, u, self.size, skip, fuse) for view, u in zip(views, numbers)])
+        together = self.recipe.apply(views.flatten(0, 1), numbers.reshape(-1, numbers.shape[2]), self.size, skip, fuse)
+        return together.unflatten(0, (len(numbers), -1))
 
     def _published(self, items: list[tuple[int, int]], substitute: Tensor) -> Tensor:
         views = self._room(len(items))
