@@ -107,7 +107,7 @@ def _wait_for(path: Path, alive: Path) -> None:
         if time.monotonic() - since > PATIENCE:
             raise RunFailed(
                 f"{path} is not there: the process that works on it has shown no life for {PATIENCE:.0f} s; is "
-                f"{path.parent} a folder that all processes share? Run the same command again to go on"
+                f"{path.parent} a folder that all processes share? Run the same command to go on"
             )
         time.sleep(0.2)
 

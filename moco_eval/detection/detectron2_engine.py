@@ -227,7 +227,7 @@ class _Housekeeping(HookBase):
             self.sgd.save(done)
         if asked:
             total = recipe.schedule.iterations
-            self.stop.check(f"iteration {done} of {total} is saved; run the same command again to go on")
+            self.stop.check(f"iteration {done} of {total} is saved; run the same command to go on")
 
     def _log(self, done: int) -> None:
         values = {name: value for name, (value, _) in self.trainer.storage.latest().items() if "loss" in name}
@@ -315,7 +315,7 @@ def _precise_bn(model: nn.Module, cfg: CfgNode, recipe: DetectConfig, device: to
 def _look(stop: Stop, step: int) -> None:
     """Raises Interrupted on every process where any was asked to stop. Collective."""
     if stop.look(step, False)[0]:
-        stop.check("the trained detector is saved; run the same command again to go on")
+        stop.check("the trained detector is saved; run the same command to go on")
 
 
 # Detection

@@ -97,7 +97,7 @@ class Trainer:
                 if asked or self.done % recipe.checkpoints.every == 0 or self.done == total:
                     self.save()
                 if asked:
-                    stop.check(f"iteration {self.done} of {total} is saved; run the same command again to go on")
+                    stop.check(f"iteration {self.done} of {total} is saved; run the same command to go on")
 
     def coming(self, stream: Iterator[inputs.Batch]) -> inputs.Batch:
         """The next batch; where none comes and a signal does, the state is kept. Raises Interrupted."""
@@ -215,7 +215,7 @@ def precise_bn(
     total = recipe.schedule.iterations
     for iteration in range(total, total + recipe.precise_bn):
         if stop.look(iteration, False)[0]:
-            stop.check("the trained detector is saved; run the same command again to go on")
+            stop.check("the trained detector is saved; run the same command to go on")
         for part, _ in parts(next(stream), recipe, iteration, device):
             with autocast(device, recipe.precision):
                 model(*part)

@@ -63,7 +63,7 @@ def _detect(
     detections = []
     for number, image in console.track(zip_longest(rounds, images), "evaluate", len(rounds), world):
         if stop.look(before + number, False)[0]:
-            stop.check("the trained detector is saved; run the same command again to go on")
+            stop.check("the trained detector is saved; run the same command to go on")
         if image is not None:
             (pixels,), (size,) = image
             with autocast(device, recipe.precision):
