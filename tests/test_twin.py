@@ -4,6 +4,7 @@ One launch of processes serves each group; what a piece of work raises is its re
 """
 
 import contextlib
+import json
 import os
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 import twin
 import twin_cuda
+from commands import moco_eval
 from PIL import Image
 from ranks import run_ranks
 
@@ -29,8 +31,11 @@ from moco_eval.data.boxes.samples import DetectionData, Sample, make_sample
 from moco_eval.data.catalogue import open_images
 from moco_eval.detection import torchvision_engine
 from moco_eval.encoders.load import load
+from moco_eval.encoders.wrap import wrap
 from moco_eval.errors import InputError, Interrupted
+from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.record import Cost
+from moco_eval.runtime.device import LARGEST_PINNED, to_device
 from moco_eval.runtime.rank import rank, world_size
 from pretraining.plan import Plan, plan
 from pretraining.profile import profile
@@ -72,11 +77,9 @@ MECHANISMS: dict[str, tuple[str, ...]] = {
     "bf16": ("precision=bf16",),
 }
 AUGMENTATION = {"files": 90, "reference views": 0}  # copies of a step's parameters at most, by moco_eval/data/augment
-# all other copies of a step: the images' numbers or the images, and where each goes when keys are shuffled
-COPIES = {
-    1: {"moco": 3, "moco, symmetric": 5, "memory bank": 2, "reference views": 4, "files": 4, "accumulate": 5},
-    2: {"moco": 5, "moco, symmetric": 9, "memory bank": 2, "reference views": 6, "files": 6, "accumulate": 9},
-}
+# all other copies of a step: the images or their numbers, and where each goes when keys are shuffled
+COPIES = {"moco": 2, "moco, symmetric": 3, "memory bank": 2, "end to end": 2, "reference views": 3, "files": 3}
+COPIES |= {"accumulate": 3, "bf16": 2}
 
 
 def of(name: str, folder: Path, *settings: str) -> Plan:
@@ -123,6 +126,7 @@ def pretraining(folder: Path) -> dict[str, dict]:
     """Every piece of it, on this rank."""
     work: dict[str, Callable[[], Any]] = {name: lambda name=name: steps(name, folder) for name in MECHANISMS}
     work |= {"resume": lambda: stopped_and_resumed(folder), "monitor": lambda: monitored(folder)}
+    work["large batch"] = lambda: to_device(torch.zeros(LARGEST_PINNED + 1, dtype=torch.uint8).pin_memory(), CUDA).shape
     work["profile"] = lambda: profile(of("files", folder), CUDA, 2).report()
     return {name: noted(each) for name, each in work.items()} | {"joined": {"nccl on": str(twin_cuda.joined)}}
 
@@ -147,13 +151,12 @@ def test_pretraining_runs_whole_on_a_device(pretrained):
 
 def test_a_step_of_pretraining_waits_for_nothing(pretrained):
     for each in pretrained[1]:
-        assert {name: each[name]["waits"] for name in MECHANISMS if each[name]["waits"]} == {}
+        assert {name: each[name]["waits"] for name in (*MECHANISMS, "large batch") if each[name]["waits"]} == {}
 
 
 def test_a_step_of_pretraining_copies_so_often_to_the_device(pretrained):
-    number, ranks = pretrained
-    for each in ranks:
-        for name, wanted in COPIES[number].items():
+    for each in pretrained[1]:
+        for name, wanted in COPIES.items():
             copies = each[name]["copies"]
             others = {line: count for line, count in copies.items() if "augment/" not in line}
             assert sum(others.values()) == STEPS * wanted, (name, others)
@@ -204,13 +207,23 @@ def classification(arch: str = "resnet18_quarter") -> dict[str, dict]:
         work[row.protocol] = lambda config=config: judge_in_memory(task, config, CUDA).record["metrics"]
     some = replace(task, train=train.take(np.arange(200)), labels_per_class=4, trials=2)
     work["few labels"] = lambda: judge_in_memory(some, few("quick", "linear"), CUDA).record["metrics"]
-    return {name: noted(each) for name, each in work.items()}
+    results = {name: noted(each) for name, each in work.items()}
+    own = wrap(load(f"random:{arch}").backbone.to(CUDA), Preprocessing(size=32, resize=32))
+    judge_in_memory(replace(task, encoder=own), few("instdisc", "knn"), CUDA)
+    layouts = {name: channels_last(net.backbone) for name, net in (("ours", encoder), ("the caller's", own))}
+    return results | {"layouts": layouts}
+
+
+def channels_last(backbone: torch.nn.Module) -> bool:
+    return backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory) -> dict[str, dict]:
-    (rank,) = run_ranks(classification, tmp_path_factory.mktemp("twin"), ranks=1, device="cuda")
-    return rank
+    (only,) = run_ranks(classification, tmp_path_factory.mktemp("twin"), ranks=1, device="cuda")
+    layouts = only.pop("layouts")
+    assert layouts == {"ours": True, "the caller's": False}  # of a network that is judged where it lies
+    return only
 
 
 def test_every_protocol_runs_on_a_device(classified):
@@ -294,3 +307,19 @@ def test_detectors_run_on_a_device(names, ranks, tmp_path):
             copies = [count for line, count in work["copies"].items() if "fine_tune.py" in line]
             assert sum(copies) == 3 * 2 // ranks * (4 if name == "keypoints" else 3), name  # image, boxes, labels
             assert not [line for line in work["waits"] if "matching.py" in line and "new_tensor" in line], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_commands_and_their_processes_run_on_a_device(nproc, tmp_path, monkeypatch):
+    for name, value in twin.environment(tmp_path, gpus=nproc).items():
+        monkeypatch.setenv(name, value)
+    small = [f"--set={setting}" for setting in SMALL if setting not in ("knn=null", "compile=false", "workers=0")]
+    command = ["pretrain", "digits", "--dataset", "digits", "--output", tmp_path / "run", *small, "--set=workers=1"]
+    _, err = moco_eval(*command, "--device", "cuda", "--nproc", str(nproc))
+    assert "torch.compile does not work here (a twin compiles nothing" in err
+    encoder = ["--dataset", "digits", "--device", "cuda", "--output", tmp_path / "linear", "--set=schedule.epochs=1"]
+    out, _ = moco_eval("linear", tmp_path / "run/checkpoints/last.pth", "--protocol", "digits", *encoder)
+    assert "top1" in out
+    reports = [json.loads(path.read_text()) for path in tmp_path.glob("twin_*.json")]
+    assert sum(any("all_reduce" in line for line in each["collectives"]) for each in reports) == nproc * (nproc > 1)
