@@ -11,6 +11,7 @@ import torch
 from moco_eval.data.augment.two_views import TwoViews
 
 NOTICED = 0.1  # share of a step's time that is worth a word
+LAUNCH_BOUND = 0.8  # share of the device's time at which its work ends as soon as it is launched
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -23,6 +24,20 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -
         wait_for(device)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
+
+
+def launch_seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median time until one call has given a GPU its work; 0 on a CPU, which does the work itself."""
+    if device.type != "cuda":
+        return 0.0
+    taken = []
+    for _ in range(repeats):
+        wait_for(device)
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    wait_for(device)
+    return statistics.median(taken)
 
 
 def wait_for(device: torch.device) -> None:
@@ -54,6 +69,7 @@ class Parts:
         waiting: for the next batch, within it.
         training: a step with its batch in place, collectives included.
         augmentation: what the training device does to make the views.
+        launching: the host's part of both, until a GPU has been given their work; 0 on a CPU.
         copies: of a batch to the device.
         collectives: exchanges between processes by themselves; in the loop some hide behind the backward pass.
         worker: per image, in one loader process alone; 0 where there is none.
@@ -68,6 +84,7 @@ class Parts:
     waiting: float
     training: float
     augmentation: float
+    launching: float
     copies: float
     collectives: float
     worker: float
@@ -91,6 +108,7 @@ class Parts:
             ("  waiting for the next batch", self.waiting),
             ("training, batch in place", self.training),
             ("augmentation on the training device", self.augmentation),
+            ("launching of both, by the host", self.launching),
             ("copies to it (beside the step before)", self.copies),
             ("collectives, by themselves", self.collectives),
         ]
@@ -137,4 +155,10 @@ class Parts:
                 f"Exchanges between processes would take {100 * self.collectives / self.busy:.0f} % if nothing hid "
                 "them: fewer, larger processes or a faster network."
             )
+        if self.launching > LAUNCH_BOUND * self.busy:
+            return [
+                *sentences,
+                f"Launching limits: the host takes {1000 * self.launching:.1f} ms to give the device what it does in "
+                f"{1000 * self.busy:.1f} ms. compile=true launches less; a larger --batch-size does more each time.",
+            ]
         return [*sentences, "The model limits: its arithmetic. --precision bf16 and compile=true are the ways to less."]

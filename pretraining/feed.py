@@ -15,10 +15,13 @@ from pretraining.views import Batch, two_views
 
 
 class Feed:
-    """This process's batches of each step of a run from `first_step` on, with the images that could not be read."""
+    """This process's batches of each step of a run from `first_step` on, with the images that could not be read.
 
-    def __init__(self, run: Plan, device: torch.device):
-        self.run, self.config, self.device = run, run.config, device
+    `images_there` is called when a batch's images are on the device, before anything is done to them there.
+    """
+
+    def __init__(self, run: Plan, device: torch.device, images_there: Callable[[], None] = lambda: None):
+        self.run, self.config, self.device, self.images_there = run, run.config, device, images_there
         self.views = two_views(run.images, run.config, finished=device.type == "cpu")
         self.in_memory = run.images.pixels is not None and not self.views.reference
         self.fuse = fusing(device, bool(run.config.compile))
@@ -35,6 +38,7 @@ class Feed:
         for items in batches:
             epoch, index = np.ascontiguousarray(np.array(items).T)
             rows = to_device(torch.from_numpy(index), self.device)
+            self.images_there()
             views = self.views.of_pixels(self.pixels[rows], self.views.numbers(epoch, index), self.fuse)
             yield Batch(views[0], views[-1], rows), []
 
@@ -46,6 +50,7 @@ class Feed:
         """Workers decode and cut; on a GPU the recipe's other steps are done there."""
         loaded = loader(self.views, batches, self.config.workers, self.device)
         for views, index, substitute, numbers in beside(loaded, self.device):
+            self.images_there()
             if not self.views.finished:
                 views = self.views.finish(views, numbers.numpy(), self.fuse)
             yield Batch(views[0], views[-1], index), index[substitute >= 0].tolist()

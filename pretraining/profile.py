@@ -12,7 +12,7 @@ from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import all_sum, gather
 from moco_eval.runtime.device import to_device
 from moco_eval.runtime.rank import world_size
-from pretraining.bottleneck import Parts, seconds, wait_for, worker_seconds
+from pretraining.bottleneck import Parts, launch_seconds, seconds, wait_for, worker_seconds
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import permutation, shuffle
 from pretraining.train import Trainer
@@ -38,14 +38,16 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
     worker, decoding = (0.0, 0.0) if feed.in_memory else worker_seconds(feed.views, items)
     views = torch.stack([batch.view_q, batch.view_k]).cpu()
     pinned = views.pin_memory() if device.type == "cuda" else views
+    train, augment = (lambda: trainer.train_step(batch)), feed.device_part(items)
     return Parts(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         images=images,
         steps=steps,
         loop=loop,
         waiting=waiting,
-        training=seconds(lambda: trainer.train_step(batch), device),
-        augmentation=seconds(feed.device_part(items), device),
+        training=seconds(train, device),
+        augmentation=seconds(augment, device),
+        launching=launch_seconds(train, device) + launch_seconds(augment, device),
         copies=0.0 if feed.in_memory else seconds(lambda: to_device(pinned, device), device),
         collectives=seconds(lambda: exchange(trainer, batch), device) if world_size() > 1 else 0.0,
         worker=worker / images,
@@ -65,7 +67,7 @@ def _loop(trainer: Trainer, warm: int, steps: int) -> tuple[Batch, float, float]
     for batch in itertools.islice(batches, steps):
         trainer.train_step(batch)
     wait_for(trainer.device)
-    loop, waiting = (time.perf_counter() - started) / steps, trainer.measured.waited / steps
+    loop, waiting = (time.perf_counter() - started) / steps, trainer.measured.waiting.take()() / steps
     batches.close()
     return batch, loop, waiting
 

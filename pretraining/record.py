@@ -20,11 +20,52 @@ from pretraining.moco import Step
 from pretraining.plan import Plan
 
 
+class Waiting:
+    """How long the training device waits for batches: a CPU until one is made, a GPU until its images are there.
+
+    The GPU's clock is asked, by two events of each step: the host, which launches the augmentation that follows, may
+    wait while the GPU still has work, and launches while it has none.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.forget()
+
+    def forget(self) -> None:
+        self.seconds, self.events = 0.0, list[tuple[Any, Any]]()
+
+    def begin(self) -> None:
+        """The step is done, or given to the GPU."""
+        self.began: Any = _event() if self.on_gpu else time.perf_counter()
+
+    def images_there(self) -> None:
+        """They are on the device, and nothing is done to them yet."""
+        if self.on_gpu:
+            self.events.append((self.began, _event()))
+
+    def batch_there(self) -> None:
+        """The views are made, or their making is launched."""
+        if not self.on_gpu:
+            self.seconds += time.perf_counter() - self.began
+
+    def take(self) -> Callable[[], float]:
+        """What gives the seconds so far, once a GPU has done what it was given by now; they count from zero again."""
+        seconds, events = self.seconds, self.events
+        self.forget()
+        return lambda: seconds + sum(began.elapsed_time(ended) for began, ended in events) / 1000
+
+
+def _event() -> "torch.cuda.Event":
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Measurements:
     """Loss, accuracy and spread of each step since the last log line, this process's; and time spent waiting."""
 
-    def __init__(self, run: Plan):
-        self.run = run
+    def __init__(self, run: Plan, device: torch.device):
+        self.run, self.waiting = run, Waiting(device)
         self.rows: list[torch.Tensor] = []
         self.unreadable: set[int] = set()
         self.known = 0  # of them, to every rank
@@ -36,7 +77,8 @@ class Measurements:
 
     def restart(self) -> None:
         """Measure time from now."""
-        self.waited, self.started = 0.0, time.perf_counter()
+        self.waiting.forget()
+        self.started = time.perf_counter()
 
     def add(self, parts: list[Step]) -> None:
         """One step, done in parts where gradients are accumulated; nothing is read back from the device here."""
@@ -68,12 +110,12 @@ class Measurements:
         Returns:
             What gives the line; asked a step later, it finds it arrived and stops no device. It raises as `together`.
         """
-        rows, seconds, waited = torch.stack(self.rows), time.perf_counter() - self.started, self.waited
+        rows, seconds, waited = torch.stack(self.rows), time.perf_counter() - self.started, self.waiting.take()
         unreadable = torch.full_like(rows[:1], len(self.unreadable) - self.known)
         arrives = to_host(gather(torch.cat([rows, unreadable])[None]))
         self.rows = []
         self.restart()
-        return lambda: self._line(step, lr, arrives(), seconds, waited)
+        return lambda: self._line(step, lr, arrives(), seconds, waited())
 
     def _line(self, step: int, lr: float, values: torch.Tensor, seconds: float, waited: float) -> dict[str, Any]:
         values, unreadable = values[:, :-1], values[:, -1, 0]

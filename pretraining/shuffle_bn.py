@@ -1,6 +1,7 @@
 """Batch normalisation that does not leak which key belongs to which query."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,32 +20,63 @@ def permutation(size: int, generator: torch.Generator) -> tuple[torch.Tensor, to
     return forth, torch.argsort(forth)
 
 
+class Route(NamedTuple):
+    """Where this rank's rows go in a new order of the global batch, and how keys come back; on the rows' device.
+
+    Attributes:
+        sent: this rank's rows in the order in which they leave, those for rank 0 first, (N,).
+        sizes: how many leave for each rank; `counts`: how many come from each.
+        place: where each row that comes belongs, (N,).
+        back: the order that undoes it all, (R N,).
+    """
+
+    sent: torch.Tensor
+    sizes: list[int]
+    counts: list[int]
+    place: torch.Tensor
+    back: torch.Tensor
+
+
+def route(order: torch.Tensor, back: torch.Tensor, device: torch.device) -> Route:
+    """The route of an order of the global batch, (R N,), the same on every rank, in one copy to the device.
+
+    Args:
+        back: the order that undoes it; empty where nothing comes back.
+    """
+    ranks, N = world_size(), len(order) // world_size()
+    wanted = order.view(ranks, N)
+    owner = wanted // N
+    mine = owner == rank()
+    received_from = owner[rank()]
+    place = torch.argsort(received_from, stable=True)
+    there = to_device(torch.cat([wanted[mine] - rank() * N, place, back]), device)
+    counts = torch.bincount(received_from, minlength=ranks).tolist()
+    return Route(there[:N], mine.sum(dim=1).tolist(), counts, there[N : 2 * N], there[2 * N :])
+
+
 def shuffle(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """This rank's rows of the global batch in a new order: row i of the result is global row `order[i]`.
-
-    Only the rows a rank needs travel to it, so with R ranks each receives (R - 1)/R of one share, not all of them.
 
     Args:
         rows: this rank's share of the global batch, (N, ...); shares are equal and lie in rank order.
         order: a permutation of the global batch, (R N,), the same on every rank.
     Returns:
         (N, ...): the rank's share of the permuted batch.
+    """
+    return travelled(rows, route(order, order[:0], rows.device))
+
+
+def travelled(rows: torch.Tensor, way: Route) -> torch.Tensor:
+    """`shuffle` by a route that is there.
+
+    Only the rows a rank needs travel to it, so with R ranks each receives (R - 1)/R of one share, not all of them.
     Source: He et al. 2020, arXiv:1911.05722, Sec. 3.3 (shuffling BN); the exchange is ours.
     """
-    ranks, N = world_size(), len(rows)
-    if ranks == 1:
-        return rows[to_device(order, rows.device)]
-    wanted = order.view(ranks, N)
-    owner = wanted // N
-    sent = [wanted[to][owner[to] == rank()] - rank() * N for to in range(ranks)]
-    received_from = owner[rank()]
-    counts = torch.bincount(received_from, minlength=ranks).tolist()
-    place = torch.argsort(received_from, stable=True)
-    lengths = [len(part) for part in sent]
-    leaving, place = to_device(torch.cat([*sent, place]), rows.device).split(N)
-    parts = exchange(list(rows[leaving].split(lengths)), counts)
+    if world_size() == 1:
+        return rows[way.sent]
+    received = exchange(rows[way.sent], way.sizes, way.counts)
     result = torch.empty_like(rows)
-    result[place] = parts
+    result[way.place] = received
     return result
 
 
@@ -76,7 +108,7 @@ def encode_shuffled(
     if generator is None:
         k = unit(encoder_k(pixels(view_k)))
         return k, collect(k)
-    forth, back = permutation(N * world_size(), generator)
-    k = unit(encoder_k(pixels(shuffle(view_k, forth))))
-    keys = collect(k)[to_device(back, k.device)]
+    way = route(*permutation(N * world_size(), generator), view_k.device)
+    k = unit(encoder_k(pixels(travelled(view_k, way))))
+    keys = collect(k)[way.back]
     return keys[rank() * N : (rank() + 1) * N], keys

@@ -87,7 +87,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.model.parameters(), sgd.lr, **settings)
         self.ddp = parallel(self.model)
         settle(self.ddp, self.config.views.size, device)
-        self.feed, self.monitor, self.measured = Feed(run, device), Monitor(run), Measurements(run)
+        self.monitor, self.measured = Monitor(run), Measurements(run, device)
+        self.feed = Feed(run, device, self.measured.waiting.images_there)
         self.step = self.saved = 0
         self.coming_line: Callable[[], dict[str, Any]] | None = None
 
@@ -135,13 +136,14 @@ class Trainer:
 
     def batches(self) -> Generator[Batch, None, None]:
         """This process's views of each remaining step, on the device; time spent waiting for them is noted."""
-        started = time.perf_counter()
+        waiting = self.measured.waiting
+        waiting.begin()
         try:
             for batch, unreadable in self.feed(self.step):
-                self.measured.waited += time.perf_counter() - started
+                waiting.batch_there()
                 self.measured.note_unreadable(unreadable)
                 yield batch
-                started = time.perf_counter()
+                waiting.begin()
         except Interrupted as no_data:
             if world_size() == 1:
                 self.save()

@@ -1,4 +1,4 @@
-"""Run a function in several gloo processes and collect what each returns."""
+"""Run a function in several processes, on gloo or on the twin of a GPU each, and collect what each returns."""
 
 import multiprocessing
 import os
@@ -15,18 +15,26 @@ from moco_eval.runtime.rendezvous import FOLDER, ON_LOOPBACK, private_meeting
 LIBRARIES = ["torch.utils.tensorboard", "torchvision", "sklearn.datasets", "matplotlib.figure", "pydantic", "pytest"]
 
 
-def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 2) -> list[Any]:
-    """`function(*arguments)` in each rank of a gloo group; its result must be plain or tensors."""
+def run_ranks(
+    function: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 2, device: str = "cpu"
+) -> list[Any]:
+    """`function(*arguments)` in each rank of a group; its result must be plain or tensors.
+
+    Args:
+        device: `cuda` gives each rank a twin of one; see twin.py.
+    """
     multiprocessing.set_forkserver_preload(LIBRARIES)
     with private_meeting():  # each rank is told where, as the server was started in another environment
         meeting = {name: os.environ[name] for name in (FOLDER, *ON_LOOPBACK)}
         torch.multiprocessing.start_processes(
-            _rank, (ranks, meeting, folder, function, arguments), nprocs=ranks, start_method="forkserver"
+            _rank, (ranks, device, meeting, folder, function, arguments), nprocs=ranks, start_method="forkserver"
         )
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, meeting: dict, folder: Path, function: Callable, arguments: tuple) -> None:
+def _rank(
+    rank: int, ranks: int, device: str, meeting: dict, folder: Path, function: Callable, arguments: tuple
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -36,9 +44,13 @@ def _rank(rank: int, ranks: int, meeting: dict, folder: Path, function: Callable
         **meeting,
     }
     torch.set_num_threads(1)
+    if device == "cuda":
+        import twin
+
+        twin.install(ranks)
     from moco_eval.runtime.command import running
     from moco_eval.runtime.launch import processes
 
-    with running("moco-eval"), processes("cpu"):
+    with running("moco-eval"), processes(device):
         torch.save(function(*arguments), folder / f"rank_{rank}.pt")
     sys.stdout.flush()

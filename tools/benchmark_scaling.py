@@ -90,8 +90,8 @@ def predict(config: PretrainConfig, rate: float, bandwidth: float, latency: floa
 def two_processes(rank: int, results) -> None:
     """gloo's bandwidth and latency between two processes of this machine."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    rendezvous.join("gloo", timedelta(minutes=5))
     large, small, cpu = torch.ones(2**24), torch.ones(1), torch.device("cpu")
+    rendezvous.join(cpu, timedelta(minutes=5))
     taken = [seconds(lambda tensor=tensor: dist.all_reduce(tensor), cpu, 20) for tensor in (large, small)]
     if rank == 0:
         results.put((large.numel() * 4 / taken[0], taken[1]))

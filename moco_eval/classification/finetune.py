@@ -26,7 +26,7 @@ from moco_eval.results.metrics import accuracy
 from moco_eval.runtime.batch_norm import split_batch_norm, sync_batch_norm
 from moco_eval.runtime.collectives import broadcast_, parallel
 from moco_eval.runtime.console import warn
-from moco_eval.runtime.device import autocast
+from moco_eval.runtime.device import autocast, place
 from moco_eval.runtime.rank import world_size
 
 
@@ -76,7 +76,7 @@ class EndToEnd:
 
     def __init__(self, task: Task, config: FinetuneConfig, per_epoch: int, seed: int, device: torch.device):
         self.task, self.config, self.per_epoch, self.device = task, config, per_epoch, device
-        self.net = new_classifier(task.encoder, len(task.train.classes), config, seed).to(device)
+        self.net = place(new_classifier(task.encoder, len(task.train.classes), config, seed), device)
         self.ddp = parallel(self.net)
         settings = config.optimizer
         self.optimizer = torch.optim.SGD(

@@ -20,7 +20,7 @@ from moco_eval.classification.protocols import by_name
 from moco_eval.classification.suite import Item, Need
 from moco_eval.features.cache import Source
 from moco_eval.features.extract import pixels
-from moco_eval.features.stages import network
+from moco_eval.features.stages import network, placed
 from moco_eval.runtime.device import autocast
 from moco_eval.runtime.text import as_text, duration
 
@@ -94,7 +94,7 @@ def forecast(suite: Sequence[Item], needs: list[Need], device: torch.device, pro
 @torch.no_grad()
 def dimension(source: Source, device: torch.device) -> int:
     """D of the features."""
-    net, side = network(source.encoder, source.feature).to(device).eval(), source.preprocessing.size
+    net, side = placed(network(source.encoder, source.feature), source.encoder, device), source.preprocessing.size
     with autocast(device, source.precision):
         return net(torch.zeros(1, 3, side, side, device=device)).flatten(1).shape[1]
 
@@ -105,7 +105,7 @@ def rate(source: Source, device: torch.device, seconds: float) -> float:
     In this process first, in growing batches until a sixteenth of the time is used for one; then as the extraction
     will do it, on so many images that half of the time is enough even without help from its workers.
     """
-    net = network(source.encoder, source.feature).to(device).eval()
+    net = placed(network(source.encoder, source.feature), source.encoder, device)
     size, alone = 1, replace(source, workers=0)
     while (took := _through(alone, net, size, size, device)) < seconds / 16 and size < source.batch_size:
         size = min(4 * size, source.batch_size)

@@ -21,7 +21,7 @@ from moco_eval.config.learning_rate import learning_rate
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import RunFailed
 from moco_eval.features.cache import Features
-from moco_eval.features.stages import network
+from moco_eval.features.stages import network, placed
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime.collectives import parallel
 from moco_eval.runtime.device import autocast
@@ -41,7 +41,7 @@ def passes(config: LinearConfig | SweepConfig, train: int, test: int) -> Passes:
 def run_trial(task: Task, config: LinearConfig, seed: int, state: Path | None, device: torch.device) -> Outcome:
     """Train one classifier, prove that it alone moved, and score the test images."""
     test = task.features(task.test, config, device)
-    backbone = freeze(network(task.encoder, task.feature).to(device))
+    backbone = freeze(placed(network(task.encoder, task.feature), task.encoder, device))
     images = task.training_images(seed)
     classifier = Classifier(test.shape[1], len(task.train.classes), config.optimizer, config.schedule, seed, device)
     probe = OnCrops(classifier, backbone, test, torch.as_tensor(task.test.labels), config.precision, device)

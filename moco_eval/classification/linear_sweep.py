@@ -22,7 +22,7 @@ from moco_eval.data.image_set import ImageSet
 from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.cache import Features
-from moco_eval.features.stages import Several
+from moco_eval.features.stages import Several, placed
 from moco_eval.results.metrics import accuracy
 from moco_eval.runtime.collectives import all_sum
 from moco_eval.runtime.console import log, warn
@@ -44,7 +44,7 @@ def run_trial(task: Task, config: SweepConfig, seed: int, state: Path | None, de
             "every class has one training image, none to spare for the choice of a head; take more --labels"
         )
     held_features, test_features = (_clean(task, part, config, device) for part in (held, task.test))
-    backbone = freeze(Several(task.encoder, config.features).to(device))
+    backbone = freeze(placed(Several(task.encoder, config.features), task.encoder, device))
     before = snapshot(backbone)
     dims = [features.shape[1] for features in held_features]
     sweep = Sweep(backbone, config, dims, len(task.train.classes), seed, device)
@@ -133,7 +133,8 @@ class Sweep:
         factor = learning_rate(self.config.schedule, 1.0, epoch)
         losses = [group.step(features[group.feature], labels, factor, batch) for group in self.groups]
         together = torch.cat(losses)
-        return together[together.isfinite()].min() if together.isfinite().any() else together[0]
+        finite = together.isfinite()
+        return torch.where(finite.any(), together.where(finite, torch.inf).min(), together[0])
 
     def end_epoch(self, epoch: int) -> None:
         """Nothing is looked at before the end."""
@@ -196,7 +197,8 @@ class Heads(nn.Module):
         logits = self._logits(features)  # (N, L, C)
         losses = cross_entropy(logits.permute(0, 2, 1), labels[:, None].expand(-1, len(self.grid)), reduction="none")
         error = logits.softmax(2)
-        error[torch.arange(len(labels)), :, labels] -= 1
+        answers = labels[:, None, None].expand(-1, len(self.grid), 1)
+        error.scatter_add_(2, answers, error.new_full(answers.shape, -1.0))
         error /= batch
         # the gradient of the mean loss over the whole batch
         slope = all_sum((error.flatten(1).T @ features).view_as(self.weight))

@@ -17,7 +17,7 @@ from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
 from moco_eval.runtime.collectives import all_sum
 from moco_eval.runtime.console import progress, warn
-from moco_eval.runtime.device import require_finite
+from moco_eval.runtime.device import require_finite, to_device
 from moco_eval.runtime.rank import is_main, world_size
 from moco_eval.runtime.stop import Stop
 
@@ -102,7 +102,7 @@ class Loop:
             for views, labels, _ in self._loaded(examples, batches):
                 epoch, step = divmod(done, batches.steps_per_epoch)
                 mine, batch = batches.mine(step), batches.size(step)
-                views, labels = views[:mine].to(self.device), labels[:mine].to(self.device)
+                views, labels = (to_device(part[:mine], self.device) for part in (views, labels))
                 self.losses.append(self.learner.train_step(views, labels, epoch, batch))
                 self.done = done = done + 1
                 advance()

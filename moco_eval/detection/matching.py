@@ -4,6 +4,7 @@ Source: facebookresearch/detectron2@02b5c4e, modeling/matcher.py, sampling.py an
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ def encode(wanted: Tensor, boxes: Tensor, weights: tuple[float, ...] = (1, 1, 1,
     """What makes `wanted` (N, 4) of `boxes` (N, 4): shift over side, log of side over side, times the weights."""
     sides, goal = boxes[:, 2:] - boxes[:, :2], wanted[:, 2:] - wanted[:, :2]
     centres, aims = boxes[:, :2] + 0.5 * sides, wanted[:, :2] + 0.5 * goal
-    weight = boxes.new_tensor(weights)
+    weight = _constant(weights, boxes.dtype, boxes.device)
     return torch.cat((weight[:2] * (aims - centres) / sides, weight[2:] * torch.log(goal / sides)), dim=1)
 
 
 def decode(deltas: Tensor, boxes: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
     """The way back, for (..., 4)."""
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = deltas / _constant(weights, deltas.dtype, deltas.device)
     sides = boxes[..., 2:] - boxes[..., :2]
     centres = boxes[..., :2] + 0.5 * sides + deltas[..., :2] * sides
     half = 0.5 * sides * deltas[..., 2:].clamp(max=LARGEST_GROWTH).exp()
@@ -68,7 +69,13 @@ def decode(deltas: Tensor, boxes: Tensor, weights: tuple[float, ...] = (1, 1, 1,
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (N, 4) cut to an image of that height and width."""
     height, width = size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height, width, height)))
+    return torch.minimum(boxes.clamp(min=0), _constant((width, height, width, height), boxes.dtype, boxes.device))
+
+
+@lru_cache(maxsize=4096)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, copied there once: the host waits for such a copy."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def solid(boxes: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moco_eval.encoders.encoder import Encoder
 from moco_eval.results.record import Cost
 from moco_eval.runtime import console, rank
 from moco_eval.runtime.batch_norm import share_statistics
-from moco_eval.runtime.device import autocast, to_device
+from moco_eval.runtime.device import autocast, place, to_device
 from moco_eval.runtime.stop import Stop
 
 
@@ -43,7 +43,7 @@ def fine_tune_and_detect(
         Interrupted: stopped by a signal, with the state saved.
     """
     model = build_detector(encoder, len(data.classes), recipe, len(data.keypoints))
-    model = share_statistics(model, recipe.bn).to(device)
+    model = place(share_statistics(model, recipe.bn), device)
     with Stop() as stop:
         train(model, data, recipe, output, device, cost, stop)
         with cost.clock():

@@ -15,7 +15,7 @@ import re
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache as once
@@ -30,12 +30,12 @@ from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.features.extract import Crops, extract, pixels, require_finite_features
-from moco_eval.features.stages import Several, network
+from moco_eval.features.stages import Several, network, placed
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
 from moco_eval.runtime.collectives import barrier, found_by_main, from_main
 from moco_eval.runtime.console import progress, warn
-from moco_eval.runtime.device import autocast
+from moco_eval.runtime.device import autocast, to_host
 from moco_eval.runtime.rank import rank, world_size
 from moco_eval.runtime.stop import Stop
 
@@ -214,7 +214,7 @@ def rows_of(source: Source, cache: Path | None, rows: np.ndarray, device: torch.
 
 @torch.no_grad()
 def _passed(source: Source, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    net = network(source.encoder, source.feature).to(device).eval()
+    net = placed(network(source.encoder, source.feature), source.encoder, device)
     epoch = source.crops.epoch if source.crops else 0
     parts = np.array_split(rows, range(source.batch_size, len(rows), source.batch_size))
     batches = [[(epoch, int(row)) for row in part] for part in parts]
@@ -256,7 +256,7 @@ def open_folder(folder: Path) -> Features:
 
 
 def _in_memory(source: Source, device: torch.device) -> Features:
-    net = network(source.encoder, source.feature).to(device).eval()
+    net = placed(network(source.encoder, source.feature), source.encoder, device)
     settings: dict[str, Any] = {"batch_size": source.batch_size, "workers": source.workers}
     settings |= {"precision": source.precision, "title": source.title(), "crops": source.crops}
     features = extract(net, source.images, source.preprocessing, device, **settings)
@@ -535,16 +535,17 @@ def _fill(entries: list[_Entry], wanted: list[int], device: torch.device) -> int
     if not wanted:
         return 0
     mine = wanted[rank() :: world_size()]
-    net = Several(source.encoder, [entry.source.feature for entry in entries]).to(device).eval()
+    several = Several(source.encoder, [entry.source.feature for entry in entries])
+    net = placed(several, source.encoder, device)
     per_process = max(1, source.batch_size // world_size())
     batches = list(_batches(bounds, mine, per_process, source.crops))
     with Stop() as stop, progress(source.title(), len(batches) if mine else 0, per_process) as advance:
         shards = iter(mine)
-        rows: list[list[torch.Tensor]] = []
+        rows: list[list[Callable[[], torch.Tensor]]] = []  # on their way from a GPU while it makes the next
         views = pixels(source.images, source.preprocessing, source.crops, batches, device, source.workers)
         for batch, images in zip(batches, views) if batches else ():
             with autocast(device, source.precision):
-                rows.append([feature.flatten(1).float().cpu() for feature in net(images)])
+                rows.append([to_host(feature.flatten(1).float()) for feature in net(images)])
             advance()
             if batch[-1][1] + 1 in bounds:
                 _keep(entries, next(shards), rows)
@@ -560,10 +561,10 @@ def _saved(source: Source, entry: _Entry) -> str:
     return f"{kept}: run the same command to go on"
 
 
-def _keep(entries: list[_Entry], number: int, rows: list[list[torch.Tensor]]) -> None:
+def _keep(entries: list[_Entry], number: int, rows: list[list[Callable[[], torch.Tensor]]]) -> None:
     for entry, feature in zip(entries, zip(*rows)):
         if number not in entry.shards():
-            entry.write(number, torch.cat(feature))
+            entry.write(number, torch.cat([arrived() for arrived in feature]))
 
 
 def _batches(

@@ -1,6 +1,6 @@
 """Features of a whole data set, in order, from however many processes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,7 +16,7 @@ from moco_eval.errors import InputError, RunFailed
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.collectives import gather
 from moco_eval.runtime.console import progress
-from moco_eval.runtime.device import autocast, to_device
+from moco_eval.runtime.device import autocast, to_device, to_host
 from moco_eval.runtime.rank import rank, world_size
 
 # Pixels
@@ -194,14 +194,24 @@ def _features(
 
 
 class Filled:
-    """Rows on the CPU that are added piece by piece to memory that is taken once."""
+    """Rows on the CPU, added piece by piece to memory that is taken once; a GPU's arrive while it makes the next."""
 
     def __init__(self, count: int):
         self.count, self.done = count, 0
         self.room: torch.Tensor | None = None
+        self.coming: Callable[[], torch.Tensor] | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """(n, D), the first of which says how wide they are."""
+        arrives = to_host(rows)
+        self._settle()
+        self.coming = arrives
+
+    def _settle(self) -> None:
+        """Put the piece that is on its way in its place."""
+        if self.coming is None:
+            return
+        rows, self.coming = self.coming(), None
         if self.room is None:
             self.room = torch.empty(self.count, *rows.shape[1:])
         self.room[self.done : self.done + len(rows)] = rows
@@ -209,6 +219,7 @@ class Filled:
 
     def rows(self) -> torch.Tensor:
         """All of them, (count, D)."""
+        self._settle()
         assert self.room is not None and self.done == self.count
         return self.room
 

@@ -8,6 +8,7 @@ from torch import nn
 from moco_eval.encoders.architectures import architecture
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
+from moco_eval.runtime.device import place
 
 
 def network(encoder: Encoder, feature: str) -> nn.Module:
@@ -29,6 +30,11 @@ def network(encoder: Encoder, feature: str) -> nn.Module:
             "(--feature pooled)"
         )
     return nn.Sequential(encoder.backbone, encoder.head)
+
+
+def placed(net: nn.Module, encoder: Encoder, device: torch.device) -> nn.Module:
+    """The network of an encoder's feature on a device, evaluating; a network of the caller's own keeps its layout."""
+    return (net.to(device) if encoder.wrapped else place(net, device)).eval()
 
 
 class _Stage(nn.Module):

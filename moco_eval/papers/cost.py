@@ -37,7 +37,7 @@ from moco_eval.papers.tables import Row, Table
 from moco_eval.results.environment import hardware
 from moco_eval.runtime import files
 from moco_eval.runtime.console import log, warn
-from moco_eval.runtime.device import autocast, choose_device
+from moco_eval.runtime.device import autocast, choose_device, place
 from moco_eval.runtime.text import duration
 
 CPU_BATCH = 32  # images at once at most: a CPU gains nothing by more
@@ -331,7 +331,7 @@ def _fastest(run: Callable[[], None], device: torch.device) -> float:
 def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
     """Growing batches through an encoder, as parts of whole images; the first of a quarter of their pixels."""
     training = probe.kind == "train"
-    net = build_backbone(probe.arch).to(device).train(training)
+    net = place(build_backbone(probe.arch), device).train(training)
     if training:
         net.to(memory_format=torch.channels_last)
     sizes = sorted({batch for batch in (2, 8, 32, 128) if batch < probe.batch} | {probe.batch})
@@ -358,7 +358,7 @@ def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float
     for share, batch in pieces:
         less = _smaller(recipe, share)
         keypoints = 17 if recipe.keypoints else 0
-        net = Detector(encoder, 20, less, keypoints).to(device).train(training)
+        net = place(Detector(encoder, 20, less, keypoints), device).train(training)
         for weights in net.rpn.parameters():
             nn.init.zeros_(weights)  # proposes every anchor; random ones make few boxes of all
         optimizer = optimizer_for(net, less)

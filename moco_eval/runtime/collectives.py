@@ -90,16 +90,15 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def exchange(parts: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
-    """Send part r to rank r; return what the others sent here, in rank order.
+def exchange(rows: torch.Tensor, sizes: list[int], counts: list[int]) -> torch.Tensor:
+    """Send each rank its rows; return what the others sent here, in rank order.
 
     Args:
-        parts: one for each rank, (any number, ...).
-        counts: rows that come from each rank.
+        rows: (any number, ...), rank 0's first.
+        sizes: how many each rank gets; `counts`: how many come from each.
     """
-    sent = torch.cat(parts).contiguous()
+    sent = rows.contiguous()
     received = sent.new_empty((sum(counts), *sent.shape[1:]))
-    sizes = [len(part) for part in parts]
     dist.all_to_all_single(in_order_of_rows(received), in_order_of_rows(sent), counts, sizes)
     return received
 

@@ -42,13 +42,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; a GPU fetches it by itself, and the host waits for nothing but a copy of LARGEST_PINNED.
+    """The tensor on a device; a GPU fetches it by itself, and the host waits only for more than LARGEST_PINNED.
 
     Memory that is pinned is never given back, and rounded up to a power of two: a whole data set would cost it twice.
+    What is pinned already, as a loader's batches are, is never waited for.
     """
-    if device.type != "cuda" or tensor.device.type == "cuda" or tensor.nbytes > LARGEST_PINNED:
+    if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    if not tensor.is_pinned():
+        if tensor.nbytes > LARGEST_PINNED:
+            return tensor.to(device)
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -64,6 +69,15 @@ def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return here
 
     return wait
+
+
+def place(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The network on a device; on a GPU with channels last in memory, as its convolutions take them.
+
+    The first of them brings a batch into the same order. On a CPU the order stays, and with it every bit of the result.
+    """
+    net.to(device)
+    return net.to(memory_format=torch.channels_last) if device.type == "cuda" else net
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -38,7 +38,7 @@ def processes(device: str) -> Iterator[torch.device]:
     if os.environ.get("RANK") and int(os.environ.get("WORLD_SIZE") or "1") > 1:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
             warn(f"restarted workers may wait for the addresses of dead ones; give torchrun {OWN_STORE}=1")
-        rendezvous.join("nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30))
+        rendezvous.join(chosen, timedelta(minutes=30))
     with exact_arithmetic():
         yield chosen
     if dist.is_initialized():  # not after an error: leaving is collective, and the others are elsewhere

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from moco_eval.errors import RunFailed
@@ -64,20 +65,23 @@ def _in_memory(parameters: Any) -> Any:
     return create_handler(store, InMemory(store, parameters.run_id), parameters)
 
 
-def join(backend: str, timeout: timedelta) -> None:
+def join(device: torch.device, timeout: timedelta) -> None:
     """Join the process group: of the launch on this machine, or of torchrun, by the address that it gives.
 
+    Args:
+        device: this process's. A GPU's collectives are NCCL's, bound to it: unbound, they guess from the rank.
     Raises:
         RunFailed: another user's process is connected to a socket of this one.
     """
+    how: dict[str, Any] = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
     folder = os.environ.get(FOLDER)
     if not folder:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(**how, timeout=timeout)
         return
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # each has its own file: no addresses of dead workers
     store = dist.FileStore(str(Path(folder) / start), ranks)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    dist.init_process_group(**how, store=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
         require_own_peers()
     except RunFailed:

@@ -210,7 +210,7 @@ def test_unreadable_images_are_counted_with_the_damage_and_each_once(photos, mon
     """As several ranks count them: what each found since all knew of each other's; beyond the limit, exactly."""
     run = plan(config("bn_groups=4", "batch_size=32", "views.recipe=moco_v2", "bad_images=4"), "flat", photos, 1)
     run.images = replace(run.images, damaged=("a.tar", "b.tar"))
-    measured, row = Measurements(run), Step(*torch.ones(3), torch.ones(1))
+    measured, row = Measurements(run, torch.device("cpu")), Step(*torch.ones(3), torch.ones(1))
     monkeypatch.setattr("pretraining.record.union", lambda values: values | {4, 5})
     asked = []
     measured.note_unreadable([4])

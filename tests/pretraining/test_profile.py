@@ -1,5 +1,6 @@
 """What limits a run: the words for each case, and the command that measures it."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moco_eval.config.pretrain import PretrainConfig
 from pretraining.bottleneck import Parts
 from pretraining.feed import Feed
 from pretraining.plan import plan
+from pretraining.record import Waiting
 from pretraining.train import Trainer
 
 BALANCED = {
@@ -22,6 +24,7 @@ BALANCED = {
     "waiting": 0.002,
     "training": 0.095,
     "augmentation": 0.005,
+    "launching": 0.03,
     "copies": 0.003,
     "collectives": 0.0,
     "worker": 0.002,
@@ -48,6 +51,12 @@ def test_a_busy_device_is_limited_by_the_model():
     assert said[0] == "2438 images/s; the training device alone would take 2560."
 
 
+def test_a_device_that_is_done_as_soon_as_the_host_is_waits_for_launches():
+    assert parts(launching=0.09).advice()[-1].startswith("Launching limits: the host takes 90.0 ms to give the device")
+    assert not any("Launching" in sentence for sentence in parts(launching=0.09, loop=0.3, waiting=0.2).advice())
+    assert parts(launching=0.0).advice()[-1].startswith("The model limits")  # a CPU
+
+
 def test_a_starved_device_names_the_loader_and_what_it_needs():
     said = parts(loop=0.3, waiting=0.2, workers=2).advice()
     assert "mostly decoding (75 % of it)" in said[-1] and "Take --workers 6" in said[-1]
@@ -64,6 +73,43 @@ def test_augmentation_and_exchanges_are_named_from_a_tenth_on():
 def test_data_in_memory_needs_no_loader():
     report = parts(worker=0.0, decoding=0.0).report()
     assert "loader" not in report
+
+
+def test_a_gpu_waits_until_the_images_are_there_and_a_cpu_until_it_has_made_the_views(monkeypatch):
+    """Events of a clock that moves by a second at each look."""
+    clock = itertools.count(10)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("pretraining.record.time.perf_counter", lambda: next(clock))
+    for device, seconds in (("cuda", 3), ("cpu", 6)):
+        waiting = Waiting(torch.device(device))
+        for _ in range(3):
+            waiting.begin()
+            if device == "cpu":
+                next(clock)  # the views are made
+            waiting.images_there()
+            waiting.batch_there()
+        assert waiting.take()() == seconds and waiting.take()() == 0
+
+
+def test_images_are_said_to_be_there_before_anything_is_done_to_them(monkeypatch):
+    small = ("arch=resnet18_quarter", "views.size=32", "batch_size=8", "knn=null", "queue_size=64")
+    run, order = plan(configs.load("digits", "pretrain", PretrainConfig, small), "digits", None, 1), []
+    feed = Feed(run, torch.device("cpu"), lambda: order.append("there"))
+    made = feed.views.of_pixels
+    monkeypatch.setattr(feed.views, "of_pixels", lambda *arguments: order.append("made") or made(*arguments))
+    next(feed(0))
+    assert order == ["there", "made"]
 
 
 @pytest.mark.parametrize("data", ["memory", "files", "reference"])

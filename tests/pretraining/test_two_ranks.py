@@ -206,9 +206,9 @@ def test_shuffled_rows_cross_ranks_and_come_back(ranks):
     assert torch.cat([rank["restored"] for rank in ranks])[:, 0].tolist() == list(range(12))
 
 
-def test_a_shuffle_asks_for_two_copies_to_the_device_whatever_the_number_of_ranks(ranks):
-    """Rows that leave and places of those that come; the way back."""
-    assert [rank["copies"] for rank in ranks] == [2, 2]
+def test_a_shuffle_asks_for_one_copy_to_the_device_whatever_the_number_of_ranks(ranks):
+    """The rows that leave, the places of those that come, and the way back, together."""
+    assert [rank["copies"] for rank in ranks] == [1, 1]
 
 
 def test_images_whose_channels_lie_last_in_memory_cross_ranks_whole(ranks):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import backends
 
+from moco_eval.runtime import device
 from moco_eval.runtime.device import borrowed_generator, exact_arithmetic
 
 pytestmark = pytest.mark.skipif(
@@ -108,3 +109,8 @@ def test_a_borrowed_generator_is_given_back():
     assert torch.equal(torch.rand(4), wanted)
     with borrowed_generator(7):
         assert torch.equal(torch.rand(4), inside)
+
+
+def test_on_a_cpu_a_network_keeps_its_layout():
+    net = torch.nn.Conv2d(3, 8, 3)
+    assert device.place(net, torch.device("cpu")) is net and net.weight.is_contiguous()
