@@ -27,8 +27,10 @@ class Waiting:
     wait while the GPU still has work, and launches while it has none.
     """
 
+    began: Any  # a time of the host or an event of the GPU; None before the first
+
     def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu, self.began = device.type == "cuda", None
         self.forget()
 
     def forget(self) -> None:
@@ -36,11 +38,11 @@ class Waiting:
 
     def begin(self) -> None:
         """The step is done, or given to the GPU."""
-        self.began: Any = _event() if self.on_gpu else time.perf_counter()
+        self.began = _event() if self.on_gpu else time.perf_counter()
 
     def images_there(self) -> None:
         """They are on the device, and nothing is done to them yet."""
-        if self.on_gpu:
+        if self.on_gpu and self.began is not None:
             self.events.append((self.began, _event()))
 
     def batch_there(self) -> None:
