@@ -179,7 +179,7 @@ def plan(
     resnet(config.arch)
     images = open_images(dataset, data, "pretrain")
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
-    config = config.model_copy(update=_by_device(config, device))
+    config = config.model_copy(update=by_device(config, device))
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
     run.warnings += _warnings(run) + require_whole(images, config.bad_images)
@@ -188,7 +188,7 @@ def plan(
     return run
 
 
-def _by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     chosen = {"precision": "bf16" if fast else "fp32", "compile": fast}

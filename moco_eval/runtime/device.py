@@ -156,14 +156,21 @@ def _readable(read: Callable[[], Any]) -> Any:
 
 
 @lru_cache
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here: tried on one addition."""
+def compile_failure(device: torch.device) -> str:
+    """Why torch.compile does not work here, tried on one addition; empty where it works."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # no C++ compiler, no triton, an unsupported Python
-        warn(f"torch.compile does not work here ({' '.join(message_of(error).splitlines()[:2])}); going on without it")
-        return False
-    return True
+        return " ".join(message_of(error).splitlines()[:2])
+    return ""
+
+
+@lru_cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here; where it does not, that is said once."""
+    if reason := compile_failure(device):
+        warn(f"torch.compile does not work here ({reason}); going on without it")
+    return not reason
 
 
 def compile_(nets: Iterable[torch.nn.Module], device: torch.device) -> None:
