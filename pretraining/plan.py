@@ -15,6 +15,7 @@ from moco_eval.data.glance import doubts, passed_over
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.architectures import resnet
 from moco_eval.errors import InputError
+from moco_eval.runtime.device import AMPERE
 from pretraining.views import preprocessing
 
 CANONICAL = {
@@ -190,7 +191,7 @@ def plan(
 
 def by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
     chosen = {"precision": "bf16" if fast else "fp32", "compile": fast}
     resolved = {key: value for key, value in chosen.items() if getattr(config, key) == "auto"}
     return resolved | ({"expect": None} if resolved.get("precision") == "bf16" else {})

@@ -6,8 +6,8 @@ from typing import Literal
 
 from moco_eval.data import workers
 from moco_eval.doctor.machine import Machine
+from moco_eval.runtime.device import AMPERE
 
-AMPERE = (8, 0)  # the first capability with bf16 and TF32
 BATCH_BYTES = 2 * 256 * 3 * 224**2  # both views of the MoCo recipes' batch, over all GPUs
 WORKERS = 8  # loader processes that they have for each GPU
 FEWEST_FILES = 512  # a loader process of ours keeps some 16 open for what it sends

@@ -36,7 +36,7 @@ from moco_eval.papers.tables import Row, Table
 from moco_eval.results.environment import hardware, processor
 from moco_eval.runtime import files
 from moco_eval.runtime.console import log, warn
-from moco_eval.runtime.device import autocast, choose_device
+from moco_eval.runtime.device import autocast, choose_device, convolutions
 from moco_eval.runtime.text import duration
 
 CPU_BATCH = 32  # images at once at most: a CPU gains nothing by more
@@ -351,7 +351,8 @@ def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callabl
             with torch.set_grad_enabled(training), autocast(device, probe.precision):
                 out = net(images)
             if training:
-                out.float().square().mean().backward()
+                with convolutions(device, probe.precision):
+                    out.float().square().mean().backward()
                 net.zero_grad(set_to_none=True)
 
         yield batch * (side / probe.size) ** 2, run
@@ -377,7 +378,8 @@ def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float
                 out = net(*given) if training else net(given[0])
             if training:
                 optimizer.zero_grad()
-                sum(out.values()).backward()
+                with convolutions(device, recipe.precision):
+                    sum(out.values()).backward()
                 optimizer.step()
 
         yield batch * share, run

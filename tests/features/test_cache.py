@@ -82,6 +82,7 @@ def test_rows_by_slice_and_by_number(tmp_path):
         {"preprocessing": Preprocessing(32, 32, (0.4,) * 3, (0.3,) * 3)},
         {"preprocessing": Preprocessing(32, 36, (0.3,) * 3, (0.3,) * 3)},
         {"precision": "bf16"},
+        {"precision": "tf32"},
         {"crops": Crops(MILD, 0, 0)},
     ],
 )

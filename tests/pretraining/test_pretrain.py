@@ -257,6 +257,7 @@ def test_a_run_without_its_last_checkpoint_does_not_start_again(two_epochs, tmp_
     ("setting", "words"),
     [
         ("precision=bf16", "precision bf16 instead of fp32"),
+        ("precision=tf32", "precision tf32 instead of fp32"),
         ("bn=none", "bn none on 1 process"),
         ("bn=shuffle", "bn shuffle on 1 process"),
         ("bn_groups=2", "batch norm in 2 groups instead of 8"),
