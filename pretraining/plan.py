@@ -128,7 +128,7 @@ class Plan:
                 f"{config.protocol}: {config.arch}, {symbols}, tau {config.temperature}",
                 f"data: {self.images.name}, {len(self.images)} images, {config.schedule.epochs} epochs of "
                 f"{self.steps_per_epoch} steps, batch {config.batch_size}{parts}, lr {config.optimizer.lr:g}, "
-                f"{config.precision}{', compiled' if config.compile else ''}",
+                f"{config.precision}{_compiled(config)}",
                 f"bn: {self.bn}"
                 + (f" in {config.bn_groups} groups" if self.bn == "split" else "")
                 + ("" if self.shuffles else ", keys not permuted"),
@@ -149,6 +149,12 @@ class Plan:
             f"shuffling: a process receives {ours / 2**20:.3g} MiB of images a step on average; "
             f"gathering them all in fp32, as the official code does, takes {official / 2**20:.3g} MiB"
         ]
+
+
+def _compiled(config: PretrainConfig) -> str:
+    return (
+        ", compiled, as CUDA graphs" if config.compile == "reduce-overhead" else ", compiled" if config.compile else ""
+    )
 
 
 def shuffle_bytes(config: PretrainConfig, processes: int) -> tuple[float, int]:

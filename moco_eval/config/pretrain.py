@@ -59,7 +59,7 @@ class PretrainConfig(Model):
     optimizer: Sgd
     schedule: Schedule
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    compile: Literal["auto"] | bool = "auto"
+    compile: Literal["auto", "reduce-overhead"] | bool = "auto"
     deterministic: bool = False
     knn: KnnMonitor | None = None
     checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints.model_validate({}))

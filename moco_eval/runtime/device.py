@@ -212,11 +212,39 @@ def can_compile(device: torch.device) -> bool:
     return not reason
 
 
-def compile_(nets: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Compile networks in place where there is a compiler; their names and state dicts stay."""
+@lru_cache
+def can_record(device: torch.device) -> bool:
+    """Whether compiled networks run as CUDA graphs here: tried on one small network; where not, that is said once."""
+    if device.type != "cuda":
+        warn(f"compile reduce-overhead records CUDA graphs, which {device} has not; going on without graphs")
+        return False
+    try:
+        with borrowed_generator(0):
+            net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).to(device)
+        net.compile(mode="reduce-overhead")
+        for _ in range(4):  # warm up, record, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            net(torch.ones(4, 3, 8, 8, device=device)).square().mean().backward()
+            net.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a driver, a compiler or an allocator raises
+        reason = " ".join(message_of(error).splitlines()[:2])
+        warn(f"CUDA graphs do not work here ({reason}); going on without graphs")
+        return False
+    return True
+
+
+def compile_(nets: Iterable[torch.nn.Module], device: torch.device, graphs: bool = False) -> None:
+    """Compile networks in place where there is a compiler; their names and state dicts stay.
+
+    Args:
+        graphs: run them as CUDA graphs where these work; each step then begins with
+            `torch.compiler.cudagraph_mark_step_begin()`, after which outputs of the step before are overwritten.
+    """
     if can_compile(device):
+        mode = "reduce-overhead" if graphs and can_record(device) else None
         for net in nets:
-            net.compile()
+            net.compile(mode=mode)
 
 
 def deterministic(wanted: bool) -> None:

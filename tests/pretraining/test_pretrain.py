@@ -23,6 +23,7 @@ from moco_eval.encoders.architectures import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime.batch_norm import SplitBatchNorm2d
 from moco_eval.runtime.device import compile_
+from pretraining.mechanisms import _may_record
 from pretraining.moco import Step
 from pretraining.plan import plan
 from pretraining.record import Measurements
@@ -251,6 +252,27 @@ def test_a_run_without_its_last_checkpoint_does_not_start_again(two_epochs, tmp_
     with pytest.raises(InputError, match=r"has no last.pth; copy epoch_0002.pth there to go on"):
         run(copy, "schedule.epochs=2", "knn={every: 2, k: 20}")
     assert lines(copy) == lines(two_epochs)
+
+
+@pytest.mark.parametrize(("setting", "marks"), [("compile=reduce-overhead", 1), ("compile=false", 0)])
+def test_a_step_of_graphs_says_where_it_begins(setting, marks, monkeypatch, tmp_path):
+    begun, asked = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr("pretraining.mechanisms.compile_", lambda nets, device, graphs: asked.append(graphs))
+    monkeypatch.setattr("moco_eval.data.augment.steps.can_compile", lambda device: False)
+    started = plan(config(setting, "batch_size=32"), "digits", None, 1)
+    assert ("as CUDA graphs" in started.describe()) == bool(marks)
+    assert not any("compile" in deviation for deviation in started.deviations)
+    trainer = Trainer(started, tmp_path, CPU)
+    trainer.train_step(next(trainer.batches()))
+    assert (len(begun), asked) == (marks, [True] * marks)
+
+
+def test_graphs_hold_no_exchange_inside_an_encoder(monkeypatch, capfd):
+    started = plan(config("compile=reduce-overhead", "bn=sync"), "digits", None, 1)
+    assert _may_record(started)
+    monkeypatch.setattr("pretraining.mechanisms.world_size", lambda: 2)
+    assert not _may_record(started) and "bn sync exchanges" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

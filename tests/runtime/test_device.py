@@ -174,3 +174,53 @@ def test_a_borrowed_generator_is_given_back():
     assert torch.equal(torch.rand(4), wanted)
     with borrowed_generator(7):
         assert torch.equal(torch.rand(4), inside)
+
+
+# Compiled networks
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """The modes in which networks are compiled, where compilers and graphs work."""
+    taken: list = []
+    monkeypatch.setattr(devices, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode=None: taken.append(mode))
+    tried = devices.can_record
+    tried.cache_clear()
+    yield taken
+    tried.cache_clear()
+
+
+def test_graphs_are_left_with_a_word_on_a_cpu(modes, capfd):
+    for _ in range(2):
+        devices.compile_([torch.nn.Linear(1, 1)], torch.device("cpu"), graphs=True)
+    assert modes == [None, None]
+    assert capfd.readouterr().err == (
+        "warning: compile reduce-overhead records CUDA graphs, which cpu has not; going on without graphs\n"
+    )
+
+
+def test_graphs_are_left_with_a_word_where_they_fail(modes, monkeypatch, capfd):
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+
+    def fails(self, mode=None):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    before = torch.random.get_rng_state()
+    monkeypatch.setattr(torch.nn.Module, "compile", fails)
+    assert not devices.can_record(GPU)
+    assert "do not work here (operation not permitted" in capfd.readouterr().err
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_graphs_are_taken_where_they_work_and_asked_for(modes, monkeypatch):
+    monkeypatch.setattr(devices, "can_record", lambda device: True)
+    for graphs in (True, False):
+        devices.compile_([torch.nn.Linear(1, 1)], GPU, graphs=graphs)
+    assert modes == ["reduce-overhead", None]
+
+
+@pytest.mark.gpu
+def test_graphs_work_on_a_gpu():
+    devices.can_record.cache_clear()
+    assert devices.can_record(GPU)
