@@ -23,8 +23,9 @@ from moco_eval.encoders.architectures import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime.batch_norm import SplitBatchNorm2d
 from moco_eval.runtime.device import compile_
-from pretraining.mechanisms import _may_record
+from pretraining.mechanisms import _may_record, build_encoder
 from pretraining.moco import Step
+from pretraining.monitor import Monitor, OfOneSize
 from pretraining.plan import plan
 from pretraining.record import Measurements
 from pretraining.train import Trainer, pretrain
@@ -435,3 +436,65 @@ def test_mistakes_of_the_command_line_are_one_line(capfd, monkeypatch):
         capfd, monkeypatch, "pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere"
     )
     assert "cannot write" in error_line(capfd, monkeypatch, *command(Path("/proc/run")))
+
+
+# The monitor, compiled
+
+
+def small_monitor(*settings: str) -> tuple[Monitor, torch.nn.Module]:
+    """Of 300 and 100 images, whose batches are of 256, 44 and 100; and a network to look at."""
+    started = plan(config("knn={every: 1, k: 20}", *settings), "digits", None, 1)
+    monitor = Monitor(started)
+    monitor.splits = tuple(
+        replace(split, pixels=split.pixels[:count], labels=split.labels[:count])
+        for split, count in zip(monitor.splits, (300, 100))
+    )
+    torch.manual_seed(0)
+    return monitor, build_encoder(started.config, "none").to(memory_format=torch.channels_last)
+
+
+def test_a_smaller_batch_is_filled_in_its_own_order_of_bytes():
+    sizes, net = [], OfOneSize(torch.nn.Identity())
+    net.net.register_forward_pre_hook(lambda _, given: sizes.append((len(given[0]), given[0].stride())))
+    for rows in (8, 3, 8):
+        images = torch.rand(rows, 3, 4, 4).to(memory_format=torch.channels_last)
+        assert torch.equal(net(images), images)
+    assert sizes == [(8, (48, 1, 12, 3))] * 3
+
+
+@pytest.mark.slow
+def test_two_monitors_and_training_compile_two_variants():
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    monitor, net = small_monitor("compile=true")
+    net.compile(backend="eager")
+    try:
+        for _ in range(2):
+            for _ in range(2):
+                net.train()(torch.randn(32, 3, 32, 32)).sum().backward()
+            monitor(net, CPU)
+        net.train()(torch.randn(32, 3, 32, 32)).sum().backward()
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("feature", ["pooled", "head"])
+def test_added_rows_change_no_score(feature):
+    scores = []
+    for setting in ("compile=true", "compile=false"):
+        monitor, net = small_monitor(setting, f"knn.feature={feature}")
+        head = net.fc
+        scores.append(monitor(net, CPU))
+        assert net.training and net.fc is head
+    assert scores[0] == scores[1]
+
+
+def test_graphs_are_not_recorded_for_the_monitor():
+    monitor, net = small_monitor("compile=reduce-overhead")
+    stances = []
+    net.register_forward_pre_hook(lambda *_: stances.append(torch._dynamo.eval_frame._stance.stance))
+    monitor(net, CPU)
+    assert set(stances) == {"force_eager"} and torch._dynamo.eval_frame._stance.stance == "default"
