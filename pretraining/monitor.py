@@ -24,7 +24,6 @@ class Monitor:
     def __init__(self, run: Plan):
         self.run, self.settings = run, run.config.knn
         self.splits = self._splits()
-        self.no_head = nn.Identity()  # the same each time: another object would be compiled for anew
 
     def _splits(self) -> tuple[ImageSet, ImageSet] | None:
         """Training and test images with labels."""
@@ -54,7 +53,7 @@ class Monitor:
             broadcast_(buffer)  # rank 0's BN statistics are those that are saved
         head = encoder_q.fc
         if self.settings.feature == "pooled":
-            encoder_q.fc = self.no_head
+            encoder_q.fc = nn.Identity()
         compiled = self.run.config.compile is True
         try:
             with contextlib.nullcontext() if compiled else eager():

@@ -442,12 +442,12 @@ def test_mistakes_of_the_command_line_are_one_line(capfd, monkeypatch):
 
 
 def small_monitor(*settings: str) -> tuple[Monitor, torch.nn.Module]:
-    """Of 300 and 100 images, whose batches are of 256, 44 and 100; and a network to look at."""
+    """Of 257 and 100 images, whose batches are of 256, 1 and 100; and a network to look at."""
     started = plan(config("knn={every: 1, k: 20}", *settings), "digits", None, 1)
     monitor = Monitor(started)
     monitor.splits = tuple(
         replace(split, pixels=split.pixels[:count], labels=split.labels[:count])
-        for split, count in zip(monitor.splits, (300, 100))
+        for split, count in zip(monitor.splits, (257, 100))
     )
     torch.manual_seed(0)
     return monitor, build_encoder(started.config, "none").to(memory_format=torch.channels_last)
