@@ -109,7 +109,7 @@ def together(recipe: str, dataset: str, config: PretrainConfig, processes: int, 
     at_hand = max(1, room.cores // processes)
     wanted = math.ceil(pieces.worker / busy / processes) if not shared else config.workers
     workers = max(1, min(at_hand, max(wanted, config.workers))) if pieces.worker else 0
-    loader = pieces.worker / room.cores if shared else pieces.worker / max(1, workers * processes)
+    loader = pieces.worker / room.cores if shared else pieces.worker / max(1, min(room.cores, workers * processes))
     took = max(busy + loader if shared else max(busy, loader), pieces.reading)
     limit: Literal["network", "loader", "disk"] = "network"
     if pieces.reading >= took:

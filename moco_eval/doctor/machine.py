@@ -109,15 +109,15 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _gpu(index: int) -> Gpu:
-    failure, about = "", None
+    name, memory, capability, failure = f"GPU {index}", 0, (0, 0), ""
     try:
-        about = torch.cuda.get_device_properties(index)
-        (torch.ones(2, 2, device=f"cuda:{index}") @ torch.ones(2, 2, device=f"cuda:{index}")).sum().item()
+        about, capability = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
+        name, memory = about.name, about.total_memory
+        ones = torch.ones(2, 2, device=f"cuda:{index}")
+        (ones @ ones).sum().item()
     except (RuntimeError, AssertionError) as error:  # no kernels for it, in use, lost
         failure = message_of(error).splitlines()[0]
-    if about is None:
-        return Gpu(f"GPU {index}", 0, (0, 0), failure)
-    return Gpu(about.name, about.total_memory, (about.major, about.minor), failure)
+    return Gpu(name, memory, capability, failure)
 
 
 def _driver() -> str:

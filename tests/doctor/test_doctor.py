@@ -164,6 +164,25 @@ def test_this_machine_is_measured(photos, monkeypatch):
     assert here.gpus or value(here, "GPUs").startswith("none")
 
 
+def test_each_gpu_is_tried(monkeypatch):
+    """One that cannot multiply has the reason, and the others theirs; here there is none, so all of them fail."""
+    about = type("Properties", (), {"name": "NVIDIA H200", "total_memory": 141 * 2**30})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    real = torch.ones
+
+    def lost(*shape, device=None):
+        if device == "cuda:3":
+            raise RuntimeError("CUDA error: device-side assert triggered\nmore")
+        return real(*shape)
+
+    monkeypatch.setattr(torch, "ones", lost)
+    gpus = machine._gpus()
+    assert [gpu.failure for gpu in gpus] == [*[""] * 3, "CUDA error: device-side assert triggered", *[""] * 4]
+    assert gpus[0] == H200
+
+
 def test_a_folder_that_cannot_be_written_has_no_rate(tmp_path):
     assert measure.disk_rate(tmp_path / "not there") is None
 
@@ -202,6 +221,11 @@ def test_devices_cores_and_disk_work_beside_each_other():
 
 def test_a_device_that_needs_more_loader_processes_gets_them():
     assert recipe_with(worker=80 * 3600.0).options.endswith("--workers 10")
+
+
+def test_more_processes_than_cores_make_no_more_views():
+    few = recipe_with(replace(EIGHT, cores=2), worker=7200.0)
+    assert few.seconds == 3600.0 and few.options.endswith("--workers 1")
 
 
 def test_a_cpu_is_device_and_cores():
