@@ -140,8 +140,8 @@ def features(
     Raises:
         ValueError: no such feature, or an image that cannot be read.
     """
-    if precision not in ("fp32", "bf16"):
-        raise InputError(f"precision is {precision!r}; take fp32 or bf16")
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise InputError(f"precision is {precision!r}; take fp32, tf32 or bf16")
     with _as_guest(encoder, device) as (current, place):
         pixels = preprocessing_for(images.name, current.preprocessing)
         source = Source(current, images, pixels, feature, None, precision, batch_size, workers)

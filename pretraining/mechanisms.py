@@ -13,6 +13,7 @@ from moco_eval.data.loader import Normalise
 from moco_eval.encoders.architectures import build_resnet
 from moco_eval.runtime.batch_norm import split_batch_norm, sync_batch_norm
 from moco_eval.runtime.collectives import gather, gather_with_gradient
+from moco_eval.runtime.console import warn
 from moco_eval.runtime.device import compile_, to_device
 from moco_eval.runtime.rank import rank, world_size
 from pretraining.moco import MoCo, Step, info_nce, measured
@@ -169,8 +170,18 @@ def prepare(model: Mechanism, run: Plan, device: torch.device) -> Mechanism:
     model.to(device)
     model.to(memory_format=torch.channels_last)
     if run.config.compile:
-        compile_([net for name, net in model.named_children() if name.startswith("encoder")], device)
+        encoders = [net for name, net in model.named_children() if name.startswith("encoder")]
+        compile_(encoders, device, graphs=_may_record(run))
     return model
+
+
+def _may_record(run: Plan) -> bool:
+    """Whether the encoders may run as CUDA graphs: asked for, and nothing in them exchanges with other processes."""
+    asked = run.config.compile == "reduce-overhead"
+    if asked and run.bn == "sync" and world_size() > 1:
+        warn("bn sync exchanges statistics inside the encoder, which no CUDA graph holds; going on without graphs")
+        return False
+    return asked
 
 
 def settle(ddp: nn.Module, pixels: int, device: torch.device) -> None:

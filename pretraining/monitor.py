@@ -1,7 +1,11 @@
 """The kNN monitor: how well the query encoder classifies held-out images while it trains."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from moco_eval.classification import knn
 from moco_eval.data.catalogue import open_splits
@@ -50,18 +54,45 @@ class Monitor:
         head = encoder_q.fc
         if self.settings.feature == "pooled":
             encoder_q.fc = nn.Identity()
-        torch.compiler.set_stance("force_eager")  # another shape and head: not worth compiling for
+        compiled = self.run.config.compile is True
         try:
-            return knn.monitor(
-                encoder_q,
-                *self.splits,
-                preprocessing(self.run.config.views),
-                device,
-                k=self.settings.k,
-                temperature=self.settings.temperature,
-                workers=self.run.config.workers,
-                precision=self.run.config.precision,
-            )
+            with contextlib.nullcontext() if compiled else eager():
+                return knn.monitor(
+                    OfOneSize(encoder_q) if compiled else encoder_q,
+                    *self.splits,
+                    preprocessing(self.run.config.views),
+                    device,
+                    k=self.settings.k,
+                    temperature=self.settings.temperature,
+                    workers=self.run.config.workers,
+                    precision=self.run.config.precision,
+                )
         finally:
             encoder_q.fc = head
-            torch.compiler.set_stance("default")
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Nothing runs compiled within: graphs of the monitor's large batches would hold their memory while training."""
+    torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")
+
+
+class OfOneSize(nn.Module):
+    """A network in evaluation that sees batches of one size only, so that it is compiled once: rows of zeros are added.
+
+    The size is that of the largest batch so far.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.size = net, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) to (N, D)."""
+        rows = len(images)
+        self.size = max(self.size, rows)
+        return self.net(pad(images, (*[0] * 6, 0, self.size - rows)) if rows < self.size else images)[:rows]

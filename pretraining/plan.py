@@ -15,6 +15,7 @@ from moco_eval.data.glance import doubts, passed_over
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.architectures import resnet
 from moco_eval.errors import InputError
+from moco_eval.runtime.device import AMPERE
 from pretraining.views import preprocessing
 
 CANONICAL = {
@@ -127,7 +128,7 @@ class Plan:
                 f"{config.protocol}: {config.arch}, {symbols}, tau {config.temperature}",
                 f"data: {self.images.name}, {len(self.images)} images, {config.schedule.epochs} epochs of "
                 f"{self.steps_per_epoch} steps, batch {config.batch_size}{parts}, lr {config.optimizer.lr:g}, "
-                f"{config.precision}{', compiled' if config.compile else ''}",
+                f"{config.precision}{_compiled(config)}",
                 f"bn: {self.bn}"
                 + (f" in {config.bn_groups} groups" if self.bn == "split" else "")
                 + ("" if self.shuffles else ", keys not permuted"),
@@ -148,6 +149,12 @@ class Plan:
             f"shuffling: a process receives {ours / 2**20:.3g} MiB of images a step on average; "
             f"gathering them all in fp32, as the official code does, takes {official / 2**20:.3g} MiB"
         ]
+
+
+def _compiled(config: PretrainConfig) -> str:
+    return (
+        ", compiled, as CUDA graphs" if config.compile == "reduce-overhead" else ", compiled" if config.compile else ""
+    )
 
 
 def shuffle_bytes(config: PretrainConfig, processes: int) -> tuple[float, int]:
@@ -179,7 +186,7 @@ def plan(
     resnet(config.arch)
     images = open_images(dataset, data, "pretrain")
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
-    config = config.model_copy(update=_by_device(config, device))
+    config = config.model_copy(update=by_device(config, device))
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
     run.warnings += _warnings(run) + require_whole(images, config.bad_images)
@@ -188,9 +195,9 @@ def plan(
     return run
 
 
-def _by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
     chosen = {"precision": "bf16" if fast else "fp32", "compile": fast}
     resolved = {key: value for key, value in chosen.items() if getattr(config, key) == "auto"}
     return resolved | ({"expect": None} if resolved.get("precision") == "bf16" else {})

@@ -125,6 +125,8 @@ class Trainer:
             group["lr"] = learning_rate(self.config.schedule, self.config.optimizer.lr, self.epoch)
         order = torch.Generator().manual_seed(draw_seed(self.config.seed, self.step, 0) >> 1)
         parts = batch.parts(self.config.accumulate)
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # the step before is pushed: its outputs may be overwritten
         with autocast(self.device, self.config.precision):
             self.measured.add(algorithm_1(self.model, self.ddp, self.optimizer, parts, order))
         self.step += 1

@@ -211,7 +211,7 @@ def test_what_is_no_encoder_and_no_image_set(few_digits):
     assert "they are in another order" in refusal(me.judge, encoder(), train, turned)
     bare = me.ImageSet("bare", "test", (), None, "0" * 64, pixels=test.pixels)
     assert "test (bare) has no labels" in refusal(me.judge, encoder(), train, bare)
-    assert "precision is 'fp16'; take fp32 or bf16" in refusal(me.features, encoder(), test, precision="fp16")
+    assert "precision is 'fp16'; take fp32, tf32 or bf16" in refusal(me.features, encoder(), test, precision="fp16")
 
 
 def test_a_run_that_fails_speaks_python_too(few_digits):

@@ -79,7 +79,7 @@ REDUCED: list[tuple[str, str]] = [
     ("detect", DETECT),
     ("reproduce", "--dry-run"),  # tests/papers/test_reproduce.py runs whole chains
     *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
-    *((name, "") for name in ("configs", "datasets")),
+    *((name, "") for name in ("configs", "datasets", "doctor")),
 ]
 # What is not run, and why. No other command is left out.
 NOT_RUN = {

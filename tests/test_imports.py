@@ -13,7 +13,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("api", "report", "pretraining"),
+    ("api", "doctor", "report", "pretraining"),
     ("papers",),
     ("classification", "detection"),
     ("features", "results"),

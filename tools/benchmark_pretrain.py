@@ -7,18 +7,24 @@ python tools/benchmark_pretrain.py moco_v2_r50 --device cuda  # ResNet-50, 224 p
 - published: facebookresearch/moco as its authors ran it: channels first, eager, the queue cloned, fp32 with TF32 in
   convolutions where a GPU has it (PyTorch's default). The CIFAR-10 demo's is that with split BN.
 - published fp32: the same without TF32 (a GPU's row).
-- ours: what `moco-eval pretrain` does, at each precision; on a GPU channels last and compiled.
-- ours augmented: the same with the recipe's photometric steps on the device.
-- lightly: its MoCo with the same network, queue and optimiser, where it is installed; on a GPU under bf16 as well.
+- ours: what `moco-eval pretrain` does, in fp32, and on a GPU in tf32 and bf16; there channels last and compiled.
+- ours graphs: the same with compile=reduce-overhead (a GPU's row).
+- ours augmented: the same as ours with the recipe's photometric steps on the device.
+- lightly: its MoCo with the same network, queue and optimiser, where it is installed; on a GPU with PyTorch's default,
+  TF32 in convolutions, and under bf16.
 
-Beside images per second and their ratio to the first row: peak memory of a GPU; the arithmetic of convolutions and
-matrix products as a share of the rate of a large matrix product measured here in the same precision; and the bytes
-that layers must read and write as a share of the rate of a large copy measured here.
+Beside images per second and their ratio to the first row: milliseconds of a step on a GPU's host, until its last kernel
+is launched (where a step reads a value, its wait is in it), and of the kernels themselves; on a CPU, where the two are
+one, of the wall clock and of all cores together. Peak memory of a GPU. The arithmetic of convolutions and matrix
+products as a share of the rate of a large matrix product measured here in the same precision. The bytes that layers
+must read and write as a share of the rate of a large copy measured here (of_copy_rate); and the step's whole traffic as
+estimated (TRAFFIC) against that rate: 1 is the bandwidth's limit (of_bandwidth).
 """
 
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +48,9 @@ from pretraining.mechanisms import build_encoder
 from pretraining.plan import Plan, plan
 from pretraining.train import Trainer
 from pretraining.views import Batch, preprocessing
+
+# Bytes that a whole step moves at least, and its batch: 24 and 2.6 ms at the 4.8 TB/s of an H200. An estimate.
+TRAFFIC = {"moco_v2_r50": (114e9, 256), "moco_v1_r50": (114e9, 256), "cifar10": (2.6e-3 * 4.8e12, 512)}
 
 
 class PublishedSplitBatchNorm(nn.BatchNorm2d):
@@ -169,21 +178,28 @@ def rows(
     recipe: str, batch_size: int | None, device: torch.device, only: tuple[str, ...]
 ) -> tuple[dict[str, Row], int]:
     """The contestants by name, and the images of a step."""
-    at = {precision: resolved(recipe, batch_size, device, precision) for precision in ("fp32", "bf16")}
-    run, batch = at["fp32"], pictures(at["fp32"], device)
-    contestants = {
-        "published": Row(lambda: published(run, batch, device, True), "tf32" if device.type == "cuda" else "fp32")
-    }
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    precisions = ("fp32", "tf32", "bf16") if on_gpu else ("fp32",)
+    run = resolved(recipe, batch_size, device, "fp32")
+    batch = pictures(run, device)
+    default = "tf32" if on_gpu else "fp32"
+    contestants = {"published": Row(lambda: published(run, batch, device, True), default)}
+    if on_gpu:
         contestants["published fp32"] = Row(lambda: published(run, batch, device, False), "fp32")
-    for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
-        mine = at[precision]
+    for precision in precisions:
+        mine = resolved(recipe, batch_size, device, precision)
         contestants[f"ours {precision}"] = Row(lambda mine=mine: ours(mine, batch, device), precision)
+        if on_gpu:
+            graphs = resolved(recipe, batch_size, device, precision, "reduce-overhead")
+            contestants[f"ours {precision} graphs"] = Row(lambda mine=graphs: ours(mine, batch, device), precision)
         contestants[f"ours {precision} augmented"] = Row(lambda mine=mine: ours(mine, batch, device, True), precision)
+    for precision in (default, "bf16") if on_gpu else (default,):
         contestants[f"lightly {precision}"] = Row(
             lambda bf16=precision == "bf16": lightly(run, batch, device, bf16), precision
         )
     missing = not installed("lightly")
+    if missing:
+        print("lightly is not installed: its rows are left out", file=sys.stderr)
     chosen = {name: row for name, row in contestants.items() if not (missing and name.startswith("lightly"))}
     return {name: row for name, row in chosen.items() if not only or name in only}, len(batch.index)
 
@@ -196,9 +212,9 @@ def installed(package: str) -> bool:
     return True
 
 
-def resolved(recipe: str, batch_size: int | None, device: torch.device, precision: str) -> Plan:
+def resolved(recipe: str, batch_size: int | None, device: torch.device, precision: str, compiled: str = "auto") -> Plan:
     """The recipe for one process; the built-in digits stand in for its data, which is not looked at."""
-    settings = [f"precision={precision}", *([f"batch_size={batch_size}"] if batch_size else [])]
+    settings = [f"precision={precision}", f"compile={compiled}", *([f"batch_size={batch_size}"] if batch_size else [])]
     return resolved_at(configs.load(recipe, "pretrain", PretrainConfig, settings), device)
 
 
@@ -215,7 +231,7 @@ def pictures(run: Plan, device: torch.device) -> Batch:
 
 
 def timed(row: Row, device: torch.device, steps: int) -> tuple[Run, dict[str, float]]:
-    """Some steps, waited for; and the peak memory, arithmetic and bytes of one."""
+    """Some steps, waited for; and the peak memory and the milliseconds of one."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step = row.make()
     step(), step()
@@ -223,14 +239,31 @@ def timed(row: Row, device: torch.device, steps: int) -> tuple[Run, dict[str, fl
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step()
-    peak = {"peak_GiB": (torch.cuda.max_memory_allocated(device) - before) / 2**30} if device.type == "cuda" else {}
+    figures = {"peak_GiB": (torch.cuda.max_memory_allocated(device) - before) / 2**30} if device.type == "cuda" else {}
+    figures |= apart(step, device)
 
     def several() -> None:
         for _ in range(steps):
             step()
         wait_for(device)
 
-    return several, peak
+    return several, figures
+
+
+def apart(step: Run, device: torch.device) -> dict[str, float]:
+    """Milliseconds of one step: of a GPU's host and of its kernels; of a CPU's clock and of its cores."""
+    wait_for(device)
+    wall, cores = time.perf_counter(), time.process_time()
+    step()
+    host, used = time.perf_counter() - wall, time.process_time() - cores
+    if device.type != "cuda":
+        return {"wall_ms": 1e3 * host, "cores_ms": 1e3 * used}
+    wait_for(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        step()
+        wait_for(device)
+    kernels = sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
+    return {"host_ms": 1e3 * host, "device_ms": 1e3 * kernels}
 
 
 def work_of(run: Plan, batch: Batch, device: torch.device) -> dict[str, float]:
@@ -300,6 +333,9 @@ def main(
         in_a_second = result["per_second"][name] / images
         about[name]["of_matrix_rate"] = in_a_second * work["flop"] / rates[row.precision]
         about[name]["of_copy_rate"] = in_a_second * work["bytes"] / rates["copy"]
+        if recipe in TRAFFIC:
+            moved, of_images = TRAFFIC[recipe]
+            about[name]["of_bandwidth"] = in_a_second * moved * images / of_images / rates["copy"]
     result |= {"about": about, "work": work, "machine": rates, "batch": images}
     kind = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report(f"{recipe}, batch {images}, {kind}, {steps} steps x {repeats}", result, json_file)

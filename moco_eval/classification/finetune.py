@@ -26,7 +26,7 @@ from moco_eval.results.metrics import accuracy
 from moco_eval.runtime.batch_norm import split_batch_norm, sync_batch_norm
 from moco_eval.runtime.collectives import broadcast_, parallel
 from moco_eval.runtime.console import warn
-from moco_eval.runtime.device import autocast, place
+from moco_eval.runtime.device import autocast, convolutions, place
 from moco_eval.runtime.rank import world_size
 
 
@@ -98,7 +98,8 @@ class EndToEnd:
         # the mean over the whole batch, also where the ranks' shares differ: DDP divides by their number
         loss = cross_entropy(scores.float(), labels, reduction="sum") * world_size() / batch
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with convolutions(self.device, self.config.precision):
+            loss.backward()
         self.optimizer.step()
         self.done += 1
         return loss.detach()

@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from moco_eval import __version__
-from moco_eval.cli import classify, detect, encoders, pretrain, shipped, tables
+from moco_eval.cli import classify, detect, doctor, encoders, pretrain, shipped, tables
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 from moco_eval.runtime import command
 from moco_eval.runtime.printable import one_line, printable_streams
@@ -34,6 +34,7 @@ for subcommand in (
     detect.detect,
     *(tables.compare, tables.table, tables.reproduce, tables.report),
     *(shipped.configs, shipped.datasets, shipped.demo),
+    doctor.doctor,
 ):
     cli.add_command(subcommand)
 

@@ -86,7 +86,9 @@ def several(*wanted: click.Option | Callable) -> Callable:
 machine_options = several(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."),
-    click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; the config's where not given."),
+    click.option(
+        "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Arithmetic; the config's where not given."
+    ),
     click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
     click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
 )

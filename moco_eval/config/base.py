@@ -28,7 +28,7 @@ class Run(Model):
 
     protocol: str
     batch_size: int = Positive
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     workers: int = Field(8, ge=0)
     seed: int = Field(0, ge=0)
 

@@ -139,7 +139,7 @@ class DetectConfig(Model):
     precise_bn: int = Field(200, ge=0)
     data: DataHandling = DataHandling()
     scenes: Scenes | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     checkpoints: KeepState = KeepState()
     log_every: int = Field(20, gt=0)
     workers: int = Field(4, ge=0)

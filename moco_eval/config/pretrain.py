@@ -58,8 +58,8 @@ class PretrainConfig(Model):
     accumulate: int = Field(1, gt=0)
     optimizer: Sgd
     schedule: Schedule
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["auto"] | bool = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    compile: Literal["auto", "reduce-overhead"] | bool = "auto"
     deterministic: bool = False
     knn: KnnMonitor | None = None
     checkpoints: KeepCheckpoints = Field(default_factory=lambda: KeepCheckpoints.model_validate({}))

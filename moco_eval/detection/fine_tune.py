@@ -21,7 +21,7 @@ from moco_eval.errors import Interrupted
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, console, files, rank
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
-from moco_eval.runtime.device import autocast, require_finite, to_device, to_host
+from moco_eval.runtime.device import autocast, convolutions, require_finite, to_device, to_host
 from moco_eval.runtime.stop import Stop
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
@@ -123,7 +123,8 @@ class Trainer:
                 with autocast(self.device, self.recipe.precision):
                     losses = self.ddp(*part)
                 loss = sum(losses.values()) / self.recipe.accumulate
-                loss.backward()
+                with convolutions(self.device, self.recipe.precision):
+                    loss.backward()
             for name, value in {"loss": loss * self.recipe.accumulate, **losses}.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         self.optimizer.step()

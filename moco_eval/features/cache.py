@@ -14,6 +14,7 @@ import pwd
 import re
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ from moco_eval.runtime.stop import Stop
 VERSION = 1
 MANIFEST = "manifest.json"  # the sha256 of each shard, under the key that the folder is of
 SHARD_NAME = re.compile(r"\d{6,9}-[0-9a-f]{64}\.npy")
+LATE = 60.0  # seconds after which NFS shows every node what another has written, by its default
+LOOK = 0.5  # seconds between two looks for that
 SHARD = 1024  # images; what an interruption loses at most, on each process
 
 
@@ -381,14 +384,28 @@ class _Entry:
 
     def open(self) -> Features:
         """All shards, memory-mapped."""
-        there = self.shards()
-        if self.missing():
-            raise RunFailed(f"{self.folder} has lost shards while it was in use; run again")
+        there = self._all_shards()
         parts = [_mapped(there[number], self.source.precision) for number in range(len(self.bounds) - 1)]
         if [len(part) for part in parts] != [end - start for start, end in pairwise(self.bounds)]:
             raise RunFailed(f"{self.folder} holds shards of other lengths; remove it and run again")
         _require_one_width(self.folder, parts)
         return Features(parts)
+
+    def _all_shards(self) -> dict[int, Path]:
+        """The shard files by number; those that other processes have written may come to be seen late."""
+        deadline = time.monotonic() + (LATE if world_size() > 1 else 0.0)
+        while len(there := self.shards()) < len(self.bounds) - 1:
+            if time.monotonic() >= deadline:
+                waited = f", for {LATE:.0f} s" if world_size() > 1 else ""
+                raise RunFailed(
+                    f"{self.folder} has lost shards while it was in use{waited} ({self._names_of_missing()}); run again"
+                )
+            time.sleep(LOOK)
+        return there
+
+    def _names_of_missing(self) -> str:
+        missing = self.missing()
+        return f"{len(missing)} of {len(self.bounds) - 1}, first number {missing[0]}" if missing else "there again"
 
 
 # What is in a folder, and whose it is

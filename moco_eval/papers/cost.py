@@ -5,7 +5,6 @@ to features that are there.
 """
 
 import math
-import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +33,10 @@ from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep
 from moco_eval.papers.tables import Row, Table
-from moco_eval.results.environment import hardware
+from moco_eval.results.environment import hardware, processor
 from moco_eval.runtime import files
 from moco_eval.runtime.console import log, warn
-from moco_eval.runtime.device import autocast, choose_device, place
+from moco_eval.runtime.device import autocast, choose_device, convolutions, place
 from moco_eval.runtime.text import duration
 
 CPU_BATCH = 32  # images at once at most: a CPU gains nothing by more
@@ -94,16 +93,7 @@ def machine() -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def costs(steps: Sequence[ChainStep], table: Table, records: Sequence[Record]) -> list[Cost | None]:
@@ -209,13 +199,19 @@ def work(step: ChainStep, row: Row) -> list[tuple[Probe, float]]:
 
 def _pretraining(step: ChainStep, recipe: PretrainConfig) -> Iterator[tuple[Probe, float]]:
     """A query forward and backward and a key forward for each image, twice if symmetric; and the kNN monitor."""
-    images, epochs = _images(step.dataset, "train"), recipe.schedule.epochs
-    precision = "bf16" if _value(step.arguments, "--precision", recipe.precision) == "bf16" else "fp32"
-    batch, size = max(1, recipe.batch_size // _number(step.arguments, "--nproc")), recipe.views.size
+    precision = _value(step.arguments, "--precision", recipe.precision)
+    yield from pretraining(recipe, step.dataset, precision, _number(step.arguments, "--nproc"))
+
+
+def pretraining(recipe: PretrainConfig, dataset: str, precision: str, processes: int) -> Iterator[tuple[Probe, float]]:
+    """The pieces of a pretraining on a published data set, and how many images go through each."""
+    images, epochs = images_of(dataset, "train"), recipe.schedule.epochs
+    precision = "fp32" if precision == "auto" else precision
+    batch, size = max(1, recipe.batch_size // processes), recipe.views.size
     train, forward = (Probe(kind, recipe.arch, size, batch, precision) for kind in ("train", "forward"))
     views = images * epochs * (2 if recipe.symmetric else 1)
     yield train, views * (2 if recipe.mechanism == "end_to_end" else 1)
-    looks = epochs // recipe.knn.every * (images + _images(step.dataset, "test")) if recipe.knn else 0
+    looks = epochs // recipe.knn.every * (images + images_of(dataset, "test")) if recipe.knn else 0
     keys = views if recipe.mechanism == "moco" else 0
     if keys + looks:
         yield forward, keys + looks
@@ -223,7 +219,7 @@ def _pretraining(step: ChainStep, recipe: PretrainConfig) -> Iterator[tuple[Prob
 
 def _classification(step: ChainStep, config: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:
     """The images of one trial; features that are extracted once count for all trials together."""
-    train, test = _images(step.dataset, "train"), _images(step.dataset, "test")
+    train, test = images_of(step.dataset, "train"), images_of(step.dataset, "test")
     passes = by_name(config.protocol).code().passes(config, train, test)
     if passes.trained:
         yield Probe("train", arch, size, config.batch_size, config.precision), passes.trained
@@ -239,7 +235,7 @@ def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tup
     yield forward, test
 
 
-def _images(dataset: str, split: str) -> int:
+def images_of(dataset: str, split: str) -> int:
     """How many a published data set has; 0 where there is no such number."""
     names = {"train": ("train", "trainval"), "test": ("test", "val")}[split]
     return next((OFFICIAL[dataset, name] for name in names if (dataset, name) in OFFICIAL), 0)
@@ -269,22 +265,32 @@ def _side(step: ChainStep, row: Row) -> int:
 
 def seconds_per_image(probe: Probe, device: torch.device) -> float | None:
     """Of one piece, from the cache where it has been timed before; None where memory is too small for it."""
-    if device.type == "cpu":
-        probe = replace(probe, batch=min(probe.batch, CPU_BATCH))
+    probe, key = _here(probe, device)
+    known = _known(files.cache_folder("costs.json"))
+    if key in known:
+        return known[key]
+    log(f"timing this machine once: {probe.phrase}")
+    return timed_anew(probe, device)
+
+
+def timed_anew(probe: Probe, device: torch.device) -> float | None:
+    """The same, timed now whatever the cache holds, and kept there: an earlier timing may be of a busy machine."""
+    probe, key = _here(probe, device)
     path = files.cache_folder("costs.json")
-    key = f"{machine()}; torch {torch.__version__}; {probe.phrase}"
-    known = _known(path)
-    if key not in known:
-        log(f"timing this machine once: {probe.phrase}")
-        took = measure(probe, device)
-        if took is None:
-            return None
-        known[key] = took
+    took = measure(probe, device)
+    if took is not None:
         try:
-            files.write_json(path, _known(path) | known)
+            files.write_json(path, _known(path) | {key: took})
         except (InputError, RunFailed) as error:
             warn(f"the timing is not kept: {error}")
-    return known[key]
+    return took
+
+
+def _here(probe: Probe, device: torch.device) -> tuple[Probe, str]:
+    """A piece as it is timed on a device, and its name in the cache."""
+    if device.type == "cpu":
+        probe = replace(probe, batch=min(probe.batch, CPU_BATCH))
+    return probe, f"{machine()}; torch {torch.__version__}; {probe.phrase}"
 
 
 def _known(path: Path) -> dict[str, float]:
@@ -310,6 +316,8 @@ def measure(probe: Probe, device: torch.device) -> float | None:
             if seconds is not None and seconds * images > SECONDS:
                 break
             try:
+                if seconds is None:
+                    run()  # the first builds what later ones find
                 seconds = _fastest(run, device) / images
             except torch.OutOfMemoryError:
                 break
@@ -343,7 +351,8 @@ def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callabl
             with torch.set_grad_enabled(training), autocast(device, probe.precision):
                 out = net(images)
             if training:
-                out.float().square().mean().backward()
+                with convolutions(device, probe.precision):
+                    out.float().square().mean().backward()
                 net.zero_grad(set_to_none=True)
 
         yield batch * (side / probe.size) ** 2, run
@@ -369,7 +378,8 @@ def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float
                 out = net(*given) if training else net(given[0])
             if training:
                 optimizer.zero_grad()
-                sum(out.values()).backward()
+                with convolutions(device, recipe.precision):
+                    sum(out.values()).backward()
                 optimizer.step()
 
         yield batch * share, run

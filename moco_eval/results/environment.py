@@ -38,6 +38,16 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

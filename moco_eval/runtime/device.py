@@ -14,6 +14,7 @@ from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.runtime.console import warn
 
 LARGEST_PINNED = 64 << 20  # bytes
+AMPERE = (8, 0)  # the first compute capability with bf16 and TF32
 
 
 def choose_device(name: str) -> torch.device:
@@ -80,9 +81,34 @@ def place(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return net.to(memory_format=torch.channels_last) if device.type == "cuda" else net
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 arithmetic where the precision says so; see `exact_arithmetic` for the rest."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """bf16 arithmetic where the precision says so, or `convolutions` in TF32; see `exact_arithmetic` for the rest."""
+    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    with convolutions(device, precision), bf16:
+        yield
+
+
+@contextlib.contextmanager
+def convolutions(device: torch.device, precision: str) -> Iterator[None]:
+    """Within, a GPU's convolutions are in TF32 where the precision is tf32; matrix products stay in fp32.
+
+    That is PyTorch's default on Ampere and newer GPUs, so the official code's. A backward pass outside `autocast` needs
+    it too. The switch is the process's: other threads have it as long.
+    """
+    if precision != "tf32":
+        yield
+    elif device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
+        _say_that_tf32_is_fp32(str(device))
+        yield
+    else:
+        with _tf32_convolutions.held():
+            yield
+
+
+@lru_cache
+def _say_that_tf32_is_fp32(device: str) -> None:
+    warn(f"{device} has no TF32: precision tf32 is fp32 there")
 
 
 _generator = threading.RLock()
@@ -109,8 +135,26 @@ def borrowed_generator(seed: int | None = None) -> Iterator[None]:
         yield
 
 
-_exact, _exact_users = threading.Lock(), 0
-_give_back: Callable[[], None] = lambda: None  # noqa: E731
+class _Switch:
+    """A switch that torch keeps for the whole process; of several users the first turns it, the last turns it back."""
+
+    def __init__(self, turn: Callable[[], Callable[[], None]]):
+        self.turn, self.users, self.lock = turn, 0, threading.Lock()
+        self.give_back: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        with self.lock:
+            if self.users == 0:
+                self.give_back = self.turn()
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if self.users == 0:
+                    self.give_back()
 
 
 @contextlib.contextmanager
@@ -118,23 +162,14 @@ def exact_arithmetic() -> Iterator[None]:
     """TF32 is off within: fp32 is fp32, also for the logits of a bf16 run. Afterwards all is as it was.
 
     torch keeps this switch for the whole process; of several threads the first turns it off, the last turns it back.
+    `convolutions` turns a part of it on again inside.
     """
-    global _exact_users, _give_back
-    with _exact:
-        if _exact_users == 0:
-            _give_back = _tf32_off()
-        _exact_users += 1
-    try:
+    with _exact.held():
         yield
-    finally:
-        with _exact:
-            _exact_users -= 1
-            if _exact_users == 0:
-                _give_back()
 
 
-def _tf32_off() -> Callable[[], None]:
-    """Turn TF32 off by the names that every torch has; returns what puts both kinds of names back.
+def _turn_tf32(convolutions: bool) -> Callable[[], None]:
+    """TF32 off, or on for convolutions alone, by the names that every torch has; returns what puts both kinds back.
 
     torch 2.9 has new names too, and reading an old one raises where the two contradict each other.
     """
@@ -147,7 +182,7 @@ def _tf32_off() -> Callable[[], None]:
     if new:
         backends.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
-    backends.cudnn.allow_tf32 = False
+    backends.cudnn.allow_tf32 = convolutions
 
     def give_back() -> None:
         if matmul is not None:
@@ -161,6 +196,10 @@ def _tf32_off() -> Callable[[], None]:
     return give_back
 
 
+_exact = _Switch(lambda: _turn_tf32(convolutions=False))
+_tf32_convolutions = _Switch(lambda: _turn_tf32(convolutions=True))
+
+
 def _readable(read: Callable[[], Any]) -> Any:
     """A switch, or None where its old and new names contradict each other."""
     try:
@@ -170,21 +209,56 @@ def _readable(read: Callable[[], Any]) -> Any:
 
 
 @lru_cache
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here: tried on one addition."""
+def compile_failure(device: torch.device) -> str:
+    """Why torch.compile does not work here, tried on one addition; empty where it works."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # no C++ compiler, no triton, an unsupported Python
-        warn(f"torch.compile does not work here ({' '.join(message_of(error).splitlines()[:2])}); going on without it")
+        return " ".join(message_of(error).splitlines()[:2])
+    return ""
+
+
+@lru_cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here; where it does not, that is said once."""
+    if reason := compile_failure(device):
+        warn(f"torch.compile does not work here ({reason}); going on without it")
+    return not reason
+
+
+@lru_cache
+def can_record(device: torch.device) -> bool:
+    """Whether compiled networks run as CUDA graphs here: tried on one small network; where not, that is said once."""
+    if device.type != "cuda":
+        warn(f"compile reduce-overhead records CUDA graphs, which {device} has not; going on without graphs")
+        return False
+    try:
+        with borrowed_generator(0):
+            net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).to(device)
+        net.compile(mode="reduce-overhead")
+        for _ in range(4):  # warm up, record, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            net(torch.ones(4, 3, 8, 8, device=device)).square().mean().backward()
+            net.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a driver, a compiler or an allocator raises
+        reason = " ".join(message_of(error).splitlines()[:2])
+        warn(f"CUDA graphs do not work here ({reason}); going on without graphs")
         return False
     return True
 
 
-def compile_(nets: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Compile networks in place where there is a compiler; their names and state dicts stay."""
+def compile_(nets: Iterable[torch.nn.Module], device: torch.device, graphs: bool = False) -> None:
+    """Compile networks in place where there is a compiler; their names and state dicts stay.
+
+    Args:
+        graphs: run them as CUDA graphs where these work; each step then begins with
+            `torch.compiler.cudagraph_mark_step_begin()`, after which outputs of the step before are overwritten.
+    """
     if can_compile(device):
+        mode = "reduce-overhead" if graphs and can_record(device) else None
         for net in nets:
-            net.compile()
+            net.compile(mode=mode)
 
 
 def deterministic(wanted: bool) -> None:

@@ -82,6 +82,7 @@ def test_rows_by_slice_and_by_number(tmp_path):
         {"preprocessing": Preprocessing(32, 32, (0.4,) * 3, (0.3,) * 3)},
         {"preprocessing": Preprocessing(32, 36, (0.3,) * 3, (0.3,) * 3)},
         {"precision": "bf16"},
+        {"precision": "tf32"},
         {"crops": Crops(MILD, 0, 0)},
     ],
 )
@@ -420,3 +421,39 @@ def test_features_of_another_user_are_said(tmp_path, capfd):
     os.chown(next((tmp_path / "b").rglob("0*.npy")), 12345, 0)
     features_of(asked, tmp_path / "b", CPU)
     assert "belongs to user 12345, who may put any features there" in capfd.readouterr().err
+
+
+# Shards of other nodes
+
+
+def late_shard(tmp_path, appears: bool) -> cache._Entry:
+    """A whole folder of features, one shard of which cannot be seen; with `appears`, for the first two looks only."""
+    asked = source()
+    features_of(asked, tmp_path, CPU)
+    entry, looks = cache._Entry(asked, asked.folder(tmp_path)), []
+
+    def seen(self=entry):
+        looks.append(1)
+        there = cache._Entry.shards(entry)
+        return there if appears and len(looks) > 2 else {n: path for n, path in there.items() if n != 1}
+
+    entry.shards = seen
+    return entry
+
+
+def test_a_shard_that_another_node_has_written_may_be_seen_late(tmp_path, monkeypatch):
+    entry = late_shard(tmp_path, appears=True)
+    monkeypatch.setattr(cache, "world_size", lambda: 2)
+    monkeypatch.setattr(cache, "LOOK", 0.01)
+    assert len(entry.open()) == 250
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(2, "in use, for 0 s (1 of 3, first number 1)"), (1, "in use (1 of 3,")])
+def test_a_shard_that_never_comes_is_lost(ranks, words, tmp_path, monkeypatch):
+    entry = late_shard(tmp_path, appears=False)
+    monkeypatch.setattr(cache, "world_size", lambda: ranks)
+    monkeypatch.setattr(cache, "LOOK", 0.01)
+    monkeypatch.setattr(cache, "LATE", 0.05 if ranks > 1 else 60.0)  # a process alone waits for nobody
+    with pytest.raises(RunFailed) as refused:
+        entry.open()
+    assert words in str(refused.value)

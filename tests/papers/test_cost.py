@@ -214,6 +214,8 @@ def test_a_piece_is_timed_once(empty_cache, monkeypatch, capfd):
     monkeypatch.setattr(cost, "measure", lambda probe, device: pytest.fail("timed again"))
     assert cost.seconds_per_image(PROBE, CPU) == first
     assert capfd.readouterr().err == ""
+    monkeypatch.setattr(cost, "measure", lambda probe, device: 2.5)
+    assert cost.timed_anew(PROBE, CPU) == cost.seconds_per_image(PROBE, CPU) == 2.5
 
 
 @pytest.mark.parametrize("held", ["{", "[1, 2]", '{"a": "b"}', "\x00\xff"])
@@ -239,6 +241,18 @@ def test_too_little_memory_leaves_the_cost_unknown(empty_cache, monkeypatch, ste
     monkeypatch.setattr(cost, "_fastest", no_memory)
     assert cost.seconds_per_image(PROBE, CPU) is None and not empty_cache.exists()
     assert cost.costs([steps["knn"]], table, []) == [None]
+
+
+def test_the_first_run_of_all_does_not_count(monkeypatch):
+    waits = [0.2]
+
+    def pieces(probe, device):
+        for _ in range(2):
+            yield 1, lambda: time.sleep(waits.pop() if waits else 0.001)
+
+    monkeypatch.setattr(cost, "_pieces", pieces)
+    monkeypatch.setattr(cost, "SECONDS", 0.1)
+    assert cost.measure(PROBE, CPU) < 0.1
 
 
 def test_batches_of_a_cpu_are_small_whatever_the_recipe(empty_cache, monkeypatch):

@@ -355,6 +355,7 @@ def test_a_pretraining_with_another_setting_is_not_taken_and_foreign_files_are_p
     for name, change in (
         ("a", {"optimizer": settings["optimizer"] | {"lr": 1.0}}),
         ("b", {"precision": "bf16"}),
+        ("d", {"precision": "tf32"}),
         ("c", {"workers": 3, "seed": 5}),
     ):
         files.write_text(tmp_path / name / "config.yaml", yaml.safe_dump(run | {"config": settings | change}))

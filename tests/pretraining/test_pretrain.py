@@ -23,7 +23,9 @@ from moco_eval.encoders.architectures import build_resnet
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.runtime.batch_norm import SplitBatchNorm2d
 from moco_eval.runtime.device import compile_
+from pretraining.mechanisms import _may_record, build_encoder
 from pretraining.moco import Step
+from pretraining.monitor import Monitor, OfOneSize
 from pretraining.plan import plan
 from pretraining.record import Measurements
 from pretraining.train import Trainer, pretrain
@@ -253,10 +255,32 @@ def test_a_run_without_its_last_checkpoint_does_not_start_again(two_epochs, tmp_
     assert lines(copy) == lines(two_epochs)
 
 
+@pytest.mark.parametrize(("setting", "marks"), [("compile=reduce-overhead", 1), ("compile=false", 0)])
+def test_a_step_of_graphs_says_where_it_begins(setting, marks, monkeypatch, tmp_path):
+    begun, asked = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr("pretraining.mechanisms.compile_", lambda nets, device, graphs: asked.append(graphs))
+    monkeypatch.setattr("moco_eval.data.augment.steps.can_compile", lambda device: False)
+    started = plan(config(setting, "batch_size=32"), "digits", None, 1)
+    assert ("as CUDA graphs" in started.describe()) == bool(marks)
+    assert not any("compile" in deviation for deviation in started.deviations)
+    trainer = Trainer(started, tmp_path, CPU)
+    trainer.train_step(next(trainer.batches()))
+    assert (len(begun), asked) == (marks, [True] * marks)
+
+
+def test_graphs_hold_no_exchange_inside_an_encoder(monkeypatch, capfd):
+    started = plan(config("compile=reduce-overhead", "bn=sync"), "digits", None, 1)
+    assert _may_record(started)
+    monkeypatch.setattr("pretraining.mechanisms.world_size", lambda: 2)
+    assert not _may_record(started) and "bn sync exchanges" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
         ("precision=bf16", "precision bf16 instead of fp32"),
+        ("precision=tf32", "precision tf32 instead of fp32"),
         ("bn=none", "bn none on 1 process"),
         ("bn=shuffle", "bn shuffle on 1 process"),
         ("bn_groups=2", "batch norm in 2 groups instead of 8"),
@@ -412,3 +436,65 @@ def test_mistakes_of_the_command_line_are_one_line(capfd, monkeypatch):
         capfd, monkeypatch, "pretrain", "cifar10", "--dataset", "flat", "--data", "/nowhere"
     )
     assert "cannot write" in error_line(capfd, monkeypatch, *command(Path("/proc/run")))
+
+
+# The monitor, compiled
+
+
+def small_monitor(*settings: str) -> tuple[Monitor, torch.nn.Module]:
+    """Of 257 and 100 images, whose batches are of 256, 1 and 100; and a network to look at."""
+    started = plan(config("knn={every: 1, k: 20}", *settings), "digits", None, 1)
+    monitor = Monitor(started)
+    monitor.splits = tuple(
+        replace(split, pixels=split.pixels[:count], labels=split.labels[:count])
+        for split, count in zip(monitor.splits, (257, 100))
+    )
+    torch.manual_seed(0)
+    return monitor, build_encoder(started.config, "none").to(memory_format=torch.channels_last)
+
+
+def test_a_smaller_batch_is_filled_in_its_own_order_of_bytes():
+    sizes, net = [], OfOneSize(torch.nn.Identity())
+    net.net.register_forward_pre_hook(lambda _, given: sizes.append((len(given[0]), given[0].stride())))
+    for rows in (8, 3, 8):
+        images = torch.rand(rows, 3, 4, 4).to(memory_format=torch.channels_last)
+        assert torch.equal(net(images), images)
+    assert sizes == [(8, (48, 1, 12, 3))] * 3
+
+
+@pytest.mark.slow
+def test_two_monitors_and_training_compile_two_variants():
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    monitor, net = small_monitor("compile=true")
+    net.compile(backend="eager")
+    try:
+        for _ in range(2):
+            for _ in range(2):
+                net.train()(torch.randn(32, 3, 32, 32)).sum().backward()
+            monitor(net, CPU)
+        net.train()(torch.randn(32, 3, 32, 32)).sum().backward()
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("feature", ["pooled", "head"])
+def test_added_rows_change_no_score(feature):
+    scores = []
+    for setting in ("compile=true", "compile=false"):
+        monitor, net = small_monitor(setting, f"knn.feature={feature}")
+        head = net.fc
+        scores.append(monitor(net, CPU))
+        assert net.training and net.fc is head
+    assert scores[0] == scores[1]
+
+
+def test_graphs_are_not_recorded_for_the_monitor():
+    monitor, net = small_monitor("compile=reduce-overhead")
+    stances = []
+    net.register_forward_pre_hook(lambda *_: stances.append(torch._dynamo.eval_frame._stance.stance))
+    monitor(net, CPU)
+    assert set(stances) == {"force_eager"} and torch._dynamo.eval_frame._stance.stance == "default"

@@ -141,7 +141,7 @@ def test_profile_says_what_limits_and_keeps_nothing(data, tmp_path, capfd, monke
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", ["false", "true", "reduce-overhead"])
 @pytest.mark.parametrize("data", ["memory", "files"])
 def test_a_step_on_a_gpu_waits_for_nothing(data, compiled, tmp_path):
     """Every copy and every reading of a metric runs beside the host, which torch checks; views are a CPU's."""
@@ -150,7 +150,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(data, compiled, tmp_path):
     for i in range(256):
         Image.effect_noise((40, 40), 10 + i).convert("RGB").save(tmp_path / f"{i:03}.jpg")
     small = ("arch=resnet18_quarter", "views.size=32", "views.recipe=moco_v2", "knn=null", "queue_size=64")
-    settings = (*small, f"compile={str(compiled).lower()}", "batch_size=32", "workers=1")
+    settings = (*small, f"compile={compiled}", "batch_size=32", "workers=1")
     config, device = configs.load("digits", "pretrain", PretrainConfig, settings), torch.device("cuda")
     where = ("digits", None) if data == "memory" else ("flat", tmp_path)
     run = plan(config, *where, 1, device)

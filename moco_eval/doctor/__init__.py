@@ -1,0 +1,1 @@
+"""What this machine is, measured, and whether anything about it is broken."""
