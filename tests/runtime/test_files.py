@@ -167,7 +167,7 @@ def test_convert_on_a_full_disk_ends_in_one_line(to, ending, tmp_path, capfd, mo
 KNN = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits"]
 PRETRAIN = ["pretrain", "digits", "--dataset", "digits", "--set=arch=resnet18_quarter", "--set=views.size=32"]
 PRETRAIN += ["--set=workers=0", "--set=queue_size=480", "--set=knn=null", "--set=schedule.epochs=2", "--batch-size=240"]
-COMMANDS = {"a result": [*KNN, "--cache", "none"], "a checkpoint": PRETRAIN}
+COMMANDS = {"a result": KNN, "a checkpoint": PRETRAIN}
 CLOCKS = {"images_per_second", "data_wait"}
 
 
@@ -217,15 +217,20 @@ def end_of(output: Path) -> object:
     return state["step"], weights, [{key: line[key] for key in line.keys() - CLOCKS} for line in lines]
 
 
+def command(kind: str, output: Path) -> list:
+    cache = ["--cache", output.with_suffix(".cache")] if kind == "a result" else []
+    return [*COMMANDS[kind], "--output", output, *cache]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("how", ["killed before", "killed after", "fails"])
 def test_nothing_is_lost_between_any_two_renames(kind, how, tmp_path):
     errors = tmp_path / "errors"
-    assert run([*COMMANDS[kind], "--output", tmp_path / "whole"], errors)[0] == 0
+    assert run(command(kind, tmp_path / "whole"), errors)[0] == 0
     expected = end_of(tmp_path / "whole")
     for number in itertools.count(1):
-        again = [*COMMANDS[kind], "--output", tmp_path / str(number)]
+        again = command(kind, tmp_path / str(number))
         code, renames, lines = run(again, errors, number, how)
         if renames < number:
             break
