@@ -274,3 +274,10 @@ def test_compiled_steps_give_the_same_pixels():
         images, u = drawn(recipe, count, count)
         ours = recipe.apply(images, u, 96, fuse=fuse)
         assert (ours.int() - recipe.apply(images, u, 96).int()).abs().float().mean() < 0.01
+
+
+def test_a_view_of_which_nothing_is_left_to_do_is_the_image_itself():
+    """A crop without a flip, cut by the loader already."""
+    images, u = drawn(ViewRecipe((Crop((0.7, 1.0)),)), 3, 0)
+    view = ViewRecipe((Crop((0.7, 1.0)),)).apply(images, u, images.shape[-1], skip=1)
+    assert torch.equal(view, images) and view.data_ptr() != images.data_ptr()

@@ -296,6 +296,8 @@ class ViewRecipe:
         """
         if 0 < len(images) < 4 and fuse is not unfused:  # graphs hold for four images and more
             return self.apply(images.repeat(4, 1, 1, 1), np.tile(u, (4, 1)), size, skip, fuse)[: len(images)]
+        if len(self.steps) == skip:
+            return images.clone(memory_format=torch.contiguous_format)
         parameters = self._parameters(u, images, skip)
         if is_for_all(images, fuse):
             return fuse(self._views)(images.contiguous(), parameters, size, skip, True)
