@@ -38,7 +38,7 @@ LIMITS = {
     "coco": Limit(8 << 30, "bytes", "annotation file in COCO format"),
     "outline": Limit(8 << 20, "pixels", "polygon's outline"),
     "stl10": Limit(8 << 30, "bytes", ".bin file of STL-10"),
-    "sample": Limit(100_000_000, "bytes", "sample.npz, as it is and unpacked"),
+    "sample": Limit(100_000_000, "bytes", "sample.npz (unpacked)"),
     "depth": Limit(100, "levels", "JSON or YAML file (aliases written out)"),
     "values": Limit(100_000, "values", "YAML file (aliases written out)"),
     "digits": Limit(40, "digits", "integer in JSON or YAML"),

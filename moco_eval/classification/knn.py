@@ -30,7 +30,7 @@ from moco_eval.runtime import files
 from moco_eval.runtime.rank import world_size
 
 EPSILON = 1e-5  # solo-learn's
-ON_GPU = 1024  # images of each process in a step of the monitor
+ON_GPU = 1024  # images of each process in a step of the monitor, where they are in memory: loaded ones cross /dev/shm
 
 
 def weights(neighbours: Neighbours, temperature: float | None) -> torch.Tensor:
@@ -91,7 +91,8 @@ def monitor(
     training = net.training
     net.eval()
     how: dict[str, Any] = {"workers": workers, "precision": precision, "title": "kNN", "tolerant": True}
-    how["batch_size"] = 256 if device.type == "cpu" else ON_GPU * world_size()
+    large = device.type == "cuda" and train.pixels is not None
+    how["batch_size"] = ON_GPU * world_size() if large else 256
     bank, index = extract_share(net, train, preprocessing, device, **how)
     queries = extract(net, test, preprocessing, device, **how)
     net.train(training)

@@ -101,7 +101,7 @@ def _wait_for(path: Path, alive: Path) -> None:
     """Raises RunFailed where a trial does not appear, and the process that works on it has shown no life for long."""
     sign, since = None, time.monotonic()
     while not path.is_file():
-        newest = alive.stat().st_mtime_ns if alive.is_file() else None
+        newest = _changed(alive)
         if newest != sign:
             sign, since = newest, time.monotonic()
         if time.monotonic() - since > PATIENCE:
@@ -110,6 +110,14 @@ def _wait_for(path: Path, alive: Path) -> None:
                 f"{path.parent} a folder that all processes share? Run the same command to go on"
             )
         time.sleep(0.2)
+
+
+def _changed(path: Path) -> int | None:
+    """When a file was changed last, in ns; None where it is not there, as another process may have removed it."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _read(path: Path, cost: Cost) -> Outcome:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import os
 import stat
 import time
@@ -32,6 +33,14 @@ KEPT_FROM = 10_000  # files; fewer are listed in less time than an index is wort
 SAMPLE = 200  # files whose sizes are looked at again before an index is believed
 SETTLED = 2.0  # seconds: a folder that changed later than this before it was listed may change unseen
 VERSION = 3
+
+
+def _up_to(file: io.FileIO, count: int) -> bytes:
+    """So many bytes, or fewer at the file's end; one read of an unbuffered file may give less than there is."""
+    data = file.read(count) or b""
+    while len(data) < count and (more := file.read(count - len(data))):
+        data += more
+    return data
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class ImageFiles:
         path, size = self[index], int(self.sizes[index])
         try:
             with limits.open_unbuffered(path, "image") as file:
-                data = file.read(size + 1) or b""
+                data = _up_to(file, size + 1)
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
         if len(data) != size:

@@ -1,6 +1,7 @@
 """Images opened by their format, decoded to 8-bit RGB by one rule for every task; what lies there in their place."""
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -67,7 +68,22 @@ def pixels_in_scans(data: bytes, pixels: int) -> int:
 
     A progressive file has about ten; 0 for other formats.
     """
-    return pixels * data.count(b"\xff\xda") if data.startswith(b"\xff\xd8\xff") else 0
+    if not data.startswith(b"\xff\xd8\xff"):
+        return 0
+    at_most = data.count(b"\xff\xda")  # also by chance, and in what follows the image, such as a phone's film
+    return pixels * (at_most if limits.allows("scans", pixels * at_most) else _scans(data))
+
+
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+
+
+def _scans(data: bytes) -> int:
+    """The scans of a JPEG image up to its end, marker by marker."""
+    count, at = 0, 2
+    while (marker := MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
+        count += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def reason_of(error: Exception) -> str:

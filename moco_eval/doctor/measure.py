@@ -64,17 +64,18 @@ def disk_rate(folder: Path) -> float | None:
         return None
 
 
-def exchange_rate(ranks: int, backend: str = "nccl", count: int = EXCHANGED_BYTES) -> float:
+def exchange_rate(ranks: int, device: str = "cuda", count: int = EXCHANGED_BYTES) -> float:
     """Bus bandwidth of an all_reduce between processes of this machine, one a GPU, in bytes per second.
 
     Args:
+        device: cuda, of which each process takes one, or cpu.
         count: bytes that each process has.
     Raises:
         RunFailed: it fails, or does not end.
     """
     with tempfile.TemporaryDirectory() as folder, rendezvous.private_meeting():
         result = Path(folder) / "seconds"
-        arguments = (ranks, backend, count, str(result))
+        arguments = (ranks, device, count, str(result))
         started = torch.multiprocessing.start_processes(_rank, arguments, ranks, join=False, start_method="spawn")
         assert started is not None
         try:
@@ -92,13 +93,13 @@ def exchange_rate(ranks: int, backend: str = "nccl", count: int = EXCHANGED_BYTE
         return 2 * (ranks - 1) / ranks * count / float(result.read_text())
 
 
-def _rank(rank: int, ranks: int, backend: str, count: int, result: str) -> None:
+def _rank(rank: int, ranks: int, kind: str, count: int, result: str) -> None:
     """Seconds of an all_reduce, the fastest of five, written by rank 0."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", rank) if kind == "cuda" else torch.device(kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rendezvous.join(backend, timedelta(seconds=EXCHANGE_SECONDS))
+    rendezvous.join(device, timedelta(seconds=EXCHANGE_SECONDS))
     tensor, took = torch.ones(count // 4, device=device), []
     for _ in range(6):
         _wait(device)

@@ -255,11 +255,8 @@ def _says_dilated(values: Any, depth: int = 0) -> bool:
     if not isinstance(values, dict) or depth > 4:
         return False
     stride = values.get("output_stride")
-    dilated = (
-        stride in (8, 16),
-        *(_dilates(values.get(name)) for name in ("replace_stride_with_dilation", "dilations")),
-    )
-    return any(dilated) or any(_says_dilated(value, depth + 1) for value in values.values())
+    dilated = stride in (8, 16) or any(_dilates(values.get(name)) for name in DILATIONS)
+    return dilated or any(_says_dilated(value, depth + 1) for value in values.values())
 
 
 DILATIONS = ("replace_stride_with_dilation", "dilations")

@@ -311,6 +311,7 @@ class _Entry:
         self.source, self.folder = source, folder
         self.bounds = [*range(0, len(source.images), SHARD), len(source.images)]
         self.key: dict[str, Any] = json.loads(json.dumps(source.key()))
+        self.written: dict[int, str] = {}  # by this process: sha256 by the number of the shard
 
     def is_there(self) -> bool:
         return (self.folder / "key.json").is_file()
@@ -375,12 +376,20 @@ class _Entry:
         with files.atomic(unnamed) as temporary:
             np.save(temporary, _encoded(features, self.source.precision))
         digest = files.sha256_of(unnamed)
-        with files.one_at_a_time(self.folder / MANIFEST):  # named before it is there: what is there is named
+        self.written[number] = digest
+        self._name_own()  # before it is there: what is there is named
+        unnamed.rename(self.folder / f"{number:06}-{digest}.npy")
+
+    def _name_own(self) -> None:
+        """The manifest with all that this process has written: where locks do not work, others may have undone that."""
+        with files.one_at_a_time(self.folder / MANIFEST):
             known = _named(self.folder, self.key)
-            known[number] = [*known.get(number, ()), digest]
+            if all(digest in known.get(number, ()) for number, digest in self.written.items()):
+                return
+            for number, digest in self.written.items():
+                known[number] = [*known.get(number, ()), digest]
             shards = {str(shard): sorted(set(digests)) for shard, digests in sorted(known.items())}
             files.write_json(self.folder / MANIFEST, {"key": _of(self.key), "shards": shards})
-        unnamed.rename(self.folder / f"{number:06}-{digest}.npy")
 
     def open(self) -> Features:
         """All shards, memory-mapped."""
@@ -401,6 +410,7 @@ class _Entry:
                     f"{self.folder} has lost shards while it was in use{waited} ({self._names_of_missing()}); run again"
                 )
             time.sleep(LOOK)
+            self._name_own()
         return there
 
     def _names_of_missing(self) -> str:
@@ -470,7 +480,9 @@ def _mapped(path: Path, precision: Any) -> np.ndarray:
     """A shard as it is kept, (N, D). Raises InputError where it is no such array."""
     try:
         part = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        if not isinstance(part, np.ndarray):
+            raise ValueError("an archive")
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is no array of features: {error}; remove it, and it is extracted anew") from None
     wanted = np.dtype(np.int16 if precision == "bf16" else np.float32)
     if part.ndim != 2 or part.dtype != wanted or not part.shape[1]:
@@ -514,12 +526,12 @@ def _make_private(folder: Path) -> None:
 @once
 def _say_whose(folder: Path) -> None:
     """Say, once, whether somebody else may have written the features in a folder."""
-    manifest = folder / MANIFEST
+    manifest, is_closed = folder / MANIFEST, not folder.stat().st_mode & 0o077
     for path in (folder, folder / "key.json", *([manifest] if manifest.exists() else []), *_shards(folder).values()):
         about = path.stat()
         if about.st_uid not in (0, os.geteuid()):
             whose = f"belongs to {_user(about.st_uid)}"
-        elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_closed:
             whose = "may be written by others"
         else:
             continue

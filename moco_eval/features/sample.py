@@ -92,8 +92,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file, none read before its size is known to be what its header says, and not too large."""
     with npz.Arrays(path) as arrays:
         total = sum(math.prod(header.shape) * header.dtype.itemsize for header in arrays.headers.values())
-        if not limits.allows("sample", total):
-            raise ValueError(f"{total:,} bytes unpacked, more than any sample has")
+        limits.require(path, "sample", total)
         return {name: arrays[name] for name in ARRAYS}
 
 

@@ -18,6 +18,7 @@ from moco_eval.results import run_files
 from moco_eval.results.environment import environment
 from moco_eval.runtime import files, lock
 from moco_eval.runtime.collectives import found_by_main
+from moco_eval.runtime.console import warn
 
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
@@ -174,13 +175,23 @@ def _of_resolved(resolved: dict[str, Any]) -> dict[str, Any]:
 def read(folder: Path) -> list[dict[str, Any]]:
     """Every result record below a folder, each with its run directory under `run`.
 
-    A result.json that does not say it is ours is passed over.
+    A result.json that does not say it is ours is passed over, and so, with a warning, is one of another version.
 
     Raises:
-        InputError: the folder does not exist, or a file of a run is damaged.
+        InputError: the folder does not exist, a file of a run is damaged, or its own record is of another version.
     """
     if not folder.is_dir():
         raise InputError(f"--runs {folder} does not exist")
     places = files.folders_with(folder, "result.json")
-    records = [(place, run_files.read_record(place)) for place in places]
+    records = [(place, _read_or_pass(place, place == folder)) for place in places]
     return [record | {"run": str(place)} for place, record in records if record]
+
+
+def _read_or_pass(place: Path, is_asked_for: bool) -> dict[str, Any] | None:
+    try:
+        return run_files.read_record(place)
+    except run_files.OtherVersion as error:
+        if is_asked_for:
+            raise
+        warn(f"{error}; it is passed over")
+        return None

@@ -33,7 +33,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not is_of_ours(record):
         return None
     if record["schema"] != SCHEMA:
-        raise InputError(f"{path} is a {_short(record['schema'])} record, and {SCHEMA} is read; {schema.WAY_OUT}")
+        raise OtherVersion(f"{path} is a {_short(record['schema'])} record, and {SCHEMA} is read; {schema.WAY_OUT}")
     schema.require(schema.Record, record, path)
     limits.require(path, "classes", record["dataset"].get("classes") or 0)
     limits.require(path, "classes", len(record.get("per_class") or {}))
@@ -43,6 +43,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if is_there(folder / "environment.json"):
         read_environment(folder)
     return record
+
+
+class OtherVersion(InputError):
+    """A record that an earlier or later version of ours has written."""
 
 
 def is_of_ours(record: Any) -> bool:

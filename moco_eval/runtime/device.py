@@ -61,6 +61,9 @@ def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to fetch a tensor; what is returned waits for it. A GPU goes on meanwhile, and so does the host."""
     if tensor.device.type != "cuda":
         return lambda: tensor
+    if tensor.nbytes > LARGEST_PINNED:
+        whole = tensor.cpu()
+        return lambda: whole
     here, arrived = torch.empty_like(tensor, device="cpu", pin_memory=True), torch.cuda.Event()
     here.copy_(tensor, non_blocking=True)
     arrived.record(torch.cuda.current_stream(tensor.device))

@@ -70,7 +70,7 @@ def _new_file(path: Path, mode: int) -> Path:
     while True:
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{path.suffix}")
         try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode | 0o200))
             return temporary
         except FileExistsError:
             continue

@@ -18,7 +18,7 @@ from commands import environment
 from PIL import Image
 
 from moco_eval import limits
-from moco_eval.data import index
+from moco_eval.data import index, pixels
 from moco_eval.data.benchmarks import read_benchmark
 from moco_eval.data.boxes import check, coco, voc
 from moco_eval.data.boxes.samples import read_image
@@ -441,3 +441,27 @@ def test_an_image_of_as_many_pixels_as_may_be_takes_two_gigabytes_at_most(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0 and done.stdout.startswith("MB"), done.stdout + done.stderr
     print(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "text", [b"xmlns" * 100_000, b"xmlns=" + b" " * 100_000, b"<a xmlns:b='" + b"c" * 300 + b"'/>"]
+)
+def test_a_long_name_space_is_refused_at_once(tmp_path, text):
+    """Looked for without a bound, one without an end took a time that grows with the square of the file."""
+    (tmp_path / "a.xml").write_bytes(b"<annotation>" + text + b"</annotation>")
+    began = time.process_time()
+    with pytest.raises(InputError, match="name space"):
+        voc.read_xml(tmp_path / "a.xml")
+    assert time.process_time() - began < 1
+
+
+def test_what_follows_the_end_of_a_jpeg_is_no_scan_of_it(monkeypatch):
+    """A phone's film behind its photo; a small picture in the header, with an end of its own, hides no scans."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "JPEG", progressive=True)
+    photo = file.getvalue()
+    scans = photo.count(b"\xff\xda")
+    monkeypatch.setitem(limits.LIMITS, "scans", limits.Limit(0, "pixels in all its scans", "JPEG image"))
+    header = b"\xff\xe1\x00\x0a\xff\xd8\xff\xda\xff\xd9ab"
+    for data in (photo, photo + b"\xff\xda" * 500, photo[:2] + header + photo[2:]):
+        assert pixels.pixels_in_scans(data, 10) == 10 * scans > 10

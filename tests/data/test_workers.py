@@ -1,5 +1,6 @@
 """Loader processes that cannot send, die or wait: one line that says why, and signals that are heard."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -146,15 +147,21 @@ def test_loader_processes_outlive_the_signals_that_the_step_is_to_hear():
     assert [batch.item() for batch in Loaded(Numbers(_signals_itself), ONE_BY_ONE, 1)] == list(range(8))
 
 
+def _waits(writer: int) -> None:
+    """A loader process whose storage does not answer."""
+    workers.outlive_signals()
+    os.write(writer, b"x")
+    os.read(os.pipe()[0], 1)
+
+
 def test_a_loader_process_that_waits_for_its_storage_ends_when_its_parent_says_so():
     reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        workers.outlive_signals()
-        os.write(writer, b"x")
-        os.read(os.pipe()[0], 1)
+    child = multiprocessing.get_context("fork").Process(target=_waits, args=(writer,))
+    child.start()
     os.read(reader, 1)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child.terminate()
+    child.join(20)
+    assert child.exitcode == 0
 
 
 def test_a_command_says_in_one_line_what_ended_a_loader_process(capfd, monkeypatch):

@@ -187,15 +187,14 @@ def test_a_folder_that_cannot_be_written_has_no_rate(tmp_path):
     assert measure.disk_rate(tmp_path / "not there") is None
 
 
-@pytest.mark.slow
 def test_an_exchange_between_two_processes():
-    assert measure.exchange_rate(2, "gloo", 1 << 20) > 1e5
+    assert measure.exchange_rate(2, "cpu", 1 << 20) > 1e5
 
 
 @pytest.mark.slow
 def test_an_exchange_that_fails_says_why():
-    with pytest.raises(RunFailed, match="backend"):
-        measure.exchange_rate(2, "no such backend", 1 << 20)
+    with pytest.raises(RunFailed, match="nowhere"):
+        measure.exchange_rate(2, "nowhere", 1 << 20)
 
 
 # Forecasts

@@ -457,3 +457,26 @@ def test_a_shard_that_never_comes_is_lost(ranks, words, tmp_path, monkeypatch):
     with pytest.raises(RunFailed) as refused:
         entry.open()
     assert words in str(refused.value)
+
+
+def test_what_another_process_has_taken_out_of_the_manifest_is_named_again(tmp_path, monkeypatch):
+    """Where locks do not work, one of two that write the manifest at once undoes the other's line."""
+    asked = source()
+    entry = cache._Entry(asked, asked.folder(tmp_path))
+    features_of(asked, tmp_path, CPU)
+    monkeypatch.setattr(cache, "world_size", lambda: 2)
+    monkeypatch.setattr(cache, "LOOK", 0.01)
+    entry.written = {number: path.stem.partition("-")[2] for number, path in entry.shards().items()}
+    manifest = json.loads((entry.folder / cache.MANIFEST).read_text())
+    del manifest["shards"]["1"]
+    (entry.folder / cache.MANIFEST).write_text(json.dumps(manifest))
+    assert len(entry.open()) == 250
+
+
+def test_a_closed_folder_is_not_said_to_be_open_whatever_the_umask_is(tmp_path, capfd):
+    before = os.umask(0o002)
+    try:
+        features_of(source(100), tmp_path / "new", CPU)
+    finally:
+        os.umask(before)
+    assert "may be written by others" not in capfd.readouterr().err

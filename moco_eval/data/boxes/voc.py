@@ -47,7 +47,9 @@ OFFICIAL = {("2007", "trainval"): 5011, ("2012", "trainval"): 11540, ("2007", "t
 # what tools write for VOC's 0 and 1, in any case; an empty element says nothing, which is 0
 MARKS = dict.fromkeys(("0", "0.0", "false", "no", ""), False) | dict.fromkeys(("1", "1.0", "true", "yes"), True)
 SIDES = ("xmin", "ymin", "xmax", "ymax")
-LONG_NAMESPACE = re.compile(rb"xmlns[^=<>]*=\s*(\"[^\"]{257}|'[^']{257})")  # it stands in each element's tag
+LONG_NAMESPACE = re.compile(  # it stands in each element's tag
+    rb"xmlns(?:[^=<>]{257}|[^=<>]{0,256}=(?:\s{257}|\s{0,256}(?:\"[^\"]{257}|'[^']{257})))"
+)
 PRESENCE = ("-1", "0", "1")  # the second column of the devkit's lists of one class
 
 
