@@ -424,7 +424,7 @@ def test_a_signal_reaches_the_step_which_is_waited_for(number, in_tmp, monkeypat
     pretend(
         in_tmp,
         monkeypatch,
-        f"trap 'sleep 0.2; echo {name} > saved; exit 3' {name}; touch up; while :; do sleep 0.05; done",
+        f"trap 'sleep 0.2; echo {name} > saved; exit 3' {name}; : > up; while :; do :; done",
     )
     monkeypatch.setattr(reproduce, "_is_typed", lambda: False)
     before = signal.getsignal(number)
@@ -604,7 +604,7 @@ def test_a_job_runs_its_step_and_fails_with_it(in_tmp, monkeypatch):
 def test_a_job_whose_time_is_over_lets_its_step_save_and_goes_on_as_another(in_tmp, monkeypatch):
     """As submitit does it: `checkpoint` in a signal's handler, while the job waits for its step."""
     submitit = pytest.importorskip("submitit")
-    script = "trap 'sleep 0.2; echo saved > saved; exit 3' TERM; kill -USR2 $$; touch up; while :; do sleep 0.05; done"
+    script = "trap 'sleep 0.2; echo saved > saved; exit 3' TERM; kill -USR2 $$; : > up; while :; do :; done"
     pretend(in_tmp, monkeypatch, script)
     job, asked = slurm.Job(["pretrain"]), []
 
