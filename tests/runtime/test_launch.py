@@ -147,8 +147,11 @@ def listening(pid: int) -> list[str]:
     """Addresses on which a process and those below it listen."""
     inodes = set()
     for process in (pid, *descendants(pid)):
-        for descriptor in Path(f"/proc/{process}/fd").iterdir():
-            inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            for name in os.listdir(f"/proc/{process}/fd"):  # noqa: PTH208
+                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                    link = os.readlink(f"/proc/{process}/fd/{name}")  # noqa: PTH115
+                    inodes.add(link.removeprefix("socket:[").removesuffix("]"))
     rows = rendezvous.tcp_sockets()
     return [each.local for each in rows if each.state == rendezvous.LISTENING and each.inode in inodes]
 
