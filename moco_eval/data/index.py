@@ -283,22 +283,39 @@ def scan(
                 continue
             visited.add((status.st_dev, status.st_ino))
             folders[relative] = status.st_mtime_ns
-            prefix = relative + b"/" if relative else b""
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    is_folder = entry.is_dir()
-                    if is_left_by_a_system(entry.name, is_folder):
-                        left.append(prefix + entry.name)
-                    elif is_folder:
-                        (links if entry.is_symlink() else waiting).append(prefix + entry.name)
-                    elif entry.name.lower().endswith(wanted):
-                        about = entry.stat()
-                        if not stat.S_ISREG(about.st_mode):
-                            limits.require_regular(os.fsdecode(entry.path), about)
-                        listed.append((prefix + entry.name, about.st_size))
+            _list(path, relative + b"/" if relative else b"", wanted, listed, waiting, links, left)
         except OSError as error:
             raise InputError(f"cannot read {os.fsdecode(error.filename or path)}: {error.strerror}") from None
     return sorted(listed), folders, left
+
+
+def _list(
+    path: bytes,
+    prefix: bytes,
+    wanted: tuple[bytes, ...],
+    listed: list[tuple[bytes, int]],
+    folders: list[bytes],
+    links: list[bytes],
+    left: list[bytes],
+) -> None:
+    """One folder's files that end as `wanted`, its folders, its links to folders, and what is passed over: appended.
+
+    Raises:
+        InputError: a file is a pipe, a socket or a device.
+        OSError: it cannot be looked at.
+    """
+    with os.scandir(path) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir()
+            if is_left_by_a_system(entry.name, is_folder):
+                left.append(prefix + entry.name)
+            elif is_folder:
+                (links if entry.is_symlink() else folders).append(prefix + entry.name)
+            elif entry.name.lower().endswith(wanted):
+                about = entry.stat()
+                if not stat.S_ISREG(about.st_mode):
+                    limits.require_regular(os.fsdecode(entry.path), about)
+                listed.append((prefix + entry.name, about.st_size))
 
 
 def _packed(folder: Path, images: list[tuple[bytes, int]]) -> ImageFiles:

@@ -58,14 +58,7 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[OWN_STORE] = "1"
-    cores = str(max(1, (os.cpu_count() or 1) // nproc))
-    os.environ.setdefault("OMP_NUM_THREADS", cores)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", cores)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")  # seconds for a step and a checkpoint after SIGTERM
+    _prepare(nproc)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -89,6 +82,18 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
     except (SignalException, KeyboardInterrupt):
         return 3
     return 0
+
+
+def _prepare(nproc: int) -> None:
+    """The launcher's log is quiet, and its processes share the cores and have time to save."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[OWN_STORE] = "1"
+    cores = str(max(1, (os.cpu_count() or 1) // nproc))
+    os.environ.setdefault("OMP_NUM_THREADS", cores)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", cores)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")  # seconds for a step and a checkpoint after SIGTERM
 
 
 def _tell_of_first(error: "ChildFailedError") -> None:
