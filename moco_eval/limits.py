@@ -14,6 +14,7 @@ from typing import BinaryIO
 from moco_eval.errors import InputError
 
 SETTING = "MOCO_EVAL_LIMITS"
+WAY_OUT = f"if it is from somebody you trust, raise the limit with {SETTING}=N, which multiplies it"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def require(path: Path | str, name: str, count: int) -> None:
     if not allows(name, count):
         limit = LIMITS[name]
         raise InputError(
-            f"{path} has {count:,} {limit.unit}, and {most(name):,} are the most that one {limit.of} may have; if it "
-            f"is from somebody you trust, raise the limit with {SETTING}=N, which multiplies it"
+            f"{path} has {count:,} {limit.unit}, and {most(name):,} are the most that one {limit.of} may have; {WAY_OUT}"
         )
 
 

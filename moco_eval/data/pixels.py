@@ -45,8 +45,7 @@ def open_image(file: BinaryIO, name: str, formats: tuple[str, ...] = FORMATS) ->
     except Image.DecompressionBombError:
         if not _raise_limit_of_pillow():
             raise InputError(
-                f"{name} has more than the {limits.most('pixels'):,} pixels that one image may have; if it is from "
-                f"somebody you trust, raise the limit with {limits.SETTING}=N, which multiplies it"
+                f"{name} has more than the {limits.most('pixels'):,} pixels that one image may have; {limits.WAY_OUT}"
             ) from None
         image = Image.open(file, formats=formats)
     width, height = image.size

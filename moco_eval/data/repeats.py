@@ -43,7 +43,7 @@ class Repeats:
 
 def repeats(train: ImageSet, test: ImageSet) -> Repeats | None:
     """The test images that are trained on too; None where the sets cannot be compared without decoding all of them."""
-    key = tuple((images.name, images.split, images.fingerprint, images.subset, len(images)) for images in (train, test))
+    key = _key(train, test)
     if key not in _known:
         _known[key] = _compared(train, test)
     return _known[key]
@@ -51,11 +51,17 @@ def repeats(train: ImageSet, test: ImageSet) -> Repeats | None:
 
 def tell_repeats(train: ImageSet, test: ImageSet) -> None:
     """Warn, once for each pair of sets in a process."""
-    key = tuple((images.name, images.split, images.fingerprint, images.subset, len(images)) for images in (train, test))
-    compared_before = key in _known
+    compared_before = _key(train, test) in _known
     copies = repeats(train, test)
     if copies and copies.rows and not compared_before:
         warn(f"{test.name}: {copies.sentence()}")
+
+
+def _key(train: ImageSet, test: ImageSet) -> tuple:
+    """What tells a pair of sets from others."""
+    return tuple(
+        (images.name, images.split, images.fingerprint, images.subset, len(images)) for images in (train, test)
+    )
 
 
 def _compared(train: ImageSet, test: ImageSet) -> Repeats | None:
