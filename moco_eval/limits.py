@@ -88,7 +88,8 @@ def require(path: Path | str, name: str, count: int) -> None:
     if not allows(name, count):
         limit = LIMITS[name]
         raise InputError(
-            f"{path} has {count:,} {limit.unit}, and {most(name):,} are the most that one {limit.of} may have; {WAY_OUT}"
+            f"{path} has {count:,} {limit.unit}, and {most(name):,} are the most that one {limit.of} may have; "
+            f"{WAY_OUT}"
         )
 
 
