@@ -7,6 +7,9 @@ from typing import Any
 from moco_eval.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("bilinear", "bicubic")
+BANDS = "bands"
+MOST_BANDS = 64
 
 
 @dataclass(frozen=True)
@@ -15,24 +18,34 @@ class Preprocessing:
 
     `size` pixels are cut from a resize to `resize`; `mean` and `std` are in the units of `range`, in that order.
     Without `resize`, 224 pixels are cut from 256, and images of another size are taken whole.
+    `interpolation`: of the resize, bilinear or bicubic, with `antialias` as PIL has it.
+    `channels`: RGB or BGR, for photographs of 8 bits; `bands` for images of any number of channels, one `mean` and
+    `std` for each, in the order and the units in which they are stored (`range` is then 0).
     """
 
     size: int = 224
     resize: int = 0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     channels: str = "RGB"
     range: int = 1
+    interpolation: str = "bilinear"
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         if self.resize == 0:
             object.__setattr__(self, "resize", 256 if self.size == 224 else self.size)
 
+    @property
+    def in_channels(self) -> int:
+        """How many channels the images have."""
+        return len(self.mean)
+
     def rgb(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of RGB pixels of 0..1."""
-        order = 1 if self.channels == "RGB" else -1
+        """Mean and standard deviation of RGB pixels of 0..1; of bands, in their own units."""
+        order = -1 if self.channels == "BGR" else 1
         mean, std = self.mean[::order], self.std[::order]
-        return (mean, std) if self.range == 1 else (scaled(mean, self.range), scaled(std, self.range))
+        return (scaled(mean, 255), scaled(std, 255)) if self.range == 255 else (mean, std)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they come back from a file."""
@@ -44,23 +57,31 @@ class Preprocessing:
         if values.get("resize") == 0:
             raise InputError("its preprocessing makes no sense: it resizes to 0 pixels")
         try:
-            found = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+            preprocessing = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
         except (TypeError, KeyError) as error:
             raise InputError(f"its preprocessing is damaged: {error}") from None
-        numbers, sizes = (*found.mean, *found.std), (found.size, found.resize)
-        sound = (
-            len(numbers) == 6
+        if not preprocessing._is_sound():
+            raise InputError(f"its preprocessing makes no sense: {preprocessing}")
+        bands = preprocessing.channels == BANDS
+        if type(preprocessing.range) is not int or preprocessing.range not in ((0,) if bands else (1, 255)):
+            known = "0 stands for the units of bands" if bands else "1 and 255 are known"
+            raise InputError(f"its preprocessing has pixels of 0..{preprocessing.range!r}; {known}")
+        return preprocessing
+
+    def _is_sound(self) -> bool:
+        numbers, sizes = (*self.mean, *self.std), (self.size, self.resize)
+        counts = (3,) if self.channels in ("RGB", "BGR") else range(1, MOST_BANDS + 1)
+        return (
+            len(self.mean) == len(self.std)
+            and len(self.mean) in counts
             and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
-            and min(numbers[3:]) > 0
+            and min(self.std) > 0
             and all(type(side) is int and 0 < side <= 4096 for side in sizes)
-            and found.size <= found.resize
-            and found.channels in ("RGB", "BGR")
+            and self.size <= self.resize
+            and self.channels in ("RGB", "BGR", BANDS)
+            and self.interpolation in INTERPOLATIONS
+            and type(self.antialias) is bool
         )
-        if not sound:
-            raise InputError(f"its preprocessing makes no sense: {found}")
-        if type(found.range) is not int or found.range not in (1, 255):
-            raise InputError(f"its preprocessing has pixels of 0..{found.range!r}; 1 and 255 are known")
-        return found
 
 
 def scaled(values: tuple[float, ...], by: float) -> tuple[float, ...]:
