@@ -16,7 +16,17 @@ Rules = tuple[tuple[str, str | Callable], ...]  # (regular expression, replaceme
 
 IMAGENET = Preprocessing()
 SWAV = Preprocessing(std=(0.228, 0.224, 0.225))  # its red channel is not ImageNet's 0.229
-HALVES = Preprocessing(resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BICUBIC = Preprocessing(interpolation="bicubic")  # 224 of 256: DINO, iBOT, DINOv2, MAE, DeiT, ConvNeXt
+_HALF = (0.5, 0.5, 0.5)
+HALVES = Preprocessing(224, 224, _HALF, _HALF, squash=True)  # transformers' ViTImageProcessor
+HALVES_BICUBIC = replace(HALVES, interpolation="bicubic")  # SigLIP; transformers' BEiT
+CLIP = Preprocessing(  # openai/CLIP@d05afc4, clip/clip.py: _transform; OpenCLIP's own networks alike
+    224,
+    224,
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+    interpolation="bicubic",
+)
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_DEMO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2023, 0.1994, 0.2010))
 CIFAR_SOLO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2470, 0.2435, 0.2616))
@@ -186,10 +196,11 @@ _MOCO_V3 = Layout(
 )
 _DINO = Layout(
     "facebookresearch/dino",
-    "facebookresearch/dino@7c446df: main_dino.py, utils.py",
+    "facebookresearch/dino@7c446df: main_dino.py, utils.py; pixels: eval_knn.py, eval_linear.py (iBOT@c24f870 alike)",
     query=r"student\.backbone\.",
     key=r"teacher\.backbone\.",
     usual="key",
+    preprocessing=BICUBIC,
     settled=True,
 )
 _OPENMMLAB_AVERAGE = r"(encoder_k|target_net|momentum_encoder)"
@@ -555,6 +566,7 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"head(_dist)?\.", "head", _CLASSIFIER),
             (r"decoder_|mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
+        preprocessing=BICUBIC,  # dino@04c0ad9 eval_linear.py, deit@012a100 datasets.py, mae@6a2ba40 main_linprobe.py
     ),
     Layout(
         "torchvision or timm ResNet",
