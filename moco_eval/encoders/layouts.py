@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
 
 FORMAT = "moco-eval/1"
@@ -31,6 +32,32 @@ _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_DEMO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2023, 0.1994, 0.2010))
 CIFAR_SOLO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2470, 0.2435, 0.2616))
 
+ANYBODYS_VIT = Doubt(
+    ("interpolation", "mean", "std"),
+    "the names of a plain ViT do not tell its pixels; a bicubic resize and ImageNet's mean and std were taken, as "
+    "DINO, MAE and DeiT have. MoCo v3's resize is bilinear, timm's own weights often want mean and std 0.5. This "
+    "settles it",
+    BICUBIC,
+)
+_HF_DOUBT = Doubt(
+    ("mean", "std"),
+    "no preprocessor_config.json says its pixels; mean and std 0.5 were taken, as Google's ViTs have. DINO's, MAE's, "
+    "MSN's and others want ImageNet's",
+    IMAGENET,
+)
+_TORCHVISION_DOUBT = Doubt(
+    ("interpolation",),
+    "torchvision's ViTs do not say whether they are of its SWAG weights, whose resize is bicubic; bilinear was taken, "
+    "as the others have. This settles it",
+    IMAGENET,
+)
+_OPENMMLAB_DOUBT = Doubt(
+    ("interpolation", "mean", "std"),
+    "OpenMMLab's ViT backbones do not tell their method's pixels; a bilinear resize and ImageNet's mean and std were "
+    "taken, as its MoCo v3 has. MAE's resize is bicubic, its supervised ViTs want mean and std 0.5. This settles it",
+    IMAGENET,
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,6 +78,7 @@ class Layout:
         variants: what the shapes do not tell of the architecture, as rules on its name.
         preprocessing: what the weights expect; None where the file itself says.
         cifar: the same for a network with the CIFAR stem; None where nothing says.
+        pixel_doubt: what nothing tells of a ViT's pixels.
         norm_eps: of the layer norms, where it is not timm's 1e-6.
         folded: batch norm's statistics are folded into its scale and shift, and 0 and 1 stand for them.
         settled: the code base leaves none of that open.
@@ -71,6 +99,7 @@ class Layout:
     variants: Rules = ()
     preprocessing: Preprocessing | None = IMAGENET
     cifar: Preprocessing | None = None
+    pixel_doubt: Doubt | None = None
     norm_eps: float | None = None
     folded: bool = False
     settled: bool = False
@@ -543,6 +572,7 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"decoder\.|(vit\.)?embeddings\.mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
         preprocessing=HALVES,
+        pixel_doubt=_HF_DOUBT,
         norm_eps=1e-12,
     ),
     Layout(
@@ -551,12 +581,14 @@ LAYOUTS: tuple[Layout, ...] = (
         marks=(r"^encoder\.layers\.encoder_layer_\d+\.", r"^conv_proj\."),
         names=_TORCHVISION_VIT,
         dropped=((r"heads\.", "heads", _CLASSIFIER),),
+        pixel_doubt=_TORCHVISION_DOUBT,
     ),
     Layout(
         "OpenMMLab ViT backbone",
         "open-mmlab/mmpretrain@ee7f2e8: models/backbones/vision_transformer.py",
         marks=(r"^layers\.\d+\.ffn\.layers\.", r"^patch_embed\.projection\."),
         names=_OPENMMLAB_VIT,
+        pixel_doubt=_OPENMMLAB_DOUBT,
     ),
     Layout(
         "timm ViT",
@@ -566,6 +598,7 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"head(_dist)?\.", "head", _CLASSIFIER),
             (r"decoder_|mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
+        pixel_doubt=ANYBODYS_VIT,
         preprocessing=BICUBIC,  # dino@04c0ad9 eval_linear.py, deit@012a100 datasets.py, mae@6a2ba40 main_linprobe.py
     ),
     Layout(
