@@ -7,6 +7,7 @@ Reading, proof of load and export work from the row alone. A leading `module.` (
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
@@ -615,3 +616,11 @@ PREFIXED = Layout(
     "nothing but the names below the prefix",
     names=_CHILDREN,
 )
+
+
+def completed(pixels: Any, origin: Any) -> Any:
+    """What a copy says of its pixels; one of 0.1.0 says no interpolation, which is then its source's layout's."""
+    if not isinstance(pixels, dict) or "interpolation" in pixels:
+        return pixels
+    rows = (row.preprocessing for row in LAYOUTS if row.origin == origin and row.preprocessing)
+    return pixels | {"interpolation": next((own.interpolation for own in rows), "bilinear")}

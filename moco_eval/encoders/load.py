@@ -14,7 +14,7 @@ from moco_eval.encoders.architectures import Architecture, VisionTransformer, ar
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layouts import ANYBODYS_VIT, PREFIXED, SAFETENSORS, Layout, rename
+from moco_eval.encoders.layouts import ANYBODYS_VIT, PREFIXED, SAFETENSORS, Layout, completed, rename
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
 from moco_eval.encoders.naming import run_name, safe_name, sha256_of_checkpoint
 from moco_eval.encoders.pixel_choice import Doubt, with_pixels
@@ -51,7 +51,9 @@ def load(
         InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite; senseless
             pixels, or another size than a ViT takes.
     """
-    given = pixels or {}
+    given = {} if pixels is None else pixels
+    if not isinstance(given, Mapping):
+        raise InputError(f"--pixels is a {type(given).__name__}; give a dict, such as {{'interpolation': 'bicubic'}}")
     chosen = with_pixels(_load(source, arch, encoder, seed, key, given), given)
     if given and chosen.preprocessing and chosen.arch != "pixels":
         _require_its_size("--pixels", chosen.preprocessing, architecture(chosen.arch))
@@ -359,7 +361,7 @@ def _own_preprocessing(checkpoint: Checkpoint) -> Preprocessing | None:
     if values is None:
         return None
     try:
-        return Preprocessing.from_dict(values)
+        return Preprocessing.from_dict(completed(values, checkpoint.values.get("origin")))
     except InputError as error:
         raise InputError(f"{checkpoint.path}: {error}") from None
 

@@ -14,7 +14,7 @@ from moco_eval.config import yaml_read
 from moco_eval.encoders.architectures import VisionTransformer, architecture, sized
 from moco_eval.encoders.image_processor import ForeignProcessor, pixels_of
 from moco_eval.encoders.infer import expected
-from moco_eval.encoders.layouts import BICUBIC, CLIP, HALVES, HALVES_BICUBIC, IMAGENET
+from moco_eval.encoders.layouts import BICUBIC, CLIP, HALVES, HALVES_BICUBIC, IMAGENET, completed
 from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import INTERPOLATIONS, Preprocessing
@@ -148,7 +148,7 @@ def _ours(values: dict[str, Any], sha256: str) -> dict[str, Any]:
     kept = {name: values.get(name) for name in ("arch", "norm_eps", "which", "usual", "pretraining")}
     if not isinstance(kept["pretraining"], dict | None):
         raise TypeError(f"its pretraining is {kept['pretraining']!r}")
-    return kept | _pixels(values.get("preprocessing"))
+    return kept | _pixels(completed(values.get("preprocessing"), values.get("origin")))
 
 
 # Hugging Face

@@ -224,3 +224,26 @@ def test_a_wrapped_network_states_its_own():
 
 def test_an_unknown_key_is_refused_for_any_encoder(tmp_path):
     assert "there is no such key" in error(written(tmp_path, body(0)), pixels={"crop": 3})
+
+
+@pytest.mark.parametrize(("layout", "interpolation"), [("dino ViT", "bicubic"), ("moco-v3 ViT", "bilinear")])
+@pytest.mark.parametrize("to", ["timm", "safetensors"])
+def test_a_copy_of_an_earlier_version_has_its_methods_interpolation(layout, interpolation, to, tmp_path, monkeypatch):
+    """It says mean, std and sizes alone."""
+    from moco_eval.encoders.export.convert import convert
+
+    whole = Preprocessing.to_dict
+
+    def earlier(pixels: Preprocessing) -> dict:
+        values = whole(pixels)
+        return {key: values[key] for key in ("size", "resize", "mean", "std", "channels", "range")}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Preprocessing, "to_dict", earlier)
+        convert(written(tmp_path, FILES[layout]().values), tmp_path / "copy.safetensors", to)
+    assert load(str(tmp_path / "copy.safetensors")).preprocessing.interpolation == interpolation
+
+
+def test_pixels_in_python_are_a_dict(tmp_path):
+    with pytest.raises(ValueError, match=r"^pixels is a Preprocessing; give a dict"):
+        me.load(written(tmp_path, body(0, VIT)), pixels=me.Preprocessing())
