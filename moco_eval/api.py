@@ -24,7 +24,7 @@ from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
-from moco_eval.data.catalogue import open_splits, preprocessing_for
+from moco_eval.data.catalogue import open_splits, preprocessing_on
 from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
@@ -143,7 +143,8 @@ def features(
     if precision not in ("fp32", "tf32", "bf16"):
         raise InputError(f"precision is {precision!r}; take fp32, tf32 or bf16")
     with _as_guest(encoder, device) as (current, place):
-        pixels = preprocessing_for(images.name, current.preprocessing)
+        channels = images.channels if current.arch == "pixels" else current.network.in_channels
+        pixels = preprocessing_on(images, current.preprocessing, channels)
         source = Source(current, images, pixels, feature, None, precision, batch_size, workers)
         kept = features_of(source, Path(cache) if cache is not None else None, place)
         return kept.tensor().numpy(), source.key()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval.data.catalogue import preprocessing_for
+from moco_eval.data.catalogue import preprocessing_on
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.features.cache import Features, Source, several_features_of
@@ -38,7 +38,10 @@ class Task:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return preprocessing_for(self.train.name, self.encoder.preprocessing)
+        """What the images become for the encoder. Raises InputError where they have other channels than it takes."""
+        encoder = self.encoder
+        channels = self.train.channels if encoder.arch == "pixels" else encoder.network.in_channels
+        return preprocessing_on(self.train, encoder.preprocessing, channels)
 
     def training_images(self, seed: int) -> ImageSet:
         """The training images of a trial."""
