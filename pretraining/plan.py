@@ -207,7 +207,7 @@ def of_channels(config: PretrainConfig, images: ImageSet) -> PretrainConfig:
     if "," in config.arch and arch.channels != channels:
         raise InputError(
             f"arch {config.arch} takes {arch.channels} channels, and the images of {images.name} have {channels}; take "
-            f"--arch {config.arch.partition(',')[0]}, which follows the images"
+            f"--set arch={config.arch.partition(',')[0]}, which follows the images"
         )
     if not images.bands:
         return config

@@ -1,6 +1,7 @@
 """Image data sets by name: built in, in memory, in class folders, flat, in tar shards, as published, in VOC format."""
 
 import hashlib
+import math
 import os
 import unicodedata
 from collections.abc import Callable
@@ -339,13 +340,16 @@ def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Prepr
     return encoder_says or SMALL.get(dataset, Preprocessing())
 
 
-def preprocessing_on(images: ImageSet, encoder_says: Preprocessing | None, channels: int) -> Preprocessing:
+def preprocessing_on(
+    images: ImageSet, encoder_says: Preprocessing | None, channels: int, size: int | None = None
+) -> Preprocessing:
     """What the images become for an encoder: its own contract; where it has none, the data set's.
 
     A network of RGB images sees three bands less their own mean, over their own standard deviation.
 
     Args:
         channels: of the images that the network takes.
+        size: of the only images that it takes, in pixels; None where others will do.
     Raises:
         InputError: the images have other channels than the network takes.
     """
@@ -367,7 +371,7 @@ def preprocessing_on(images: ImageSet, encoder_says: Preprocessing | None, chann
             f"the network takes RGB of 0 to 255 as they are, and {bands.path} has bands of other units; take a network "
             "trained on such bands, or convert them to RGB of 8 bits"
         )
-    usual = own or Preprocessing()
+    usual = own or (Preprocessing(size, math.ceil(size * 256 / 224)) if size else Preprocessing())
     return replace(
         bands.preprocessing(usual.size, usual.resize), interpolation=usual.interpolation, antialias=usual.antialias
     )
@@ -377,7 +381,7 @@ def _other_channels(images: ImageSet, channels: int) -> str:
     """What a network of other channels than the images have, and what to do, in words."""
     bands = images.bands
     both = f"the network takes images of {channels} channels, and those of {images.name} have {images.channels}"
-    trained = f"take a network trained on {images.channels} (moco-eval pretrain CONFIG --dataset {images.name})"
+    trained = f"take one trained on {images.channels} channels (moco-eval pretrain CONFIG --dataset {images.name})"
     if not bands:
         return (
             f"{both} (RGB of 8 bits); {trained}, or give images of {channels} channels with a {FILE} (docs/datasets.md)"
