@@ -22,9 +22,11 @@ def expected(arch: str) -> dict[str, Tensor]:
         return dict(build_backbone(arch).state_dict())
 
 
-def infer(source: str, tensors: Mapping[str, Tensor]) -> str:
+def infer(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None) -> str:
     """The architecture of these backbone tensors, under torchvision's names or timm's.
 
+    Args:
+        prefer: of several with the same tensors, a regular expression on the name of the one to take.
     Raises:
         InputError: they are of none that we build; the message says what they are.
     """
@@ -83,7 +85,13 @@ def _resnet(tensors: Mapping[str, Tensor]) -> str | None:
         groups=groups,
         group_width=int(second[0] / groups / width) if bottleneck else 64,
     )
-    return next((name for name, arch in ARCHITECTURES.items() if arch == resnet), None)
+    name = next((name for name, arch in ARCHITECTURES.items() if arch == resnet), None)
+    return name and with_channels(name, stem[1])
+
+
+def with_channels(name: str, channels: int) -> str:
+    """An architecture's name with the channels of its images, where they are not 3."""
+    return name if channels == 3 else f"{name},channels={channels}"
 
 
 _FIRST_BLOCK = ("layer1.0.conv1", "layer1.0.conv2")
@@ -125,7 +133,7 @@ def _transformers(tensors: Mapping[str, Tensor]) -> list[str]:
         return []
     shape = (patches[0], _depth(tensors))
     return [
-        f"vit_{name}_patch{patches[2]}_{side * patches[2]}"
+        with_channels(f"vit_{name}_patch{patches[2]}_{side * patches[2]}", patches[1])
         for name, (dim, depth, _) in TRANSFORMERS.items()
         if (dim, depth) == shape
     ]

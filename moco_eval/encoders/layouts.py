@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from moco_eval.preprocessing import Preprocessing
 
 FORMAT = "moco-eval/1"
@@ -36,7 +38,9 @@ class Layout:
         usual: which of them the method's own evaluation takes.
         head, key_head: what precedes the projection head, a plain sequence of layers with ReLUs; None where it is
             absent or of another kind.
-        names: to torchvision's names (timm's for a ViT), applied to what follows the prefix.
+        names: to torchvision's names (timm's for other networks), applied to what follows the prefix.
+        convert: the backbone's tensors under those names to the network's own, where values change too.
+        prefer: of several architectures with the same tensors, a regular expression on the method's own.
         dropped: (regular expression, part, reason) of further tensors that an evaluation does not use.
         variants: what the shapes do not tell of the architecture, as rules on its name.
         preprocessing: what the weights expect; None where the file itself says.
@@ -57,6 +61,8 @@ class Layout:
     head: str | None = None
     key_head: str | None = None
     names: Rules = ()
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    prefer: str | None = None
     dropped: tuple[tuple[str, str, str], ...] = ()
     variants: Rules = ()
     preprocessing: Preprocessing | None = IMAGENET

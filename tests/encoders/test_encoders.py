@@ -817,13 +817,15 @@ def without(tensors: dict, ending: str) -> dict:
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 12, 13])
 @pytest.mark.parametrize("arch", [ARCH, VIT])
-def test_other_channels_are_named(channels, arch, tmp_path):
+def test_networks_for_other_channels_are_loaded_and_their_pixels_left_open(channels, arch, tmp_path):
     name, shape = (
         ("conv1.weight", (16, channels, 7, 7)) if arch == ARCH else ("patch_embed.proj.weight", (48, channels, 16, 16))
     )
-    message = error(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
-    assert f"for images of {channels} channel{'s' * (channels > 1)} instead of 3" in message
-    assert "moco_eval.wrap" in message and "altered" not in message
+    encoder = load(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
+    assert encoder.arch == f"{arch},channels={channels}" and encoder.preprocessing is None
+    assert encoder.network.in_channels == channels
+    assert any(f"images of {channels} channels" in warning for warning in encoder.warnings)
+    assert encoder.backbone(torch.ones(1, channels, 32, 32)).shape == (1, encoder.feature_dim)
 
 
 @pytest.mark.parametrize(
