@@ -74,7 +74,8 @@ class Bands:
             InputError: unreadable, of another number of bands, or with values that are not finite.
         """
         values = self.read_all(data, name)
-        return np.ascontiguousarray(values[list(self.taken)] if self.taken else values, dtype=np.float32)
+        taken = values[list(self.taken)] if self.taken else values
+        return np.array(taken, dtype=np.float32, order="C")  # always a copy: a tensor of it may be written to
 
     def read_all(self, data: bytes, name: str) -> np.ndarray:
         """All bands of an image as they are stored, (C, H, W)."""

@@ -383,9 +383,7 @@ def _other_channels(images: ImageSet, channels: int) -> str:
     both = f"the network takes images of {channels} channels, and those of {images.name} have {images.channels}"
     trained = f"take one trained on {images.channels} channels (moco-eval pretrain CONFIG --dataset {images.name})"
     if not bands:
-        return (
-            f"{both} (RGB of 8 bits); {trained}, or give images of {channels} channels with a {FILE} (docs/datasets.md)"
-        )
+        return f"{both} (RGB of 8 bits); {trained}, or give images of {channels} channels and a {FILE} beside them"
     if bands.stored > channels:
         few = f"{list(range(channels, 0, -1))}, say," if channels <= 4 else f"{channels} numbers"
         return f"{both}; {trained}, or choose {channels} of the bands: a list `bands` of {few} in {bands.path}"

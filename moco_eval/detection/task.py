@@ -157,8 +157,8 @@ def _check_channels(encoder: Encoder) -> None:
     if channels != 3 or of_bands:
         kind = f"images of {channels} channels" if channels != 3 else "three bands in units of their own"
         raise InputError(
-            f"detect trains on photographs of 3 channels, RGB of 8 bits, and {encoder.source} takes {kind}; judge it by "
-            "the classification protocols, or take an encoder of RGB images"
+            f"detect trains on photographs of 3 channels, RGB of 8 bits, and {encoder.source} takes {kind}; judge it "
+            "by the classification protocols, or take an encoder of RGB images"
         )
 
 
