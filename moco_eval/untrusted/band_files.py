@@ -95,13 +95,15 @@ def _page(page: Any, name: str, data: bytes) -> np.ndarray:
     if page.photometric == 3:
         raise InputError(f"{name} has a palette, so its values are no bands; save it without")
     require_sides(name, page.chunks)
+    if sum(page.databytecounts) > len(data):
+        raise InputError(f"{name} is of parts that are longer than the file, {len(data):,} bytes; remove or replace it")
     if page.compression in DEFLATE:
         _require_bounded(page, name, data)
     elif page.compression != 1:
         kind = getattr(page.compression, "name", page.compression)
         raise InputError(f"{name} is compressed by {kind}; {READ}")
     interleaved = page.samplesperpixel > 1 and page.planarconfig == 1
-    values = page.asarray().reshape(_stored_shape(page, interleaved))
+    values = page.asarray(maxworkers=1).reshape(_stored_shape(page, interleaved))
     return values.transpose(2, 0, 1) if interleaved else values
 
 
@@ -114,9 +116,8 @@ def _require_bounded(page: Any, name: str, data: bytes) -> None:
     """Raises InputError where a packed part holds more than it stands for; zlib is asked for no more than that."""
     most = math.prod(page.chunks) * page.dtype.itemsize
     for offset, count in zip(page.dataoffsets, page.databytecounts):
-        unpacker = zlib.decompressobj()
-        unpacker.decompress(data[offset : offset + count], most + 1)
-        if not unpacker.eof and len(unpacker.decompress(unpacker.unconsumed_tail, 1)):
+        packed = memoryview(data)[offset : offset + count]
+        if len(zlib.decompressobj().decompress(packed, most + 1)) > most:
             raise InputError(f"{name} has a packed part of more than the {most:,} bytes it stands for; replace it")
 
 
