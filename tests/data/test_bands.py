@@ -100,7 +100,7 @@ def test_images_of_other_formats_are_read_as_stored():
         (pages(np.zeros((2, 9, 9, 3), np.uint8), photometric="rgb"), "2 pages of 3 channels"),
         (
             tiff(np.zeros((4, 9, 9), np.uint8), compression="lzma"),
-            "compressed by LZMA; uncompressed and Deflate are read",
+            "compressed by LZMA; uncompressed and Deflate",
         ),
         (b"<html>", "a web page in place of the image"),
         (b"", "empty"),
