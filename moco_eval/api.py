@@ -24,7 +24,7 @@ from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
-from moco_eval.data.catalogue import open_splits, preprocessing_for
+from moco_eval.data.catalogue import open_splits
 from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
@@ -34,6 +34,7 @@ from moco_eval.encoders import wrap as wrapping
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.features.cache import Source, features_of
+from moco_eval.features.expected_pixels import expected_pixels
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results import compare as comparing
 from moco_eval.results.compare import Comparison
@@ -152,7 +153,7 @@ def features(
     if precision not in ("fp32", "tf32", "bf16"):
         raise InputError(f"precision is {precision!r}; take fp32, tf32 or bf16")
     with _as_guest(encoder, device) as (current, place):
-        pixels = preprocessing_for(images.name, current.preprocessing)
+        pixels = expected_pixels(current, images)
         source = Source(current, images, pixels, feature, None, precision, batch_size, workers)
         kept = features_of(source, Path(cache) if cache is not None else None, place)
         return kept.tensor().numpy(), source.key()

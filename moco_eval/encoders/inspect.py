@@ -6,6 +6,7 @@ from typing import Any
 from moco_eval.encoders.fingerprint import activations_sha256, probe_features
 from moco_eval.encoders.head import head_shape
 from moco_eval.encoders.load import load
+from moco_eval.preprocessing import BANDS
 
 
 def describe(
@@ -52,10 +53,11 @@ def _preprocessing(values: dict[str, Any] | None) -> str:
     if values is None:
         return "not said; the data set's own is taken"
     numbers = {name: ", ".join(f"{value:g}" for value in values[name]) for name in ("mean", "std")}
-    return (
-        f"{values['channels']} in 0..{values['range']}, mean {numbers['mean']}, std {numbers['std']}, "
-        f"{_resize(values)}, crop {values['size']}"
-    )
+    if values["channels"] == BANDS:
+        pixels = f"{len(values['mean'])} bands in the units in which they are stored"
+    else:
+        pixels = f"{values['channels']} in 0..{values['range']}"
+    return f"{pixels}, mean {numbers['mean']}, std {numbers['std']}, {_resize(values)}, crop {values['size']}"
 
 
 def _resize(values: dict[str, Any]) -> str:

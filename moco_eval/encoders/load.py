@@ -205,7 +205,8 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
             questions.append(_HF_RESNET)
         if _is_segmenter(checkpoint) or _says_dilated(checkpoint.values):
             questions.append(_DILATED)
-    if shape.channels != 3:
+    stated_by_file = layout.preprocessing is None and checkpoint.values.get("preprocessing")
+    if shape.channels != 3 and not (stated_by_file or settings.preprocessing):
         questions.append(_CHANNELS.format(channels=shape.channels))
     stated = checkpoint.values.get("arch")
     if isinstance(stated, str) and layout.format is None and not override and not arch.startswith(stated.lower()):
