@@ -65,14 +65,19 @@ def _raise_limit_of_pillow() -> bool:
 
 
 def pixels_in_scans(data: bytes, pixels: int) -> int:
-    """How many pixels the decoder of a JPEG image goes over: all of them again for each scan, of which 30 bytes do.
+    """How many pixels the decoder of a JPEG image goes over at most: all of them again for each scan.
 
-    A progressive file has about ten; 0 for other formats.
+    A progressive file has about ten. Looked at closely only where the limit may be passed; 0 for other formats.
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return 0
-    at_most = data.count(b"\xff\xda")  # also by chance, and in what follows the image, such as a phone's film
+    at_most = len(data) // SHORTEST_SCAN
+    if not limits.allows("scans", pixels * at_most):
+        at_most = data.count(b"\xff\xda")  # also by chance, and in what follows the image, such as a phone's film
     return pixels * (at_most if limits.allows("scans", pixels * at_most) else _scans(data))
+
+
+SHORTEST_SCAN = 10  # bytes: the marker, a length, one component, three numbers
 
 
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
