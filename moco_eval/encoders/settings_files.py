@@ -28,6 +28,7 @@ class FileSettings:
         preprocessing: what the weights expect.
         arch: the architecture's name (ours alone says it).
         heads: of a ViT's attention.
+        activation: of the MLPs of CLIP or SigLIP, by timm's name.
         norm_eps: of its layer norms.
         stride_in_1x1: a bottleneck strides in its first convolution.
         which, usual: the encoder that a copy was made of, and the one that its method evaluates (ours).
@@ -39,6 +40,7 @@ class FileSettings:
     preprocessing: Preprocessing | None = None
     arch: str | None = None
     heads: int | None = None
+    activation: str | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool | None = None
     which: str | None = None
@@ -119,7 +121,7 @@ def _files(checkpoint: Path, sha256: str, arch: str) -> list[_File]:
         (f"{checkpoint.name}.json", a_copy, lambda values: _ours(values, sha256)),
         ("config.json", timm, lambda values: _timm(values, arch)),
         ("config.json", hugging_face, lambda values: _hugging_face(values, checkpoint, arch)),
-        (_PROCESSOR, hugging_face, lambda values: _pixels(_processor(values))),
+        (_PROCESSOR, hugging_face, lambda values: _pixels(_processor(values, arch))),
         ("config.yaml", detectron2, lambda values: _detectron2(values, arch)),
     ]
 
@@ -158,10 +160,13 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
     """
     if "model_type" not in values:
         return {}
+    if isinstance(values.get("vision_config"), dict):  # of images and texts
+        values = values["vision_config"] | {"model_type": values["model_type"]}
     _require_this_network(values, arch)
+    activation = _ACTIVATIONS.get(values["model_type"].partition("_")[0], {}).get(values.get("hidden_act"))
     odd = {
         "downsample_in_first_stage": values.get("downsample_in_first_stage", False) is not False,
-        "hidden_act": values.get("hidden_act") not in (None, "relu" if values["model_type"] == "resnet" else "gelu"),
+        "hidden_act": activation is None and values.get("hidden_act") not in (None, _activation(values)),
         "qkv_bias": values.get("qkv_bias", True) is not True,
     }
     if wrong := [name for name, true in odd.items() if true]:
@@ -169,6 +174,7 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
     heads, eps = values.get("num_attention_heads"), values.get("layer_norm_eps")
     settings = {
         "heads": int(heads) if heads is not None else None,
+        "activation": activation,
         "norm_eps": float(eps) if eps is not None else None,
         "stride_in_1x1": values.get("downsample_in_bottleneck"),
     }
@@ -176,11 +182,20 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
     if not os.path.lexists(processor):
         return settings
     try:
-        return settings | _pixels(_processor(_contents(processor)))
+        return settings | _pixels(_processor(_contents(processor), arch))
     except _Foreign as error:
         return settings | {"warnings": _left_aside({_PROCESSOR: str(error)}, arch)}
 
 
+def _activation(values: dict[str, Any]) -> str:
+    """The only one that is built here, but for CLIP's and SigLIP's."""
+    if values["model_type"] == "resnet":
+        return "relu"
+    return "silu" if values["model_type"] == "dinov3_vit" and values.get("use_gated_mlp") else "gelu"
+
+
+_CLIPS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, dict[Any, str]] = {"clip": _CLIPS, "siglip": _CLIPS, "siglip2": _CLIPS}  # to timm's names
 VITS = ("vit", "deit", "vit_msn", "vit_mae", "vit_hybrid", "ijepa")  # model_type of networks with ViT's tensors
 
 
@@ -188,6 +203,7 @@ def _require_this_network(values: dict[str, Any], arch: str) -> None:
     """Raises _Foreign where model, depths or widths are others than the tensors'; _NotBuilt for oblong images."""
     kind, shape = values["model_type"], architecture(arch)
     if isinstance(shape, TimmNetwork):
+        _require_this_transformer(values, shape)
         return
     if kind not in (VITS if isinstance(shape, VisionTransformer) else ("resnet",)):
         raise _Foreign(f"of a model {shown(kind)!r}")
@@ -209,10 +225,25 @@ def _require_this_network(values: dict[str, Any], arch: str) -> None:
             raise _Foreign(f"of a {kind} with {name} {shown(there, 40)}, not {value}")
 
 
-def _processor(values: dict[str, Any]) -> dict[str, Any] | None:
+def _require_this_transformer(values: dict[str, Any], network: TimmNetwork) -> None:
+    """The same for a transformer of timm's."""
+    blocks = getattr(network.layers, "blocks", None)
+    if blocks is None or "hidden_size" not in values:
+        return
+    ours = {"hidden_size": network.feature_dim, "num_hidden_layers": len(blocks)}
+    for name, value in ours.items():
+        if values.get(name) not in (None, value):
+            raise _Foreign(f"of a {shown(values['model_type'], 40)} with {name} {shown(values[name], 40)}, not {value}")
+
+
+_PROCESSORS = "ViT|DeiT|ConvNext|Bit|ResNet|AutoImage|Base"
+
+
+def _processor(values: dict[str, Any], arch: str) -> dict[str, Any] | None:
     """Of an image processor: the shorter side or a square, then perhaps a centre crop."""
     kind = values.get("image_processor_type", values.get("feature_extractor_type"))
-    if isinstance(kind, str) and not re.match(r"(ViT|DeiT|ConvNext|Bit|ResNet|AutoImage|Base)", kind):
+    known = _PROCESSORS + ("|CLIP|Siglip|Beit|DINOv3" if isinstance(architecture(arch), TimmNetwork) else "")
+    if isinstance(kind, str) and not re.match(f"({known})", kind):
         raise _Foreign(f"a {shown(kind, 40)}'s")
     if "image_mean" not in values:
         return None
