@@ -373,7 +373,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "lightly's own CIFAR ResNet",
         "lightly-ai/lightly@e8d317f: lightly/models/resnet.py",
         marks=(r"^(\w*backbone\w*\.)?[2-5]\.\d\.shortcut\.",),
-        refused="it has no ReLU after its first batch norm, as no ResNet of torchvision's; it is not built here",
+        refused="it has no ReLU after its first batch norm, as no ResNet of torchvision's, and is not built here; "
+        "build it with lightly and give it to moco_eval.wrap",
     ),
     Layout(
         "lightly DINO",
@@ -383,7 +384,11 @@ LAYOUTS: tuple[Layout, ...] = (
         key=r"(teacher_backbone|backbone)\.(vit\.)?",
         usual="key",
         names=_CHILDREN,
-        dropped=((r"(student|teacher)?_?(projection_)?head\.", "heads", _OTHER_HEAD), *_LIGHTLY_DROPPED),
+        dropped=(
+            (r"((student|teacher)_)?(\w+_)?head\.", "heads", _OTHER_HEAD),
+            (r"\w+_criterion\.", "criteria", "the centres of the losses"),
+            *_LIGHTLY_DROPPED,
+        ),
     ),
     Layout(
         "lightly",

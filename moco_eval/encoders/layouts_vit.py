@@ -212,6 +212,24 @@ _HF_CLIP = Layout(
     norm_eps=1e-5,
 )
 
+_LIGHTLY_TORCHVISION = Layout(
+    "lightly with torchvision's ViT",
+    f"{_LIGHTLY}/simmim.py, msn.py, pmsn.py",
+    marks=(r"^backbone\.vit\.conv_proj\.", r"^backbone\.vit\.encoder\.layers\."),
+    query=r"backbone\.vit\.",
+    names=_TORCHVISION_NAMES,
+    dropped=(
+        (r"((anchor_)?backbone\.)?mask_token$", "mask_token", _MASKED),
+        (r"(anchor_)?backbone\.vit\.heads\.", "heads", _CLASSIFIER),
+        (r"(anchor_)?projection_head\.", "projection heads", _OTHER_HEAD),
+        (r"prototypes(\.|$)", "prototypes", "the clusters of pretraining"),
+        (r"decoder\.", "decoder", "the prediction of pixels, for pretraining"),
+        (r"criterion\.", "criterion", "of the loss"),
+    ),
+    preprocessing=BILINEAR,
+    settled=True,
+)
+
 # Methods and libraries by their own marks. Rows of a method's training stand before those of its networks.
 TRANSFORMERS_OF_METHODS: tuple[Layout, ...] = (
     replace(
@@ -362,26 +380,15 @@ TRANSFORMERS_OF_METHODS: tuple[Layout, ...] = (
         preprocessing=BILINEAR,
         norm_eps=1e-12,
     ),
-    Layout(
-        "lightly MSN, PMSN or SimMIM",
-        f"{_LIGHTLY}/msn.py, pmsn.py, simmim.py",
-        marks=(r"^(anchor_)?backbone\.vit\.conv_proj\.", r"^(anchor_)?backbone\.vit\.encoder\.layers\."),
+    replace(
+        _LIGHTLY_TORCHVISION,
+        origin="lightly MSN or PMSN",
+        marks=(r"^anchor_backbone\.vit\.conv_proj\.",),
         query=r"anchor_backbone\.vit\.",
         key=r"backbone\.vit\.",
         usual="key",
-        names=_TORCHVISION_NAMES,
-        dropped=(
-            (r"(anchor_)?backbone\.mask_token$", "mask_token", _MASKED),
-            (r"mask_token$", "mask_token", _MASKED),
-            (r"(anchor_)?backbone\.vit\.heads\.", "heads", _CLASSIFIER),
-            (r"(anchor_)?projection_head\.", "projection heads", _OTHER_HEAD),
-            (r"prototypes(\.|$)", "prototypes", "the clusters of pretraining"),
-            (r"decoder\.", "decoder", "the prediction of pixels, for pretraining"),
-            (r"criterion\.", "criterion", "of the loss"),
-        ),
-        preprocessing=BILINEAR,
-        settled=True,
     ),
+    _LIGHTLY_TORCHVISION,
     Layout(
         "facebookresearch/dinov3",
         "facebookresearch/dinov3@6876159: dinov3/models/vision_transformer.py, hub/backbones.py",

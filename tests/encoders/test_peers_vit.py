@@ -212,3 +212,123 @@ def test_open_clip(quick, tmp_path):
             encoder = load(str(path), arch=f"{encoder.arch},act_layer=quick_gelu")
             assert not any("QuickGELU" in warning for warning in encoder.warnings)
         require_close(encoder.head(encoder.backbone(images(32))), net.encode_image(images(32)))
+
+
+# lightly's examples, which are scripts: their modules under the same names, small
+
+
+def module(**parts: nn.Module) -> nn.Module:
+    whole = nn.Module()
+    for name, part in parts.items():
+        setattr(whole, name, part)
+    return whole
+
+
+def lightlys(method: str) -> tuple[nn.Module, str]:
+    """A method's modules under its example's names, and the one whose class token is evaluated."""
+    modules = pytest.importorskip("lightly.models.modules", reason="lightly is not installed (pip install '.[peers]')")
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import heads
+    from timm.models.vision_transformer import VisionTransformer
+    from torchvision.models import VisionTransformer as TorchvisionTransformer
+
+    def timms(**given) -> nn.Module:
+        net = VisionTransformer(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3, **given)
+        return modules.MaskedVisionTransformerTIMM(vit=net, pos_embed_initialization="skip")
+
+    def torchvisions() -> nn.Module:
+        net = TorchvisionTransformer(32, 16, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192)
+        return modules.MaskedVisionTransformerTorchvision(vit=net)
+
+    def dino() -> nn.Module:
+        return heads.DINOProjectionHead(48, 16, 8, 9)
+
+    if method in ("ibot", "dinov2", "capi"):
+        given = {"reg_tokens": 7} if method == "capi" else {"init_values": 1e-5}
+        whole = module(teacher_backbone=timms(**given), student_backbone=timms(**given))
+        whole.student_head, whole.teacher_head = dino(), dino()
+        if method == "ibot":
+            whole.student_cls_head, whole.teacher_patch_head = whole.student_head, whole.teacher_head
+            whole.cls_criterion = DINOLoss(output_dim=9)
+        if method == "dinov2":
+            whole.student_head = module(dino_head=dino(), ibot_head=dino())
+        return whole, "teacher_backbone"
+    if method == "pixio":
+        decoder = {
+            "decoder_embed": nn.Linear(48, 32),
+            "decoder": nn.Linear(32, 32),
+            "prediction_head": nn.Linear(32, 9),
+        }
+        return module(backbone=timms(reg_tokens=7), **decoder), "backbone"
+    whole = module(backbone=torchvisions())
+    if method == "msn":
+        whole.anchor_backbone = torchvisions()
+        whole.projection_head, whole.anchor_projection_head = (heads.MSNProjectionHead(48, 16, 8) for _ in range(2))
+        whole.prototypes = nn.Linear(8, 9, bias=False).weight
+    else:
+        whole.decoder, whole.mask_token = nn.Linear(48, 9), nn.Parameter(torch.zeros(1, 1, 48))
+    return whole, "backbone"
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("method", ["ibot", "dinov2", "capi", "pixio", "msn", "simmim"])
+@torch.no_grad()
+def test_lightlys_examples(method, tmp_path):
+    whole, name = lightlys(method)
+    random(whole)
+    beside = {"epoch": 3, "pytorch-lightning_version": "2.6", "loops": {}, "global_step": 9}
+    torch.save({"state_dict": whole.state_dict(), **beside}, tmp_path / "x.ckpt")
+    encoder = load(str(tmp_path / "x.ckpt"))
+    require_close(encoder.backbone(images(32)), getattr(whole, name).encode(images(32))[:, 0])
+    assert encoder.which == ("query" if method in ("pixio", "simmim") else "key")
+
+
+@pytest.mark.peers
+@torch.no_grad()
+def test_lightlys_aim(tmp_path):
+    """Its causal network evaluated with attention to all patches is timm's."""
+    modules = pytest.importorskip("lightly.models.modules", reason="lightly is not installed (pip install '.[peers]')")
+    import timm
+    from lightly.models.modules.masked_causal_vision_transformer import MaskedCausalVisionTransformer
+
+    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    shape |= {"class_token": False, "no_embed_class": True, "global_pool": "avg"}
+    net = MaskedCausalVisionTransformer(**shape)
+    whole = random(module(backbone=net, projection_head=modules.AIMPredictionHead(48, 9, num_blocks=1)))
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "x.ckpt")
+    encoder = load(str(tmp_path / "x.ckpt"))
+    theirs = timm.models.VisionTransformer(**shape).eval()
+    theirs.load_state_dict(net.state_dict())
+    require_close(encoder.backbone(images(32)), theirs(images(32)))
+
+
+# Settings beside the weights
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_hugging_faces_settings_say_the_activation(transformers, activation, tmp_path):
+    """And the heads, which another library's default would have wrong."""
+    shape = SHAPE | {"num_attention_heads": 6}
+    net = random(
+        transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(intermediate_size=192, hidden_act=activation, **shape)
+        )
+    )
+    net.save_pretrained(tmp_path)
+    encoder = load(str(tmp_path / "model.safetensors"))
+    require_close(encoder.backbone(images(32)), net(images(32)).pooler_output)
+    assert not encoder.warnings
+
+
+@pytest.mark.peers
+@torch.no_grad()
+def test_hugging_faces_dinov2_beside_its_settings(transformers, tmp_path):
+    shape = SHAPE | {"num_attention_heads": 6, "layer_norm_eps": 0.1}
+    net = random(transformers.Dinov2Model(transformers.Dinov2Config(**shape)))
+    net.save_pretrained(tmp_path)
+    encoder = load(str(tmp_path / "model.safetensors"))
+    require_close(encoder.backbone(images(32)), net(images(32)).pooler_output)
+    assert encoder.norm_eps == 0.1 and not encoder.warnings

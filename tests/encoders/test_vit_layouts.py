@@ -281,7 +281,12 @@ FILES: dict[str, Callable[[], File]] = {
         BEIT, under("beit.", hf_beit()), under("classifier.", linear(48).state_dict())
     ),
     "Hugging Face I-JEPA": lambda: File(PATCHES, hf_ijepa(), {}),
-    "lightly MSN, PMSN or SimMIM": lambda: File(
+    "lightly with torchvision's ViT": lambda: File(
+        VIT,
+        under("backbone.vit.", torchvision()),
+        {"mask_token": torch.ones(1, 1, 48), "decoder.weight": torch.ones(9, 48), "decoder.bias": torch.ones(9)},
+    ),
+    "lightly MSN or PMSN": lambda: File(
         VIT,
         under("backbone.vit.", torchvision()),
         under("anchor_backbone.vit.", torchvision(1))
