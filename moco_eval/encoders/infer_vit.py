@@ -68,7 +68,7 @@ def transformer(tensors: Mapping[str, Tensor]) -> str | None:
     Heads are as in timm's network of that width, else 64 wide: no shape tells them but a relative position's.
     """
     kernel, block = tensors.get("patch_embed.proj.weight"), _block(tensors)
-    if kernel is None or kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3] or not block:
+    if kernel is None or kernel.ndim != 4 or not min(kernel.shape) or kernel.shape[2] != kernel.shape[3] or not block:
         return None
     if any(name.endswith((".q_bias", "relative_position_bias_table", ".gamma_1")) for name in tensors):
         return (
@@ -147,7 +147,7 @@ def _beit(tensors: Mapping[str, Tensor], block: dict[str, Tensor]) -> str | None
     """Beit's: a table of relative positions in each block or one for all, perhaps positions of its own too."""
     shared, own = (tensors.get(f"{place}.relative_position_bias_table") for place in ("rel_pos_bias", "blocks.0.attn"))
     table, hidden = shared if own is None else own, block.get("mlp.fc1.weight")
-    if table is None or table.ndim != 2 or hidden is None or "cls_token" not in tensors:
+    if table is None or table.ndim != 2 or hidden is None or hidden.ndim != 2 or "cls_token" not in tensors:
         return None
     side = (math.isqrt(max(table.shape[0] - 3, 0)) + 1) // 2
     if (2 * side - 1) ** 2 + 3 != table.shape[0]:
@@ -173,7 +173,7 @@ def _dinov3(tensors: Mapping[str, Tensor], block: dict[str, Tensor]) -> str | No
     """Eva's as DINOv3 has it: class token and registers, rotary positions for any size."""
     hidden, gated = block.get("mlp.fc1.weight"), block.get("mlp.fc1_g.weight")
     wide = hidden if gated is None else gated
-    if wide is None or "cls_token" not in tensors:
+    if wide is None or wide.ndim != 2 or "cls_token" not in tensors or tensors["reg_token"].ndim != 3:
         return None
     shape = _shape(tensors, 0, wide.shape[0])
     arguments: dict[str, Any] = {"global_pool": "token"}

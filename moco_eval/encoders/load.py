@@ -243,16 +243,27 @@ def _of_transformer(
 
 
 def _of_timm(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
-    """Activation of CLIP's towers, heads of a width that timm does not have, where nothing says them."""
+    """Activation of CLIP's towers, heads of a width that timm does not have, pixels, where nothing says them."""
+    layout = checkpoint.layout
+    questions = [] if settings.preprocessing else _of_pixels(layout)
     if override or settings.name:
-        return []
-    if checkpoint.layout.origin.startswith(("CLIP", "Hugging Face CLIP")) and not _is_openais(checkpoint):
+        return questions
+    if layout.origin.startswith(("CLIP", "Hugging Face CLIP")) and not _is_openais(checkpoint):
         quick = "quick" in arch
         taken, other = ("QuickGELU", "gelu") if quick else ("GELU", "quick_gelu")
-        return [_ACTIVATION.format(taken=taken, other=with_argument(arch, "act_layer", other))]
-    if "num_heads=" in arch and not checkpoint.layout.settled:
-        return [_TIMM_HEADS.format(heads=dict(architecture(arch).arguments)["num_heads"], arch=arch)]  # type: ignore[union-attr]
-    return []
+        questions.append(_ACTIVATION.format(taken=taken, other=with_argument(arch, "act_layer", other)))
+    elif "num_heads=" in arch and not layout.settled:
+        network: Any = architecture(arch)
+        questions.append(_TIMM_HEADS.format(heads=dict(network.arguments)["num_heads"], arch=arch))
+    return questions
+
+
+def _of_pixels(layout: Layout) -> list[str]:
+    """Where the methods of a layout differ in them, or take 0.5 for both, which others do not."""
+    if layout.origin.startswith("BEiT"):
+        return [_BEIT_PIXELS]
+    halves = layout.preprocessing is not None and layout.preprocessing.mean[0] == 0.5
+    return [_HALVES] if halves and layout.origin.startswith("Hugging Face") else []
 
 
 def _of_resnet(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
@@ -286,6 +297,14 @@ _CHANNELS = "it takes images of {channels} channels and does not say their mean 
 _ACTIVATION = (
     "no tensor of CLIP tells its activation: openai's weights have QuickGELU, most of OpenCLIP's GELU; {taken} was "
     "taken, for the other: --arch {other}"
+)
+_BEIT_PIXELS = (
+    "no tensor tells BEiT's pixels: BEiT v2 and data2vec have ImageNet's mean and std, which were taken, and BEiT 0.5 for "
+    "both: a preprocessor_config.json beside the file says others"
+)
+_HALVES = (
+    "Hugging Face's weights do not say their pixels; mean and std 0.5 were taken: put its preprocessor_config.json beside "
+    "the file"
 )
 _TIMM_HEADS = (
     "the shapes of a transformer do not tell its attention heads; {heads} were taken, 64 dimensions each or fewer: "

@@ -109,7 +109,7 @@ def _files(checkpoint: Path, sha256: str, arch: str) -> list[_File]:
         return not origin.startswith("moco-eval")  # whose files say it themselves
 
     def hugging_face(origin: str) -> bool:
-        return origin.startswith(("Hugging Face", *plain))
+        return origin.startswith(("Hugging Face", "BEiT", *plain))
 
     def timm(origin: str) -> bool:
         return origin.startswith(plain)

@@ -72,7 +72,7 @@ def resampled(positions: Tensor, side: int, offset: float, antialias: bool) -> T
 def trained_size(tensors: Tensors) -> int | None:
     """Pixels along one side of the images that a transformer's positions are of; None where it has none."""
     kernel, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
-    if kernel is None or kernel.ndim != 4 or positions is None or positions.ndim != 3:
+    if kernel is None or kernel.ndim != 4 or not min(kernel.shape) or positions is None or positions.ndim != 3:
         return None
     count = positions.shape[1] - _prefix(tensors)
     side = round(max(count, 0) ** 0.5)
@@ -107,7 +107,7 @@ def dinov3(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         if name.endswith((".qkv.bias_mask", "rope_embed.periods")):
             continue
-        if not name.endswith(".qkv.bias"):
+        if not name.endswith(".qkv.bias") or tensor.ndim != 1 or len(tensor) % 3:
             converted[name] = tensor
             continue
         place, mask = name.removesuffix("qkv.bias"), tensors.get(f"{name}_mask")
@@ -135,7 +135,7 @@ def _require_periods(tensors: Tensors) -> None:
     periods = tensors.get("rope_embed.periods")
     if periods is None:
         return
-    usual = 100.0 ** (torch.arange(len(periods)) / max(len(periods), 1))
+    usual = 100.0 ** (torch.arange(periods.numel()) / max(periods.numel(), 1))
     if periods.shape != usual.shape or not torch.allclose(periods.float(), usual, rtol=0.01):
         raise InputError("rope_embed.periods are not DINOv3's, of base 100: such rotary positions are not built here")
 
@@ -199,7 +199,7 @@ def siglip(tensors: Tensors) -> Tensors:
     converted: Tensors = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(attn_pool\.)in_proj\.(weight|bias)", name)
-        if match and len(tensor) % 3 == 0:
+        if match and tensor.ndim and len(tensor) % 3 == 0:
             third = len(tensor) // 3
             converted |= {f"{match[1]}q.{match[2]}": tensor[:third], f"{match[1]}kv.{match[2]}": tensor[third:]}
         else:
