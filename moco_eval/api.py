@@ -9,7 +9,7 @@ import contextlib
 import functools
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -78,7 +78,14 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @in_python
-def load(source: str | Path, *, arch: str | None = None, encoder: str | None = None, key: str | None = None) -> Encoder:
+def load(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    encoder: str | None = None,
+    key: str | None = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> Encoder:
     """Any checkpoint, proven: every tensor accounted for, or an error.
 
     Args:
@@ -86,11 +93,13 @@ def load(source: str | Path, *, arch: str | None = None, encoder: str | None = N
         arch: overrides the architecture read from the shapes.
         encoder: query or key; by default the one that the method itself evaluates.
         key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
+        pixels: attributes of a Preprocessing that take the place of the method's own: {"interpolation": "bilinear"}.
     Raises:
-        ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
+        ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite; senseless
+            pixels.
     """
     with torch.inference_mode(False):  # tensors of inference mode could not be trained on
-        loaded = loading.load(str(source), arch, encoder, key=key)
+        loaded = loading.load(str(source), arch, encoder, key=key, pixels=pixels)
     for doubt in loaded.warnings:
         warn(f"{loaded.source}: {doubt}")
     return loaded

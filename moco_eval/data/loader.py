@@ -27,7 +27,13 @@ def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
     return transforms.Compose(
         [
-            ResizedCentre(preprocessing.resize, preprocessing.size),
+            ResizedCentre(
+                preprocessing.resize,
+                preprocessing.size,
+                preprocessing.interpolation,
+                preprocessing.antialias,
+                preprocessing.squash,
+            ),
             *_to_network(preprocessing),
         ]
     )
@@ -42,27 +48,47 @@ class ResizedCentre:
     Attributes:
         resize: pixels of the shorter side.
         size: pixels of both sides of the crop.
+        interpolation: bilinear or bicubic.
+        antialias: as PIL resizes; else as torch interpolates tensors of 8 bits, but for very oblong images.
+        squash: both sides become `resize`.
     """
 
     resize: int
     size: int
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    squash: bool = False
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if self.squash:
+            return transforms.functional.center_crop(self._resized(image, [self.resize] * 2), self.size)
         longer = self.resize * max(image.size) // min(image.size)
         if self.resize * longer <= LARGEST or longer <= self.size or self.resize < self.size:
-            return transforms.functional.center_crop(transforms.functional.resize(image, self.resize), self.size)
+            return transforms.functional.center_crop(self._resized(image, [self.resize]), self.size)
         sides = [self.resize if side == min(image.size) else longer for side in image.size]
         scales = [before / after for before, after in zip(image.size, sides)]
         starts = [round((side - self.size) / 2) * scale for side, scale in zip(sides, scales)]
         left, top = starts
         box = (left, top, left + self.size * scales[0], top + self.size * scales[1])
-        return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+        return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], box=box)
+
+    def _resized(self, image: Image.Image, sides: list[int]) -> Image.Image:
+        """To that height and width, or with one side to it as the shorter one."""
+        how = transforms.InterpolationMode(self.interpolation)
+        if self.antialias:
+            return transforms.functional.resize(image, sides, how)
+        pixels = transforms.functional.pil_to_tensor(image)
+        return transforms.functional.to_pil_image(transforms.functional.resize(pixels, sides, how, antialias=False))
 
 
 def crop_transform(
     preprocessing: Preprocessing, crop_scale: tuple[float, float] = (0.08, 1.0), flip: bool = True
 ) -> transforms.Compose:
-    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform."""
+    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform.
+
+    Its interpolation is the protocol's, bilinear, whatever the encoder's clean crop has: so do DINO's and iBOT's
+    eval_linear.py (dino@04c0ad9, ibot@c24f870), whose clean crop is bicubic.
+    """
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale),

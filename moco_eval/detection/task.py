@@ -18,6 +18,7 @@ from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.inputs import resized
 from moco_eval.detection.recipe import recipe_deviations
 from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.pixel_choice import OF_RESIZING
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import collectives, console
@@ -91,6 +92,7 @@ class DetectionTask:
                 f"--dataset {self.dataset!r} is no detection data set.{did_you_mean(self.dataset, DATASETS)}"
             )
         check_architecture(self.encoder)
+        _check_pixels(self.encoder)
         _check_colours(self.encoder, self.config)
         _check_heads(self.dataset, self.config)
         _check_schedule(self.config, processes)
@@ -147,6 +149,15 @@ class DetectionTask:
 
 
 # Checks
+
+
+def _check_pixels(encoder: Encoder) -> None:
+    """Raises InputError where pixels were chosen that no detector is given."""
+    if unused := [key for key in encoder.pixels or {} if key in OF_RESIZING]:
+        raise InputError(
+            f"--pixels {unused[0]}: a detector resizes whole images, bilinearly and as its recipe says, as detectron2 "
+            "does; leave it out"
+        )
 
 
 def _check_colours(encoder: Encoder, config: DetectConfig) -> None:

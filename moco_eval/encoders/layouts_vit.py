@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from moco_eval.encoders import vit_tensors
 from moco_eval.encoders.layout import Layout, Rules
+from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
 
 _TRANSFORMERS = "huggingface/transformers 5.24"
@@ -14,13 +15,25 @@ _LIGHTLY = "lightly-ai/lightly@e8d317f: examples/pytorch_lightning"
 
 BICUBIC = Preprocessing(interpolation="bicubic")
 BILINEAR = Preprocessing()
-HALVES = Preprocessing(256, 256, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), interpolation="bicubic")
+HALVES = Preprocessing(224, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), interpolation="bicubic", squash=True)
 CLIP = Preprocessing(
     224,
     224,
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
     interpolation="bicubic",
+)
+
+_BEIT_DOUBT = Doubt(
+    ("mean", "std"),
+    "no tensor tells BEiT's pixels; ImageNet's mean and std were taken, as BEiT v2 and data2vec have. BEiT's own are "
+    "0.5. This settles it",
+    HALVES,
+)
+_HALVES_DOUBT = Doubt(
+    ("mean", "std"),
+    "no preprocessor_config.json says its pixels; mean and std 0.5 were taken, as SigLIP and BEiT have. For ImageNet's",
+    BICUBIC,
 )
 
 _CLASSIFIER = "a classifier on the pooled feature, no part of the encoder"
@@ -180,6 +193,7 @@ _BEIT = Layout(
         (r"cls_pt_", "cls_pt_layers", "BEiT v2's layers of pretraining alone"),
     ),
     preprocessing=BICUBIC,
+    pixel_doubt=_BEIT_DOUBT,
 )
 _CLIP = Layout(
     "CLIP or OpenCLIP",
@@ -304,7 +318,7 @@ TRANSFORMERS_OF_METHODS: tuple[Layout, ...] = (
             (r"visual\.trunk\.(head|fc)\.", "head", _CLASSIFIER),
             (r"(?!visual\.)", "text tower", "the encoder of texts and the temperature"),
         ),
-        preprocessing=replace(HALVES, size=224, resize=224),
+        preprocessing=HALVES,
     ),
     Layout(
         "CLIP's ResNet",
@@ -327,7 +341,8 @@ TRANSFORMERS_OF_METHODS: tuple[Layout, ...] = (
             (r"classifier\.", "classifier", _CLASSIFIER),
         ),
         variants=_GELU_TANH,
-        preprocessing=replace(HALVES, size=224, resize=224),
+        preprocessing=HALVES,
+        pixel_doubt=_HALVES_DOUBT,
     ),
     _HF_CLIP,
     Layout(
@@ -366,7 +381,8 @@ TRANSFORMERS_OF_METHODS: tuple[Layout, ...] = (
             (r"lm_head\.", "lm_head", "the prediction of visual tokens, for pretraining"),
             (r".*relative_position_index$", "relative_position_index", "what timm computes by itself"),
         ),
-        preprocessing=replace(HALVES, size=224, resize=224),
+        preprocessing=HALVES,
+        pixel_doubt=_HALVES_DOUBT,
         norm_eps=1e-12,
     ),
     Layout(

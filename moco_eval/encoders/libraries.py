@@ -75,7 +75,14 @@ def from_torchvision(rest: str, seed: int) -> Encoder:
         run_name=safe_name(f"torchvision-{arch}-{weights.name}" if name else f"torchvision-{arch}"),
         origin=f"torchvision {weights}",
         dropped=[("fc (2 tensors)", "a classifier on the pooled feature, no part of the encoder")],
-        preprocessing=Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std)),
+        preprocessing=Preprocessing(
+            cuts.crop_size[0],
+            cuts.resize_size[0],
+            tuple(cuts.mean),
+            tuple(cuts.std),
+            interpolation=cuts.interpolation.value,
+            antialias=bool(cuts.antialias),
+        ),
     )
 
 
