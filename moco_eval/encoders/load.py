@@ -279,7 +279,7 @@ def _of_timm(checkpoint: Checkpoint, override: str | None, arch: str, settings: 
         quick = "quick" in arch
         taken, other = ("QuickGELU", "gelu") if quick else ("GELU", "quick_gelu")
         return [_ACTIVATION.format(taken=taken, other=with_argument(arch, "act_layer", other))]
-    if "num_heads=" in arch and not layout.settled:
+    if "num_heads=" in arch and not layout.settled and not arch.startswith("timm:beit"):  # whose positions tell
         network: Any = architecture(arch)
         return [_TIMM_HEADS.format(heads=dict(network.arguments)["num_heads"], arch=arch)]
     return []

@@ -372,6 +372,17 @@ def test_a_tensor_that_belongs_to_no_part(layout, tmp_path):
         assert "surprise" in error(path)
 
 
+@pytest.mark.parametrize(
+    ("layout", "said"), [("BEiT, BEiT v2 or data2vec", "BEiT's own are 0.5"), ("microsoft/SimMIM ViT", "")]
+)
+def test_relative_positions_tell_the_heads(layout, said, tmp_path):
+    """BEiT's pixels are told by nothing; `--pixels` settles them."""
+    path = written(tmp_path, FILES[layout]().values())
+    warnings = load(path).warnings
+    assert not any("heads" in warning for warning in warnings)
+    assert [warning for warning in warnings if "--pixels" in warning] == [w for w in warnings if said and said in w]
+
+
 # Positions for another size
 
 
