@@ -109,6 +109,8 @@ class TimmNetwork:
     @property
     def size(self) -> int | None:
         """Pixels along one side of the image; None where any will do."""
+        if getattr(self.layers, "dynamic_img_size", False):
+            return None  # rotary positions, as DINOv3 has
         settings: Any = self.layers.pretrained_cfg
         size = dict(self.arguments).get("img_size", settings["input_size"][-1])
         return int(size) if settings.get("fixed_input_size") or "img_size" in dict(self.arguments) else None

@@ -480,6 +480,12 @@ def test_a_transformer_is_read_off_its_tensors(arguments, tmp_path):
     assert any("attention heads; 3 were taken" in warning for warning in encoder.warnings)
 
 
+def test_dinov3_takes_images_of_any_size(tmp_path):
+    encoder = load(written(tmp_path, dinov3()))
+    assert encoder.network.size is None and (encoder.preprocessing.size, encoder.preprocessing.resize) == (224, 256)
+    assert encoder.backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 48)
+
+
 # True words
 
 
