@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_eval.config.load import did_you_mean
+from moco_eval.encoders.conv_stem import ConvStem
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.device import borrowed_generator
@@ -61,6 +62,7 @@ class VisionTransformer:
         dim, depth, heads: of the tokens, blocks and attention. The shapes do not tell the heads.
         patch, size: pixels along one side of a patch and of the image.
         channels: of the images.
+        conv_stem: patches come from MoCo v3's convolutions.
     """
 
     dim: int
@@ -69,6 +71,7 @@ class VisionTransformer:
     patch: int
     size: int
     channels: int = 3
+    conv_stem: bool = False
 
     @property
     def feature_dim(self) -> int:
@@ -106,6 +109,8 @@ class TimmNetwork:
     @property
     def size(self) -> int | None:
         """Pixels along one side of the image; None where any will do."""
+        if getattr(self.layers, "dynamic_img_size", False):
+            return None  # rotary positions, as DINOv3 has
         settings: Any = self.layers.pretrained_cfg
         size = dict(self.arguments).get("img_size", settings["input_size"][-1])
         return int(size) if settings.get("fixed_input_size") or "img_size" in dict(self.arguments) else None
@@ -173,11 +178,15 @@ TRANSFORMERS = {
     "huge": (1280, 32, 16),
 }
 _VIT = re.compile(rf"vit_({'|'.join(TRANSFORMERS)})_patch(\d{{1,2}})_(\d{{2,4}})")
+# MoCo v3's networks with a stem of convolutions in place of one block; 12 heads; 224 pixels where none are said
+CONV_STEMS = ("narrow", "small", "base")
+_VIT_CONV = re.compile(rf"vit_conv_({'|'.join(CONV_STEMS)})(?:_(\d{{2,4}}))?")
 
 
 def names() -> list[str]:
     """Every ResNet, and each ViT at 224 pixels with its usual patches; others go by the same pattern."""
-    return [*ARCHITECTURES, *(f"vit_{size}_patch{patch}_224" for size in TRANSFORMERS for patch in (8, 14, 16, 32))]
+    transformers = [f"vit_{size}_patch{patch}_224" for size in TRANSFORMERS for patch in (8, 14, 16, 32)]
+    return [*ARCHITECTURES, *transformers, *(f"vit_conv_{size}" for size in CONV_STEMS)]
 
 
 @cache
@@ -193,6 +202,8 @@ def architecture(name: str) -> AnyArchitecture:
 def _plain(name: str) -> Architecture | VisionTransformer:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
+    if match := _VIT_CONV.fullmatch(name):
+        return _conv_transformer(name, match[1], int(match[2] or 224))
     if not (match := _VIT.fullmatch(name)):
         raise InputError(f"unknown architecture {name!r}.{did_you_mean(name, names())}")
     patch, size = int(match[2]), int(match[3])
@@ -201,11 +212,19 @@ def _plain(name: str) -> Architecture | VisionTransformer:
     return VisionTransformer(*TRANSFORMERS[match[1]], patch, size)
 
 
+def _conv_transformer(name: str, width: str, size: int) -> VisionTransformer:
+    dim, depth, _ = TRANSFORMERS[width]
+    if size % 16 or not 0 < size <= 1024:
+        raise InputError(f"{name}: {size} pixels (at most 1024) must divide into patches of 16")
+    return VisionTransformer(dim, depth - 1, 12, 16, size, conv_stem=True)
+
+
 # of timm's constructors: what changes the network's tensors or what it computes
 TIMM_ARGUMENTS = (
     *("act_layer", "class_token", "depth", "embed_dim", "fc_norm", "final_norm", "global_pool", "img_size", "in_chans"),
     *("init_values", "mlp_ratio", "no_embed_class", "num_heads", "patch_size", "pre_norm", "qk_norm", "qkv_bias"),
-    *("reg_tokens", "window_size"),
+    *("num_reg_tokens", "reg_tokens", "swiglu_align_to", "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm"),
+    *("use_rel_pos_bias", "use_shared_rel_pos_bias", "window_size"),
 )
 MOST = {"channels": 64, "in_chans": 64, "depth": 256, "reg_tokens": 256}  # a stranger's file may say it
 LARGEST = 16384  # other whole numbers
@@ -224,6 +243,12 @@ def _arguments(name: str, given: list[str], known: tuple[str, ...]) -> tuple[tup
             raise InputError(f"architecture {name!r}: {key} is {text}; it must be a whole number of {least} to {most}")
         arguments[key] = value
     return tuple(arguments.items())
+
+
+def with_argument(name: str, key: str, value: object) -> str:
+    """An architecture's name with an argument, in the place of the one that it had."""
+    kept = [part for part in name.split(",") if not part.startswith(f"{key}=")]
+    return ",".join([*kept, f"{key}={value}"])
 
 
 def _value(text: str) -> Any:
@@ -311,6 +336,7 @@ def build_transformer(name: str, num_classes: int = 0) -> nn.Module:
     Raises:
         InputError: the name is no ViT's.
     """
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 
     arch = architecture(name)
@@ -324,6 +350,7 @@ def build_transformer(name: str, num_classes: int = 0) -> nn.Module:
         depth=arch.depth,
         num_heads=arch.heads,
         num_classes=num_classes,
+        embed_layer=ConvStem if arch.conv_stem else PatchEmbed,
     )
 
 

@@ -14,12 +14,15 @@ from moco_eval.untrusted.pickle_scan import shown
 
 # Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model")
-COMPANIONS = (("student", "teacher"), ("trunk", "heads"), ("model", "model_ema"))
+_IJEPA = ("encoder", "target_encoder")
+COMPANIONS = (("student", "teacher"), ("trunk", "heads"), ("model", "model_ema"), _IJEPA)
+_ALL = ("model", "encoder")  # the first of companions that are such only where all are there
 DEEPEST = 6  # levels of entries that are looked through
 LONGEST = 300  # characters of a tensor's name
 NO_NETWORK = re.compile(r"optim|^opt$|sched|scaler|^rng")  # entries whose tensors are a trainer's own
 
 # A backbone begins and goes on; heads and predictors have one of both at most.
+_BLOCK = re.compile(r"(^|\.)blocks\.0\.")  # of a transformer
 _STEM = re.compile(r"(^|\.)(conv1\.|0\.weight$|embedder\.embedder\.|patch_embed|conv_proj\.)|conv1_w$")
 _BODY = re.compile(
     r"(^|\.)(layer1\.|res2[._]|\d\.0\.conv1\.|stages\.0\.|blocks\.0\.|layers?\.0\.[a-z]\w*\.\w|encoder_layer_0\.)"
@@ -107,7 +110,9 @@ def _companions(values: Mapping[str, Any]) -> list[str]:
     """Entries that belong together, such as DINO's student and teacher."""
     for names in COMPANIONS:
         present = [name for name in names if isinstance(values.get(name), dict)]
-        if len(present) == len(names) or (present and names[0] != "model"):
+        if names == _IJEPA and not all(any(_BLOCK.search(str(key)) for key in values[name]) for name in present):
+            continue
+        if len(present) == len(names) or (present and names[0] not in _ALL):
             return present
     return []
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from moco_eval.encoders.architectures import ARCHITECTURES, TRANSFORMERS, Architecture, build_backbone
+from moco_eval.encoders.architectures import (
+    ARCHITECTURES,
+    CONV_STEMS,
+    TRANSFORMERS,
+    Architecture,
+    build_backbone,
+)
+from moco_eval.encoders.infer_vit import transformer
 from moco_eval.errors import InputError
 
 OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
@@ -48,17 +55,17 @@ def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
 
 def nearest(tensors: Mapping[str, Tensor]) -> tuple[str, float]:
     """The architecture that shares most names and shapes with these tensors, and the share (1 is all)."""
-    ours = _shapes(tensors)
-
-    def share(arch: str) -> float:
-        theirs = _shapes(expected(arch))
-        return len(ours & theirs) / len(ours | theirs)
-
     block = Bottleneck if any(name.endswith("conv3.weight") for name in tensors) else BasicBlock
     resnets = [name for name, arch in ARCHITECTURES.items() if arch.block is block]
     candidates = (_transformers(tensors) if is_transformer(tensors) else resnets) or resnets
-    best = max(candidates, key=share)
-    return best, share(best)
+    best = max(candidates, key=lambda arch: share(tensors, arch))
+    return best, share(tensors, best)
+
+
+def share(tensors: Mapping[str, Tensor], arch: str) -> float:
+    """Of names and shapes that these tensors and an architecture's have, those that both have."""
+    ours, theirs = _shapes(tensors), _shapes(expected(arch))
+    return len(ours & theirs) / len(ours | theirs)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
@@ -117,26 +124,47 @@ def _blocks(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
 
 def _transformer(source: str, tensors: Mapping[str, Tensor]) -> str:
     """The ViT of these tensors; where only the heads are open, the usual ones."""
-    names = _transformers(tensors)
-    if not names:
+    names, described = _transformers(tensors), transformer(tensors)
+    if names and (described is None or _plain(described)):
+        return names[0]
+    if described is None:
         raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
-    return names[0]
+    return described
+
+
+def _plain(described: str) -> bool:
+    """Whether a transformer of timm's differs in sizes alone from those that are built here under other names."""
+    sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+    name, *arguments = described.split(",")
+    plain = "clip" not in name and "siglip" not in name and "dino" not in name and "beit" not in name
+    return plain and all(argument.startswith(sizes) for argument in arguments)
 
 
 def _transformers(tensors: Mapping[str, Tensor]) -> list[str]:
     """The ViTs that have these patches, tokens and blocks, the usual number of heads first."""
-    patches, tokens = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("pos_embed")
-    if patches is None or tokens is None or tokens.ndim != 3:
+    tokens = tensors.get("pos_embed")
+    if tokens is None or tokens.ndim != 3:
         return []
     side = math.isqrt(max(tokens.shape[1] - 1, 0))
     if side * side + 1 != tokens.shape[1] or not side:
         return []
-    shape = (patches[0], _depth(tensors))
+    stem = _kernel(tensors, "patch_embed.proj.0.weight")
+    if stem is not None:
+        same = [name for name in CONV_STEMS if (tokens.shape[2], _depth(tensors) + 1) == TRANSFORMERS[name][:2]]
+        return [with_channels(_with_stem(name, side), stem[1]) for name in same]
+    patches = _kernel(tensors, "patch_embed.proj.weight")
+    if patches is None:
+        return []
     return [
         with_channels(f"vit_{name}_patch{patches[2]}_{side * patches[2]}", patches[1])
         for name, (dim, depth, _) in TRANSFORMERS.items()
-        if (dim, depth) == shape
+        if (dim, depth) == (patches[0], _depth(tensors))
     ]
+
+
+def _with_stem(width: str, side: int) -> str:
+    """MoCo v3's network with a stem of convolutions for so many patches along one side."""
+    return f"vit_conv_{width}" if side == 14 else f"vit_conv_{width}_{side * 16}"
 
 
 def _depth(tensors: Mapping[str, Tensor]) -> int:

@@ -4,19 +4,16 @@ Reading, proof of load and export work from the row alone. A leading `module.` (
 (torch.compile) are off before anything is compared. Prefixes are regular expressions, matched at a name's start.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
+from moco_eval.encoders.layout import Layout, Rules
+from moco_eval.encoders.layouts_vit import TRANSFORMERS_OF_METHODS
 from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
 
 FORMAT = "moco-eval/1"
 SAFETENSORS = "moco-eval/1 safetensors"
-Rules = tuple[tuple[str, str | Callable], ...]  # (regular expression, replacement), applied in order
 
 IMAGENET = Preprocessing()
 SWAV = Preprocessing(std=(0.228, 0.224, 0.225))  # its red channel is not ImageNet's 0.229
@@ -60,69 +57,6 @@ _OPENMMLAB_DOUBT = Doubt(
     "taken, as its MoCo v3 has. MAE's resize is bicubic, its supervised ViTs want mean and std 0.5. This settles it",
     IMAGENET,
 )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one code base names its tensors.
-
-    Attributes:
-        origin: the name users see.
-        source: repository and files the layout was read from.
-        marks: regular expressions, each of which must be found in some tensor name.
-        unless: regular expressions, none of which may be found in any.
-        format: value of the file's own `format` entry, where it has one.
-        query, key: what precedes the backbone of the query and of the momentum encoder; None where there is none.
-        usual: which of them the method's own evaluation takes.
-        head, key_head: what precedes the projection head, a plain sequence of layers with ReLUs; None where it is
-            absent or of another kind.
-        names: to torchvision's names (timm's for other networks), applied to what follows the prefix.
-        convert: the backbone's tensors under those names to the network's own, where values change too.
-        prefer: of several architectures with the same tensors, a regular expression on the method's own.
-        dropped: (regular expression, part, reason) of further tensors that an evaluation does not use.
-        variants: what the shapes do not tell of the architecture, as rules on its name.
-        preprocessing: what the weights expect; None where the file itself says.
-        cifar: the same for a network with the CIFAR stem; None where nothing says.
-        pixel_doubt: what nothing tells of a ViT's pixels.
-        norm_eps: of the layer norms, where it is not timm's 1e-6.
-        folded: batch norm's statistics are folded into its scale and shift, and 0 and 1 stand for them.
-        settled: the code base leaves none of that open.
-        refused: why such a file cannot be evaluated, where it cannot.
-    """
-
-    origin: str
-    source: str
-    marks: tuple[str, ...] = ()
-    format: str | None = None
-    query: str = ""
-    key: str | None = None
-    usual: str = "query"
-    head: str | None = None
-    key_head: str | None = None
-    names: Rules = ()
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
-    prefer: str | None = None
-    dropped: tuple[tuple[str, str, str], ...] = ()
-    variants: Rules = ()
-    preprocessing: Preprocessing | None = IMAGENET
-    cifar: Preprocessing | None = None
-    pixel_doubt: Doubt | None = None
-    norm_eps: float | None = None
-    folded: bool = False
-    settled: bool = False
-    unless: tuple[str, ...] = ()
-    refused: str | None = None
-
-    def prefixes(self, encoder: str) -> tuple[str | None, str | None]:
-        """Those of an encoder's backbone and projection head."""
-        return (self.query, self.head) if encoder == "query" else (self.key, self.key_head)
-
-
-def rename(name: str, rules: Rules) -> str:
-    """A name after each rule in turn."""
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 _QUEUE = (
@@ -400,6 +334,7 @@ LAYOUTS: tuple[Layout, ...] = (
         dropped=(_PROTOTYPES,),
         preprocessing=SWAV,
     ),
+    *TRANSFORMERS_OF_METHODS,
     replace(
         _DINO,
         origin="facebookresearch/dino",
@@ -477,7 +412,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "lightly's own CIFAR ResNet",
         "lightly-ai/lightly@e8d317f: lightly/models/resnet.py",
         marks=(r"^(\w*backbone\w*\.)?[2-5]\.\d\.shortcut\.",),
-        refused="it has no ReLU after its first batch norm, as no ResNet of torchvision's; it is not built here",
+        refused="it has no ReLU after its first batch norm, as no ResNet of torchvision's, and is not built here; "
+        "build it with lightly and give it to moco_eval.wrap",
     ),
     Layout(
         "lightly DINO",
@@ -487,7 +423,11 @@ LAYOUTS: tuple[Layout, ...] = (
         key=r"(teacher_backbone|backbone)\.(vit\.)?",
         usual="key",
         names=_CHILDREN,
-        dropped=((r"(student|teacher)?_?(projection_)?head\.", "heads", _OTHER_HEAD), *_LIGHTLY_DROPPED),
+        dropped=(
+            (r"((student|teacher)_)?(\w+_)?head\.", "heads", _OTHER_HEAD),
+            (r"\w+_criterion\.", "criteria", "the centres of the losses"),
+            *_LIGHTLY_DROPPED,
+        ),
     ),
     Layout(
         "lightly",

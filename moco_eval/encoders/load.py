@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -18,11 +19,13 @@ from moco_eval.encoders.architectures import (
     architecture,
     names,
     sized,
+    with_argument,
 )
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layouts import ANYBODYS_VIT, PREFIXED, SAFETENSORS, Layout, completed, rename
+from moco_eval.encoders.layout import Layout, rename
+from moco_eval.encoders.layouts import ANYBODYS_VIT, PREFIXED, SAFETENSORS, completed
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
 from moco_eval.encoders.naming import run_name, safe_name, sha256_of_checkpoint
 from moco_eval.encoders.network import has_tokens
@@ -30,7 +33,8 @@ from moco_eval.encoders.pixel_choice import Doubt, with_pixels
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.encoders.settings_files import FileSettings, settings_beside
-from moco_eval.encoders.split import split
+from moco_eval.encoders.split import Parts, split
+from moco_eval.encoders.vit_tensors import at_size, trained_size
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.untrusted.pickle_scan import shown
@@ -103,6 +107,7 @@ def _from_file(
     layout, sha256 = checkpoint.layout, sha256_of_checkpoint(path)
     taken = encoder or checkpoint.default
     parts = split(checkpoint, taken)
+    _resample_positions(parts, layout, arch)
     inferred = arch or infer(source, parts.backbone, layout.prefer)
     settings = settings_beside(path, sha256, layout.origin, inferred)
     chosen = arch or _architecture(checkpoint, inferred, settings)
@@ -144,6 +149,20 @@ def _from_file(
     return replace(loaded, run_name=loaded.run_name + _chosen(loaded))
 
 
+def _resample_positions(parts: Parts, layout: Layout, arch: str | None) -> None:
+    """Positions for the size that the method evaluates at, where it trained at a larger, or that `arch` says.
+
+    They are interpolated once, as the method does it.
+    """
+    size = architecture(arch).size if arch else layout.preprocessing and layout.preprocessing.size
+    trained = trained_size(parts.backbone)
+    if layout.positions is None or None in (size, trained) or size == trained or not (arch or trained > size):  # type: ignore[operator]
+        return
+    parts.backbone = at_size(parts.backbone, size, *layout.positions)  # type: ignore[arg-type]
+    why = "as --arch says" if arch else "at which its method evaluates"
+    parts.warnings.append(f"its positions are of images of {trained} pixels and were interpolated for {size}, {why}")
+
+
 def _chosen(loaded: Encoder) -> str:
     """What a run's name says of an encoder that is not the one its file is known for."""
     other = "" if loaded.which == loaded.usual else f"-{loaded.which}"
@@ -171,7 +190,7 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
     if settings.arch or (checkpoint.layout.format == SAFETENSORS and checkpoint.values.get("arch")):
         return settings.arch or str(checkpoint.values["arch"])
     if isinstance(architecture(inferred), TimmNetwork):
-        return inferred
+        return _timm_architecture(checkpoint, inferred, settings)
     plain, comma, channels = inferred.partition(",")
     name = rename(plain, checkpoint.layout.variants)
     if name not in names() and not isinstance(architecture(inferred), VisionTransformer):
@@ -189,6 +208,27 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
     return f"{name}{comma}{channels}"
 
 
+def _timm_architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings) -> str:
+    """The same with the heads and the activation that the settings or the layout's code base say."""
+    name = inferred if settings.activation else rename(inferred, checkpoint.layout.variants)
+    if _is_openais(checkpoint):
+        name = with_argument(inferred, "act_layer", "quick_gelu")
+    network: Any = architecture(name)
+    blocks = getattr(network.layers, "blocks", None)
+    if settings.heads is not None and blocks is not None and blocks[0].attn.num_heads != settings.heads:
+        name = with_argument(name, "num_heads", settings.heads)
+    return with_argument(name, "act_layer", settings.activation) if settings.activation else name
+
+
+def _is_openais(checkpoint: Checkpoint) -> bool:
+    """Whether a CLIP is openai's own: by its entries, or by kernels in half precision beside norms in full."""
+    if not checkpoint.layout.origin.startswith("CLIP"):
+        return False
+    kinds = {name.rpartition(".")[0].rpartition(".")[2]: t.dtype for name, t in checkpoint.tensors.items()}
+    mixed = (kinds.get("conv1"), kinds.get("ln_post")) == (torch.float16, torch.float32)
+    return mixed or {"input_resolution", "context_length", "vocab_size"} & checkpoint.tensors.keys() != set()
+
+
 def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
     """What only the user can know, in words; what `override` (--arch) settles is not asked."""
     if settings.arch:
@@ -196,7 +236,7 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
     shape, layout = architecture(arch), checkpoint.layout
     hugging_face = layout.origin.startswith("Hugging Face") and settings.stride_in_1x1 is None
     if isinstance(shape, TimmNetwork):
-        return []
+        return _of_timm(checkpoint, override, arch, settings)
     if isinstance(shape, VisionTransformer):
         questions = _of_transformer(checkpoint, override, arch, settings, hugging_face)
     else:
@@ -222,13 +262,28 @@ def _of_transformer(
     assert isinstance(shape, VisionTransformer)
     if hugging_face and settings.heads is None and settings.norm_eps is None:
         return [_HF_VIT.format(heads=shape.heads, size=shape.size)]
-    if override or settings.heads is not None or layout.settled or "_12h" in arch:
+    if override or settings.heads is not None or layout.settled or "_12h" in arch or shape.conv_stem:
         return []
     if shape.dim <= 384:
         other = arch.replace("_patch", "_12h_patch")
         return [_HEADS.format(heads=shape.heads, other=other, size=shape.size)]
     plain = layout.origin.startswith(("timm ViT", "torchvision ViT", "OpenMMLab ViT backbone", PREFIXED.origin))
     return [_SQUARE.format(size=shape.size, arch=arch)] if plain and not settings.name else []
+
+
+def _of_timm(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
+    """Activation of CLIP's towers, heads of a width that timm does not have, where nothing says them."""
+    layout = checkpoint.layout
+    if override or settings.name:
+        return []
+    if layout.origin.startswith(("CLIP", "Hugging Face CLIP")) and not _is_openais(checkpoint):
+        quick = "quick" in arch
+        taken, other = ("QuickGELU", "gelu") if quick else ("GELU", "quick_gelu")
+        return [_ACTIVATION.format(taken=taken, other=with_argument(arch, "act_layer", other))]
+    if "num_heads=" in arch and not layout.settled and not arch.startswith("timm:beit"):  # whose positions tell
+        network: Any = architecture(arch)
+        return [_TIMM_HEADS.format(heads=dict(network.arguments)["num_heads"], arch=arch)]
+    return []
 
 
 def _of_resnet(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
@@ -259,6 +314,14 @@ _HEADS = (
     "DINO and timm have, and {size}x{size} pixels. MoCo v3's have 12: --arch {other}"
 )
 _CHANNELS = "it takes images of {channels} channels and does not say their mean and deviation: the data set's count"
+_ACTIVATION = (
+    "no tensor of CLIP tells its activation: openai's weights have QuickGELU, most of OpenCLIP's GELU; {taken} was "
+    "taken, for the other: --arch {other}"
+)
+_TIMM_HEADS = (
+    "the shapes of a transformer do not tell its attention heads; {heads} were taken, 64 dimensions each or fewer: "
+    "--arch {arch} with another num_heads says others"
+)
 _SQUARE = (
     "the shapes of a ViT do not tell that its images are square; {size}x{size} pixels were taken: --arch {arch} says so"
 )

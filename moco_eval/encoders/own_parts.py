@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moco_eval.encoders.layouts import IMAGENET, PREFIXED, Layout, rename
+from moco_eval.encoders.layout import Layout, rename
+from moco_eval.encoders.layouts import IMAGENET, PREFIXED
 
 ODD_HEAD = "a projection head of a kind that is not read"
 REASON = "beside the backbone, for a training of its own"
@@ -23,8 +24,11 @@ _WORDS = re.compile(
 _FORWARD = re.compile(
     r"norm|pool|token|stem|conv|^bn\d*$|attn|pos_?emb|patch|^(layer|block|stage)s?\d*$|^embeddings$", re.IGNORECASE
 )
-_ANATOMY = re.compile(r"(conv1|bn1|layer\d+|cls_token|pos_embed|patch_embed|blocks|norm)(\.|$)")
-_SEQUENCE = re.compile(r"(\d+\.)?\w+$")  # names below a head that is read
+_ANATOMY = re.compile(
+    r"(conv1|bn1|layer\d+|cls_token|reg_token|pos_embed|patch_embed|rel_pos_bias|rope_embed|blocks|norm|norm_pre|fc_norm"
+    r"|attn_pool)(\.|$)"
+)
+_SEQUENCE = re.compile(r"((\d+\.)?\w+)?$")  # names below a head that is read
 # Rows that go by the network's own names; the others go by a method's, which one's own code may share.
 _NETWORKS = ("detectron2", "Hugging Face", "torchvision", "timm", "OpenMMLab ViT backbone", "lightly's backbone alone")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_eval.encoders.architectures import Architecture, architecture, build_backbone
-from moco_eval.encoders.infer import OPTIONAL, expected, nearest, structure
+from moco_eval.encoders.infer import OPTIONAL, expected, nearest, share, structure
 from moco_eval.errors import InputError
 
 
@@ -27,6 +27,8 @@ def prove(source: str, tensors: dict[str, Tensor], arch: str, warnings: list[str
     require_finite(source, tensors)
     with torch.device("meta"):
         net = build_backbone(arch)
+    if any(name not in wanted for name, _ in net.named_buffers()):
+        net = build_backbone(arch)  # it computes tensors of its own, which no file holds
     # in one order in memory, whatever the file's: the same weights give the same features to the bit
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     net.load_state_dict(copies, assign=True)
@@ -110,8 +112,8 @@ def size_words(tensor: Tensor) -> str:
 
 def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, list[str]]) -> str:
     """The nearest explanation of a mismatch, and the way out."""
-    best, share = nearest(tensors)
-    if best != arch and share > 0.9:
+    best, shared = nearest(tensors)
+    if best != arch and shared > max(0.9, share(tensors, arch)):
         stem = " (CIFAR stem)" if _cifar_stem(best) and not _cifar_stem(arch) else ""
         return f"This looks like {best}{stem}: try --arch {best}."
     if structure(tensors) != structure(expected(arch)):

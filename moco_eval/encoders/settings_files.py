@@ -11,7 +11,7 @@ import torch
 from torchvision.models.resnet import Bottleneck
 
 from moco_eval.config import yaml_read
-from moco_eval.encoders.architectures import TimmNetwork, VisionTransformer, architecture, sized
+from moco_eval.encoders.architectures import Architecture, TimmNetwork, VisionTransformer, architecture, sized
 from moco_eval.encoders.image_processor import ForeignProcessor, pixels_of
 from moco_eval.encoders.infer import expected
 from moco_eval.encoders.layouts import BICUBIC, CLIP, HALVES, HALVES_BICUBIC, IMAGENET, completed
@@ -32,6 +32,7 @@ class FileSettings:
         pixel_doubt: what of it was taken for want of a file that says it.
         arch: the architecture's name (ours alone says it).
         heads: of a ViT's attention.
+        activation: of the MLPs of CLIP or SigLIP, by timm's name.
         norm_eps: of its layer norms.
         stride_in_1x1: a bottleneck strides in its first convolution.
         which, usual: the encoder that a copy was made of, and the one that its method evaluates (ours).
@@ -44,6 +45,7 @@ class FileSettings:
     pixel_doubt: Doubt | None = None
     arch: str | None = None
     heads: int | None = None
+    activation: str | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool | None = None
     which: str | None = None
@@ -112,7 +114,7 @@ def _files(checkpoint: Path, sha256: str, arch: str) -> list[_File]:
         return not origin.startswith("moco-eval")  # whose files say it themselves
 
     def hugging_face(origin: str) -> bool:
-        return origin.startswith(("Hugging Face", *plain))
+        return origin.startswith(("Hugging Face", "BEiT", *plain))
 
     def timm(origin: str) -> bool:
         return origin.startswith(plain)
@@ -163,10 +165,13 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
     """
     if "model_type" not in values:
         return {}
+    if isinstance(values.get("vision_config"), dict):  # of images and texts
+        values = values["vision_config"] | {"model_type": values["model_type"]}
     _require_this_network(values, arch)
+    activation = _ACTIVATIONS.get(values["model_type"].partition("_")[0], {}).get(values.get("hidden_act"))
     odd = {
         "downsample_in_first_stage": values.get("downsample_in_first_stage", False) is not False,
-        "hidden_act": values.get("hidden_act") not in (None, "relu" if values["model_type"] == "resnet" else "gelu"),
+        "hidden_act": activation is None and values.get("hidden_act") not in (None, _activation(values)),
         "qkv_bias": values.get("qkv_bias", True) is not True,
     }
     if wrong := [name for name, true in odd.items() if true]:
@@ -174,6 +179,7 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
     heads, eps = values.get("num_attention_heads"), values.get("layer_norm_eps")
     settings = {
         "heads": int(heads) if heads is not None else None,
+        "activation": activation,
         "norm_eps": float(eps) if eps is not None else None,
         "stride_in_1x1": values.get("downsample_in_bottleneck"),
     }
@@ -191,7 +197,7 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
 def _processor(values: dict[str, Any], arch: str) -> dict[str, Any]:
     """What the settings of an image processor say; nothing where there are none. Raises _Foreign."""
     try:
-        return _pixels(pixels_of(values, isinstance(architecture(arch), VisionTransformer)))
+        return _pixels(pixels_of(values, not isinstance(architecture(arch), Architecture)))
     except ForeignProcessor as error:
         raise _Foreign(str(error)) from None
 
@@ -226,11 +232,20 @@ def _pixels_of_method(kind: Any, arch: str) -> dict[str, Any]:
         return {}
     method, pixels = METHODS[kind]
     shape = architecture(arch)
-    pixels = sized(pixels, shape) if isinstance(shape, VisionTransformer) else pixels
+    pixels = pixels if isinstance(shape, Architecture) else sized(pixels, shape)
     taken = f"no {_PROCESSORS[1]} says its pixels; {method}'s own were taken for model_type {kind!r}. This settles it"
     return {"preprocessing": pixels, "pixel_doubt": Doubt(("interpolation", "mean", "std"), taken, pixels)}
 
 
+def _activation(values: dict[str, Any]) -> str:
+    """The only one that is built here, but for CLIP's and SigLIP's."""
+    if values["model_type"] == "resnet":
+        return "relu"
+    return "silu" if values["model_type"] == "dinov3_vit" and values.get("use_gated_mlp") else "gelu"
+
+
+_CLIPS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, dict[Any, str]] = {"clip": _CLIPS, "siglip": _CLIPS, "siglip2": _CLIPS}  # to timm's names
 VITS = ("vit", "deit", "vit_msn", "vit_mae", "vit_hybrid", "ijepa")  # model_type of networks with ViT's tensors
 
 
@@ -238,6 +253,7 @@ def _require_this_network(values: dict[str, Any], arch: str) -> None:
     """Raises _Foreign where model, depths or widths are others than the tensors'; _NotBuilt for oblong images."""
     kind, shape = values["model_type"], architecture(arch)
     if isinstance(shape, TimmNetwork):
+        _require_this_transformer(values, shape)
         return
     if kind not in (VITS if isinstance(shape, VisionTransformer) else ("resnet",)):
         raise _Foreign(f"of a model {shown(kind)!r}")
@@ -257,6 +273,17 @@ def _require_this_network(values: dict[str, Any], arch: str) -> None:
         there = there[0] if isinstance(there, list) and not isinstance(value, list) and len(set(there)) == 1 else there
         if there not in (None, value):
             raise _Foreign(f"of a {kind} with {name} {shown(there, 40)}, not {value}")
+
+
+def _require_this_transformer(values: dict[str, Any], network: TimmNetwork) -> None:
+    """The same for a transformer of timm's."""
+    blocks = getattr(network.layers, "blocks", None)
+    if blocks is None or "hidden_size" not in values:
+        return
+    ours = {"hidden_size": network.feature_dim, "num_hidden_layers": len(blocks)}
+    for name, value in ours.items():
+        if values.get(name) not in (None, value):
+            raise _Foreign(f"of a {shown(values['model_type'], 40)} with {name} {shown(values[name], 40)}, not {value}")
 
 
 # timm, detectron2

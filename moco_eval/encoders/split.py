@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_eval.encoders.infer import OPTIONAL
-from moco_eval.encoders.layouts import Rules, rename
+from moco_eval.encoders.layout import Rules, rename
 from moco_eval.encoders.recognise import OTHERS, Checkpoint, backbones
 from moco_eval.errors import InputError
 
@@ -53,7 +53,7 @@ def split(checkpoint: Checkpoint, encoder: str) -> Parts:
         raise InputError(f"{checkpoint.path}: {_absent(checkpoint, encoder)}")
     if layout.convert:
         backbone = layout.convert(backbone)
-    parts = Parts.of(backbone, _renamed(checkpoint, groups["head"], head_prefix or "", ()))
+    parts = Parts.of(backbone, _as_linear(_renamed(checkpoint, groups["head"], head_prefix or "", ())))
     if layout.folded:
         _unfold(parts)
     parts.dropped += [*_other(groups["other"], encoder), *_reasons(checkpoint, groups["dropped"]), *checkpoint.dropped]
@@ -147,6 +147,11 @@ def _renamed(checkpoint: Checkpoint, names: list[str], prefix: str, rules: Rules
             raise InputError(f"{checkpoint.path} holds two tensors for {plain} (the second: {name})")
         renamed[plain] = checkpoint.tensors[name]
     return _joined_attention(renamed)
+
+
+def _as_linear(head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A projection that is a bare matrix, (D, out) as CLIP has it, as a linear layer's weight."""
+    return {"weight": head[""].T.contiguous()} if head.keys() == {""} and head[""].ndim == 2 else head
 
 
 def _joined_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

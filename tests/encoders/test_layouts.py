@@ -8,6 +8,7 @@ from checkpoints import DIM, FILES, VIT, File, as_arrays, body, error, written
 
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.layouts import LAYOUTS
+from moco_eval.encoders.layouts_vit import TRANSFORMERS_OF_METHODS
 from moco_eval.encoders.load import load
 from moco_eval.untrusted import pickle_read
 
@@ -198,6 +199,10 @@ def test_the_container_does_not_matter(layout, tmp_path):
 
 
 def test_no_layout_is_left_out():
-    """Our own safetensors are in test_export.py, the refused one in test_encoders.py."""
-    elsewhere = {"moco-eval safetensors", "lightly's own CIFAR ResNet"}
+    """Our own safetensors are in test_export.py, the refused one in test_encoders.py, others in test_vit_layouts.py."""
+    elsewhere = {
+        "moco-eval safetensors",
+        "lightly's own CIFAR ResNet",
+        *(row.origin for row in TRANSFORMERS_OF_METHODS),
+    }
     assert {make().origin for make in FILES.values()} >= {row.origin for row in LAYOUTS} - elsewhere
