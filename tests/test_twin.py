@@ -298,9 +298,10 @@ def detector(name: str, folder: Path, arch: str = "resnet18_quarter") -> int:
     recipe = configs.load(DETECTORS[name][0], "detect", DetectConfig, [*SHORT, *DETECTORS[name][1:]])
     sizes = {"min_size_train": [64, 96], "min_size_test": 96, "max_size": 160}
     recipe = recipe.model_copy(update={"input": recipe.input.model_copy(update=sizes)})
-    output = folder / f"{name}_{rank()}"
-    output.mkdir()
-    samples = [scene(number, output) for number in range(4)]
+    output, pictures = folder / name, folder / f"{name}_{rank()}"
+    output.mkdir(exist_ok=True)
+    pictures.mkdir()
+    samples = [scene(number, pictures) for number in range(4)]
     classes = ("square",) if recipe.keypoints else ("square", "circle")
     keypoints = tuple("abcde") if recipe.keypoints else ()
     data = DetectionData("scenes", classes, samples[:2], samples[2:], "train", "test", "", keypoints=keypoints)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ def _install_cuda(gpus: int) -> None:
     cuda = torch.cuda
     cuda.is_available, cuda.device_count, cuda.current_device = lambda: True, lambda: gpus, lambda: 0
     cuda.get_device_name, cuda.get_device_capability = lambda *_: "the twin of a GPU", lambda *_: (9, 0)
+    cuda.get_device_properties = lambda *_: SimpleNamespace(name="the twin of a GPU", total_memory=141 << 30)
+    cuda.get_rng_state, cuda.set_rng_state = lambda *_: torch.get_rng_state(), nothing
     cuda.mem_get_info, cuda.max_memory_allocated = lambda *_: (140 << 30, 141 << 30), lambda *_: 0
     cuda.set_device = cuda.manual_seed = cuda.manual_seed_all = cuda.reset_peak_memory_stats = nothing
     cuda.synchronize = lambda *_: note("waits", "synchronize")
