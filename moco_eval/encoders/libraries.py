@@ -1,9 +1,12 @@
 """Encoders that another library builds: random weights, torchvision's and timm's published ones, raw pixels."""
 
-import difflib
+import contextlib
 import hashlib
+import logging
 import urllib.error
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
 from moco_eval.config.load import did_you_mean
+from moco_eval.encoders import timm_index
 from moco_eval.encoders.architectures import ARCHITECTURES, VisionTransformer, architecture, build_backbone, sized
+from moco_eval.encoders.connection import unreachable
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.fingerprint import probe_image
 from moco_eval.encoders.infer import infer
@@ -80,6 +85,9 @@ def from_torchvision(rest: str, seed: int) -> Encoder:
 
 
 def _download(source: str, weights) -> dict[str, Tensor]:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    if not cached.exists() and (reason := unreachable(weights.url)):
+        raise InputError(_offline(source, weights.url, reason))
     try:
         return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu")
     except urllib.error.HTTPError as error:
@@ -88,7 +96,7 @@ def _download(source: str, weights) -> dict[str, Tensor]:
         raise InputError(_offline(source, weights.url, error)) from None
 
 
-def _offline(source: str, url: str, error: Exception) -> str:
+def _offline(source: str, url: str, error: Exception | str) -> str:
     reason = " ".join(str(error).split())[:200]
     return f"{source}: cannot download {url} ({reason}); without a network, give the path of a file"
 
@@ -99,15 +107,61 @@ def from_timm(rest: str, seed: int) -> Encoder:
 
     source = f"timm:{rest}"
     if not timm.is_model(rest):
-        near = difflib.get_close_matches(rest, timm.list_models(), 3) or timm.list_models(f"{rest}*")[:3]
-        raise InputError(f"timm has no model {rest!r}{'; near it are ' + ', '.join(near) if near else ''}")
+        raise InputError(f"timm {timm.__version__} has no network {rest!r}.{timm_index.near(rest.partition('.')[0])}")
     if not timm.models.is_model_pretrained(rest):
-        raise InputError(f"timm has no published weights of {rest}; for an untrained network: random:ARCH")
+        raise InputError(f"timm has no published weights of {rest}; {_others_of(rest)}")
+    given = _reach(source, timm.get_pretrained_cfg(rest))
     try:
-        theirs = timm.create_model(rest, pretrained=True, num_classes=0).eval()
+        with _hub_is_quiet():
+            theirs = timm.create_model(rest, pretrained=True, num_classes=0, **given).eval()
     except Exception as error:  # whatever the hub's client raises without a network
         raise InputError(_offline(source, f"timm's weights of {rest}", error)) from None
     return _of_timm(source, theirs)
+
+
+def _others_of(name: str) -> str:
+    """The way out where timm has a network and not these weights of it."""
+    import timm
+
+    network = name.partition(".")[0]
+    tags = timm.list_pretrained(f"{network}.*")
+    return f"it has {', '.join(tags)}" if tags else f"for an untrained network: random:timm:{network}"
+
+
+def _reach(source: str, published: Any) -> dict[str, Any]:
+    """What timm must be told to find its weights: nothing where the hub answers, else the copy of an earlier download.
+
+    Asked before the hub's client is, which tries for a minute.
+
+    Raises:
+        InputError: no network and no copy.
+    """
+    import huggingface_hub
+
+    hub, revision = (published.hf_hub_id or "").partition("@")[::2]
+    url = huggingface_hub.constants.ENDPOINT if hub else published.url
+    is_offline = hub and huggingface_hub.constants.HF_HUB_OFFLINE
+    reason = "HF_HUB_OFFLINE is set" if is_offline else unreachable(url)
+    if reason is None:
+        return {}
+    names = [published.hf_hub_filename] if published.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    copies = [huggingface_hub.try_to_load_from_cache(hub, name, revision=revision or None) for name in names if hub]
+    copy = next((path for path in copies if isinstance(path, str) and Path(path).exists()), None)
+    if copy is None:
+        raise InputError(_offline(source, f"{hub or url} from {url}" if hub else url, reason))
+    return {"pretrained_cfg_overlay": {"file": copy}}
+
+
+@contextlib.contextmanager
+def _hub_is_quiet() -> Iterator[None]:
+    """Without the hub client's lines about its attempts: what stopped it is said once, by us."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _of_timm(source: str, theirs: nn.Module) -> Encoder:

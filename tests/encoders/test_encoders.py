@@ -735,8 +735,8 @@ def test_torchvision_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "given", "words"),
     [
-        ("timm:vit_small_patch16", {}, "timm has no model 'vit_small_patch16'; near it are vit_small_patch"),
-        ("timm:resnet18_no", {}, "timm has no model"),
+        ("timm:vit_small_patch16", {}, "has no network 'vit_small_patch16'. Did you mean vit_small_patch"),
+        ("timm:resnet18_no", {}, "has no network 'resnet18_no'. Did you mean "),
         ("zoo:moco_v2_80ep", {}, "Did you mean 'moco_v2_800ep'"),
         ("random:resnet51", {}, "Did you mean 'resnet50'"),
         ("random:", {}, "unknown architecture ''"),
