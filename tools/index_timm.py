@@ -77,11 +77,11 @@ def index(networks: Iterable[str]) -> list[str]:
             shapes, computed = shapes_of(name)
         except AttributeError:  # an encoder of a language model, which gives no pooled feature
             continue
-        loose, exact = digests(shapes)
+        loose, exact, modules = digests(shapes)
         alike = kinds.setdefault(exact, [])
         if computed not in alike:
             alike.append(computed)
-        lines.append(f"{loose} {exact} {alike.index(computed)} {name}")
+        lines.append(f"{loose} {exact} {modules} {alike.index(computed)} {name}")
     return lines
 
 

@@ -1,9 +1,17 @@
-"""The networks we train and load: torchvision's ResNets, their wider, narrower and CIFAR forms, and timm's ViTs."""
+"""The networks we train and load: torchvision's ResNets with their wider, narrower and CIFAR forms, ViTs, timm's zoo.
 
+A name may go on after a comma: `resnet18,channels=4` takes images of four channels, and timm's networks take arguments
+of their constructors, `timm:vit_base_patch16_224,global_pool=avg`.
+"""
+
+import ast
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
 
+import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -24,6 +32,7 @@ class Architecture:
     as a rule and 2 in solo-learn, which the shapes do not tell.
     `stride_in_1x1`: a bottleneck strides in its first convolution, as MSRA's original weights do; torchvision's
     strides in the 3x3. The shapes do not tell.
+    `channels`: of the images.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -34,15 +43,14 @@ class Architecture:
     groups: int = 1
     group_width: int = 64
     stride_in_1x1: bool = False
+    channels: int = 3
+
+    size = None  # any
 
     @property
     def feature_dim(self) -> int:
         """Length of the pooled feature."""
         return int(512 * self.width) * self.block.expansion
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        return ("layer1", "layer2", "layer3", "layer4")
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class VisionTransformer:
     Attributes:
         dim, depth, heads: of the tokens, blocks and attention. The shapes do not tell the heads.
         patch, size: pixels along one side of a patch and of the image.
+        channels: of the images.
     """
 
     dim: int
@@ -59,14 +68,65 @@ class VisionTransformer:
     heads: int
     patch: int
     size: int
+    channels: int = 3
 
     @property
     def feature_dim(self) -> int:
         return self.dim
 
+
+@dataclass(frozen=True)
+class TimmNetwork:
+    """Any network of timm's, with arguments of its constructor.
+
+    Attributes:
+        name: timm's, without the tag of published weights.
+        arguments: (name, value) in the order given, such as ("img_size", 256).
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @cached_property
+    def layers(self) -> nn.Module:
+        """The network without memory, for its facts."""
+        with torch.device("meta"):
+            return self.build()
+
     @property
-    def stages(self) -> tuple[str, ...]:
-        return tuple(f"blocks.{i}" for i in range(self.depth))
+    def feature_dim(self) -> int:
+        """Length of the pooled feature."""
+        return int(getattr(self.layers, "head_hidden_size", None) or self.layers.num_features)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return int(dict(self.arguments).get("in_chans", 3))
+
+    @property
+    def size(self) -> int | None:
+        """Pixels along one side of the image; None where any will do."""
+        settings: Any = self.layers.pretrained_cfg
+        size = dict(self.arguments).get("img_size", settings["input_size"][-1])
+        return int(size) if settings.get("fixed_input_size") or "img_size" in dict(self.arguments) else None
+
+    def build(self) -> nn.Module:
+        """Randomly initialised; its output is the pooled feature.
+
+        Raises:
+            InputError: timm does not build it with these arguments.
+        """
+        import timm
+
+        try:
+            return timm.create_model(self.name, pretrained=False, num_classes=0, **dict(self.arguments))
+        except Exception as error:  # whatever its constructor raises
+            reason = " ".join(str(error).split())[:200]
+            given = ", ".join(f"{key}={value}" for key, value in self.arguments) or "no arguments"
+            raise InputError(f"timm does not build {self.name} with {given}: {reason}") from None
+
+
+AnyArchitecture = Architecture | VisionTransformer | TimmNetwork
 
 
 def _resnets() -> dict[str, Architecture]:
@@ -120,8 +180,17 @@ def names() -> list[str]:
     return [*ARCHITECTURES, *(f"vit_{size}_patch{patch}_224" for size in TRANSFORMERS for patch in (8, 14, 16, 32))]
 
 
-def architecture(name: str) -> Architecture | VisionTransformer:
-    """Raises InputError for an unknown name, with the nearest known one."""
+@cache
+def architecture(name: str) -> AnyArchitecture:
+    """Raises InputError for an unknown name, with the nearest known one, or an argument that it does not take."""
+    plain, *given = name.split(",")
+    if plain.startswith("timm:"):
+        return _timm_network(plain.removeprefix("timm:"), _arguments(name, given, TIMM_ARGUMENTS))
+    network = _plain(plain)
+    return replace(network, **dict(_arguments(name, given, ("channels",))))
+
+
+def _plain(name: str) -> Architecture | VisionTransformer:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if not (match := _VIT.fullmatch(name)):
@@ -132,11 +201,56 @@ def architecture(name: str) -> Architecture | VisionTransformer:
     return VisionTransformer(*TRANSFORMERS[match[1]], patch, size)
 
 
+# of timm's constructors: what changes the network's tensors or what it computes
+TIMM_ARGUMENTS = (
+    *("act_layer", "class_token", "depth", "embed_dim", "fc_norm", "final_norm", "global_pool", "img_size", "in_chans"),
+    *("init_values", "mlp_ratio", "no_embed_class", "num_heads", "patch_size", "pre_norm", "qk_norm", "qkv_bias"),
+    *("reg_tokens", "window_size"),
+)
+MOST = {"channels": 64, "in_chans": 64, "depth": 256, "reg_tokens": 256}  # a stranger's file may say it
+LARGEST = 16384  # other whole numbers
+
+
+def _arguments(name: str, given: list[str], known: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """`key=value` after an architecture's name; numbers, true and false, and words."""
+    arguments: dict[str, Any] = {}
+    for pair in given:
+        key, equals, text = pair.partition("=")
+        if key not in known or not equals or not text or key in arguments:
+            raise InputError(f"architecture {name!r}: {pair!r} is no argument of it.{did_you_mean(key, known)}")
+        value, most, least = _value(text), MOST.get(key, LARGEST), 0 if key == "reg_tokens" else 1
+        counts = key in MOST or type(value) is int
+        if counts and not (type(value) is int and least <= value <= most):
+            raise InputError(f"architecture {name!r}: {key} is {text}; it must be a whole number of {least} to {most}")
+        arguments[key] = value
+    return tuple(arguments.items())
+
+
+def _value(text: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, (bool, int, float)) else text
+
+
+def _timm_network(name: str, arguments: tuple[tuple[str, Any], ...]) -> TimmNetwork:
+    import timm
+
+    plain = name.partition(".")[0]
+    if not timm.is_model(plain):
+        near = did_you_mean(plain, timm.list_models())
+        raise InputError(f"timm has no network {plain!r}.{near}")
+    network = TimmNetwork(plain, arguments)
+    assert network.layers is not None  # refuses arguments that do not fit
+    return network
+
+
 def resnet(name: str) -> Architecture:
     """Raises InputError where the name is no ResNet's."""
     arch = architecture(name)
     if not isinstance(arch, Architecture):
-        raise InputError(f"{name} is a vision transformer; this takes a ResNet: {', '.join(ARCHITECTURES)}")
+        raise InputError(f"{name} is no ResNet; this takes one of {', '.join(ARCHITECTURES)}")
     return arch
 
 
@@ -147,9 +261,8 @@ class _WidthResNet(ResNet):
         self._arch = arch
         super().__init__(arch.block, list(arch.layers), num_classes=num_classes)
         stem = int(64 * arch.width)
-        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.conv1 = _stem(3, stem)
         self.bn1 = nn.BatchNorm2d(stem)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.fc = nn.Linear(arch.feature_dim, num_classes)
 
     def _make_layer(self, block, planes, *args, **kwargs):
@@ -158,11 +271,18 @@ class _WidthResNet(ResNet):
         return super()._make_layer(block, int(planes * self._arch.width), *args, **kwargs)
 
 
+def _stem(channels: int, width: int) -> nn.Conv2d:
+    """torchvision's first convolution, as it initialises it."""
+    convolution = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
+
 def build_resnet(name: str, num_classes: int = 1000) -> ResNet:
     """A randomly initialised ResNet with torchvision's module names and initialisation; a CIFAR stem with torch's own.
 
     Args:
-        name: a key of ARCHITECTURES.
+        name: a key of ARCHITECTURES, perhaps with `,channels=N`.
         num_classes: width of `fc`, an ordinary linear layer on the pooled feature.
     """
     arch = resnet(name)
@@ -173,8 +293,11 @@ def build_resnet(name: str, num_classes: int = 1000) -> ResNet:
         net = _WidthResNet(arch, num_classes)
     if arch.cifar_stem:
         # initialised as torch does by itself (uniform, standard deviation 0.111), as in the CIFAR-10 demo
-        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, stride=1, padding=arch.stem_padding, bias=False)
+        shape = {"kernel_size": 3, "stride": 1, "padding": arch.stem_padding}
+        net.conv1 = nn.Conv2d(arch.channels, net.conv1.out_channels, **shape, bias=False)
         net.maxpool = nn.Identity()
+    elif arch.channels != 3:
+        net.conv1 = _stem(arch.channels, net.conv1.out_channels)
     if arch.stride_in_1x1:
         for block in net.modules():
             if isinstance(block, Bottleneck):
@@ -196,6 +319,7 @@ def build_transformer(name: str, num_classes: int = 0) -> nn.Module:
     return TimmTransformer(
         img_size=arch.size,
         patch_size=arch.patch,
+        in_chans=arch.channels,
         embed_dim=arch.dim,
         depth=arch.depth,
         num_heads=arch.heads,
@@ -209,14 +333,19 @@ def build_backbone(name: str, fork: bool = True) -> nn.Module:
     Args:
         fork: draw from a copy of torch's generator, so that it is as before afterwards.
     """
+    arch = architecture(name)
     with borrowed_generator() if fork else nullcontext():
-        if isinstance(architecture(name), VisionTransformer):
+        if isinstance(arch, TimmNetwork):
+            return arch.build()
+        if isinstance(arch, VisionTransformer):
             return build_transformer(name)
         net = build_resnet(name)
     net.fc = nn.Identity()
     return net
 
 
-def sized(pixels: Preprocessing, arch: VisionTransformer) -> Preprocessing:
-    """The same for the only image size that a ViT takes."""
+def sized(pixels: Preprocessing, arch: AnyArchitecture) -> Preprocessing:
+    """The same for the only image size that a network takes."""
+    if arch.size is None:
+        return pixels
     return replace(pixels, size=arch.size, resize=arch.size * pixels.resize // pixels.size)

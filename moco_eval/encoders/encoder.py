@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from moco_eval.encoders.architectures import architecture
+from moco_eval.encoders.network import Network, network_of
 from moco_eval.preprocessing import Preprocessing
 
 
@@ -17,8 +19,8 @@ class Encoder:
         source: the CHECKPOINT argument as the user gave it.
         run_name: short name for folders and tables ('moco_v2_r50', 'random-resnet18').
         arch: a name that `architectures.architecture` knows, or 'pixels'.
-        backbone: (N, 3, H, W) to pooled features (N, feature_dim); a ResNet with torchvision's module names, `fc` the
-            identity, or timm's VisionTransformer.
+        backbone: (N, C, H, W) to pooled features (N, feature_dim); a ResNet with torchvision's module names, `fc` the
+            identity, or a network of timm's.
         feature_dim: length of the pooled feature.
         head: the projection head on the pooled feature, (N, feature_dim) to (N, dim); None where there is none.
         origin: the layout it was recognised as, such as 'facebookresearch/moco v2'.
@@ -60,6 +62,13 @@ class Encoder:
     settings: str | None = None
     wrapped: bool = False
 
+    @property
+    def network(self) -> Network:
+        """The backbone with what may be asked of it."""
+        known = self.tensors_loaded and not self.wrapped
+        channels = self.preprocessing.in_channels if self.preprocessing else 3
+        return network_of(self.backbone, architecture(self.arch) if known else None, channels)
+
     def record(self) -> dict[str, Any]:
         """The `encoder` part of a result record."""
         return {
@@ -67,6 +76,7 @@ class Encoder:
             "sha256": self.sha256,
             "origin": self.origin,
             "arch": self.arch,
+            "pooling": self.network.pooling,
             "which": self.which,
             "tensors_loaded": self.tensors_loaded,
             "warnings": self.warnings,

@@ -4,19 +4,19 @@ import hashlib
 
 import torch
 
-from moco_eval.encoders.architectures import Architecture, VisionTransformer, architecture
+from moco_eval.encoders.architectures import AnyArchitecture, architecture
 from moco_eval.encoders.encoder import Encoder
 
 PROBE_SIZE = 64
 
 
-def probe_image(arch: Architecture | VisionTransformer | None = None) -> torch.Tensor:
-    """A fixed picture of waves in three colours, (1, 3, size, size), values in -1..1; of a ViT's own size."""
-    size = arch.size if isinstance(arch, VisionTransformer) else PROBE_SIZE
+def probe_image(arch: AnyArchitecture | None = None) -> torch.Tensor:
+    """A fixed picture of waves, (1, C, size, size), values in -1..1; of the size and channels that a network takes."""
+    size, channels = (PROBE_SIZE, 3) if arch is None else (arch.size or PROBE_SIZE, arch.channels)
     line = torch.linspace(0, 6.2832, size, dtype=torch.float64)
     rows, columns = torch.meshgrid(line, line, indexing="ij")
     waves = [torch.sin(3 * rows + 2 * columns), torch.cos(5 * columns), torch.sin(7 * rows * columns / 6)]
-    return torch.stack(waves).float()[None]
+    return torch.stack([waves[channel % 3] for channel in range(channels)]).float()[None]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from moco_eval.encoders.architectures import ARCHITECTURES, TRANSFORMERS, Architecture, build_backbone
+from moco_eval.encoders.infer_zoo import nearest_in_zoo, zoo_architecture
 from moco_eval.errors import InputError
 
 OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
@@ -22,15 +23,23 @@ def expected(arch: str) -> dict[str, Tensor]:
         return dict(build_backbone(arch).state_dict())
 
 
-def infer(source: str, tensors: Mapping[str, Tensor]) -> str:
+def infer(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None) -> str:
     """The architecture of these backbone tensors, under torchvision's names or timm's.
 
+    Args:
+        prefer: of several with the same tensors, a regular expression on the name of the one to take.
     Raises:
         InputError: they are of none that we build; the message says what they are.
     """
-    arch = _transformer(source, tensors) if is_transformer(tensors) else _resnet(tensors)
-    if arch is not None:
-        return arch
+    plain = next(iter(_transformers(tensors)), None) if is_transformer(tensors) else _resnet(tensors)
+    if plain and _shapes(expected(plain)) == _shapes(tensors):
+        return plain
+    if network := zoo_architecture(source, tensors, prefer):
+        return network
+    if near := plain or nearest_in_zoo(tensors, prefer):
+        return near  # for the proof to say what is wrong
+    if is_transformer(tensors):
+        raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
     best, share = nearest(tensors)
     if share < 0.9 and structure(tensors) != structure(expected(best)):
         raise InputError(
@@ -83,7 +92,13 @@ def _resnet(tensors: Mapping[str, Tensor]) -> str | None:
         groups=groups,
         group_width=int(second[0] / groups / width) if bottleneck else 64,
     )
-    return next((name for name, arch in ARCHITECTURES.items() if arch == resnet), None)
+    name = next((name for name, arch in ARCHITECTURES.items() if arch == resnet), None)
+    return name and with_channels(name, stem[1])
+
+
+def with_channels(name: str, channels: int) -> str:
+    """An architecture's name with the channels of its images, where they are not 3."""
+    return name if channels == 3 else f"{name},channels={channels}"
 
 
 _FIRST_BLOCK = ("layer1.0.conv1", "layer1.0.conv2")
@@ -107,14 +122,6 @@ def _blocks(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
 # Vision transformers
 
 
-def _transformer(source: str, tensors: Mapping[str, Tensor]) -> str:
-    """The ViT of these tensors; where only the heads are open, the usual ones."""
-    names = _transformers(tensors)
-    if not names:
-        raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
-    return names[0]
-
-
 def _transformers(tensors: Mapping[str, Tensor]) -> list[str]:
     """The ViTs that have these patches, tokens and blocks, the usual number of heads first."""
     patches, tokens = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("pos_embed")
@@ -125,7 +132,7 @@ def _transformers(tensors: Mapping[str, Tensor]) -> list[str]:
         return []
     shape = (patches[0], _depth(tensors))
     return [
-        f"vit_{name}_patch{patches[2]}_{side * patches[2]}"
+        with_channels(f"vit_{name}_patch{patches[2]}_{side * patches[2]}", patches[1])
         for name, (dim, depth, _) in TRANSFORMERS.items()
         if (dim, depth) == shape
     ]

@@ -4,15 +4,14 @@ Reading, proof of load and export work from the row alone. A leading `module.` (
 (torch.compile) are off before anything is compared. Prefixes are regular expressions, matched at a name's start.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from moco_eval.encoders.layout import Layout, Rules
+from moco_eval.encoders.layouts_conv import CONVOLUTIONAL, TIMM
 from moco_eval.preprocessing import Preprocessing
 
 FORMAT = "moco-eval/1"
 SAFETENSORS = "moco-eval/1 safetensors"
-Rules = tuple[tuple[str, str | Callable], ...]  # (regular expression, replacement), applied in order
 
 IMAGENET = Preprocessing()
 SWAV = Preprocessing(std=(0.228, 0.224, 0.225))  # its red channel is not ImageNet's 0.229
@@ -20,63 +19,6 @@ HALVES = Preprocessing(resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_DEMO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2023, 0.1994, 0.2010))
 CIFAR_SOLO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2470, 0.2435, 0.2616))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one code base names its tensors.
-
-    Attributes:
-        origin: the name users see.
-        source: repository and files the layout was read from.
-        marks: regular expressions, each of which must be found in some tensor name.
-        unless: regular expressions, none of which may be found in any.
-        format: value of the file's own `format` entry, where it has one.
-        query, key: what precedes the backbone of the query and of the momentum encoder; None where there is none.
-        usual: which of them the method's own evaluation takes.
-        head, key_head: what precedes the projection head, a plain sequence of layers with ReLUs; None where it is
-            absent or of another kind.
-        names: to torchvision's names (timm's for a ViT), applied to what follows the prefix.
-        dropped: (regular expression, part, reason) of further tensors that an evaluation does not use.
-        variants: what the shapes do not tell of the architecture, as rules on its name.
-        preprocessing: what the weights expect; None where the file itself says.
-        cifar: the same for a network with the CIFAR stem; None where nothing says.
-        norm_eps: of the layer norms, where it is not timm's 1e-6.
-        folded: batch norm's statistics are folded into its scale and shift, and 0 and 1 stand for them.
-        settled: the code base leaves none of that open.
-        refused: why such a file cannot be evaluated, where it cannot.
-    """
-
-    origin: str
-    source: str
-    marks: tuple[str, ...] = ()
-    format: str | None = None
-    query: str = ""
-    key: str | None = None
-    usual: str = "query"
-    head: str | None = None
-    key_head: str | None = None
-    names: Rules = ()
-    dropped: tuple[tuple[str, str, str], ...] = ()
-    variants: Rules = ()
-    preprocessing: Preprocessing | None = IMAGENET
-    cifar: Preprocessing | None = None
-    norm_eps: float | None = None
-    folded: bool = False
-    settled: bool = False
-    unless: tuple[str, ...] = ()
-    refused: str | None = None
-
-    def prefixes(self, encoder: str) -> tuple[str | None, str | None]:
-        """Those of an encoder's backbone and projection head."""
-        return (self.query, self.head) if encoder == "query" else (self.key, self.key_head)
-
-
-def rename(name: str, rules: Rules) -> str:
-    """A name after each rule in turn."""
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 _QUEUE = (
@@ -281,6 +223,7 @@ LAYOUTS: tuple[Layout, ...] = (
         preprocessing=None,
         settled=True,
     ),
+    *CONVOLUTIONAL,
     Layout(
         "OpenSelfSup or mmselfsup 0.x",
         "open-mmlab/OpenSelfSup@1db69ec, mmselfsup@6faad81: models, necks.py",
@@ -562,6 +505,7 @@ LAYOUTS: tuple[Layout, ...] = (
         marks=(r"^(conv1|bn1|fc)\.", r"^layer\d\."),
         dropped=(_FC,),
     ),
+    TIMM,
 )
 
 # A backbone under a prefix that no row names; `recognise` puts the prefix in.

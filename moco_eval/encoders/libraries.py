@@ -15,7 +15,7 @@ from torchvision.models import get_model_weights, list_models
 
 from moco_eval.config.load import did_you_mean
 from moco_eval.encoders import timm_index
-from moco_eval.encoders.architectures import ARCHITECTURES, VisionTransformer, architecture, build_backbone, sized
+from moco_eval.encoders.architectures import ARCHITECTURES, architecture, build_backbone, sized
 from moco_eval.encoders.connection import unreachable
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.fingerprint import probe_image
@@ -43,7 +43,7 @@ def random_weights(arch: str, seed: int) -> Encoder:
         origin=f"random initialisation, seed {seed}",
         sha256=sha256_of_tensors(net.state_dict()),
         tensors_loaded=len(net.state_dict()),
-        preprocessing=sized(Preprocessing(), shape) if isinstance(shape, VisionTransformer) else None,
+        preprocessing=sized(Preprocessing(), shape) if shape.size and shape.channels == 3 else None,
     )
 
 

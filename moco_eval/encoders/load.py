@@ -9,11 +9,20 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from moco_eval.encoders import download, zoo
-from moco_eval.encoders.architectures import Architecture, VisionTransformer, architecture, names, sized
+from moco_eval.encoders.architectures import (
+    AnyArchitecture,
+    Architecture,
+    TimmNetwork,
+    VisionTransformer,
+    architecture,
+    names,
+    sized,
+)
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS, rename
+from moco_eval.encoders.layout import rename
+from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
 from moco_eval.encoders.naming import run_name, safe_name, sha256_of_checkpoint
 from moco_eval.encoders.prove import doubts, prove
@@ -70,7 +79,7 @@ def _from_file(source: str, arch: str | None, encoder: str | None, key: str | No
     layout, sha256 = checkpoint.layout, sha256_of_checkpoint(path)
     taken = encoder or checkpoint.default
     parts = split(checkpoint, taken)
-    inferred = arch or infer(source, parts.backbone)
+    inferred = arch or infer(source, parts.backbone, layout.prefer)
     settings = settings_beside(path, sha256, layout.origin, inferred)
     chosen = arch or _architecture(checkpoint, inferred, settings)
     shape = architecture(chosen)
@@ -134,9 +143,12 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
     """
     if settings.arch or (checkpoint.layout.format == SAFETENSORS and checkpoint.values.get("arch")):
         return settings.arch or str(checkpoint.values["arch"])
-    name = rename(inferred, checkpoint.layout.variants)
+    if isinstance(architecture(inferred), TimmNetwork):
+        return inferred
+    plain, comma, channels = inferred.partition(",")
+    name = rename(plain, checkpoint.layout.variants)
     if name not in names() and not isinstance(architecture(inferred), VisionTransformer):
-        name = inferred
+        name = plain
     shape = architecture(name)
     if isinstance(shape, VisionTransformer) and settings.heads not in (None, shape.heads):
         name = name.replace("_patch", "_12h_patch")
@@ -147,7 +159,7 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
     if in_3x3 and settings.stride_in_1x1:
         name = f"{name}_msra"
     architecture(name)
-    return name
+    return f"{name}{comma}{channels}"
 
 
 def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, settings: FileSettings) -> list[str]:
@@ -156,6 +168,8 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
         return []
     shape, layout = architecture(arch), checkpoint.layout
     hugging_face = layout.origin.startswith("Hugging Face") and settings.stride_in_1x1 is None
+    if isinstance(shape, TimmNetwork):
+        return []
     if isinstance(shape, VisionTransformer):
         questions = _of_transformer(checkpoint, override, arch, settings, hugging_face)
     else:
@@ -164,6 +178,8 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
             questions.append(_HF_RESNET)
         if _is_segmenter(checkpoint) or _says_dilated(checkpoint.values):
             questions.append(_DILATED)
+    if shape.channels != 3:
+        questions.append(_CHANNELS.format(channels=shape.channels))
     stated = checkpoint.values.get("arch")
     if isinstance(stated, str) and layout.format is None and not override and not arch.startswith(stated.lower()):
         questions.append(f"the file says that it is a {shown(stated)}; its tensors look like {arch}")
@@ -214,6 +230,7 @@ _HEADS = (
     "the shapes of a ViT do not tell its attention heads, nor that its images are square; {heads} were taken, as DeiT, "
     "DINO and timm have, and {size}x{size} pixels. MoCo v3's have 12: --arch {other}"
 )
+_CHANNELS = "it takes images of {channels} channels and does not say their mean and deviation: the data set's count"
 _SQUARE = (
     "the shapes of a ViT do not tell that its images are square; {size}x{size} pixels were taken: --arch {arch} says so"
 )
@@ -285,9 +302,7 @@ def set_norm_eps(net: nn.Module, eps: float | None) -> None:
 # What travels with the backbone
 
 
-def _preprocessing(
-    checkpoint: Checkpoint, arch: Architecture | VisionTransformer, settings: FileSettings
-) -> Preprocessing | None:
+def _preprocessing(checkpoint: Checkpoint, arch: AnyArchitecture, settings: FileSettings) -> Preprocessing | None:
     """What the weights expect: as the file itself says, or settings beside it, or its layout.
 
     Raises:
@@ -297,13 +312,15 @@ def _preprocessing(
     if layout.preprocessing is None:
         return _own_preprocessing(checkpoint)
     if settings.preprocessing:
-        if isinstance(arch, VisionTransformer) and settings.preprocessing.size != arch.size:
+        if arch.size not in (None, settings.preprocessing.size):
             there = f"{settings.preprocessing.size} pixels, but the network takes {arch.size}"
             raise InputError(f"{checkpoint.path}: {settings.name} says images of {there}; correct it")
         return settings.preprocessing
     if settings.arch:
         return None  # our own settings say so
-    if isinstance(arch, VisionTransformer):
+    if arch.channels != layout.preprocessing.in_channels:
+        return None
+    if not isinstance(arch, Architecture):
         return sized(layout.preprocessing, arch)
     if arch.stride_in_1x1 and layout.origin.startswith("detectron2"):
         return MSRA

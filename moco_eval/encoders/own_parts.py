@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moco_eval.encoders.layouts import IMAGENET, PREFIXED, Layout, rename
+from moco_eval.encoders.layout import Layout, rename
+from moco_eval.encoders.layouts import IMAGENET, PREFIXED
 
 ODD_HEAD = "a projection head of a kind that is not read"
 REASON = "beside the backbone, for a training of its own"
@@ -23,10 +24,14 @@ _WORDS = re.compile(
 _FORWARD = re.compile(
     r"norm|pool|token|stem|conv|^bn\d*$|attn|pos_?emb|patch|^(layer|block|stage)s?\d*$|^embeddings$", re.IGNORECASE
 )
-_ANATOMY = re.compile(r"(conv1|bn1|layer\d+|cls_token|pos_embed|patch_embed|blocks|norm)(\.|$)")
+_ANATOMY = re.compile(
+    r"(conv1|bn1|layer\d+|cls_token|pos_embed|patch_embed|blocks|norm"
+    r"|conv_stem|conv_head|bn2|stem|stages|layers|levels|features|head\.norm|s[1-4]|final_conv|network)(\.|$)"
+)
 _SEQUENCE = re.compile(r"(\d+\.)?\w+$")  # names below a head that is read
 # Rows that go by the network's own names; the others go by a method's, which one's own code may share.
 _NETWORKS = ("detectron2", "Hugging Face", "torchvision", "timm", "OpenMMLab ViT backbone", "lightly's backbone alone")
+_NETWORKS += ("EfficientNet", "facebookresearch/ConvNeXt", "facebookresearch/dinov3", "microsoft/Swin-Transformer")
 
 
 def without_own_parts(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:

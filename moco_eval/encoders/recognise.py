@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moco_eval.encoders.containers import Contents, count_tensors, find_tensors, is_named
-from moco_eval.encoders.layouts import LAYOUTS, PREFIXED, Layout
+from moco_eval.encoders.layout import Layout
+from moco_eval.encoders.layouts import LAYOUTS, PREFIXED
 from moco_eval.encoders.own_parts import has_network, without_own_parts
 from moco_eval.errors import InputError
 from moco_eval.untrusted.pickle_scan import shown

@@ -11,7 +11,7 @@ import torch
 from torchvision.models.resnet import Bottleneck
 
 from moco_eval.config import yaml_read
-from moco_eval.encoders.architectures import VisionTransformer, architecture
+from moco_eval.encoders.architectures import TimmNetwork, VisionTransformer, architecture
 from moco_eval.encoders.infer import expected
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
@@ -187,6 +187,8 @@ VITS = ("vit", "deit", "vit_msn", "vit_mae", "vit_hybrid", "ijepa")  # model_typ
 def _require_this_network(values: dict[str, Any], arch: str) -> None:
     """Raises _Foreign where model, depths or widths are others than the tensors'; _NotBuilt for oblong images."""
     kind, shape = values["model_type"], architecture(arch)
+    if isinstance(shape, TimmNetwork):
+        return
     if kind not in (VITS if isinstance(shape, VisionTransformer) else ("resnet",)):
         raise _Foreign(f"of a model {shown(kind)!r}")
     if isinstance(shape, VisionTransformer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_eval.encoders.infer import OPTIONAL
-from moco_eval.encoders.layouts import Rules, rename
+from moco_eval.encoders.layout import Rules, rename
 from moco_eval.encoders.recognise import OTHERS, Checkpoint, backbones
 from moco_eval.errors import InputError
 
@@ -51,6 +51,8 @@ def split(checkpoint: Checkpoint, encoder: str) -> Parts:
     backbone = _renamed(checkpoint, groups["backbone"], prefix, layout.names)
     if not backbone:
         raise InputError(f"{checkpoint.path}: {_absent(checkpoint, encoder)}")
+    if layout.convert:
+        backbone = layout.convert(backbone)
     parts = Parts.of(backbone, _renamed(checkpoint, groups["head"], head_prefix or "", ()))
     if layout.folded:
         _unfold(parts)

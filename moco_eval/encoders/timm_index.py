@@ -1,7 +1,8 @@
 """Which of timm's networks have these tensors? An index over the names and shapes of them all, made by a tool.
 
-`timm_index.txt` has one row for each network: a digest without what depends on the image size, one with it, a number
-that tells networks apart that share both and compute differently (padding, epsilon, activation, windows), and the name.
+`timm_index.txt` has one row for each network: a digest without what depends on the image size, one with it, one of its
+modules alone, a number that tells networks apart that share the second and compute differently (padding, epsilon,
+activation, windows), and the name.
 `tools/index_timm.py` writes it from the installed timm.
 """
 
@@ -25,6 +26,12 @@ HEADS = re.compile(
 # Parameters whose shape follows the image's size, and buffers that are computed from it
 _SIZED = re.compile(r"(^|\.)(\w*pos_embed\w*|relative_position_bias_table|rel_pos_[hw]|attention_biases)$")
 _COMPUTED = re.compile(r"(^|\.)(relative_position_index|attn_mask|relative_coords_table|num_batches_tracked)$")
+# Where the first convolution of timm's networks is
+STEM = re.compile(
+    r"(encoder\.)?(patch_embeds?\d?|embeds|pixel_embed)\.|(conv_?)?stem\.|conv_?[01]\.|conv2d_1a|base_layer|layer0\.|body\."
+    r"|features\.(0|conv)",
+    re.IGNORECASE,
+)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -34,12 +41,14 @@ class Row:
 
     Attributes:
         loose, exact: digests of its tensors without and with the shapes that depend on the image size.
+        modules: of its modules' names and the first convolution, which one wrong tensor leaves as they are.
         kind: networks of one exact digest and one kind compute the same.
         name: timm's.
     """
 
     loose: str
     exact: str
+    modules: str
     kind: int
     name: str
 
@@ -49,7 +58,7 @@ def rows() -> tuple[Row, ...]:
     """The whole index."""
     lines = (files("moco_eval.encoders") / "timm_index.txt").read_text().splitlines()
     fields = (line.split() for line in lines if line and not line.startswith("#"))
-    return tuple(Row(loose, exact, int(kind), name) for loose, exact, kind, name in fields)
+    return tuple(Row(loose, exact, modules, int(kind), name) for loose, exact, modules, kind, name in fields)
 
 
 def names() -> list[str]:
@@ -65,15 +74,22 @@ def near(name: str) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else " timm.list_models() lists all that there are."
 
 
-def digests(shapes: Shapes) -> tuple[str, str]:
-    """Of a backbone's names and shapes, the classifier left out: without what depends on the image size, and with."""
-    loose, exact = [], []
+def digests(shapes: Shapes) -> tuple[str, str, str]:
+    """Of a backbone's names and shapes, the classifier left out: `loose`, `exact` and `modules` of a row."""
+    loose, exact, modules = [], [], {f"{shapes.get(stem(shapes) or '')}"}
     for name, shape in sorted(shapes.items()):
         if HEADS.fullmatch(name) or _COMPUTED.search(name):
             continue
         exact.append(f"{name} {'x'.join(map(str, shape))}")
         loose.append(name if _SIZED.search(name) else exact[-1])
-    return _digest(loose), _digest(exact)
+        modules.add(name.rpartition(".")[0])
+    return _digest(loose), _digest(exact), _digest(sorted(modules))
+
+
+def stem(shapes: Shapes) -> str | None:
+    """The name of the first convolution, whatever the order of the tensors; None where none is known."""
+    convolutions = [name for name in shapes if len(shapes[name]) == 4 and STEM.match(name) and name.endswith(".weight")]
+    return min(convolutions, default=None)
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -89,8 +105,23 @@ def candidates(shapes: Shapes, prefer: str | None = None) -> list[str]:
         shapes: of a backbone, under timm's names.
         prefer: regular expression on their names: the ones that the tensors' code base has, where there are such.
     """
-    loose, exact = digests(shapes)
+    loose, exact, _ = digests(shapes)
     alike = [row for row in rows() if row.exact == exact] or [row for row in rows() if row.loose == loose]
+    return _of_each_kind(alike, prefer)
+
+
+def nearest(shapes: Shapes, prefer: str | None = None) -> list[str]:
+    """Those with the same modules and first convolution, whatever single tensors say; perhaps but for one module."""
+    parts = {name.partition(".")[0] for name in shapes}
+    for part in (None, *sorted(parts)):
+        rest = {name: shape for name, shape in shapes.items() if name.partition(".")[0] != part}
+        modules = digests(rest)[2]
+        if alike := [row for row in rows() if row.modules == modules]:
+            return _of_each_kind(alike, prefer)
+    return []
+
+
+def _of_each_kind(alike: list[Row], prefer: str | None) -> list[str]:
     preferred = [row for row in alike if prefer and re.search(prefer, row.name)] or alike
     kinds: dict[tuple[str, int], str] = {}
     for row in sorted(preferred, key=lambda row: (len(row.name), row.name)):

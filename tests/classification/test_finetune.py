@@ -58,7 +58,7 @@ def tiny_encoder() -> Encoder:
     torch.manual_seed(0)
     size = Preprocessing(32, 32, (0.3,) * 3, (0.3,) * 3)
     net = TinyNet().requires_grad_(False).eval()  # as a protocol on frozen features leaves it
-    return Encoder("tiny", "tiny", "tiny", net, 8, None, "test", "0" * 64, 14, preprocessing=size)
+    return Encoder("tiny", "tiny", "tiny", net, 8, None, "test", "0" * 64, 14, preprocessing=size, wrapped=True)
 
 
 def task(**rest) -> Task:

@@ -51,7 +51,7 @@ class TinyNet(nn.Module):
 def tiny_encoder() -> Encoder:
     torch.manual_seed(0)
     size = Preprocessing(32, 32, (0.3,) * 3, (0.3,) * 3)
-    return Encoder("tiny", "tiny", "tiny", TinyNet(), 6, None, "test", "0" * 64, 9, preprocessing=size)
+    return Encoder("tiny", "tiny", "tiny", TinyNet(), 6, None, "test", "0" * 64, 9, preprocessing=size, wrapped=True)
 
 
 def task(whole: bool = False, **rest) -> Task:

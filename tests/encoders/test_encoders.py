@@ -29,7 +29,7 @@ from checkpoints import (
 from commands import ROOT, error_line
 from torch import nn
 
-from moco_eval.encoders import infer
+from moco_eval.encoders import infer, libraries
 from moco_eval.encoders.architectures import ARCHITECTURES, architecture, build_backbone, build_resnet, names
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import structure
@@ -717,6 +717,7 @@ def test_torchvision_weights(monkeypatch):
 
     torch.manual_seed(0)
     state = build_resnet("resnet18").state_dict()
+    monkeypatch.setattr(libraries, "unreachable", lambda _: None)
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: dict(state))
     encoder = load("torchvision:resnet18:IMAGENET1K_V1")
     assert encoder.preprocessing == Preprocessing() and encoder.tensors_loaded == 120
@@ -817,13 +818,15 @@ def without(tensors: dict, ending: str) -> dict:
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 12, 13])
 @pytest.mark.parametrize("arch", [ARCH, VIT])
-def test_other_channels_are_named(channels, arch, tmp_path):
+def test_networks_for_other_channels_are_loaded_and_their_pixels_left_open(channels, arch, tmp_path):
     name, shape = (
         ("conv1.weight", (16, channels, 7, 7)) if arch == ARCH else ("patch_embed.proj.weight", (48, channels, 16, 16))
     )
-    message = error(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
-    assert f"for images of {channels} channel{'s' * (channels > 1)} instead of 3" in message
-    assert "moco_eval.wrap" in message and "altered" not in message
+    encoder = load(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
+    assert encoder.arch == f"{arch},channels={channels}" and encoder.preprocessing is None
+    assert encoder.network.in_channels == channels
+    assert any(f"images of {channels} channels" in warning for warning in encoder.warnings)
+    assert encoder.backbone(torch.ones(1, channels, 32, 32)).shape == (1, encoder.feature_dim)
 
 
 @pytest.mark.parametrize(

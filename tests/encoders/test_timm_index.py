@@ -26,8 +26,8 @@ def test_the_index_is_of_the_installed_timm():
     rows = {row.name: row for row in timm_index.rows()}
     assert int(written[2]) == len(rows) > 1300
     for line in index_timm.index(SAMPLE):
-        loose, exact, _, name = line.split()
-        assert (rows[name].loose, rows[name].exact) == (loose, exact), name
+        loose, exact, modules, _, name = line.split()
+        assert (rows[name].loose, rows[name].exact, rows[name].modules) == (loose, exact, modules), name
 
 
 @pytest.mark.slow
@@ -71,8 +71,9 @@ def test_other_tensors_are_no_networks(change):
     if change == "missing":
         del tensors["stages.1.blocks.0.conv_dw.weight"]
     else:
-        tensors["stages.1.blocks.0.conv_dw.weight" if change == "misshapen" else "stages.1.extra"] = (7, 7)
+        tensors["stages.1.blocks.0.conv_dw.weight" if change == "misshapen" else "stages.1.blocks.0.conv_dw.extra"] = (7, 7)
     assert timm_index.candidates(tensors) == []
+    assert "convnextv2_atto" in timm_index.nearest(tensors)
 
 
 def test_a_mistyped_name():

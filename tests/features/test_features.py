@@ -158,7 +158,7 @@ def test_pretraining_takes_resnets():
     from pretraining.plan import plan
 
     vit = configs.load("digits", "pretrain", PretrainConfig, [f"arch={VIT}"])
-    with pytest.raises(InputError, match=f"{VIT} is a vision transformer; this takes a ResNet"):
+    with pytest.raises(InputError, match=f"{VIT} is no ResNet; this takes one of"):
         plan(vit, "digits", None, 1)
 
 

@@ -1,0 +1,79 @@
+"""Which network of timm's zoo do these tensors belong to, at which image size and with how many channels?"""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from moco_eval.encoders import timm_index
+from moco_eval.encoders.architectures import TimmNetwork, architecture
+from moco_eval.errors import InputError
+
+_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+
+
+def zoo_architecture(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None) -> str | None:
+    """The architecture's name, `timm:NAME` with the arguments that the tensors tell; None where timm has no such network.
+
+    Args:
+        prefer: of several with the same tensors, a regular expression on the name of the one to take.
+    Raises:
+        InputError: several have these tensors and compute differently.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    names, channels = timm_index.candidates(_in_colour(shapes), prefer), _channels(shapes)
+    further = f",in_chans={channels}" if channels != 3 else ""
+    sized = [_sized(name, shapes) + further for name in names]
+    fitting = [name for name in sized if _fits(name, shapes)]
+    if len(fitting) > 1:
+        raise InputError(
+            f"{source}: {_listed(fitting)} have these tensors and compute differently (padding, epsilon, activation or "
+            f"windows), which no tensor tells; choose one: --arch {fitting[0]}"
+        )
+    return fitting[0] if fitting else None
+
+
+def nearest_in_zoo(tensors: Mapping[str, Tensor], prefer: str | None = None) -> str | None:
+    """The network of timm's that has these modules, some of whose tensors are others; None where there is none."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    names = timm_index.nearest(_in_colour(shapes), prefer)
+    return f"timm:{names[0]}" if names else None
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _channels(shapes: timm_index.Shapes) -> int:
+    """Of the images, by the first convolution."""
+    stem = timm_index.stem(shapes)
+    return shapes[stem][1] if stem else 3
+
+
+def _in_colour(shapes: timm_index.Shapes) -> timm_index.Shapes:
+    """The same of a network for images of three channels."""
+    stem = timm_index.stem(shapes)
+    return {name: (shape[0], 3, *shape[2:]) if name == stem else shape for name, shape in shapes.items()}
+
+
+def _sized(name: str, shapes: timm_index.Shapes) -> str:
+    """A network's name with the windows of a Swin, where they are not its own, and the size at which the last is one.
+
+    All published Swins are of that size: 7 of 224 pixels, 12 of 384, 6 of 192 (SimMIM).
+    """
+    table = shapes.get(_TABLE)
+    if table is None or not name.startswith("swin_") or _fits(f"timm:{name}", shapes):
+        return f"timm:{name}"
+    window = (math.isqrt(table[0]) + 1) // 2
+    return f"timm:{name},window_size={window},img_size={32 * window}"
+
+
+def _fits(arch: str, shapes: timm_index.Shapes) -> bool:
+    """Whether the network that is built under this name has these tensors."""
+    try:
+        network = architecture(arch)
+    except InputError:  # an installed timm that lacks it, or arguments that do not fit
+        return False
+    assert isinstance(network, TimmNetwork)
+    built = {name: tuple(tensor.shape) for name, tensor in network.layers.state_dict().items()}
+    return all(built.get(name) == shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked"))
