@@ -23,7 +23,12 @@ PLACES = {
     REGNET: ("s3.b2.conv1.conv.weight", "s2.b1.conv1.bn.bias"),
     DENSENET: ("features.denseblock3.denselayer2.conv1.weight", "features.denseblock2.denselayer2.norm1.bias"),
 }
-PLACES |= {B0: PLACES[LITE], PLAIN_B0: PLACES[LITE], TINY: ("blocks.2.0.conv_pw.weight", "blocks.3.0.bn2.bias"), CONVNEXT_V2: PLACES[CONVNEXT]}
+PLACES |= {
+    B0: PLACES[LITE],
+    PLAIN_B0: PLACES[LITE],
+    TINY: ("blocks.2.0.conv_pw.weight", "blocks.3.0.bn2.bias"),
+    CONVNEXT_V2: PLACES[CONVNEXT],
+}
 
 # Names, from timm's to theirs
 
@@ -146,7 +151,10 @@ torchvision_swin = renaming(
 
 
 def regnet(stem: str, stage: str, vissl: bool) -> Callable[[str], str]:
-    stages = (r"^s(\d)\.b(\d+)\.", lambda match: f"{stage.format(int(match[1]) + vissl)}block{match[1]}-{int(match[2]) - 1}.")
+    stages = (
+        r"^s(\d)\.b(\d+)\.",
+        lambda match: f"{stage.format(int(match[1]) + vissl)}block{match[1]}-{int(match[2]) - 1}.",
+    )
     parts = (
         (r"^stem\.conv\.", f"{stem}0."),
         (r"^stem\.bn\.", f"{stem}1."),
@@ -201,7 +209,9 @@ def folded(tensors: dict[str, Tensor], shape: Callable[[Tensor], Tensor], mark: 
 def sparse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Kernels of MinkowskiEngine, (positions, [in,] out), the columns' positions first."""
     depthwise = folded(tensors, lambda t: t.transpose(2, 3).reshape(len(t), -1).T, r"\.conv_dw\.weight")
-    whole = folded(depthwise, lambda t: t.transpose(2, 3).reshape(*t.shape[:2], -1).permute(2, 1, 0), r"downsample\.1\.weight")
+    whole = folded(
+        depthwise, lambda t: t.transpose(2, 3).reshape(*t.shape[:2], -1).permute(2, 1, 0), r"downsample\.1\.weight"
+    )
     return folded(whole, lambda t: t[None], r"\.grn\.")
 
 
@@ -315,7 +325,9 @@ def _torchvision_regnet() -> File:
 def _moco_cxr() -> File:
     first, second = "module.encoder_q.", "module.encoder_k."
     state = under(first, body(0, DENSENET)) | under(second, body(1, DENSENET)) | under("module.", queue())
-    state |= under(f"{first}classifier.", mlp(1024).state_dict()) | under(f"{second}classifier.", mlp(1024, 1).state_dict())
+    state |= under(f"{first}classifier.", mlp(1024).state_dict()) | under(
+        f"{second}classifier.", mlp(1024, 1).state_dict()
+    )
     values = {"epoch": 3, "arch": "densenet121", "state_dict": state}
     return File("MoCo-CXR DenseNet", values, STATE, first, head=mlp(1024), other=second, built=DENSENET)
 
@@ -330,7 +342,9 @@ def _seco() -> File:
 
     state = two("encoder_q.", "encoder_k.", children) | queue()
     for space in range(3):
-        state |= under(f"heads_q.{space}.", mlp(128, space).state_dict()) | under(f"heads_k.{space}.", mlp(128, 9).state_dict())
+        state |= under(f"heads_q.{space}.", mlp(128, space).state_dict()) | under(
+            f"heads_k.{space}.", mlp(128, 9).state_dict()
+        )
     origin = "ServiceNow/seasonal-contrast (SeCo)"
     values = {"state_dict": state, "hyper_parameters": {"base_encoder": "resnet18"}, "epoch": 3}
     return File(origin, values, STATE, "encoder_q.", children, mlp(128), "encoder_k.")

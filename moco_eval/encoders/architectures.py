@@ -205,7 +205,7 @@ def _plain(name: str) -> Architecture | VisionTransformer:
 TIMM_ARGUMENTS = (
     *("act_layer", "class_token", "depth", "embed_dim", "fc_norm", "final_norm", "global_pool", "img_size", "in_chans"),
     *("init_values", "mlp_ratio", "no_embed_class", "num_heads", "patch_size", "pre_norm", "qk_norm", "qkv_bias"),
-    *("reg_tokens", "window_size"),
+    *("reg_tokens", "window_size", "bn_eps"),
 )
 MOST = {"channels": 64, "in_chans": 64, "depth": 256, "reg_tokens": 256}  # a stranger's file may say it
 LARGEST = 16384  # other whole numbers

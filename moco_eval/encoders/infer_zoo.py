@@ -13,7 +13,7 @@ _TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
 
 
 def zoo_architecture(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None) -> str | None:
-    """The architecture's name, `timm:NAME` with the arguments that the tensors tell; None where timm has no such network.
+    """`timm:NAME` with the arguments that the tensors tell; None where timm has no such network.
 
     Args:
         prefer: of several with the same tensors, a regular expression on the name of the one to take.

@@ -10,6 +10,8 @@ from moco_eval.preprocessing import Preprocessing
 
 Rules = tuple[tuple[str, str | Callable], ...]  # (regular expression, replacement), applied in order
 
+IMAGENET = Preprocessing()
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,7 +54,7 @@ class Layout:
     prefer: str | None = None
     dropped: tuple[tuple[str, str, str], ...] = ()
     variants: Rules = ()
-    preprocessing: Preprocessing | None = Preprocessing()
+    preprocessing: Preprocessing | None = IMAGENET
     cifar: Preprocessing | None = None
     norm_eps: float | None = None
     folded: bool = False

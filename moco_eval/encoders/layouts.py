@@ -443,7 +443,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "detectron2",
         "facebookresearch/detectron2@02b5c4e: modeling/backbone/resnet.py; tools/convert-torchvision-to-d2.py",
-        marks=(r"^(backbone\.(bottom_up\.)?)?(stem\.conv1|res[2-4])\.",),
+        marks=(r"^(backbone\.(bottom_up\.)?)?res[2-4]\.",),
         query=r"(backbone\.(bottom_up\.)?|roi_heads\.(?=res5\.\d))?",
         head=r"stem\.fc\.",
         names=DETECTRON2,

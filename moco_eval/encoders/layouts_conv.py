@@ -68,8 +68,8 @@ def _of_lukemelas(tensors: Tensors) -> Tensors:
         width = project.shape[0] if project is not None else channels
         stage, block = (stage, block + 1) if width == channels else (stage + 1, 0)
         places[str(number)], channels = f"{stage}.{block}", width
-    staged = {re.sub(r"^blocks\.(\d+)\.", lambda match: f"blocks.{places[match[1]]}.", name): t for name, t in tensors.items()}
-    return _named_blocks(staged)
+    rules: Rules = ((r"^blocks\.(\d+)\.", lambda match: f"blocks.{places[match[1]]}."),)
+    return _named_blocks({rename(name, rules): tensor for name, tensor in tensors.items()})
 
 
 def _of_torchvision_efficientnet(tensors: Tensors) -> Tensors:
@@ -428,6 +428,7 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         names=_TORCHVISION_EFFICIENTNET,
         convert=_of_torchvision_efficientnet,
         prefer=r"^efficientnet(v2_[sml]|_b\d)$",
+        variants=((r"^(timm:efficientnet(v2_[sml]|_b[567]))$", r"\1,bn_eps=0.001"),),
         dropped=((r"classifier\.", "classifier", _CLASSIFIER),),
         preprocessing=BICUBIC,
     ),
@@ -467,6 +468,7 @@ TIMM = Layout(
     "timm network",
     "huggingface/pytorch-image-models 1.0.31: timm/models",
     marks=(rf"^({STEM.pattern})",),
+    prefer=_SWINS,
     dropped=((rf"({HEADS.pattern})$", "head", _CLASSIFIER),),
     preprocessing=BICUBIC,
 )

@@ -10,26 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
 from moco_eval.config.load import did_you_mean
 from moco_eval.encoders import timm_index
-from moco_eval.encoders.architectures import ARCHITECTURES, architecture, build_backbone, sized
+from moco_eval.encoders.architectures import (
+    ARCHITECTURES,
+    VisionTransformer,
+    architecture,
+    build_backbone,
+    sized,
+)
 from moco_eval.encoders.connection import unreachable
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.fingerprint import probe_image
-from moco_eval.encoders.infer import infer
+from moco_eval.encoders.infer import expected, infer
+from moco_eval.encoders.layout import Layout, rename
+from moco_eval.encoders.layouts import LAYOUTS
 from moco_eval.encoders.naming import safe_name, sha256_of_tensors
 from moco_eval.encoders.prove import doubts, prove
+from moco_eval.encoders.recognise import Checkpoint, fits
 from moco_eval.encoders.settings_files import of_timm
-from moco_eval.encoders.split import Parts
+from moco_eval.encoders.split import Parts, split
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.device import borrowed_generator
 
 
 def random_weights(arch: str, seed: int) -> Encoder:
+    """A network of ours by its name, or of timm's, with or without `timm:` before it."""
+    network = arch.partition(",")[0]
+    if network not in ARCHITECTURES and not network.startswith(("timm:", "vit_")) and network in timm_index.names():
+        arch = f"timm:{arch}"
     shape = architecture(arch)
     with borrowed_generator(seed):
         net = build_backbone(arch, fork=False)
@@ -62,26 +76,61 @@ def raw_pixels() -> Encoder:
 
 
 def from_torchvision(rest: str, seed: int) -> Encoder:
-    """torchvision's published weights, through the same proof as a file."""
+    """torchvision's published weights, through the same proof as a file, and its own network's activations."""
     arch, _, name = rest.partition(":")
-    known = [name for name in list_models() if name in ARCHITECTURES]
-    if arch not in known:
-        raise InputError(f"torchvision:{arch} is no network we build.{did_you_mean(arch, known)}")
-    published = get_model_weights(arch)
-    if name and name != "DEFAULT" and name not in published.__members__:
-        raise InputError(f"torchvision has no weights {name!r} of {arch}.{did_you_mean(name, published.__members__)}")
-    weights = published[name or "DEFAULT"]
-    source = f"torchvision:{rest}"
+    source, weights = f"torchvision:{rest}", _weights(arch, name)
     tensors = _download(source, weights)
+    checkpoint = Checkpoint(Path(source), _row(source, tensors), tensors, {}, [])
+    parts = split(checkpoint, "query")
+    built = arch if arch in ARCHITECTURES else infer(source, parts.backbone, checkpoint.layout.prefer)
+    loaded = _the_same(source, parts.backbone, [rename(built, checkpoint.layout.variants)], _theirs(arch, tensors))
     cuts = weights.transforms()
-    loaded = _published(source, {key: value for key, value in tensors.items() if not key.startswith("fc.")}, arch)
+    pixels = Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std))
     return replace(
         loaded,
         run_name=safe_name(f"torchvision-{arch}-{weights.name}" if name else f"torchvision-{arch}"),
         origin=f"torchvision {weights}",
-        dropped=[("fc (2 tensors)", "a classifier on the pooled feature, no part of the encoder")],
-        preprocessing=Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std)),
+        dropped=parts.dropped,
+        preprocessing=replace(pixels, interpolation=cuts.interpolation.value),
     )
+
+
+def _weights(arch: str, name: str) -> Any:
+    """Published weights of a classifier of torchvision's.
+
+    Raises:
+        InputError: it has no such network, or no such weights of it.
+    """
+    known = list_models(module=torchvision.models)
+    if arch not in known:
+        raise InputError(f"torchvision has no network {arch!r}.{did_you_mean(arch, known)}")
+    published = get_model_weights(arch)
+    if name and name != "DEFAULT" and name not in published.__members__:
+        raise InputError(f"torchvision has no weights {name!r} of {arch}.{did_you_mean(name, published.__members__)}")
+    return published[name or "DEFAULT"]
+
+
+def _row(source: str, tensors: dict[str, Tensor]) -> Layout:
+    """The layout of torchvision's that these tensors have.
+
+    Raises:
+        InputError: a network that is not built here.
+    """
+    for row in LAYOUTS:
+        if "torchvision" in row.origin and fits(row, tensors, None):
+            return row
+    raise InputError(f"{source} is no network that is built here; moco_eval.wrap judges torchvision's own")
+
+
+def _theirs(arch: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """torchvision's own network without its classifier."""
+    with borrowed_generator():
+        net = torchvision.models.get_model(arch, weights=None)
+    net.load_state_dict(tensors)
+    last = next(name for name in ("fc", "head", "heads", "classifier") if hasattr(net, name))
+    layers = getattr(net, last) if arch.startswith("convnext") else []  # its norm comes before its classifier
+    setattr(net, last, nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Linear))))
+    return net.eval()
 
 
 def _download(source: str, weights) -> dict[str, Tensor]:
@@ -166,24 +215,59 @@ def _hub_is_quiet() -> Iterator[None]:
 
 def _of_timm(source: str, theirs: nn.Module) -> Encoder:
     """timm's network as one of ours: same tensors, same activations."""
-    tensors = theirs.state_dict()
-    arch = infer(source, tensors)
-    heads = getattr(theirs, "blocks", [None])[0]
-    if heads is not None and heads.attn.num_heads == 12 and architecture(arch).feature_dim < 768:
-        arch = arch.replace("_patch", "_12h_patch")
-    settings: Any = theirs.pretrained_cfg
-    loaded = _published(source, tensors, arch)
-    image = probe_image(architecture(arch))
-    with torch.no_grad():
-        difference = (loaded.backbone(image) - theirs(image)).abs().max()
-    if difference > 1e-4:
-        raise InputError(f"{source}: its network is not the {arch} that its tensors look like: activations differ")
+    tensors, settings = theirs.state_dict(), _settings(theirs)
+    names = [*_plain_names(source, tensors), f"timm:{settings['architecture']}"]
+    loaded = _the_same(source, tensors, names, theirs)
     return replace(
         loaded,
         run_name=safe_name(f"timm-{source.partition(':')[2]}"),
         origin=f"timm {settings['architecture']}.{settings['tag']}",
         preprocessing=Preprocessing.from_dict(of_timm(settings)),
     )
+
+
+def _settings(theirs: nn.Module) -> dict[str, Any]:
+    return theirs.pretrained_cfg
+
+
+def _plain_names(source: str, tensors: dict[str, Tensor]) -> list[str]:
+    """What ResNets and plain ViTs with these tensors are called here, the ones with MoCo v3's heads included."""
+    try:
+        arch = infer(source, tensors)
+    except InputError:
+        return []
+    if arch.startswith("timm:") or expected(arch).keys() != tensors.keys():
+        return []
+    shape = architecture(arch)
+    narrow = isinstance(shape, VisionTransformer) and shape.dim < 768
+    return [arch, arch.replace("_patch", "_12h_patch")] if narrow else [arch]
+
+
+def _the_same(source: str, tensors: dict[str, Tensor], names: list[str], theirs: nn.Module) -> Encoder:
+    """An encoder of the first of these architectures that gives the features of the library's own network.
+
+    Raises:
+        InputError: none of them does.
+    """
+    for arch in names:
+        loaded = _published(source, tensors, arch)
+        if _difference(loaded.backbone, theirs, arch) <= TOLERANCE:
+            return loaded
+    raise InputError(
+        f"{source}: its network is not the {names[-1]} that its tensors look like: activations differ; "
+        "moco_eval.wrap judges the library's own"
+    )
+
+
+TOLERANCE = 1e-4  # of the largest feature
+
+
+@torch.no_grad()
+def _difference(ours: nn.Module, theirs: nn.Module, arch: str) -> float:
+    """The largest difference of the features of one picture, against the largest feature."""
+    image = probe_image(architecture(arch))
+    features = theirs(image).flatten(1)
+    return float((ours(image).flatten(1) - features).abs().max() / features.abs().max().clamp(min=1.0))
 
 
 def _published(source: str, tensors: dict[str, Tensor], arch: str) -> Encoder:

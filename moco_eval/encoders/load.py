@@ -144,7 +144,7 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
     if settings.arch or (checkpoint.layout.format == SAFETENSORS and checkpoint.values.get("arch")):
         return settings.arch or str(checkpoint.values["arch"])
     if isinstance(architecture(inferred), TimmNetwork):
-        return inferred
+        return rename(inferred, checkpoint.layout.variants)
     plain, comma, channels = inferred.partition(",")
     name = rename(plain, checkpoint.layout.variants)
     if name not in names() and not isinstance(architecture(inferred), VisionTransformer):

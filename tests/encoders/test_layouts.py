@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
-import checkpoints
 from checkpoints import VIT, File, as_arrays, body, error, written
 from checkpoints_conv import CONV_FILES, PLACES, WIDTHS
 
@@ -15,7 +15,12 @@ from moco_eval.untrusted import pickle_read
 
 FILES = checkpoints.FILES | CONV_FILES
 DIM = checkpoints.DIM | WIDTHS
-THREE = ("moco v2", "dino ViT", "detectron2 backbone", "EfficientNet-Lite")  # a ResNet, a transformer, other names, timm's
+THREE = (
+    "moco v2",
+    "dino ViT",
+    "detectron2 backbone",
+    "EfficientNet-Lite",
+)  # a ResNet, a transformer, other names, timm's
 layouts = pytest.mark.parametrize("layout", FILES)
 # What is wrong is found after the names have been translated: it looks the same in every layout.
 three_layouts = pytest.mark.parametrize(
@@ -40,7 +45,9 @@ def refused(file: File, folder: Path) -> str:
 def places(file: File) -> tuple[str, str]:
     """A kernel and a shift of its network, by our names."""
     plain = ("layer3.0.conv1.weight", "layer2.1.bn1.bias")
-    return PLACES.get(file.built) or (("blocks.1.mlp.fc1.weight", "blocks.1.norm2.bias") if file.built == VIT else plain)
+    return PLACES.get(file.built) or (
+        ("blocks.1.mlp.fc1.weight", "blocks.1.norm2.bias") if file.built == VIT else plain
+    )
 
 
 def a_kernel(file: File) -> str:

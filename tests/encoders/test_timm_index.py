@@ -71,7 +71,10 @@ def test_other_tensors_are_no_networks(change):
     if change == "missing":
         del tensors["stages.1.blocks.0.conv_dw.weight"]
     else:
-        tensors["stages.1.blocks.0.conv_dw.weight" if change == "misshapen" else "stages.1.blocks.0.conv_dw.extra"] = (7, 7)
+        tensors["stages.1.blocks.0.conv_dw.weight" if change == "misshapen" else "stages.1.blocks.0.conv_dw.extra"] = (
+            7,
+            7,
+        )
     assert timm_index.candidates(tensors) == []
     assert "convnextv2_atto" in timm_index.nearest(tensors)
 

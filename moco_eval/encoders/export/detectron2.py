@@ -12,7 +12,8 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_eval.encoders.architectures import ARCHITECTURES, Architecture
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.encoders.layouts import DETECTRON2, Rules, rename
+from moco_eval.encoders.layout import Rules, rename
+from moco_eval.encoders.layouts import DETECTRON2
 from moco_eval.preprocessing import Preprocessing
 
 TO_DETECTRON2: Rules = (
