@@ -38,6 +38,7 @@ setup(
         "simplejpeg>=1.7",
         "jinja2>=3.1",
         "timm>=1.0",
+        "tifffile>=2023.7",
     ],
     extras_require={
         "dev": [

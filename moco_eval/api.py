@@ -9,7 +9,7 @@ import contextlib
 import functools
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -24,7 +24,7 @@ from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
-from moco_eval.data.catalogue import open_splits, preprocessing_for
+from moco_eval.data.catalogue import open_splits
 from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import Labels, parse_labels
 from moco_eval.detection import detect as detection
@@ -34,6 +34,7 @@ from moco_eval.encoders import wrap as wrapping
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.features.cache import Source, features_of
+from moco_eval.features.expected_pixels import expected_pixels
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results import compare as comparing
 from moco_eval.results.compare import Comparison
@@ -78,7 +79,14 @@ def in_python(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @in_python
-def load(source: str | Path, *, arch: str | None = None, encoder: str | None = None, key: str | None = None) -> Encoder:
+def load(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    encoder: str | None = None,
+    key: str | None = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> Encoder:
     """Any checkpoint, proven: every tensor accounted for, or an error.
 
     Args:
@@ -86,11 +94,13 @@ def load(source: str | Path, *, arch: str | None = None, encoder: str | None = N
         arch: overrides the architecture read from the shapes.
         encoder: query or key; by default the one that the method itself evaluates.
         key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
+        pixels: attributes of a Preprocessing that take the place of the method's own: {"interpolation": "bilinear"}.
     Raises:
-        ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
+        ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite; senseless
+            pixels.
     """
     with torch.inference_mode(False):  # tensors of inference mode could not be trained on
-        loaded = loading.load(str(source), arch, encoder, key=key)
+        loaded = loading.load(str(source), arch, encoder, key=key, pixels=pixels)
     for doubt in loaded.warnings:
         warn(f"{loaded.source}: {doubt}")
     return loaded
@@ -143,7 +153,7 @@ def features(
     if precision not in ("fp32", "tf32", "bf16"):
         raise InputError(f"precision is {precision!r}; take fp32, tf32 or bf16")
     with _as_guest(encoder, device) as (current, place):
-        pixels = preprocessing_for(images.name, current.preprocessing)
+        pixels = expected_pixels(current, images)
         source = Source(current, images, pixels, feature, None, precision, batch_size, workers)
         kept = features_of(source, Path(cache) if cache is not None else None, place)
         return kept.tensor().numpy(), source.key()

@@ -31,6 +31,7 @@ LIMITS = {
     "yaml": Limit(1 << 20, "bytes", "YAML file"),
     "image": Limit(512 << 20, "bytes", "image file"),
     "pixels": Limit(178_956_970, "pixels", "image"),  # Pillow's own limit
+    "values_of_bands": Limit(268_435_456, "values in all channels", "image of many channels"),
     "scans": Limit(1 << 33, "pixels in all its scans", "JPEG image"),
     "members": Limit(1 << 24, "members", "tar file"),
     "header": Limit(1 << 20, "bytes", "extended header in a tar file"),

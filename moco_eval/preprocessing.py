@@ -18,7 +18,8 @@ class Preprocessing:
 
     `size` pixels are cut from a resize to `resize`; `mean` and `std` are in the units of `range`, in that order.
     Without `resize`, 224 pixels are cut from 256, and images of another size are taken whole.
-    `interpolation`: of the resize, bilinear or bicubic, with `antialias` as PIL has it.
+    `interpolation`: of the resize, bilinear or bicubic, with `antialias` as PIL has it. The shorter side becomes
+    `resize`, or with `squash` both sides, whatever the image's shape.
     `channels`: RGB or BGR, for photographs of 8 bits; `bands` for images of any number of channels, one `mean` and
     `std` for each, in the order and the units in which they are stored (`range` is then 0).
     """
@@ -31,6 +32,7 @@ class Preprocessing:
     range: int = 1
     interpolation: str = "bilinear"
     antialias: bool = True
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.resize == 0:
@@ -80,7 +82,7 @@ class Preprocessing:
             and self.size <= self.resize
             and self.channels in ("RGB", "BGR", BANDS)
             and self.interpolation in INTERPOLATIONS
-            and type(self.antialias) is bool
+            and type(self.antialias) is type(self.squash) is bool
         )
 
 

@@ -129,7 +129,7 @@ Mechanism = MoCo | MemoryBank | EndToEnd
 
 def build(run: Plan) -> Mechanism:
     """The mechanism of a plan, as torchvision initialises it."""
-    config, pixels = run.config, Normalise(preprocessing(run.config.views))
+    config, pixels = run.config, Normalise(preprocessing(run.config.views, run.images))
     if config.mechanism == "memory_bank":
         return MemoryBank(
             build_encoder(config, run.bn),
@@ -184,7 +184,7 @@ def _may_record(run: Plan) -> bool:
     return asked
 
 
-def settle(ddp: nn.Module, pixels: int, device: torch.device) -> None:
+def settle(ddp: nn.Module, run: Plan, device: torch.device) -> None:
     """One pass that leaves nothing behind but DDP's buckets, which it builds anew after its first backward pass.
 
     From three ranks on the order of a sum, so its last bit, depends on the bucket: settled at each start, a resumed
@@ -192,7 +192,8 @@ def settle(ddp: nn.Module, pixels: int, device: torch.device) -> None:
     """
     if world_size() < 3:
         return
-    view = torch.zeros(2, 3, pixels, pixels, dtype=torch.uint8, device=device)
+    side, kind = run.config.views.size, torch.float32 if run.images.bands else torch.uint8
+    view = torch.zeros(2, run.images.channels, side, side, dtype=kind, device=device)
     torch.compiler.set_stance("force_eager")
     ddp.eval()
     ddp(Batch(view, view, torch.zeros(2, dtype=torch.long, device=device)), torch.Generator()).loss.backward()

@@ -60,7 +60,7 @@ class Monitor:
                 return knn.monitor(
                     OfOneSize(encoder_q) if compiled else encoder_q,
                     *self.splits,
-                    preprocessing(self.run.config.views),
+                    preprocessing(self.run.config.views, self.run.images),
                     device,
                     k=self.settings.k,
                     temperature=self.settings.temperature,

@@ -10,13 +10,14 @@ import torch
 from moco_eval.config import load as configs
 from moco_eval.config.deviations import differences
 from moco_eval.config.pretrain import PretrainConfig
+from moco_eval.data.band_transforms import left_out
 from moco_eval.data.catalogue import open_images, require_whole, split_deviations
 from moco_eval.data.glance import doubts, passed_over
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.architectures import resnet
 from moco_eval.errors import InputError
 from moco_eval.runtime.device import AMPERE
-from pretraining.views import preprocessing
+from pretraining.views import RECIPES, preprocessing
 
 CANONICAL = {
     "pretrain/moco-v1@1": "moco_v1_r50",
@@ -92,7 +93,7 @@ class Plan:
         return {
             "arch": self.config.arch,
             "config": config,
-            "preprocessing": preprocessing(self.config.views).to_dict(),
+            "preprocessing": preprocessing(self.config.views, self.images).to_dict(),
             "pretraining": {
                 "protocol": self.config.protocol,
                 "dataset": self.images.record(),
@@ -144,7 +145,7 @@ class Plan:
         """What shuffling moves between processes, where it does."""
         if self.processes == 1 or not self.shuffles:
             return []
-        ours, official = shuffle_bytes(self.config, self.processes)
+        ours, official = shuffle_bytes(self.config, self.processes, self.images)
         return [
             f"shuffling: a process receives {ours / 2**20:.3g} MiB of images a step on average; "
             f"gathering them all in fp32, as the official code does, takes {official / 2**20:.3g} MiB"
@@ -157,16 +158,16 @@ def _compiled(config: PretrainConfig) -> str:
     )
 
 
-def shuffle_bytes(config: PretrainConfig, processes: int) -> tuple[float, int]:
+def shuffle_bytes(config: PretrainConfig, processes: int, images: ImageSet | None = None) -> tuple[float, int]:
     """Bytes of images that one process receives from others in a step: ours (mean over permutations), official.
 
-    Ours: each of its batch/R images comes from another process with probability (R - 1)/R, in uint8. Official
-    (moco/builder.py): every image of every other process, in fp32.
+    Ours: each of its batch/R images comes from another process with probability (R - 1)/R, in uint8, bands in fp32.
+    Official (moco/builder.py): every image of every other process, in fp32.
     """
     share = config.batch_size // processes
     directions = 2 if config.symmetric else 1
-    image = 3 * config.views.size**2
-    ours = share * (processes - 1) / processes * image * directions
+    image = (images.channels if images else 3) * config.views.size**2
+    ours = share * (processes - 1) / processes * image * (4 if images and images.bands else 1) * directions
     return ours, (processes - 1) * share * image * 4 * directions
 
 
@@ -185,6 +186,7 @@ def plan(
     """
     resnet(config.arch)
     images = open_images(dataset, data, "pretrain")
+    config = of_channels(config, images)
     bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
     config = config.model_copy(update=by_device(config, device))
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
@@ -193,6 +195,34 @@ def plan(
     run.warnings += passed_over(images) + doubts(images, "pass")
     run.deviations += _deviations(run)
     return run
+
+
+def of_channels(config: PretrainConfig, images: ImageSet) -> PretrainConfig:
+    """The config with a network that takes as many channels as the images have.
+
+    Raises:
+        InputError: the config names another number, or views that images of bands do not have.
+    """
+    channels, arch = images.channels, resnet(config.arch)
+    if "," in config.arch and arch.channels != channels:
+        raise InputError(
+            f"arch {config.arch} takes {arch.channels} channels, and the images of {images.name} have {channels}; take "
+            f"--set arch={config.arch.partition(',')[0]}, which follows the images"
+        )
+    if not images.bands:
+        return config
+    if config.views.backend == "reference":
+        raise InputError(
+            f"views.backend reference is PIL's, for RGB of 8 bits, and {images.name} has {channels} bands; take "
+            "--set views.backend=device"
+        )
+    if config.views.recipe == "digits":
+        raise InputError(
+            f"views.recipe digits slants drawn strokes of 8 bits, and {images.name} has {channels} bands; take "
+            "--set views.recipe=moco_v2"
+        )
+    name = config.arch if channels == 3 or "," in config.arch else f"{config.arch},channels={channels}"
+    return config.model_copy(update={"arch": name})
 
 
 def by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
@@ -252,6 +282,9 @@ def _deviations(run: Plan) -> list[str]:
     if config.mechanism == "end_to_end" and math.isclose(config.optimizer.lr, per_image * config.batch_size):
         free += ("batch_size", "optimizer.lr")  # K is the batch, and the rate follows it (P1 Fig. 3)
     differ = differences(config, canonical, free) + split_deviations(run.images)
+    if run.images.bands:
+        steps = left_out(RECIPES[config.views.recipe])
+        differ.append(f"images of {run.images.channels} bands" + (f": views without {steps}" if steps else ""))
     leaks = run.bn in ("none", "sync") or (run.bn == "shuffle" and run.processes == 1)
     if leaks and config.mechanism != "memory_bank":
         differ.append(f"bn {run.bn} on {run.processes} process(es), which does not protect from leaking")

@@ -86,7 +86,7 @@ class Trainer:
         settings = {"momentum": sgd.sgd_momentum, "weight_decay": sgd.weight_decay, "fused": device.type == "cuda"}
         self.optimizer = torch.optim.SGD(self.model.parameters(), sgd.lr, **settings)
         self.ddp = parallel(self.model)
-        settle(self.ddp, self.config.views.size, device)
+        settle(self.ddp, run, device)
         self.monitor, self.measured = Monitor(run), Measurements(run, device)
         self.feed = Feed(run, device, self.measured.waiting.images_there)
         self.step = self.saved = 0

@@ -11,6 +11,7 @@ import torch
 from moco_eval.config.pretrain import PretrainConfig, Views
 from moco_eval.data.augment.steps import Affine, Blur, Crop, Flip, Grey, Jitter, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
+from moco_eval.data.band_transforms import without_colour
 from moco_eval.data.catalogue import SMALL
 from moco_eval.data.image_set import ImageSet
 from moco_eval.preprocessing import Preprocessing
@@ -30,8 +31,15 @@ RECIPES = {
 }
 
 
-def preprocessing(views: Views) -> Preprocessing:
-    """What a network trained on these views expects in evaluation; written into its checkpoints."""
+def preprocessing(views: Views, images: ImageSet | None = None) -> Preprocessing:
+    """What a network trained on these views expects in evaluation; written into its checkpoints.
+
+    Args:
+        images: trained on; of bands it holds their mean and standard deviation.
+    """
+    if images and images.bands:
+        sides = preprocessing(views)
+        return images.bands.preprocessing(sides.size, sides.resize)
     if views.recipe in SMALL:
         small = SMALL[views.recipe]
         return Preprocessing(views.size, views.size, small.mean, small.std)
@@ -40,7 +48,10 @@ def preprocessing(views: Views) -> Preprocessing:
 
 @dataclass
 class Batch:
-    """This process's share of a batch: two views of each image, (N, 3, H, W) uint8; its index, (N,), on any device."""
+    """This process's share of a batch: two views of each image, (N, 3, H, W) uint8; its index, (N,), on any device.
+
+    Views of bands are (N, C, H, W) float32.
+    """
 
     view_q: torch.Tensor
     view_k: torch.Tensor
@@ -56,4 +67,6 @@ def two_views(images: ImageSet, config: PretrainConfig, finished: bool = True) -
     """The views of a config; the memory bank looks at one alone."""
     recipe, backend, size = RECIPES[config.views.recipe], config.views.backend, config.views.size
     count = 1 if config.mechanism == "memory_bank" else 2
+    if images.bands:
+        recipe = without_colour(recipe)
     return TwoViews(images, recipe, size, config.seed, backend == "reference", finished, count)

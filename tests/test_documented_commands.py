@@ -19,13 +19,14 @@ import click
 import numpy as np
 import pytest
 import torch
+from band_images import draw_set
 from checkpoints import mlp, moco
 from commands import ROOT, environment, in_process, moco_eval
 from documented import PAGES, RECORDS, Command, blocks, commands
 from PIL import Image
 
 from moco_eval.cli.main import cli
-from moco_eval.data import in_memory
+from moco_eval.data import catalogue, in_memory
 from moco_eval.data.boxes import coco, scenes, voc
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.in_memory import CIFAR10_FILES
@@ -167,6 +168,8 @@ def test_every_command_plans_as_written(command, place, made, capfd, monkeypatch
     """
     Path("mine").unlink()
     Path("mine").symlink_to(made / "whole" / "imagenet")
+    Path("fields").unlink()
+    Path("fields").symlink_to(made / "whole" / "fields")
     words = [here(word, made, "whole") for word in command.words[1:]]
     bring([word for word in words if not word.startswith("runs")], made)
     words = ["CHECKPOINT" if word.startswith("runs/") and word.endswith(".pth") else word for word in words]
@@ -284,6 +287,8 @@ def made(few, tmp_path_factory) -> Path:
     cifar10(root / "datasets" / "cifar-10-batches-py", images=4)
     cifar10(root / "whole" / "cifar-10-batches-py", images=110)
     boxes(root / "datasets")
+    draw_set(root / "datasets" / "fields", 13, ".tif", train=8, test=4)
+    catalogue.check("imagefolder", draw_set(root / "whole" / "fields", 13, ".npy", train=256, test=2), writes=True)
     for name in ("coco", "BCCD", "VOCdevkit"):
         (root / "whole" / name).symlink_to(root / "datasets" / name)
     state = {"epoch": 800, "arch": "resnet18", "state_dict": moco(mlp), "optimizer": {}}  # as MoCo v2 was published
@@ -349,7 +354,14 @@ def place(made, in_tmp) -> Path:
     """A folder to work in, with what stands for the reader's own."""
     for name in ("CHECKPOINT", "mine.pth"):
         Path(name).symlink_to(made / "CHECKPOINT")
-    own = {"FOLDER": "imagenet", "mine": "imagenet", "BCCD": "BCCD", "boxes": "BCCD", "masks": "coco"}
+    own = {
+        "FOLDER": "imagenet",
+        "mine": "imagenet",
+        "BCCD": "BCCD",
+        "boxes": "BCCD",
+        "masks": "coco",
+        "fields": "fields",
+    }
     for name, target in own.items():
         Path(name).symlink_to(made / "datasets" / target)
     return in_tmp

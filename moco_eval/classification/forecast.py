@@ -96,7 +96,7 @@ def dimension(source: Source, device: torch.device) -> int:
     """D of the features."""
     net, side = placed(network(source.encoder, source.feature), source.encoder, device), source.preprocessing.size
     with autocast(device, source.precision):
-        return net(torch.zeros(1, 3, side, side, device=device)).flatten(1).shape[1]
+        return net(torch.zeros(1, source.images.channels, side, side, device=device)).flatten(1).shape[1]
 
 
 def rate(source: Source, device: torch.device, seconds: float) -> float:

@@ -13,7 +13,7 @@ from moco_eval.classification.protocols import Protocol, by_name
 from moco_eval.classification.task import Outcome, Task
 from moco_eval.config import load as configs
 from moco_eval.config.deviations import differences
-from moco_eval.data.catalogue import OFFICIAL, preprocessing_deviations, split_deviations
+from moco_eval.data.catalogue import OFFICIAL, band_deviations, preprocessing_deviations, split_deviations
 from moco_eval.data.glance import tell_doubts
 from moco_eval.data.image_set import ImageSet, require_judgeable, require_single_label
 from moco_eval.data.label_subsets import is_published
@@ -132,9 +132,11 @@ def check_images(task: Task) -> None:
     Warns of test images that are trained on too, and of pixels that look wrong.
 
     Raises:
-        InputError: see `require_judgeable`; one of a few images that are looked at cannot be read.
+        InputError: see `require_judgeable`; images of other channels than the encoder takes; one of a few images that
+            are looked at cannot be read.
     """
     require_judgeable(task.train, task.test)
+    assert task.preprocessing  # raises where the channels differ
     for images in (task.train, task.test):
         tell_doubts(images)
     tell_repeats(task.train, task.test)
@@ -203,6 +205,7 @@ def _deviations(task: Task, config: Any, protocol: Protocol, rows: Sequence[dict
         *split_deviations(task.train, task.test),
         *_repeats(task),
         *preprocessing_deviations(task.train.name, task.preprocessing),
+        *band_deviations(task.train, task.encoder.preprocessing),
         *_label_deviations(task, protocol.subset),
         *([f"{task.feature} feature instead of {usual}"] if task.feature != usual else []),
     ]

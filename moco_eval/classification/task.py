@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval.data.catalogue import preprocessing_for
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.features.cache import Features, Source, several_features_of
+from moco_eval.features.expected_pixels import expected_pixels
 from moco_eval.features.extract import Crops
 from moco_eval.preprocessing import Preprocessing
 
@@ -38,7 +38,8 @@ class Task:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return preprocessing_for(self.train.name, self.encoder.preprocessing)
+        """What the images become for the encoder. Raises InputError where they have other channels than it takes."""
+        return expected_pixels(self.encoder, self.train)
 
     def training_images(self, seed: int) -> ImageSet:
         """The training images of a trial."""

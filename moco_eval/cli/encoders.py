@@ -14,8 +14,10 @@ from moco_eval.errors import InputError
 def inspect(checkpoint: str, options: Options) -> None:
     """Whose checkpoint is this? Every tensor accounted for, or it says why not."""
     from moco_eval.encoders.inspect import describe, format_description
+    from moco_eval.encoders.pixel_choice import parsed
 
-    click.echo(format_description(describe(checkpoint, options.arch, options.encoder, options.key)))
+    chosen = (options.arch, options.encoder, options.key, parsed(options.pixels))
+    click.echo(format_description(describe(checkpoint, *chosen)))
 
 
 @click.command()
@@ -29,9 +31,10 @@ def inspect(checkpoint: str, options: Options) -> None:
 def convert(checkpoint: str, out: Path, to: str, force: bool, options: Options) -> None:
     """Write an encoder in another framework's format, and prove the copy."""
     from moco_eval.encoders.export.convert import convert as convert_checkpoint
+    from moco_eval.encoders.pixel_choice import parsed
 
     chosen = {"arch": options.arch, "encoder": options.encoder, "key": options.key}
-    click.echo(convert_checkpoint(checkpoint, out, to, **chosen, force=force))
+    click.echo(convert_checkpoint(checkpoint, out, to, **chosen, force=force, pixels=parsed(options.pixels)))
 
 
 @click.command()

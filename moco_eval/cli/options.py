@@ -21,6 +21,7 @@ class Options:
 
     Attributes:
         overrides: what --set says, as key=value.
+        pixels: what --pixels says, as key=value.
         folders: what --data says where it names data sets: NAME=FOLDER.
     """
 
@@ -31,6 +32,7 @@ class Options:
     arch: str | None = None
     encoder: str | None = None
     key: str | None = None
+    pixels: tuple[str, ...] = ()
     feature: str | None = None
     cache: Path | None = None
     labels: str | None = None
@@ -118,6 +120,12 @@ encoder_options = several(
         help="key is the momentum encoder.  [default: query; DINO: key]",
     ),
     click.option("--key", metavar="NAME", help="Of several networks in a file, the entry or prefix to take."),
+    click.option(
+        "--pixels",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Of the preprocessing, such as interpolation=bicubic or mean=0.5,std=0.5.  [default: the method's own]",
+    ),
 )
 split_options = several(
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),

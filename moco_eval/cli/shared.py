@@ -37,9 +37,10 @@ def load_config(name: str, kind: str, model: Any, options: Options, more: Sequen
 def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:
     """The encoder, with the doubts of its load where they would move a number."""
     from moco_eval.encoders.load import load
+    from moco_eval.encoders.pixel_choice import parsed
     from moco_eval.runtime.console import warn
 
-    encoder = load(checkpoint, options.arch, options.encoder, seed, options.key)
+    encoder = load(checkpoint, options.arch, options.encoder, seed, options.key, parsed(options.pixels))
     for doubt in encoder.warnings:
         warn(f"{encoder.source}: {doubt}")
     return encoder

@@ -27,8 +27,12 @@ def configs(action: str, name: str | None) -> None:
 @click.command()
 @click.argument("action", type=click.Choice(["list", "check"]), default="list")
 @click.argument("name", required=False)
-@with_options(data_option, split_options)
-def datasets(action: str, name: str | None, options: Options) -> None:
+@with_options(
+    data_option,
+    split_options,
+    click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
+)
+def datasets(action: str, name: str | None, writes: bool, options: Options) -> None:
     """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
     from moco_eval.data import catalogue
     from moco_eval.data.boxes import check as boxes
@@ -40,11 +44,11 @@ def datasets(action: str, name: str | None, options: Options) -> None:
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
     where = (name, options.data, options.train_split, options.test_split)
-    if name in boxes.NAMES:
+    if name in boxes.NAMES and not writes:
         lines, refusal = boxes.check(*where)
         lines += catalogue.check_too(*where)
     else:
-        lines, refusal = catalogue.check(*where), None
+        lines, refusal = catalogue.check(*where, writes), None
     for line in lines:
         click.echo(line)
     if refusal:

@@ -1,28 +1,34 @@
 """Image data sets by name: built in, in memory, in class folders, flat, in tar shards, as published, in VOC format."""
 
+import hashlib
+import math
 import os
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moco_eval.config.load import did_you_mean
-from moco_eval.data import glance, in_memory
+from moco_eval.data import band_statistics, glance, in_memory
+from moco_eval.data.bands import FILE, Bands, bands_of, require_measured, with_stored, write
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
 from moco_eval.data.boxes.samples import one_line
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.index import list_images
+from moco_eval.data.index import EXTENSIONS, Listing, list_images
 from moco_eval.data.label_subsets import is_published
 from moco_eval.data.repeats import repeats
 from moco_eval.data.shards import open_shards
 from moco_eval.errors import InputError
-from moco_eval.preprocessing import Preprocessing
+from moco_eval.preprocessing import BANDS, Preprocessing
 
 IN_MEMORY: dict[str, Callable[[Path, str], ImageSet]] = {
     "cifar10": in_memory.cifar10,
     "cifar100": in_memory.cifar100,
     "stl10": in_memory.stl10,
 }
+OF_BANDS = ("imagefolder", "flat")  # which a bands.yaml makes sets of images of any number of channels
+BAND_FILES = (*EXTENSIONS, ".npy")
 UNLABELLED = ("flat", "webdataset")
 WITH_BOXES = ("voc", "voc07", "voc-folder", "coco", "coco-folder")  # which detectron2 has too
 NAMES = ("digits", "imagefolder", "imagenet", *IN_MEMORY, *BENCHMARKS, "voc07", "voc-folder", *UNLABELLED)
@@ -158,12 +164,23 @@ def known() -> list[str]:
     return lines
 
 
-def check(name: str, data: Path | None, train_split: str | None = None, test_split: str | None = None) -> list[str]:
+def check(
+    name: str,
+    data: Path | None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    writes: bool = False,
+) -> list[str]:
     """What a copy of a data set holds and where it deviates from the published one, in lines.
 
+    Args:
+        writes: measure mean and standard deviation of each band and write them to bands.yaml.
     Raises:
         InputError: as `open_splits`.
     """
+    bands = _check_bands(name, data, writes)
+    if bands and bands[-1].startswith(NOT_WRITTEN):
+        return bands
     if name in UNLABELLED:
         splits: tuple[ImageSet, ...] = (open_images(name, data, "train"),)
     else:
@@ -181,7 +198,41 @@ def check(name: str, data: Path | None, train_split: str | None = None, test_spl
         lines += [f"doubtful: {doubt}" for doubt in glance.doubts(images, "say")]
     if len(splits) == 2 and (copies := repeats(*splits)) and copies.rows:
         lines.append(f"repeated: {copies.sentence()}")
-    return lines + [f"damaged: {damage}" for images in splits for damage in images.damaged]
+    return bands + lines + [f"damaged: {damage}" for images in splits for damage in images.damaged]
+
+
+NOT_WRITTEN = "not written: "
+
+
+def _check_bands(name: str, data: Path | None, writes: bool) -> list[str]:
+    """Mean and standard deviation of each band of the training images, in lines; none for a set of RGB images.
+
+    Raises:
+        InputError: `writes` for a set that has no bands, or whose bands.yaml has mean and std already.
+    """
+    if name not in OF_BANDS:
+        if writes:
+            raise InputError(f"--write is for images of any number of channels ({', '.join(OF_BANDS)}), not for {name}")
+        return []
+    folder = data_folder(name, data)
+    bands = bands_of(folder) or (Bands(folder / FILE) if writes else None)
+    if bands is None:
+        return []
+    if writes and bands.mean:
+        raise InputError(f"{bands.path} has mean and std already; remove both lines to have them measured anew")
+    listing = list_images(folder, None if name == "flat" else "train", BAND_FILES)
+    images = ImageSet(name, "train", listing.classes, None, listing.fingerprint, **_files(listing))
+    images = of_bands(images, bands, measured=False)
+    measured = band_statistics.measured(images)
+    lines = [f"{name} train: {measured.stored} bands, measured over {len(images):,} images"]
+    lines += band_statistics.table(measured)
+    if bands.mean:
+        return lines + [f"doubtful: {words}" for words in band_statistics.differences(bands, measured)]
+    if not writes:
+        return [*lines, f"{NOT_WRITTEN}{bands.path} has no mean and std yet; --write puts these there"]
+    write(measured)
+    bands_of(folder)  # raises where a band is of one value
+    return [*lines, f"written to {bands.path}"]
 
 
 def _named(classes: tuple[str, ...]) -> str:
@@ -240,23 +291,45 @@ def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
         raise InputError(
             f"{folder} has no {directory}/ folder; an imagefolder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
         )
-    listing = list_images(folder, directory)
+    bands = bands_of(folder) if name in OF_BANDS else None
+    listing = list_images(folder, directory, BAND_FILES if bands else EXTENSIONS)
     if name == "imagenet" and len(listing.classes) != 1000:
         raise InputError(
             f"{folder} has {len(listing.classes)} class folders, ImageNet has 1000; for other data take "
             "--dataset imagefolder"
         )
-    about = (name, directory, listing.classes, listing.labels, listing.fingerprint)
-    return ImageSet(*about, files=listing.files, passed_over=listing.passed_over)
+    images = ImageSet(name, directory, listing.classes, listing.labels, listing.fingerprint, **_files(listing))
+    return of_bands(images, bands) if bands else images
+
+
+def _files(listing: Listing) -> dict[str, Any]:
+    return {"files": listing.files, "passed_over": listing.passed_over}
+
+
+def of_bands(images: ImageSet, bands: Bands, measured: bool = True) -> ImageSet:
+    """A set whose folder has a bands.yaml. Its fingerprint covers which bands are taken, too.
+
+    Args:
+        measured: refuse it where mean and std are not known yet.
+    Raises:
+        InputError: the first image cannot be read, or bands.yaml does not fit it.
+    """
+    bands = with_stored(bands, images.read(0), images.name_of(0))
+    if measured:
+        require_measured(bands, images.name)
+    taken = ",".join(map(str, bands.order))
+    fingerprint = hashlib.sha256(f"{images.fingerprint} bands {taken}".encode()).hexdigest()
+    return replace(images, fingerprint=fingerprint, bands=bands)
 
 
 def _unlabelled(name: str, folder: Path, split: str) -> ImageSet:
     if split != "train":
         raise InputError(f"--dataset {name} has no labels: it is for pretraining only; take imagefolder to evaluate")
     if name == "flat":
-        listing = list_images(folder, None)
-        about = ("flat", "train", (), None, listing.fingerprint)
-        return ImageSet(*about, files=listing.files, passed_over=listing.passed_over)
+        bands = bands_of(folder)
+        listing = list_images(folder, None, BAND_FILES if bands else EXTENSIONS)
+        images = ImageSet("flat", "train", (), None, listing.fingerprint, **_files(listing))
+        return of_bands(images, bands) if bands else images
     shards, fingerprint, damaged = open_shards(folder)
     about = ("webdataset", "train", (), None, fingerprint)
     return ImageSet(*about, files=shards, damaged=damaged, passed_over=shards.passed_over)
@@ -265,6 +338,67 @@ def _unlabelled(name: str, folder: Path, split: str) -> ImageSet:
 def preprocessing_for(dataset: str, encoder_says: Preprocessing | None) -> Preprocessing:
     """The encoder's own contract; where it has none (`random:`, `pixels`), the data set's."""
     return encoder_says or SMALL.get(dataset, Preprocessing())
+
+
+def preprocessing_on(
+    images: ImageSet, encoder_says: Preprocessing | None, channels: int, size: int | None = None
+) -> Preprocessing:
+    """What the images become for an encoder: its own contract; where it has none, the data set's.
+
+    A network of RGB images sees three bands less their own mean, over their own standard deviation.
+
+    Args:
+        channels: of the images that the network takes.
+        size: of the only images that it takes, in pixels; None where others will do.
+    Raises:
+        InputError: the images have other channels than the network takes.
+    """
+    bands, own = images.bands, encoder_says
+    if channels != images.channels:
+        raise InputError(_other_channels(images, channels))
+    if not bands:
+        if own and own.channels == BANDS:
+            raise InputError(
+                f"the network was trained on {channels} bands in the units in which they are stored, and the images of "
+                f"{images.name} are RGB of 8 bits; take a network trained on RGB, or a {FILE} beside the data that "
+                "describes them as the same bands"
+            )
+        return preprocessing_for(images.name, own)
+    if own and own.channels == BANDS:
+        return own
+    if own and own.range == 255:
+        raise InputError(
+            f"the network takes RGB of 0 to 255 as they are, and {bands.path} has bands of other units; take a network "
+            "trained on such bands, or convert them to RGB of 8 bits"
+        )
+    usual = own or (Preprocessing(size, math.ceil(size * 256 / 224)) if size else Preprocessing())
+    return replace(
+        bands.preprocessing(usual.size, usual.resize), interpolation=usual.interpolation, antialias=usual.antialias
+    )
+
+
+def _other_channels(images: ImageSet, channels: int) -> str:
+    """What a network of other channels than the images have, and what to do, in words."""
+    bands = images.bands
+    both = f"the network takes images of {channels} channels, and those of {images.name} have {images.channels}"
+    trained = f"take one trained on {images.channels} channels (moco-eval pretrain CONFIG --dataset {images.name})"
+    if not bands:
+        return f"{both} (RGB of 8 bits); {trained}, or give images of {channels} channels and a {FILE} beside them"
+    if bands.stored > channels:
+        few = f"{list(range(channels, 0, -1))}, say," if channels <= 4 else f"{channels} numbers"
+        return f"{both}; {trained}, or choose {channels} of the bands: a list `bands` of {few} in {bands.path}"
+    return f"{both}; {trained}, or give images of {channels} channels"
+
+
+def band_deviations(images: ImageSet, encoder_says: Preprocessing | None) -> list[str]:
+    """In words, where a network of RGB images sees bands instead."""
+    if not images.bands or not encoder_says or encoder_says.channels == BANDS:
+        return []
+    numbers = ", ".join(str(place + 1) for place in images.bands.order)
+    return [
+        f"bands {numbers}, each less its mean and over its standard deviation in the data, instead of the "
+        f"{encoder_says.channels} images that the encoder expects"
+    ]
 
 
 def preprocessing_deviations(dataset: str, used: Preprocessing) -> list[str]:

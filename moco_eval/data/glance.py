@@ -17,8 +17,39 @@ _told: set[tuple] = set()
 
 
 def doubts(images: ImageSet, unreadable: Unreadable = "refuse") -> list[str]:
-    """What is doubtful about a few images of a set, evenly spread, in words; see `doubts_about`."""
+    """What is doubtful about a few images of a set, evenly spread, in words; see `doubts_about`.
+
+    Of images of bands, whose units nobody knows, only whether they can be read.
+    """
+    if images.bands:
+        return _unreadable(images, unreadable)
     return doubts_about(f"{images.name} {images.split}", len(images), images.image, images.name_of, unreadable)
+
+
+def _unreadable(images: ImageSet, unreadable: Unreadable) -> list[str]:
+    """As `doubts`, of images of bands."""
+    read: list[int] = []
+    failed: list[InputError] = []
+    looked = _spread(len(images))
+    for index in looked:
+        try:
+            images.values(index)
+            read.append(index)
+        except InputError as error:
+            if unreadable == "refuse":
+                raise
+            failed.append(error)
+    if failed and not read:
+        raise failed[0]
+    if not failed or unreadable == "pass":
+        return []
+    title = f"{images.name} {images.split}"
+    return [f"{title}: {len(failed)} of {len(looked)} images looked at cannot be read (first: {failed[0]})"]
+
+
+def _spread(count: int) -> list[int]:
+    """A few of `count` images, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(LOOKED, count)).astype(int)).tolist()
 
 
 def passed_over(images: ImageSet) -> list[str]:
@@ -45,7 +76,7 @@ def doubts_about(
     flat: list[int] = []
     failed: list[InputError] = []
     brightest: list[int] = []
-    for index in np.unique(np.linspace(0, count - 1, min(LOOKED, count)).astype(int)).tolist():
+    for index in _spread(count):
         try:
             present = np.flatnonzero(np.reshape(read(index).histogram(), (-1, 256)).sum(axis=0))
         except InputError as error:

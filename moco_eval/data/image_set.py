@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from moco_eval import limits
 from moco_eval.data import label_subsets, map_style
+from moco_eval.data.bands import Bands, refuse_many_channels
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
 from moco_eval.data.shards import Shards
@@ -23,7 +24,7 @@ SAMPLE = 512  # files whose bytes tell a set from another of the same names and 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A split of a data set: RGB images by index, and their labels where it has them.
+    """A split of a data set: images by index, RGB or of any bands, and their labels where it has them.
 
     Attributes:
         name, split: what it is.
@@ -41,6 +42,7 @@ class ImageSet:
         rows: which images of the whole split a subset holds, (N,) int64; None for the whole.
         subset: what the subset is, in words; None for the whole.
         whole: of a subset, the whole split.
+        bands: what the channels are, where a bands.yaml says so; None for RGB images of 8 bits.
     """
 
     name: str
@@ -57,6 +59,7 @@ class ImageSet:
     rows: np.ndarray | None = field(default=None, repr=False)
     subset: str | None = None
     whole: "ImageSet | None" = field(default=None, repr=False)
+    bands: Bands | None = None
 
     def __len__(self) -> int:
         held = self.files if self.pixels is None else self.pixels
@@ -81,17 +84,29 @@ class ImageSet:
         return digest.hexdigest()
 
     @property
+    def channels(self) -> int:
+        """How many channels a network sees of each image."""
+        return self.bands.count if self.bands else 3
+
+    @property
     def multi_label(self) -> bool:
         """Whether an image may show several classes."""
         return self.labels is not None and self.labels.ndim == 2
 
     def image(self, index: int) -> Image.Image:
-        """Raises InputError naming the file where it cannot be read."""
+        """8-bit RGB; of an image of bands a picture to look at. Raises InputError naming a file that cannot be read."""
+        if self.bands:
+            return Image.fromarray(self.bands.picture(self.values(index)).transpose(1, 2, 0))
         if self.pixels is not None:
             return Image.fromarray(self.pixels[index])
         if isinstance(self.files, map_style.MapStyle):
             return self.files.image(index)
         return decode_bytes(self.read(index), self.name_of(index))
+
+    def values(self, index: int) -> np.ndarray:
+        """The bands of an image, (C, H, W) float32. Raises InputError naming the file where it cannot be read."""
+        assert self.bands is not None
+        return self.bands.read(self.read(index), self.name_of(index))
 
     def read(self, index: int) -> bytes:
         """The encoded image, of a set in files. Raises InputError naming the file where it cannot be read."""
@@ -121,6 +136,8 @@ class ImageSet:
         }
         if isinstance(self.files, Shards):
             record |= {"shards": len(self.files.shards), "other_members": self.files.others}
+        if self.bands:
+            record["bands"] = self.bands.record()
         return record | self.regime()
 
     def regime(self) -> dict[str, Any]:
@@ -323,6 +340,7 @@ def decode_bytes(data: bytes, name: str) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError:
+        refuse_many_channels(data, name)
         what = other_than_image(data[:200]) or f"not an image that Pillow reads as {', '.join(FORMATS)}"
         raise InputError(f"{name} is {what}; remove or replace it") from None
     except Exception as error:  # whatever a damaged file makes its decoder raise

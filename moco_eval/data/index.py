@@ -129,7 +129,7 @@ class Listing:
     passed_over: str
 
 
-def list_images(folder: Path, split: str | None) -> Listing:
+def list_images(folder: Path, split: str | None, endings: tuple[str, ...] = EXTENSIONS) -> Listing:
     """The images below a folder, from the index of an earlier call where that still holds.
 
     Large sets have an index in `cache_folder()`. It holds while every folder has the time of change that it had
@@ -140,22 +140,24 @@ def list_images(folder: Path, split: str | None) -> Listing:
     Args:
         folder: what paths are relative to.
         split: the folder of class folders in it, such as 'train'; None: all images, without classes.
+        endings: of the names of images.
     Raises:
         InputError: no images, a class without images, a folder that is two classes, a file or folder that cannot be
             looked at.
     """
-    key = f"{os.path.realpath(folder)}\0{split or ''}"
+    others = "" if endings == EXTENSIONS else f"\0{' '.join(endings)}"
+    key = f"{os.path.realpath(folder)}\0{split or ''}{others}"
     path = cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.npz"
     listing = _from_index(path, folder)
     if listing is None:
         with files.one_at_a_time(path):
-            listing = _from_index(path, folder) or _listed(path, folder, split)
+            listing = _from_index(path, folder) or _listed(path, folder, split, endings)
     return listing
 
 
-def _listed(path: Path, folder: Path, split: str | None) -> Listing:
+def _listed(path: Path, folder: Path, split: str | None, endings: tuple[str, ...]) -> Listing:
     began = time.time()
-    listing = _list_flat(folder) if split is None else _list_classes(folder, split)
+    listing = _list_flat(folder, endings) if split is None else _list_classes(folder, split, endings)
     settled = abs(began - max(listing.folders.values()) / 1e9) > SETTLED
     if len(listing.files) >= KEPT_FROM and settled:
         try:
@@ -174,15 +176,29 @@ def say_not_kept(reason: str) -> None:
 # Looking
 
 
-def _list_flat(folder: Path) -> Listing:
-    images, folders, left = scan(folder, b"", EXTENSIONS)
+def _list_flat(folder: Path, endings: tuple[str, ...]) -> Listing:
+    images, folders, left = scan(folder, b"", endings)
     if not images:
-        raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){_besides(left)}")
+        raise InputError(
+            f"{folder} holds no images ({', '.join(endings)}){_besides(left)}{_of_bands(folder, b'', endings)}"
+        )
     packed_images = _packed(folder, images)
     return Listing(packed_images, (), np.empty(0, np.int64), fingerprint(images), folders, in_words(left))
 
 
-def _list_classes(folder: Path, split: str) -> Listing:
+def _of_bands(folder: Path, start: bytes, endings: tuple[str, ...]) -> str:
+    """How many .npy files lie there that a bands.yaml would make images; empty for none, or where they count."""
+    arrays = [] if ".npy" in endings else scan(folder, start, (".npy",))[0]
+    if not arrays:
+        return ""
+    name = "imagefolder" if start else "flat"
+    return (
+        f"; its {len(arrays)} .npy files are images where a bands.yaml describes them: moco-eval datasets check {name} "
+        f"--data {folder} --write measures each channel's mean and std and writes it"
+    )
+
+
+def _list_classes(folder: Path, split: str, endings: tuple[str, ...]) -> Listing:
     root = folder / split
     folders = {os.fsencode(split): root.stat().st_mtime_ns}
     classes, hidden = _class_folders(root)
@@ -194,9 +210,11 @@ def _list_classes(folder: Path, split: str) -> Listing:
     images: list[tuple[bytes, int]] = []
     counts: list[int] = []
     for name in classes:
-        more, below, more_left = scan(folder, os.fsencode(f"{split}/{name}"), EXTENSIONS)
+        more, below, more_left = scan(folder, os.fsencode(f"{split}/{name}"), endings)
         if not more:
-            raise InputError(f"class folder {root / name} holds no images{_besides(more_left)}; fill or remove it")
+            arrays = _of_bands(folder, os.fsencode(f"{split}/{name}"), endings)
+            way = arrays or "; fill or remove it"
+            raise InputError(f"class folder {root / name} holds no images{_besides(more_left)}{way}")
         images += more
         left += more_left
         counts.append(len(more))

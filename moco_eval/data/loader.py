@@ -11,10 +11,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from moco_eval.data import band_transforms
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.workers import Loaded
 from moco_eval.errors import InputError
-from moco_eval.preprocessing import Preprocessing
+from moco_eval.preprocessing import BANDS, Preprocessing
 from moco_eval.runtime.console import tell
 from moco_eval.runtime.device import borrowed_generator, to_device
 from moco_eval.runtime.rank import rank, world_size
@@ -25,9 +26,17 @@ WINDOW = 16  # shards whose images are shuffled together
 
 def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
+    if preprocessing.channels == BANDS:
+        return band_transforms.clean_transform(preprocessing)
     return transforms.Compose(
         [
-            ResizedCentre(preprocessing.resize, preprocessing.size),
+            ResizedCentre(
+                preprocessing.resize,
+                preprocessing.size,
+                preprocessing.interpolation,
+                preprocessing.antialias,
+                preprocessing.squash,
+            ),
             *_to_network(preprocessing),
         ]
     )
@@ -42,27 +51,49 @@ class ResizedCentre:
     Attributes:
         resize: pixels of the shorter side.
         size: pixels of both sides of the crop.
+        interpolation: bilinear or bicubic.
+        antialias: as PIL resizes; else as torch interpolates tensors of 8 bits, but for very oblong images.
+        squash: both sides become `resize`.
     """
 
     resize: int
     size: int
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    squash: bool = False
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if self.squash:
+            return transforms.functional.center_crop(self._resized(image, [self.resize] * 2), self.size)
         longer = self.resize * max(image.size) // min(image.size)
         if self.resize * longer <= LARGEST or longer <= self.size or self.resize < self.size:
-            return transforms.functional.center_crop(transforms.functional.resize(image, self.resize), self.size)
+            return transforms.functional.center_crop(self._resized(image, [self.resize]), self.size)
         sides = [self.resize if side == min(image.size) else longer for side in image.size]
         scales = [before / after for before, after in zip(image.size, sides)]
         starts = [round((side - self.size) / 2) * scale for side, scale in zip(sides, scales)]
         left, top = starts
         box = (left, top, left + self.size * scales[0], top + self.size * scales[1])
-        return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+        return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], box=box)
+
+    def _resized(self, image: Image.Image, sides: list[int]) -> Image.Image:
+        """To that height and width, or with one side to it as the shorter one."""
+        how = transforms.InterpolationMode(self.interpolation)
+        if self.antialias:
+            return transforms.functional.resize(image, sides, how)
+        pixels = transforms.functional.pil_to_tensor(image)
+        return transforms.functional.to_pil_image(transforms.functional.resize(pixels, sides, how, antialias=False))
 
 
 def crop_transform(
     preprocessing: Preprocessing, crop_scale: tuple[float, float] = (0.08, 1.0), flip: bool = True
 ) -> transforms.Compose:
-    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform."""
+    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform.
+
+    Its interpolation is the protocol's, bilinear, whatever the encoder's clean crop has: so do DINO's and iBOT's
+    eval_linear.py (dino@04c0ad9, ibot@c24f870), whose clean crop is bicubic.
+    """
+    if preprocessing.channels == BANDS:
+        return band_transforms.crop_transform(preprocessing, crop_scale, flip)
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale),
@@ -86,16 +117,18 @@ def swap_colours(images: torch.Tensor) -> torch.Tensor:
 class Normalise:
     """8-bit RGB images, (N, 3, H, W) uint8, to what an encoder takes: less the mean, by the standard deviation.
 
-    Bit for bit ToTensor and Normalize, but on the images' device.
+    Bit for bit ToTensor and Normalize, but on the images' device. Bands, (N, C, H, W) float32, are in their own units.
     """
 
     def __init__(self, preprocessing: Preprocessing):
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in preprocessing.rgb())
-        self.swap = preprocessing.channels != "RGB"
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in preprocessing.rgb())
+        self.swap, self.bands = preprocessing.channels == "BGR", preprocessing.channels == BANDS
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        if self.bands:
+            return images.sub(self.mean).div_(self.std)
         pixels = images.float().div_(255).sub_(self.mean).div_(self.std)
         return swap_colours(pixels) if self.swap else pixels
 
@@ -130,7 +163,7 @@ class Examples(Dataset):
     @property
     def item_bytes(self) -> int:
         """Of a tensor."""
-        return 4 * 3 * self.size**2
+        return 4 * self.images.channels * self.size**2
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item
@@ -141,17 +174,26 @@ class Examples(Dataset):
         label = -1 if labels is None or labels.ndim == 2 else int(labels[index])
         return tensor, label, index
 
-    def _image(self, index: int) -> Image.Image:
+    def _image(self, index: int) -> Image.Image | torch.Tensor:
         try:
-            return self.images.image(index)
+            bands = self.images.bands
+            return torch.from_numpy(self.images.values(index)) if bands else self.images.image(index)
         except InputError as error:
             if not self.tolerant:
                 raise
             tell(f"warning: {error}; here a grey image takes its place", "warnings")
-            return Image.new("RGB", (64, 64), (128, 128, 128))
+            return _grey(self.images)
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def _grey(images: ImageSet) -> Image.Image | torch.Tensor:
+    """In the place of an image that cannot be read; of bands their mean."""
+    if not images.bands:
+        return Image.new("RGB", (64, 64), (128, 128, 128))
+    mean = [images.bands.mean[place] for place in images.bands.order]
+    return torch.tensor(mean).view(-1, 1, 1).expand(-1, 64, 64).contiguous()
 
 
 @dataclass

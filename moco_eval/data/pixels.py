@@ -1,6 +1,7 @@
 """Images opened by their format, decoded to 8-bit RGB by one rule for every task; what lies there in their place."""
 
 import functools
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from moco_eval.errors import InputError
 
 # what the accepted suffixes stand for; Pillow has forty more, some of which start programs or have no limits
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged files is in our refusals
 PART = 2**20  # pixels that are scaled at once
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 16-bit greys some versions of Pillow hold in 32 bits
 # what is found under an image's name, by its first bytes

@@ -37,6 +37,9 @@ class Encoder:
         pretraining: protocol, dataset, epochs, config, deviations of the run that made it, where it says.
         norm_eps: of a ViT's layer norms, where it is not timm's.
         settings: the file beside the checkpoint that told of it, if one did.
+        pixels: what the user chose of the preprocessing (`--pixels`).
+        open_pixels: what of the preprocessing nothing tells, so that choosing it deviates from nothing.
+        pixel_deviations: where the chosen pixels are others than the method's own, in words.
         wrapped: whether the backbone is somebody's network in memory; see `wrap.wrap`.
     """
 
@@ -60,6 +63,9 @@ class Encoder:
     pretraining: dict[str, Any] | None = None
     norm_eps: float | None = None
     settings: str | None = None
+    pixels: dict[str, Any] | None = None
+    open_pixels: tuple[str, ...] = ()
+    pixel_deviations: list[str] = field(default_factory=list)
     wrapped: bool = False
 
     @property
@@ -84,19 +90,26 @@ class Encoder:
             "norm_eps": self.norm_eps,
             "pretraining": self.pretraining,
             **({"key": self.key} if self.key else {}),
+            **({"pixels": self.pixels} if self.pixels else {}),
         }
 
     def identity(self) -> dict[str, Any]:
         """What tells its runs from those of another."""
-        from_settings = {name: self.record()[name] for name in ("preprocessing", "norm_eps")} if self.settings else {}
+        record, names = self.record(), ["norm_eps"] if self.settings else []
+        if self.settings or self.pixels or (self.preprocessing and self.preprocessing.interpolation != "bilinear"):
+            names.append("preprocessing")
         chosen = {"key": self.key} if self.key else {}
-        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **chosen, **from_settings}
+        about = {name: record[name] for name in names}
+        return {"sha256": self.sha256, "arch": self.arch, "which": self.which, **chosen, **about}
 
     def deviations(self) -> list[str]:
         """What an evaluation inherits from it, in words."""
         other = [f"the {self.which} encoder instead of the {self.usual} encoder"] if self.which != self.usual else []
-        return other + [f"encoder: {deviation}" for deviation in (self.pretraining or {}).get("deviations", [])]
+        return [*other, *self.pixel_deviations, *self._of_pretraining("deviations")]
 
     def equivalences(self) -> list[str]:
         """What an evaluation inherits from it that was shown to be harmless, in words."""
-        return [f"encoder: {equivalence}" for equivalence in (self.pretraining or {}).get("equivalences", [])]
+        return self._of_pretraining("equivalences")
+
+    def _of_pretraining(self, kind: str) -> list[str]:
+        return [f"encoder: {sentence}" for sentence in (self.pretraining or {}).get(kind, [])]

@@ -34,10 +34,17 @@ def zoo_architecture(source: str, tensors: Mapping[str, Tensor], prefer: str | N
 
 
 def nearest_in_zoo(tensors: Mapping[str, Tensor], prefer: str | None = None) -> str | None:
-    """The network of timm's that has these modules, some of whose tensors are others; None where there is none."""
+    """The network of timm's that these are but for a tensor or two; None where there is none."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    names = timm_index.nearest(_in_colour(shapes), prefer)
-    return f"timm:{names[0]}" if names else None
+    names = [f"timm:{name}" for name in timm_index.nearest(_in_colour(shapes), prefer)]
+    shares = {name: _share(name, shapes) for name in names}
+    return max(shares, key=shares.__getitem__) if shares and max(shares.values()) > 0.9 else None
+
+
+def _share(arch: str, shapes: timm_index.Shapes) -> float:
+    """Of names and shapes that a network has in common with these tensors; 1 is all."""
+    ours, theirs = set(shapes.items()), set(_built(arch).items())
+    return len(ours & theirs) / len(ours | theirs)
 
 
 def _listed(names: list[str]) -> str:
@@ -70,10 +77,15 @@ def _sized(name: str, shapes: timm_index.Shapes) -> str:
 
 def _fits(arch: str, shapes: timm_index.Shapes) -> bool:
     """Whether the network that is built under this name has these tensors."""
+    built = _built(arch)
+    return all(built.get(name) == shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked"))
+
+
+def _built(arch: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network of timm's; none where the installed one lacks it, or it takes no such arguments."""
     try:
         network = architecture(arch)
-    except InputError:  # an installed timm that lacks it, or arguments that do not fit
-        return False
+    except InputError:
+        return {}
     assert isinstance(network, TimmNetwork)
-    built = {name: tuple(tensor.shape) for name, tensor in network.layers.state_dict().items()}
-    return all(built.get(name) == shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked"))
+    return {name: tuple(tensor.shape) for name, tensor in network.layers.state_dict().items()}

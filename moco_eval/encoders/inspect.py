@@ -1,17 +1,23 @@
 """What there is to know about a checkpoint, for the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moco_eval.encoders.fingerprint import activations_sha256, probe_features
 from moco_eval.encoders.head import head_shape
 from moco_eval.encoders.load import load
+from moco_eval.preprocessing import BANDS
 
 
 def describe(
-    source: str, arch: str | None = None, encoder: str | None = None, key: str | None = None
+    source: str,
+    arch: str | None = None,
+    encoder: str | None = None,
+    key: str | None = None,
+    pixels: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about CHECKPOINT; raises what `load` raises."""
-    loaded = load(source, arch, encoder, key=key)
+    loaded = load(source, arch, encoder, key=key, pixels=pixels)
     activations = probe_features(loaded)
     return {
         **loaded.record(),
@@ -47,10 +53,16 @@ def _preprocessing(values: dict[str, Any] | None) -> str:
     if values is None:
         return "not said; the data set's own is taken"
     numbers = {name: ", ".join(f"{value:g}" for value in values[name]) for name in ("mean", "std")}
-    return (
-        f"{values['channels']} in 0..{values['range']}, mean {numbers['mean']}, std {numbers['std']}, "
-        f"resize {values['resize']}, crop {values['size']}"
-    )
+    if values["channels"] == BANDS:
+        pixels = f"{len(values['mean'])} bands in the units in which they are stored"
+    else:
+        pixels = f"{values['channels']} in 0..{values['range']}"
+    return f"{pixels}, mean {numbers['mean']}, std {numbers['std']}, {_resize(values)}, crop {values['size']}"
+
+
+def _resize(values: dict[str, Any]) -> str:
+    sides = f"{values['resize']}x{values['resize']}" if values["squash"] else values["resize"]
+    return f"{values['interpolation']} resize to {sides}{'' if values['antialias'] else ' without antialiasing'}"
 
 
 def _pretraining(values: dict[str, Any] | None) -> str:

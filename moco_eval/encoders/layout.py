@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
 
 Rules = tuple[tuple[str, str | Callable], ...]  # (regular expression, replacement), applied in order
@@ -34,6 +35,7 @@ class Layout:
         variants: what the shapes do not tell of the architecture, as rules on its name.
         preprocessing: what the weights expect; None where the file itself says.
         cifar: the same for a network with the CIFAR stem; None where nothing says.
+        pixel_doubt: what nothing tells of a ViT's pixels.
         norm_eps: of the layer norms, where it is not timm's 1e-6.
         folded: batch norm's statistics are folded into its scale and shift, and 0 and 1 stand for them.
         settled: the code base leaves none of that open.
@@ -56,6 +58,7 @@ class Layout:
     variants: Rules = ()
     preprocessing: Preprocessing | None = IMAGENET
     cifar: Preprocessing | None = None
+    pixel_doubt: Doubt | None = None
     norm_eps: float | None = None
     folded: bool = False
     settled: bool = False

@@ -5,9 +5,11 @@ Reading, proof of load and export work from the row alone. A leading `module.` (
 """
 
 from dataclasses import replace
+from typing import Any
 
 from moco_eval.encoders.layout import Layout, Rules
 from moco_eval.encoders.layouts_conv import CONVOLUTIONAL, TIMM
+from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
 
 FORMAT = "moco-eval/1"
@@ -15,10 +17,46 @@ SAFETENSORS = "moco-eval/1 safetensors"
 
 IMAGENET = Preprocessing()
 SWAV = Preprocessing(std=(0.228, 0.224, 0.225))  # its red channel is not ImageNet's 0.229
-HALVES = Preprocessing(resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BICUBIC = Preprocessing(interpolation="bicubic")  # 224 of 256: DINO, iBOT, DINOv2, MAE, DeiT, ConvNeXt
+_HALF = (0.5, 0.5, 0.5)
+HALVES = Preprocessing(224, 224, _HALF, _HALF, squash=True)  # transformers' ViTImageProcessor
+HALVES_BICUBIC = replace(HALVES, interpolation="bicubic")  # SigLIP; transformers' BEiT
+CLIP = Preprocessing(  # openai/CLIP@d05afc4, clip/clip.py: _transform; OpenCLIP's own networks alike
+    224,
+    224,
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+    interpolation="bicubic",
+)
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_DEMO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2023, 0.1994, 0.2010))
 CIFAR_SOLO = Preprocessing(32, 32, _CIFAR_MEAN, (0.2470, 0.2435, 0.2616))
+
+ANYBODYS_VIT = Doubt(
+    ("interpolation", "mean", "std"),
+    "the names of a plain ViT do not tell its pixels; a bicubic resize and ImageNet's mean and std were taken, as "
+    "DINO, MAE and DeiT have. MoCo v3's resize is bilinear, timm's own weights often want mean and std 0.5. This "
+    "settles it",
+    BICUBIC,
+)
+_HF_DOUBT = Doubt(
+    ("mean", "std"),
+    "no preprocessor_config.json says its pixels; mean and std 0.5 were taken, as Google's ViTs have. DINO's, MAE's, "
+    "MSN's and others want ImageNet's",
+    IMAGENET,
+)
+_TORCHVISION_DOUBT = Doubt(
+    ("interpolation",),
+    "torchvision's ViTs do not say whether they are of its SWAG weights, whose resize is bicubic; bilinear was taken, "
+    "as the others have. This settles it",
+    IMAGENET,
+)
+_OPENMMLAB_DOUBT = Doubt(
+    ("interpolation", "mean", "std"),
+    "OpenMMLab's ViT backbones do not tell their method's pixels; a bilinear resize and ImageNet's mean and std were "
+    "taken, as its MoCo v3 has. MAE's resize is bicubic, its supervised ViTs want mean and std 0.5. This settles it",
+    IMAGENET,
+)
 
 
 _QUEUE = (
@@ -128,10 +166,11 @@ _MOCO_V3 = Layout(
 )
 _DINO = Layout(
     "facebookresearch/dino",
-    "facebookresearch/dino@7c446df: main_dino.py, utils.py",
+    "facebookresearch/dino@7c446df: main_dino.py, utils.py; pixels: eval_knn.py, eval_linear.py (iBOT@c24f870 alike)",
     query=r"student\.backbone\.",
     key=r"teacher\.backbone\.",
     usual="key",
+    preprocessing=BICUBIC,
     settled=True,
 )
 _OPENMMLAB_AVERAGE = r"(encoder_k|target_net|momentum_encoder)"
@@ -475,6 +514,7 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"decoder\.|(vit\.)?embeddings\.mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
         preprocessing=HALVES,
+        pixel_doubt=_HF_DOUBT,
         norm_eps=1e-12,
     ),
     Layout(
@@ -483,12 +523,14 @@ LAYOUTS: tuple[Layout, ...] = (
         marks=(r"^encoder\.layers\.encoder_layer_\d+\.", r"^conv_proj\."),
         names=_TORCHVISION_VIT,
         dropped=((r"heads\.", "heads", _CLASSIFIER),),
+        pixel_doubt=_TORCHVISION_DOUBT,
     ),
     Layout(
         "OpenMMLab ViT backbone",
         "open-mmlab/mmpretrain@ee7f2e8: models/backbones/vision_transformer.py",
         marks=(r"^layers\.\d+\.ffn\.layers\.", r"^patch_embed\.projection\."),
         names=_OPENMMLAB_VIT,
+        pixel_doubt=_OPENMMLAB_DOUBT,
     ),
     Layout(
         "timm ViT",
@@ -498,6 +540,8 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"head(_dist)?\.", "head", _CLASSIFIER),
             (r"decoder_|mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
+        pixel_doubt=ANYBODYS_VIT,
+        preprocessing=BICUBIC,  # dino@04c0ad9 eval_linear.py, deit@012a100 datasets.py, mae@6a2ba40 main_linprobe.py
     ),
     Layout(
         "torchvision or timm ResNet",
@@ -514,3 +558,11 @@ PREFIXED = Layout(
     "nothing but the names below the prefix",
     names=_CHILDREN,
 )
+
+
+def completed(pixels: Any, origin: Any) -> Any:
+    """What a copy says of its pixels; one of 0.1.0 says no interpolation, which is then its source's layout's."""
+    if not isinstance(pixels, dict) or "interpolation" in pixels:
+        return pixels
+    rows = (row.preprocessing for row in LAYOUTS if row.origin == origin and row.preprocessing)
+    return pixels | {"interpolation": next((own.interpolation for own in rows), "bilinear")}

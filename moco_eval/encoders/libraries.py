@@ -85,13 +85,19 @@ def from_torchvision(rest: str, seed: int) -> Encoder:
     built = arch if arch in ARCHITECTURES else infer(source, parts.backbone, checkpoint.layout.prefer)
     loaded = _the_same(source, parts.backbone, [rename(built, checkpoint.layout.variants)], _theirs(arch, tensors))
     cuts = weights.transforms()
-    pixels = Preprocessing(cuts.crop_size[0], cuts.resize_size[0], tuple(cuts.mean), tuple(cuts.std))
     return replace(
         loaded,
         run_name=safe_name(f"torchvision-{arch}-{weights.name}" if name else f"torchvision-{arch}"),
         origin=f"torchvision {weights}",
         dropped=parts.dropped,
-        preprocessing=replace(pixels, interpolation=cuts.interpolation.value),
+        preprocessing=Preprocessing(
+            cuts.crop_size[0],
+            cuts.resize_size[0],
+            tuple(cuts.mean),
+            tuple(cuts.std),
+            interpolation=cuts.interpolation.value,
+            antialias=bool(cuts.antialias),
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """Load anyone's encoder with proof: every backbone tensor matched in name, shape and dtype, or an error."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from moco_eval.encoders.architectures import (
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import infer
-from moco_eval.encoders.layout import rename
-from moco_eval.encoders.layouts import PREFIXED, SAFETENSORS
+from moco_eval.encoders.layout import Layout, rename
+from moco_eval.encoders.layouts import ANYBODYS_VIT, PREFIXED, SAFETENSORS, completed
 from moco_eval.encoders.libraries import from_timm, from_torchvision, random_weights, raw_pixels
 from moco_eval.encoders.naming import run_name, safe_name, sha256_of_checkpoint
+from moco_eval.encoders.network import has_tokens
+from moco_eval.encoders.pixel_choice import Doubt, with_pixels
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.encoders.settings_files import FileSettings, settings_beside
@@ -38,7 +41,12 @@ MSRA = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channe
 
 
 def load(
-    source: str, arch: str | None = None, encoder: str | None = None, seed: int = 0, key: str | None = None
+    source: str,
+    arch: str | None = None,
+    encoder: str | None = None,
+    seed: int = 0,
+    key: str | None = None,
+    pixels: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """Load and prove an encoder; its backbone comes back in eval mode.
 
@@ -48,18 +56,33 @@ def load(
         encoder: 'query' or 'key' (the momentum encoder); by default the one that the method itself evaluates.
         seed: of the weights of `random:`.
         key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
+        pixels: attributes of a Preprocessing that take the place of the method's own.
     Raises:
-        InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite.
+        InputError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite; senseless
+            pixels, or another size than a ViT takes.
     """
+    given = {} if pixels is None else pixels
+    if not isinstance(given, Mapping):
+        raise InputError(f"--pixels is a {type(given).__name__}; give a dict, such as {{'interpolation': 'bicubic'}}")
+    chosen = with_pixels(_load(source, arch, encoder, seed, key, given), given)
+    if given and chosen.preprocessing and chosen.arch != "pixels":
+        _require_its_size("--pixels", chosen.preprocessing, architecture(chosen.arch))
+    return chosen
+
+
+def _load(
+    source: str, arch: str | None, encoder: str | None, seed: int, key: str | None, given: Mapping[str, Any]
+) -> Encoder:
+    """The encoder with its method's own pixels, and the doubts that `given` leaves of them."""
     if encoder not in (None, "query", "key"):
         raise InputError(f"--encoder is {encoder!r}; it must be query or key")
     if arch is not None:
         architecture(arch)
     kind, colon, rest = source.partition(":")
     if colon and kind == "zoo":
-        return _from_zoo(rest, arch, encoder, key)
+        return _from_zoo(rest, arch, encoder, key, given)
     if source != "pixels" and not (colon and kind in ("random", "torchvision", "timm")):
-        return _from_file(source, arch, encoder, key)
+        return _from_file(source, arch, encoder, key, given)
     if key is not None:
         raise InputError(f"--key {key}: {source} is a single network; leave it out")
     if encoder == "key":
@@ -73,7 +96,9 @@ def load(
     return loaded
 
 
-def _from_file(source: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
+def _from_file(
+    source: str, arch: str | None, encoder: str | None, key: str | None, given: Mapping[str, Any]
+) -> Encoder:
     path = Path(source)
     checkpoint = recognise(path, key)
     layout, sha256 = checkpoint.layout, sha256_of_checkpoint(path)
@@ -85,6 +110,7 @@ def _from_file(source: str, arch: str | None, encoder: str | None, key: str | No
     shape = architecture(chosen)
     backbone = prove(source, parts.backbone, chosen, parts.warnings)
     norm_eps = _norm_eps(checkpoint, settings)
+    pixel_doubt = _pixel_doubt(checkpoint, shape, settings)
     set_norm_eps(backbone, norm_eps)
     loaded = Encoder(
         source=source,
@@ -108,11 +134,13 @@ def _from_file(source: str, arch: str | None, encoder: str | None, key: str | No
             *doubts(parts.backbone, layout.folded),
             *settings.warnings,
             *_open_questions(checkpoint, arch, chosen, settings),
+            *(pixel_doubt.left(given) if pixel_doubt else []),
         ],
         preprocessing=_preprocessing(checkpoint, shape, settings),
         pretraining=settings.pretraining or _pretraining(checkpoint),
         norm_eps=norm_eps,
         settings=settings.name or None,
+        open_pixels=pixel_doubt.keys if pixel_doubt else (),
     )
     return replace(loaded, run_name=loaded.run_name + _chosen(loaded))
 
@@ -123,10 +151,10 @@ def _chosen(loaded: Encoder) -> str:
     return f"{other}-{safe_name(loaded.key)}" if loaded.key else other
 
 
-def _from_zoo(name: str, arch: str | None, encoder: str | None, key: str | None) -> Encoder:
+def _from_zoo(name: str, arch: str | None, encoder: str | None, key: str | None, given: Mapping[str, Any]) -> Encoder:
     """A known public checkpoint: fetched where it is not there yet, and held against what its manifest expects."""
     entry = zoo.entry(name)
-    loaded = _from_file(str(download.fetch(name)), arch, encoder, key)
+    loaded = _from_file(str(download.fetch(name)), arch, encoder, key, given)
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
     return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + _chosen(loaded))
@@ -178,7 +206,8 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
             questions.append(_HF_RESNET)
         if _is_segmenter(checkpoint) or _says_dilated(checkpoint.values):
             questions.append(_DILATED)
-    if shape.channels != 3:
+    stated_by_file = layout.preprocessing is None and checkpoint.values.get("preprocessing")
+    if shape.channels != 3 and not (stated_by_file or settings.preprocessing):
         questions.append(_CHANNELS.format(channels=shape.channels))
     stated = checkpoint.values.get("arch")
     if isinstance(stated, str) and layout.format is None and not override and not arch.startswith(stated.lower()):
@@ -235,8 +264,8 @@ _SQUARE = (
     "the shapes of a ViT do not tell that its images are square; {size}x{size} pixels were taken: --arch {arch} says so"
 )
 _HF_VIT = (
-    "Hugging Face's weights say neither heads nor epsilon nor pixels; ViT's were taken ({heads} heads, 1e-12, mean and "
-    "std 0.5, {size}x{size} pixels; MSN's differ): put its config.json and preprocessor_config.json beside it"
+    "Hugging Face's weights say neither heads nor epsilon nor the size of images; ViT's were taken ({heads} heads, "
+    "1e-12, {size}x{size} pixels; MSN's differ): put its config.json and preprocessor_config.json beside it"
 )
 _HF_RESNET = (
     "Hugging Face's weights say neither strides nor pixels; torchvision's strides and ImageNet's pixels were taken: "
@@ -312,19 +341,42 @@ def _preprocessing(checkpoint: Checkpoint, arch: AnyArchitecture, settings: File
     if layout.preprocessing is None:
         return _own_preprocessing(checkpoint)
     if settings.preprocessing:
-        if arch.size not in (None, settings.preprocessing.size):
-            there = f"{settings.preprocessing.size} pixels, but the network takes {arch.size}"
-            raise InputError(f"{checkpoint.path}: {settings.name} says images of {there}; correct it")
+        _require_its_size(f"{checkpoint.path}: {settings.name}", settings.preprocessing, arch)
         return settings.preprocessing
     if settings.arch:
         return None  # our own settings say so
-    if arch.channels != layout.preprocessing.in_channels:
+    usual = ANYBODYS_VIT.example if _is_anybodys(layout) and _takes_tokens(arch) else layout.preprocessing
+    if arch.channels != usual.in_channels:
         return None
     if not isinstance(arch, Architecture):
-        return sized(layout.preprocessing, arch)
+        return sized(usual, arch)
     if arch.stride_in_1x1 and layout.origin.startswith("detectron2"):
         return MSRA
     return layout.cifar if arch.cifar_stem else layout.preprocessing
+
+
+def _require_its_size(who: str, pixels: Preprocessing, arch: AnyArchitecture) -> None:
+    """Raises InputError where images would have another size than the only one that the network takes."""
+    if arch.size not in (None, pixels.size):
+        there = f"{pixels.size} pixels, but the network takes {arch.size}"
+        raise InputError(f"{who} says images of {there}; correct it")
+
+
+def _takes_tokens(arch: AnyArchitecture) -> bool:
+    """Whether it is a transformer all the way."""
+    return isinstance(arch, VisionTransformer) or (isinstance(arch, TimmNetwork) and has_tokens(arch.layers))
+
+
+def _pixel_doubt(checkpoint: Checkpoint, arch: AnyArchitecture, settings: FileSettings) -> Doubt | None:
+    """What no byte of the file tells of its pixels, nor settings beside it."""
+    if settings.pixel_doubt or settings.preprocessing or settings.arch or not _takes_tokens(arch):
+        return settings.pixel_doubt
+    return ANYBODYS_VIT if _is_anybodys(checkpoint.layout) else checkpoint.layout.pixel_doubt
+
+
+def _is_anybodys(layout: Layout) -> bool:
+    """Whether nothing but a prefix is known of the code base."""
+    return layout.origin.startswith(PREFIXED.origin)
 
 
 def _own_preprocessing(checkpoint: Checkpoint) -> Preprocessing | None:
@@ -332,7 +384,7 @@ def _own_preprocessing(checkpoint: Checkpoint) -> Preprocessing | None:
     if values is None:
         return None
     try:
-        return Preprocessing.from_dict(values)
+        return Preprocessing.from_dict(completed(values, checkpoint.values.get("origin")))
     except InputError as error:
         raise InputError(f"{checkpoint.path}: {error}") from None
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import torch
 from torchvision.models.resnet import Bottleneck
 
 from moco_eval.config import yaml_read
-from moco_eval.encoders.architectures import TimmNetwork, VisionTransformer, architecture
+from moco_eval.encoders.architectures import TimmNetwork, VisionTransformer, architecture, sized
+from moco_eval.encoders.image_processor import ForeignProcessor, pixels_of
 from moco_eval.encoders.infer import expected
+from moco_eval.encoders.layouts import BICUBIC, CLIP, HALVES, HALVES_BICUBIC, IMAGENET, completed
+from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.errors import InputError
-from moco_eval.preprocessing import Preprocessing
+from moco_eval.preprocessing import INTERPOLATIONS, Preprocessing
 from moco_eval.runtime import files
 from moco_eval.untrusted.pickle_scan import shown
 
@@ -26,6 +29,7 @@ class FileSettings:
     Attributes:
         name: the file.
         preprocessing: what the weights expect.
+        pixel_doubt: what of it was taken for want of a file that says it.
         arch: the architecture's name (ours alone says it).
         heads: of a ViT's attention.
         norm_eps: of its layer norms.
@@ -37,6 +41,7 @@ class FileSettings:
 
     name: str
     preprocessing: Preprocessing | None = None
+    pixel_doubt: Doubt | None = None
     arch: str | None = None
     heads: int | None = None
     norm_eps: float | None = None
@@ -70,7 +75,7 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str, arch: str) -> Fi
         path = checkpoint.with_name(name)
         if not os.path.lexists(path) or not fits(origin) or name in aside:
             continue
-        if name == _PROCESSOR and "config.json" in aside:
+        if name in _PROCESSORS and "config.json" in aside:
             aside[name] = "beside that model's config.json"
             continue
         try:
@@ -95,7 +100,7 @@ def _left_aside(aside: dict[str, str], arch: str) -> tuple[str, ...]:
     return tuple(f"{name} beside it is {why}, and this a {arch}: it was left aside" for name, why in aside.items())
 
 
-_PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # transformers looks into the first one first
 _File = tuple[str, Callable[[str], bool], Callable[[dict], dict]]
 
 
@@ -119,7 +124,7 @@ def _files(checkpoint: Path, sha256: str, arch: str) -> list[_File]:
         (f"{checkpoint.name}.json", a_copy, lambda values: _ours(values, sha256)),
         ("config.json", timm, lambda values: _timm(values, arch)),
         ("config.json", hugging_face, lambda values: _hugging_face(values, checkpoint, arch)),
-        (_PROCESSOR, hugging_face, lambda values: _pixels(_processor(values))),
+        *((name, hugging_face, lambda values: _processor(values, arch)) for name in _PROCESSORS),
         ("config.yaml", detectron2, lambda values: _detectron2(values, arch)),
     ]
 
@@ -143,7 +148,7 @@ def _ours(values: dict[str, Any], sha256: str) -> dict[str, Any]:
     kept = {name: values.get(name) for name in ("arch", "norm_eps", "which", "usual", "pretraining")}
     if not isinstance(kept["pretraining"], dict | None):
         raise TypeError(f"its pretraining is {kept['pretraining']!r}")
-    return kept | _pixels(values.get("preprocessing"))
+    return kept | _pixels(completed(values.get("preprocessing"), values.get("origin")))
 
 
 # Hugging Face
@@ -172,13 +177,58 @@ def _hugging_face(values: dict[str, Any], checkpoint: Path, arch: str) -> dict[s
         "norm_eps": float(eps) if eps is not None else None,
         "stride_in_1x1": values.get("downsample_in_bottleneck"),
     }
-    processor = checkpoint.with_name(_PROCESSOR)
-    if not os.path.lexists(processor):
-        return settings
+    aside: dict[str, str] = {}
+    for path in filter(os.path.lexists, map(checkpoint.with_name, _PROCESSORS)):
+        try:
+            if pixels := _processor(_contents(path), arch):
+                return settings | pixels
+        except _Foreign as error:
+            aside[path.name] = str(error)
+    settings |= _pixels_of_method(values["model_type"], arch)
+    return settings | ({"warnings": _left_aside(aside, arch)} if aside else {})
+
+
+def _processor(values: dict[str, Any], arch: str) -> dict[str, Any]:
+    """What the settings of an image processor say; nothing where there are none. Raises _Foreign."""
     try:
-        return settings | _pixels(_processor(_contents(processor)))
-    except _Foreign as error:
-        return settings | {"warnings": _left_aside({_PROCESSOR: str(error)}, arch)}
+        return _pixels(pixels_of(values, isinstance(architecture(arch), VisionTransformer)))
+    except ForeignProcessor as error:
+        raise _Foreign(str(error)) from None
+
+
+_BEIT = replace(BICUBIC, mean=HALVES.mean, std=HALVES.std)
+METHODS: dict[str, tuple[str, Preprocessing]] = {
+    # whose pixels a model_type wants where no image processor says it; read from the method's own code
+    "deit": ("DeiT", BICUBIC),  # facebookresearch/deit@012a100: datasets.py
+    "vit_mae": ("MAE", BICUBIC),  # facebookresearch/mae@6a2ba40: main_linprobe.py
+    "vit_msn": ("MSN", IMAGENET),  # facebookresearch/msn@5474d5f: logistic_eval.py
+    "ijepa": ("I-JEPA", IMAGENET),  # facebookresearch/ijepa@52c1ae9: src/transforms.py
+    "dinov2": ("DINOv2", BICUBIC),  # facebookresearch/dinov2@05c66df: dinov2/data/transforms.py
+    "dinov2_with_registers": ("DINOv2", BICUBIC),
+    "dinov3_vit": ("DINOv3", BICUBIC),  # facebookresearch/dinov3@1eac7fc: dinov3/data/transforms.py
+    "dinov3_convnext": ("DINOv3", BICUBIC),
+    "beit": ("BEiT", _BEIT),  # microsoft/unilm@03380c8: beit/datasets.py
+    "data2vec-vision": ("data2vec", BICUBIC),  # facebookresearch/data2vec_vision@b8eddc6: beit/README.md
+    "clip": ("CLIP", CLIP),
+    "clip_vision_model": ("CLIP", CLIP),
+    "siglip": ("SigLIP", HALVES_BICUBIC),  # huggingface/transformers 5.24: models/siglip/image_processing_siglip.py
+    "siglip_vision_model": ("SigLIP", HALVES_BICUBIC),
+    "swin": ("Swin", BICUBIC),  # microsoft/Swin-Transformer@055c506: data/build.py
+    "swinv2": ("Swin", BICUBIC),
+    "convnext": ("ConvNeXt", BICUBIC),  # facebookresearch/ConvNeXt@3344059: datasets.py
+    "convnextv2": ("ConvNeXt", BICUBIC),
+}
+
+
+def _pixels_of_method(kind: Any, arch: str) -> dict[str, Any]:
+    """Where no image processor says the pixels: those of the model's method, and that they were taken."""
+    if kind not in METHODS:
+        return {}
+    method, pixels = METHODS[kind]
+    shape = architecture(arch)
+    pixels = sized(pixels, shape) if isinstance(shape, VisionTransformer) else pixels
+    taken = f"no {_PROCESSORS[1]} says its pixels; {method}'s own were taken for model_type {kind!r}. This settles it"
+    return {"preprocessing": pixels, "pixel_doubt": Doubt(("interpolation", "mean", "std"), taken, pixels)}
 
 
 VITS = ("vit", "deit", "vit_msn", "vit_mae", "vit_hybrid", "ijepa")  # model_type of networks with ViT's tensors
@@ -207,39 +257,6 @@ def _require_this_network(values: dict[str, Any], arch: str) -> None:
         there = there[0] if isinstance(there, list) and not isinstance(value, list) and len(set(there)) == 1 else there
         if there not in (None, value):
             raise _Foreign(f"of a {kind} with {name} {shown(there, 40)}, not {value}")
-
-
-def _processor(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Of an image processor: the shorter side or a square, then perhaps a centre crop."""
-    kind = values.get("image_processor_type", values.get("feature_extractor_type"))
-    if isinstance(kind, str) and not re.match(r"(ViT|DeiT|ConvNext|Bit|ResNet|AutoImage|Base)", kind):
-        raise _Foreign(f"a {shown(kind, 40)}'s")
-    if "image_mean" not in values:
-        return None
-    if values.get("do_normalize") is False:
-        values = values | {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
-    resize = _side(values.get("size", 224))
-    size = _side(values["crop_size"]) if values.get("do_center_crop") and "crop_size" in values else resize
-    if values.get("crop_pct"):  # ConvNext's processor: crop from a resize by its inverse
-        size, resize = resize, round(resize / values["crop_pct"])
-    bgr = values.get("do_flip_channel_order") is True
-    whole = values.get("do_rescale") is False
-    return {
-        "size": size,
-        "resize": resize,
-        "mean": values["image_mean"],
-        "std": values["image_std"],
-        "channels": "BGR" if bgr else "RGB",
-        "range": 255 if whole else 1,
-    }
-
-
-def _side(value: Any) -> int:
-    if isinstance(value, dict):
-        value = value.get("shortest_edge", value.get("height"))
-    if type(value) is not int:
-        raise ValueError(f"its size {value!r} is neither a number nor has it a shortest_edge or a height")
-    return value
 
 
 # timm, detectron2
@@ -295,13 +312,25 @@ def of_timm(settings: dict[str, Any]) -> dict[str, Any]:
     """timm's settings of a model's weights: the crop's side, and its share of the resize.
 
     Raises:
-        ValueError: the images are not square.
+        ValueError: the images are not square, or resized or cut in another way than those built here.
     """
     *_, height, width = settings["input_size"]
     if height != width:
         raise _NotBuilt(f"says images of {height}x{width} pixels, and only square ones are cut here")
-    size, mean, std = int(width), settings["mean"], settings["std"]
-    return {"size": size, "resize": int(size / (settings.get("crop_pct") or 0.875)), "mean": mean, "std": std}
+    size, mode = int(width), settings.get("crop_mode") or "center"
+    interpolation = settings.get("interpolation") or "bicubic"  # timm's own default: timm/data/config.py
+    if mode not in ("center", "squash"):
+        raise ValueError(f"its crop_mode is {mode!r}, which pads images; only center and squash are cut here")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"its interpolation is {interpolation!r}; {' and '.join(INTERPOLATIONS)} are built here")
+    return {
+        "size": size,
+        "resize": int(size / (settings.get("crop_pct") or 0.875)),
+        "mean": settings["mean"],
+        "std": settings["std"],
+        "interpolation": interpolation,
+        "squash": mode == "squash",
+    }
 
 
 def _detectron2(values: dict[str, Any], arch: str) -> dict[str, Any]:

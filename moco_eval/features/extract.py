@@ -31,7 +31,7 @@ class Crops:
     epoch: int
 
     def recipe(self) -> ViewRecipe:
-        """The same as main_lincls.py's training transform, to PIL's pixels; see docs/protocols/views.md."""
+        """The same as main_lincls.py's training transform, to PIL's pixels (bilinear); see docs/protocols/views.md."""
         flip = (Flip(),) if self.augmentation.flip else ()
         return ViewRecipe((Crop(self.augmentation.crop_scale), *flip))
 

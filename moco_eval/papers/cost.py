@@ -27,7 +27,7 @@ from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
 from moco_eval.encoders import zoo
-from moco_eval.encoders.architectures import VisionTransformer, architecture, build_backbone
+from moco_eval.encoders.architectures import architecture, build_backbone
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.match import Record
@@ -343,7 +343,7 @@ def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callabl
     if training:
         net.to(memory_format=torch.channels_last)
     sizes = sorted({batch for batch in (2, 8, 32, 128) if batch < probe.batch} | {probe.batch})
-    sides = [(2, probe.size)] if isinstance(architecture(probe.arch), VisionTransformer) else [(2, probe.size // 2)]
+    sides = [(2, probe.size)] if architecture(probe.arch).size else [(2, probe.size // 2)]
     for batch, side in sides + [(batch, probe.size) for batch in sizes]:
         images = torch.randn(batch, 3, side, side, device=device)
 

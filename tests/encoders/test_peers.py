@@ -262,7 +262,7 @@ def test_hugging_faces_settings_count(transformers, tmp_path):
     vit.save_pretrained(tmp_path / "vit")
     path = tmp_path / "vit" / "model.safetensors"
     encoder = require_same(path, lambda x: vit(x).last_hidden_state[:, 0], 32)
-    assert encoder.norm_eps == 0.1 and "_12h_" in encoder.arch and not encoder.warnings
+    assert encoder.norm_eps == 0.1 and "_12h_" in encoder.arch and len(encoder.warnings) == 1  # its pixels
     config = transformers.ResNetConfig(depths=[3, 4, 6, 3], downsample_in_bottleneck=True)
     resnet = used(transformers.ResNetModel(config), 0).eval()
     resnet.save_pretrained(tmp_path / "resnet")

@@ -98,7 +98,7 @@ def test_settings_of_this_network_count(tmp_path):
     }
     encoder = load(beside(tmp_path, hf_vit(), config=config, preprocessor_config=pixels))
     assert (encoder.arch, encoder.norm_eps, encoder.warnings) == ("vit_narrow_12h_patch16_32", 1e-6, [])
-    assert encoder.preprocessing == Preprocessing(32, 32, (0.4,) * 3, (0.2,) * 3)
+    assert encoder.preprocessing == Preprocessing(32, 32, (0.4,) * 3, (0.2,) * 3, squash=True)
 
 
 def test_pixels_of_another_kind_of_model_are_left_aside(tmp_path):
@@ -116,7 +116,8 @@ def test_timms_settings(tmp_path):
     usual = {"input_size": [3, 224, 224], "mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": None}
     state = body(0, "resnet18")
     encoder = load(beside(tmp_path, state, config={"architecture": "resnet18.a1_in1k", "pretrained_cfg": usual}))
-    assert encoder.preprocessing == Preprocessing(224, 256, (0.1,) * 3, (0.2,) * 3) and not encoder.warnings
+    expected = Preprocessing(224, 256, (0.1,) * 3, (0.2,) * 3, interpolation="bicubic")
+    assert encoder.preprocessing == expected and not encoder.warnings
     blurred = load(beside(tmp_path, state, config={"architecture": "resnetblur18", "pretrained_cfg": usual}))
     assert blurred.warnings == ["config.json says that it is a resnetblur18; its tensors look like resnet18"]
     dilated = {"architecture": "resnet18", "pretrained_cfg": usual, "model_args": {"output_stride": 8}}
@@ -158,8 +159,12 @@ def test_refused_settings_are_not_to_be_moved_away(tmp_path):
 
 @pytest.mark.parametrize("layout", ["Hugging Face ResNet", "Hugging Face ViT"])
 def test_hugging_faces_weights_without_settings(layout, tmp_path):
-    (said,) = load(written(tmp_path, FILES[layout]().values)).warnings
-    assert "were taken" in said and said.endswith("put its config.json and preprocessor_config.json beside it")
+    said, *more = load(written(tmp_path, FILES[layout]().values)).warnings
+    assert (
+        len(more) == (layout == "Hugging Face ViT")
+        and "were taken" in said
+        and said.endswith("put its config.json and preprocessor_config.json beside it")
+    )
 
 
 def test_names_of_another_code_base_say_what_was_taken_of_it(tmp_path):

@@ -16,9 +16,13 @@ LARGEST = 2**26  # pixels; PIL, which decides about larger ones, refuses from 2.
 def photo(images: ImageSet, index: int) -> torch.Tensor:
     """An image as 8-bit RGB, (3, H, W), the pixels PIL gives; raises InputError naming what cannot be read.
 
+    Of bands, (C, H, W) float32, as they are stored.
+
     Plain JPEG files by libjpeg-turbo, which needs two thirds of PIL's time for the same pixels; whatever it does not
     take (CMYK, PNG, damaged files) by PIL, which also says what is wrong with it.
     """
+    if images.bands:
+        return torch.from_numpy(images.values(index))
     if isinstance(images.files, MapStyle):
         return torch.from_numpy(np.array(images.image(index))).permute(2, 0, 1)
     data = images.read(index)
@@ -35,7 +39,7 @@ def photo(images: ImageSet, index: int) -> torch.Tensor:
 
 
 def cut(image: torch.Tensor, box: np.ndarray, size: int) -> torch.Tensor:
-    """A box (top, left, height, width; pixels) of (3, H, W), resized to (3, size, size), bilinear, antialiased."""
+    """A box (top, left, height, width; pixels) of (C, H, W), resized to (C, size, size), bilinear, antialiased."""
     top, left, height, width = box.tolist()
     part = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     return interpolate(part, (size, size), mode="bilinear", antialias=True)[0]

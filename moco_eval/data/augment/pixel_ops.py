@@ -2,6 +2,7 @@
 
 Images are uint8, (N, 3, H, W), before and after each operation, rounded as PIL rounds; parameters are one per image,
 (N,) float32. Tolerances against PIL, per recipe and operation: tests/data/test_augment.py and docs/protocols/views.md.
+Flip and blur also take bands, (N, C, H, W) float32, and round nothing of them.
 """
 
 import math
@@ -111,11 +112,11 @@ def blur(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
     inside, last = offsets <= inner[:, None], offsets == inner[:, None] + 1
     weights = torch.where(inside, 1.0, torch.where(last, edge[:, None], 0.0)) / (2 * (inner + edge) + 1)[:, None]
     weights = weights.view(-1, reach + 1, 1, 1, 1)
-    blurred = images.float()
+    bands, blurred = images.is_floating_point(), images.float()
     for axis in (-1, -2):
         for _ in range(3):
-            blurred = _box(blurred, weights, axis)
-    return _bytes(blurred)
+            blurred = _box(blurred, weights, axis) if bands else _box(blurred, weights, axis).round_()
+    return blurred if bands else _bytes(blurred)
 
 
 def box_reach(sigma: float) -> int:
@@ -131,7 +132,7 @@ def _box(images: Tensor, weights: Tensor, axis: int) -> Tensor:
     for off in range(1, reach + 1):
         pair = padded.narrow(axis, reach - off, size) + padded.narrow(axis, reach + off, size)
         result.addcmul_(pair, weights[:, off])
-    return result.round_()
+    return result
 
 
 def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:

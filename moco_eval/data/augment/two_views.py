@@ -58,11 +58,16 @@ class TwoViews(Dataset):
 
     @property
     def item_bytes(self) -> int:
-        """Of the views of an image."""
-        return self.count * 3 * self.size**2
+        """Of the views of an image: bytes, or float32 of each band."""
+        return self.count * self.images.channels * self.size**2 * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the views."""
+        return torch.float32 if self.images.bands else torch.uint8
 
     def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views (count, N, 3, size, size) uint8; index and substitute (N,); numbers (count, N, D)."""
+        """Views (count, N, C, size, size) uint8, of bands float32; index and substitute (N,); numbers (count, N, D)."""
         epoch, index = np.ascontiguousarray(np.array(items).T)
         numbers = self.numbers(epoch, index)
         substitute = torch.full((len(items),), -1)
@@ -120,7 +125,8 @@ class TwoViews(Dataset):
 
     def _room(self, count: int) -> Tensor:
         """For views, in the order of bytes in which they are cut: a pixel's colours beside each other."""
-        return torch.empty(self.count, count, self.size, self.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        sides = (self.size, self.size, self.images.channels)
+        return torch.empty(self.count, count, *sides, dtype=self.dtype).permute(0, 1, 4, 2, 3)
 
     def decoded(self, index: int) -> tuple[Any, int]:
         """An image as the backend takes it, or the next readable one and its index; -1 where it is the image itself.
@@ -141,5 +147,7 @@ class TwoViews(Dataset):
         """A picture of what the network sees: first views above second ones, one image a column."""
         chosen = range(0, len(self), max(1, len(self) // pairs))[:pairs]
         views, *_ = self.__getitems__([(0, index) for index in chosen])
+        if self.images.bands:
+            views = torch.from_numpy(self.images.bands.picture(views.numpy()))
         with files.atomic(path) as temporary:
             save_image(views.flatten(0, 1) / 255, temporary, nrow=len(chosen), padding=2, pad_value=1.0)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def convert(
     encoder: str | None = None,
     key: str | None = None,
     force: bool = False,
+    pixels: Mapping[str, Any] | None = None,
 ) -> str:
     """Write CHECKPOINT's encoder in another format and prove the copy.
 
@@ -44,6 +45,7 @@ def convert(
         to: detectron2 (.pkl), torchvision (.pth, a plain state dict without fc), timm (the same; safetensors where the
             name ends so), safetensors (with the head, and everything else in its metadata).
         force: overwrite.
+        pixels: what nothing tells of the pixels; the copy says it.
     Returns:
         Lines about what was written and shown.
     Raises:
@@ -56,7 +58,12 @@ def convert(
     about, settings_file = output.with_name(f"{output.name}.json"), output.with_suffix(".yaml")
     beside = [about, settings_file] if to == "detectron2" else [about]
     _require_free(source, [output, *beside], force)
-    loaded = load(source, arch, encoder, key=key)
+    loaded = load(source, arch, encoder, key=key, pixels=pixels)
+    if loaded.pixel_deviations:
+        raise InputError(
+            f"--pixels: the copy would call them its own, and they are {loaded.pixel_deviations[0]}; give them "
+            "where it is judged"
+        )
     if not loaded.tensors_loaded:
         raise InputError(f"{source} has no weights to convert")
     verify.require_place(loaded, to)
