@@ -1,6 +1,6 @@
 """Accuracy of the ImageNet classifier that a file brings with its network, on a folder of some of its classes.
 
-`python tools/classifier_accuracy.py FILE --classifier _fc --data FOLDER`: FOLDER has one folder of images for each class,
+`python tools/classifier_accuracy.py FILE --classifier _fc --data FOLDER`: FOLDER has a folder of images for each class,
 named by its WordNet id, and all 1,000 classes may be answered. The features and the pixels are those of every
 evaluation; the classifier's tensors are FILE's own, `_fc.weight` and `_fc.bias`.
 """
