@@ -319,7 +319,8 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
     replace(
         _FACEBOOK_CONVNEXT,
         origin="facebookresearch/dinov3 ConvNeXt",
-        source="facebookresearch/dinov3@54694f7: dinov3/models/convnext.py",
+        source="huggingface/pytorch-image-models 1.0.31: models/convnext.py, checkpoint_filter_fn "
+        "(not read from facebookresearch/dinov3)",
         marks=(*_FACEBOOK_CONVNEXT.marks, r"^norms\.3\."),
         dropped=((r"norms\.", "norms", "the last norm under a second name"),),
         settled=True,
@@ -406,7 +407,8 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
     ),
     Layout(
         "VISSL RegNet (SEER)",
-        "facebookresearch/vissl@1f86658: models/trunks/regnet.py; ClassyVision: models/anynet.py",
+        "facebookresearch/vissl@0832020: models/trunks/regnet.py; "
+        "huggingface/pytorch-image-models 1.0.31: models/regnet.py, _filter_fn",
         marks=(r"^(trunk\.)?_feature_blocks\.res2\.block1-0\.",),
         query=r"(trunk\.)?_feature_blocks\.",
         names=_regnet(r"conv1\.stem\.", r"res\d\."),
