@@ -16,7 +16,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["moco_eval", "moco_eval.*", "pretraining"]), "moco_eval.configs"],
     package_dir={"moco_eval.configs": "configs"},
-    package_data={"moco_eval": ["*/*.html", "*/*/*.html", "*/*/*.js"], "moco_eval.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={
+        "moco_eval": ["*/*.txt", "*/*.html", "*/*/*.html", "*/*/*.js"],
+        "moco_eval.configs": ["*.yaml", "*/*.yaml"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

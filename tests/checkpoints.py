@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco_eval.encoders.architectures import build_resnet, build_transformer
+from moco_eval.encoders.architectures import build_backbone, build_resnet, build_transformer
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 
@@ -58,6 +58,9 @@ def body(seed: int, arch: str = ARCH) -> dict[str, Tensor]:
 
 @cache
 def _body(seed: int, arch: str) -> dict[str, Tensor]:
+    if arch.startswith("timm:"):
+        torch.manual_seed(seed)
+        return dict(used(build_backbone(arch, fork=False), seed).state_dict())
     net = transformer(seed, arch) if arch.startswith("vit") else network(seed, arch)
     return {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("fc.")}
 
@@ -255,6 +258,7 @@ class File:
         head: the projection head that must come back; None where none is read.
         other: prefix of the other encoder's backbone; None where there is none.
         arch: what it must be taken for.
+        given: further arguments of its load.
     """
 
     origin: str
@@ -267,6 +271,7 @@ class File:
     built: str = ARCH
     arch: str = ""
     usual: str = "query"
+    given: dict = field(default_factory=dict)
     extra: dict = field(default_factory=dict)
 
     def tensors(self) -> dict:

@@ -28,6 +28,7 @@ FOREIGN = {
     *("--folder", "--gigabytes", "--repeats", "--measure"),  # tools/benchmark_*
     *("--nodes", "--partition"),  # sbatch
     *("--shm-size", "--ipc"),  # docker
+    *("--classifier",),  # tools/classifier_accuracy.py
 }
 
 

@@ -223,7 +223,7 @@ def _conv_transformer(name: str, width: str, size: int) -> VisionTransformer:
 TIMM_ARGUMENTS = (
     *("act_layer", "class_token", "depth", "embed_dim", "fc_norm", "final_norm", "global_pool", "img_size", "in_chans"),
     *("init_values", "mlp_ratio", "no_embed_class", "num_heads", "patch_size", "pre_norm", "qk_norm", "qkv_bias"),
-    *("num_reg_tokens", "reg_tokens", "swiglu_align_to", "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm"),
+    *("bn_eps", "num_reg_tokens", "reg_tokens", "swiglu_align_to", "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm"),
     *("use_rel_pos_bias", "use_shared_rel_pos_bias", "window_size"),
 )
 MOST = {"channels": 64, "in_chans": 64, "depth": 256, "reg_tokens": 256}  # a stranger's file may say it

@@ -23,9 +23,12 @@ NO_NETWORK = re.compile(r"optim|^opt$|sched|scaler|^rng")  # entries whose tenso
 
 # A backbone begins and goes on; heads and predictors have one of both at most.
 _BLOCK = re.compile(r"(^|\.)blocks\.0\.")  # of a transformer
-_STEM = re.compile(r"(^|\.)(conv1\.|0\.weight$|embedder\.embedder\.|patch_embed|conv_proj\.)|conv1_w$")
+_STEM = re.compile(
+    r"(^|\.)(conv1\.|0\.weight$|embedder\.embedder\.|patch_embed|conv_proj\.|_?conv_stem\.|stem\.|features\.)|conv1_w$"
+)
 _BODY = re.compile(
-    r"(^|\.)(layer1\.|res2[._]|\d\.0\.conv1\.|stages\.0\.|blocks\.0\.|layers?\.0\.[a-z]\w*\.\w|encoder_layer_0\.)"
+    r"(^|\.)(layer1\.|res2[._]|\d\.0\.conv1\.|stages\.0\.|_?blocks\.0\.|layers?\.0\.[a-z]\w*\.\w|encoder_layer_0\."
+    r"|denseblock1\.|features\.1\.0\.|block1-0\.|s1\.b1\.)"
 )
 _WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|_module"
 

@@ -17,6 +17,7 @@ from moco_eval.encoders.architectures import (
     build_backbone,
 )
 from moco_eval.encoders.infer_vit import transformer
+from moco_eval.encoders.infer_zoo import nearest_in_zoo, require_one, zoo_architectures
 from moco_eval.errors import InputError
 
 OPTIONAL = "num_batches_tracked"  # counts that no forward pass reads; files of torch before 0.4.1 lack them
@@ -37,9 +38,19 @@ def infer(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None)
     Raises:
         InputError: they are of none that we build; the message says what they are.
     """
-    arch = _transformer(source, tensors) if is_transformer(tensors) else _resnet(tensors)
-    if arch is not None:
-        return arch
+    plain = _transformer(tensors) if is_transformer(tensors) else _resnet(tensors)
+    ours = plain is not None and not plain.startswith("timm:")
+    if plain and ours and _has_these(plain, tensors):
+        return plain
+    zoo = zoo_architectures(tensors, prefer)
+    if plain and len(zoo) != 1 and _has_these(plain, tensors):
+        return plain
+    if zoo:
+        return require_one(source, zoo)
+    if near := plain or nearest_in_zoo(tensors, prefer):
+        return near  # for the proof to say what is wrong
+    if is_transformer(tensors):
+        raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
     best, share = nearest(tensors)
     if share < 0.9 and structure(tensors) != structure(expected(best)):
         raise InputError(
@@ -47,6 +58,14 @@ def infer(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None)
             f"{structure(expected(best))}"
         )
     return best
+
+
+def _has_these(arch: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an architecture has exactly these tensors."""
+    try:
+        return _shapes(expected(arch)) == _shapes(tensors)
+    except InputError:  # arguments that timm does not take
+        return False
 
 
 def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
@@ -122,14 +141,10 @@ def _blocks(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
 # Vision transformers
 
 
-def _transformer(source: str, tensors: Mapping[str, Tensor]) -> str:
+def _transformer(tensors: Mapping[str, Tensor]) -> str | None:
     """The ViT of these tensors; where only the heads are open, the usual ones."""
     names, described = _transformers(tensors), transformer(tensors)
-    if names and (described is None or _plain(described)):
-        return names[0]
-    if described is None:
-        raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
-    return described
+    return names[0] if names and (described is None or _plain(described)) else described
 
 
 def _plain(described: str) -> bool:

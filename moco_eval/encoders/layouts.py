@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moco_eval.encoders.layout import Layout, Rules
+from moco_eval.encoders.layouts_conv import CONVOLUTIONAL, TIMM
 from moco_eval.encoders.layouts_vit import TRANSFORMERS_OF_METHODS
 from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.preprocessing import Preprocessing
@@ -262,6 +263,7 @@ LAYOUTS: tuple[Layout, ...] = (
         preprocessing=None,
         settled=True,
     ),
+    *CONVOLUTIONAL,
     Layout(
         "OpenSelfSup or mmselfsup 0.x",
         "open-mmlab/OpenSelfSup@1db69ec, mmselfsup@6faad81: models, necks.py",
@@ -487,7 +489,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "detectron2",
         "facebookresearch/detectron2@02b5c4e: modeling/backbone/resnet.py; tools/convert-torchvision-to-d2.py",
-        marks=(r"^(backbone\.(bottom_up\.)?)?(stem\.conv1|res[2-4])\.",),
+        marks=(r"^(backbone\.(bottom_up\.)?)?res[2-4]\.",),
         query=r"(backbone\.(bottom_up\.)?|roi_heads\.(?=res5\.\d))?",
         head=r"stem\.fc\.",
         names=DETECTRON2,
@@ -554,6 +556,7 @@ LAYOUTS: tuple[Layout, ...] = (
         marks=(r"^(conv1|bn1|fc)\.", r"^layer\d\."),
         dropped=(_FC,),
     ),
+    TIMM,
 )
 
 # A backbone under a prefix that no row names; `recognise` puts the prefix in.

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from moco_eval.encoders import timm_index
 from moco_eval.encoders.layout import Layout, rename
 from moco_eval.encoders.layouts import IMAGENET, PREFIXED
 
@@ -26,15 +27,25 @@ _FORWARD = re.compile(
 )
 _ANATOMY = re.compile(
     r"(conv1|bn1|layer\d+|cls_token|reg_token|pos_embed|patch_embed|rel_pos_bias|rope_embed|blocks|norm|norm_pre|fc_norm"
-    r"|attn_pool)(\.|$)"
+    r"|attn_pool|conv_stem|conv_head|bn2|stem|stages|layers|levels|features|head\.norm|s[1-4]|final_conv|network)(\.|$)"
 )
 _SEQUENCE = re.compile(r"((\d+\.)?\w+)?$")  # names below a head that is read
 # Rows that go by the network's own names; the others go by a method's, which one's own code may share.
-_NETWORKS = ("detectron2", "Hugging Face", "torchvision", "timm", "OpenMMLab ViT backbone", "lightly's backbone alone")
+_NETWORKS: tuple[str, ...] = (
+    "detectron2",
+    "Hugging Face",
+    "torchvision",
+    "timm",
+    "OpenMMLab ViT backbone",
+    "lightly's backbone alone",
+)
+_NETWORKS += ("EfficientNet", "facebookresearch/ConvNeXt", "facebookresearch/dinov3", "microsoft/Swin-Transformer")
 
 
 def without_own_parts(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:
     """The row, with what it has no place for among what it drops; as it was where a word for some part is missing."""
+    if _is_of_the_zoo(layout, tensors):
+        return layout
     prefixes, modules, odd_heads, strange = _sorted(layout, tensors)
     parts: dict[str, list[Tensor]] = {}
     for name in strange:
@@ -50,6 +61,12 @@ def without_own_parts(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:
         layout = replace(layout, head=None, key_head=None)
     layout = replace(layout, dropped=(*dropped, *layout.dropped))
     return layout if layout.origin.startswith(_NETWORKS) else _as_anybodys(layout, prefixes)
+
+
+def _is_of_the_zoo(layout: Layout, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all that a row does not drop is a network of timm's, whatever its modules are called."""
+    kept = [name for name in tensors if not any(re.match(mark, name) for mark, _, _ in layout.dropped)]
+    return bool(timm_index.candidates({name: tuple(tensors[name].shape) for name in kept}))
 
 
 def _as_anybodys(layout: Layout, prefixes: list[str]) -> Layout:

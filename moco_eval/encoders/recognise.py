@@ -166,7 +166,7 @@ def _layout(
         return without_own_parts(_prefixed(path, tensors, key), tensors), tensors
     shared, bare = "", tensors
     for _ in range(DEEPEST):
-        if row := next((row for row in LAYOUTS if _fits(row, bare, format_)), None):
+        if row := next((row for row in LAYOUTS if fits(row, bare, format_)), None):
             if not row.format and not row.refused and not has_network(row, bare) and backbones(bare):
                 break  # below a further prefix, such as `backbone.module.`
             return _below(without_own_parts(row, bare), shared), bare
@@ -178,7 +178,8 @@ def _layout(
     return without_own_parts(_prefixed(path, tensors), tensors), tensors
 
 
-def _fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
+def fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
+    """Whether these tensors are named as a row says."""
     if row.format:
         return row.format == format_
     return all(_has(mark, names) for mark in row.marks) and not any(_has(mark, names) for mark in row.unless)

@@ -29,7 +29,7 @@ from checkpoints import (
 from commands import ROOT, error_line
 from torch import nn
 
-from moco_eval.encoders import infer
+from moco_eval.encoders import infer, libraries
 from moco_eval.encoders.architectures import ARCHITECTURES, architecture, build_backbone, build_resnet, names
 from moco_eval.encoders.head import build_head
 from moco_eval.encoders.infer import structure
@@ -720,6 +720,7 @@ def test_torchvision_weights(monkeypatch):
 
     torch.manual_seed(0)
     state = build_resnet("resnet18").state_dict()
+    monkeypatch.setattr(libraries, "unreachable", lambda _: None)
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: dict(state))
     encoder = load("torchvision:resnet18:IMAGENET1K_V1")
     assert encoder.preprocessing == Preprocessing() and encoder.tensors_loaded == 120
@@ -738,13 +739,17 @@ def test_torchvision_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "given", "words"),
     [
-        ("timm:vit_small_patch16", {}, "timm has no model 'vit_small_patch16'; near it are vit_small_patch"),
-        ("timm:resnet18_no", {}, "timm has no model"),
+        ("timm:vit_small_patch16", {}, "has no network 'vit_small_patch16'. Did you mean vit_small_patch"),
+        ("timm:resnet18_no", {}, "has no network 'resnet18_no'. Did you mean "),
         ("zoo:moco_v2_80ep", {}, "Did you mean 'moco_v2_800ep'"),
         ("random:resnet51", {}, "Did you mean 'resnet50'"),
         ("random:", {}, "unknown architecture ''"),
         ("torchvision:resnet51", {}, "Did you mean 'resnet50'"),
-        ("torchvision:resnext50_32x8d", {}, "is no network we build. Did you mean 'resnext50_32x4d'"),
+        (
+            "torchvision:resnext50_32x8d",
+            {},
+            "torchvision has no network 'resnext50_32x8d'. Did you mean 'resnext50_32x4d'",
+        ),
         ("torchvision:resnext101_32x8d:IMAGENET1K_V9", {}, "Did you mean 'IMAGENET1K_V"),
         ("torchvision:resnet50:IMAGENET1K_V9", {}, "Did you mean 'IMAGENET1K_V"),
         (f"random:{ARCH}", {"encoder": "key"}, "has no key encoder"),

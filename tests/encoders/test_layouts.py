@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
-from checkpoints import DIM, FILES, VIT, File, as_arrays, body, error, written
+from checkpoints import VIT, File, as_arrays, body, error, written
+from checkpoints_conv import CONV_FILES, PLACES, WIDTHS
 
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.layouts import LAYOUTS
@@ -12,7 +14,14 @@ from moco_eval.encoders.layouts_vit import TRANSFORMERS_OF_METHODS
 from moco_eval.encoders.load import load
 from moco_eval.untrusted import pickle_read
 
-THREE = ("moco v2", "dino ViT", "detectron2 backbone")  # a ResNet, a transformer, names that are not ours
+FILES = checkpoints.FILES | CONV_FILES
+DIM = checkpoints.DIM | WIDTHS
+THREE = (
+    "moco v2",
+    "dino ViT",
+    "detectron2 backbone",
+    "EfficientNet-Lite",
+)  # a ResNet, a transformer, other names, timm's
 layouts = pytest.mark.parametrize("layout", FILES)
 # What is wrong is found after the names have been translated: it looks the same in every layout.
 three_layouts = pytest.mark.parametrize(
@@ -27,22 +36,28 @@ OPEN = ("timm ViT", "torchvision ViT", "Hugging Face ViT", "OpenMMLab ViT backbo
 
 
 def loaded(file: File, folder: Path, **given) -> Encoder:
-    return load(written(folder, file.values), **{"encoder": "query", **given})
+    return load(written(folder, file.values), **{"encoder": "query", **file.given, **given})
 
 
 def refused(file: File, folder: Path) -> str:
-    return error(written(folder, file.values), encoder="query")
+    return error(written(folder, file.values), **{"encoder": "query", **file.given})
+
+
+def places(file: File) -> tuple[str, str]:
+    """A kernel and a shift of its network, by our names."""
+    plain = ("layer3.0.conv1.weight", "layer2.1.bn1.bias")
+    return PLACES.get(file.built) or (
+        ("blocks.1.mlp.fc1.weight", "blocks.1.norm2.bias") if file.built == VIT else plain
+    )
 
 
 def a_kernel(file: File) -> str:
     """The name in the file of a weight in the middle of the network."""
-    names = file.names
-    ours = "blocks.1.mlp.fc1.weight" if file.built == VIT else "layer3.0.conv1.weight"
-    return file.prefix + names(ours)
+    return file.name(places(file)[0])
 
 
 def a_scale(file: File) -> str:
-    return file.name("blocks.1.norm2.bias" if file.built == VIT else "layer2.1.bn1.bias")
+    return file.name(places(file)[1])
 
 
 @layouts
@@ -63,7 +78,9 @@ def test_every_layout_loads_to_the_last_bit(layout, tmp_path):
     arrived = encoder.backbone.state_dict()
     assert arrived.keys() == expected.keys()
     for name, tensor in expected.items():
-        if layout == "detectron2 MSRA" and ("running" in name or "batches" in name):
+        if "FCMAE" in layout and name.startswith("head.norm."):
+            assert torch.equal(arrived[name], torch.full_like(tensor, float(name.endswith("weight"))))
+        elif layout == "detectron2 MSRA" and ("running" in name or "batches" in name):
             assert torch.equal(arrived[name], torch.ones_like(tensor) if "var" in name else torch.zeros_like(tensor))
         else:
             assert torch.equal(arrived[name], tensor), name
@@ -81,7 +98,7 @@ def test_one_tensor_missing(layout, tmp_path):
     message = refused(file, tmp_path)
     count = len(body(0, file.built))
     assert f"of the {count} backbone tensors of {file.arch or file.built}, 1 are missing" in message
-    assert ("blocks.1.norm2.bias" if file.built == VIT else "layer2.1.bn1.bias") in message
+    assert places(file)[1] in message
 
 
 @three_layouts
@@ -95,7 +112,7 @@ def test_one_tensor_of_another_shape(layout, tmp_path):
 
 
 def a_name(file: File) -> str:
-    return "blocks.1.mlp.fc1.weight" if file.built == VIT else "layer3.0.conv1.weight"
+    return places(file)[0]
 
 
 @layouts
@@ -140,7 +157,7 @@ def test_the_key_encoder(layout, tmp_path):
     if file.other is None:
         assert "encoder" in error(path, encoder="key")
         return
-    key = load(path, encoder="key")
+    key = load(path, encoder="key", **file.given)
     expected = body(1, file.built)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in key.backbone.state_dict().items())
     assert key.run_name == ("encoder-key" if file.usual == "query" else "encoder") and key.which == "key"
@@ -162,7 +179,7 @@ def test_only_the_key_encoder(layout, tmp_path):
     path = written(tmp_path, file.values)
     assert "only the key encoder is in this file: --encoder key" in error(path, encoder="query")
     expected = body(1, file.built)
-    key = load(path, encoder="key")
+    key = load(path, encoder="key", **file.given)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in key.backbone.state_dict().items())
 
 
