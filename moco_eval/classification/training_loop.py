@@ -11,7 +11,7 @@ import torch
 
 from moco_eval.config.base import Augmentation
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.loader import Batches, Examples, crop_transform, loader
+from moco_eval.data.loader import Batches, Examples, Normalise, crop_cut, loader
 from moco_eval.errors import Interrupted
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
@@ -95,15 +95,16 @@ class Loop:
         first_epoch, first_step = divmod(done, batches.steps_per_epoch)
         batches = replace(batches, epochs=range(first_epoch, epochs), first_step=first_step)
         augmentation = self.config.augmentation
-        crops = crop_transform(self.preprocessing, augmentation.crop_scale, augmentation.flip)
+        crops = crop_cut(self.preprocessing, augmentation.crop_scale, augmentation.flip)
         examples = Examples(self.images, crops, self.seed, size=self.preprocessing.size)
+        normalise = Normalise(self.preprocessing)
         total, self.done = epochs * batches.steps_per_epoch, done
         with Stop() as stop, progress(title, total, self.config.batch_size, done) as advance:
             for views, labels, _ in self._loaded(examples, batches):
                 epoch, step = divmod(done, batches.steps_per_epoch)
                 mine, batch = batches.mine(step), batches.size(step)
                 views, labels = (to_device(part[:mine], self.device) for part in (views, labels))
-                self.losses.append(self.learner.train_step(views, labels, epoch, batch))
+                self.losses.append(self.learner.train_step(normalise(views), labels, epoch, batch))
                 self.done = done = done + 1
                 advance()
                 self._after_step(done, total, batches.steps_per_epoch, stop)

@@ -39,14 +39,14 @@ class ResizedCentre:
         return functional.center_crop(resized, [self.size, self.size])
 
 
-def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
-    """Resize, centre crop, normalise."""
+def clean_cut(preprocessing: Preprocessing) -> transforms.Compose:
+    """Resize, centre crop."""
     sides = (preprocessing.resize, preprocessing.size, preprocessing.interpolation, preprocessing.antialias)
-    return transforms.Compose([ResizedCentre(*sides), transforms.Normalize(preprocessing.mean, preprocessing.std)])
+    return transforms.Compose([ResizedCentre(*sides)])
 
 
-def crop_transform(preprocessing: Preprocessing, crop_scale: tuple[float, float], flip: bool) -> transforms.Compose:
-    """Random-resized crop, horizontal flip, normalise."""
+def crop_cut(preprocessing: Preprocessing, crop_scale: tuple[float, float], flip: bool) -> transforms.Compose:
+    """Random-resized crop, horizontal flip."""
     mode = InterpolationMode(preprocessing.interpolation)
     return transforms.Compose(
         [
@@ -54,7 +54,6 @@ def crop_transform(preprocessing: Preprocessing, crop_scale: tuple[float, float]
                 preprocessing.size, crop_scale, interpolation=mode, antialias=preprocessing.antialias
             ),
             *([transforms.RandomHorizontalFlip()] if flip else []),
-            transforms.Normalize(preprocessing.mean, preprocessing.std),
         ]
     )
 

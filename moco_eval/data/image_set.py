@@ -15,7 +15,7 @@ from moco_eval import limits
 from moco_eval.data import label_subsets, map_style
 from moco_eval.data.bands import Bands, refuse_many_channels
 from moco_eval.data.index import ImageFiles
-from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, reason_of
+from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, plain_jpeg, reason_of
 from moco_eval.data.shards import Shards
 from moco_eval.errors import InputError
 
@@ -97,11 +97,19 @@ class ImageSet:
         """8-bit RGB; of an image of bands a picture to look at. Raises InputError naming a file that cannot be read."""
         if self.bands:
             return Image.fromarray(self.bands.picture(self.values(index)).transpose(1, 2, 0))
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[index])
         if isinstance(self.files, map_style.MapStyle):
             return self.files.image(index)
-        return decode_bytes(self.read(index), self.name_of(index))
+        return Image.fromarray(self.array(index))
+
+    def array(self, index: int) -> np.ndarray:
+        """8-bit RGB, (H, W, 3). Raises InputError naming the file where it cannot be read."""
+        if self.pixels is not None:
+            return self.pixels[index]
+        if isinstance(self.files, map_style.MapStyle):
+            return np.array(self.files.image(index))
+        data = self.read(index)
+        pixels = plain_jpeg(data)
+        return np.array(decode_bytes(data, self.name_of(index))) if pixels is None else pixels
 
     def values(self, index: int) -> np.ndarray:
         """The bands of an image, (C, H, W) float32. Raises InputError naming the file where it cannot be read."""

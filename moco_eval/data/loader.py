@@ -1,6 +1,6 @@
 """Transforms, batches and loaders. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -26,20 +26,21 @@ WINDOW = 16  # shards whose images are shuffled together
 
 def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """Resize, centre crop, to 0..1, normalise: main_lincls.py's validation transform at size 224."""
+    return transforms.Compose([clean_cut(preprocessing), Normalise(preprocessing)])
+
+
+def clean_cut(preprocessing: Preprocessing) -> transforms.Compose:
+    """Its resize and centre crop, to (3, size, size) uint8; `Normalise` does the rest where the network is."""
     if preprocessing.channels == BANDS:
-        return band_transforms.clean_transform(preprocessing)
-    return transforms.Compose(
-        [
-            ResizedCentre(
-                preprocessing.resize,
-                preprocessing.size,
-                preprocessing.interpolation,
-                preprocessing.antialias,
-                preprocessing.squash,
-            ),
-            *_to_network(preprocessing),
-        ]
+        return band_transforms.clean_cut(preprocessing)
+    centre = ResizedCentre(
+        preprocessing.resize,
+        preprocessing.size,
+        preprocessing.interpolation,
+        preprocessing.antialias,
+        preprocessing.squash,
     )
+    return transforms.Compose([centre, transforms.PILToTensor()])
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,21 @@ class ResizedCentre:
 def crop_transform(
     preprocessing: Preprocessing, crop_scale: tuple[float, float] = (0.08, 1.0), flip: bool = True
 ) -> transforms.Compose:
-    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform.
+    """Random-resized crop, horizontal flip, normalise: main_lincls.py's training transform."""
+    return transforms.Compose([crop_cut(preprocessing, crop_scale, flip), Normalise(preprocessing)])
 
-    Its interpolation is the protocol's, bilinear, whatever the encoder's clean crop has: so do DINO's and iBOT's
+
+def crop_cut(preprocessing: Preprocessing, crop_scale: tuple[float, float], flip: bool) -> transforms.Compose:
+    """Its crop and flip, to (3, size, size) uint8; `Normalise` does the rest where the network is.
+
+    The interpolation is the protocol's, bilinear, whatever the encoder's clean crop has: so do DINO's and iBOT's
     eval_linear.py (dino@04c0ad9, ibot@c24f870), whose clean crop is bicubic.
     """
     if preprocessing.channels == BANDS:
-        return band_transforms.crop_transform(preprocessing, crop_scale, flip)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale),
-            *([transforms.RandomHorizontalFlip()] if flip else []),
-            *_to_network(preprocessing),
-        ]
-    )
-
-
-def _to_network(preprocessing: Preprocessing) -> list[Callable]:
-    """A PIL image to what an encoder takes."""
-    swap = [] if preprocessing.channels == "RGB" else [swap_colours]
-    return [transforms.ToTensor(), transforms.Normalize(*preprocessing.rgb()), *swap]
+        return band_transforms.crop_cut(preprocessing, crop_scale, flip)
+    crop = transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale)
+    flips = [transforms.RandomHorizontalFlip()] if flip else []
+    return transforms.Compose([crop, *flips, transforms.PILToTensor()])
 
 
 def swap_colours(images: torch.Tensor) -> torch.Tensor:
@@ -163,7 +159,7 @@ class Examples(Dataset):
     @property
     def item_bytes(self) -> int:
         """Of a tensor."""
-        return 4 * self.images.channels * self.size**2
+        return (4 if self.images.bands else 1) * self.images.channels * self.size**2
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item

@@ -11,7 +11,7 @@ from moco_eval.config.base import Augmentation
 from moco_eval.data.augment.steps import Crop, Flip, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
 from moco_eval.data.image_set import ImageSet
-from moco_eval.data.loader import Batches, Examples, Normalise, clean_transform, loader, resident, share
+from moco_eval.data.loader import Batches, Examples, Normalise, clean_cut, loader, resident, share
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime.collectives import gather
@@ -81,10 +81,11 @@ def _in_memory(
 def _loaded(
     images: ImageSet, preprocessing: Preprocessing, batches: Rows, device: torch.device, workers: int, tolerant: bool
 ) -> Iterator[torch.Tensor]:
-    """Resized, cropped and normalised images of each batch, from loader workers."""
-    examples = Examples(images, clean_transform(preprocessing), tolerant=tolerant, size=preprocessing.size)
+    """Resized and cropped images of each batch, from loader workers; normalised on the device."""
+    examples = Examples(images, clean_cut(preprocessing), tolerant=tolerant, size=preprocessing.size)
+    normalise = Normalise(preprocessing)
     for views, _, _ in loader(examples, batches, workers, device):
-        yield views.to(device, non_blocking=True)
+        yield normalise(views.to(device, non_blocking=True))
 
 
 def _cropped(
