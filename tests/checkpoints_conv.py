@@ -212,7 +212,8 @@ def sparse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     whole = folded(
         depthwise, lambda t: t.transpose(2, 3).reshape(*t.shape[:2], -1).permute(2, 1, 0), r"downsample\.1\.weight"
     )
-    return folded(whole, lambda t: t[None], r"\.grn\.")
+    biases = folded(whole, lambda t: t[None], r"(\.conv_dw|stages\.\d\.downsample\.1)\.bias")
+    return folded(biases, lambda t: t[None], r"\.grn\.")
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,7 +234,10 @@ def positions(prefix: str) -> dict[str, Tensor]:
 
 
 def _file(origin: str, arch: str, names: Callable, change: Callable = lambda tensors: tensors, **further) -> File:
-    state = {names(name): tensor for name, tensor in change(body(0, arch)).items()} | further.pop("beside", {})
+    tensors = (
+        folded(body(0, arch), lambda t: t[:, :, 0, 0], r"\.mlp\.fc\d\.weight") if "convnext" in arch else body(0, arch)
+    )
+    state = {names(name): tensor for name, tensor in change(tensors).items()} | further.pop("beside", {})
     at = further.pop("at", ())
     given = {"arch": arch} if arch == SWIN else {}
     return File(origin, nested(at, state) if at else state, at, "", names, built=arch, given=given, **further)
