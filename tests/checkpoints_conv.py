@@ -140,6 +140,13 @@ hugging_face_swin = renaming(
     (r"\.mlp\.fc2\.", ".output.dense."),
     (r"^norm\.", "layernorm."),
 )
+_in_memory = renaming(  # as transformers 5 has it in memory, and torch.save writes it
+    (r"\.attention\.self\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
+    (r"\.attention\.self\.relative", ".attention.relative_position_bias.relative"),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
 torchvision_swin = renaming(
     (r"^patch_embed\.proj\.", "features.0.0."),
     (r"^patch_embed\.norm\.", "features.0.2."),
@@ -212,7 +219,8 @@ def sparse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     whole = folded(
         depthwise, lambda t: t.transpose(2, 3).reshape(*t.shape[:2], -1).permute(2, 1, 0), r"downsample\.1\.weight"
     )
-    return folded(whole, lambda t: t[None], r"\.grn\.")
+    biases = folded(whole, lambda t: t[None], r"(\.conv_dw|stages\.\d\.downsample\.1)\.bias")
+    return folded(biases, lambda t: t[None], r"\.grn\.")
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,7 +241,10 @@ def positions(prefix: str) -> dict[str, Tensor]:
 
 
 def _file(origin: str, arch: str, names: Callable, change: Callable = lambda tensors: tensors, **further) -> File:
-    state = {names(name): tensor for name, tensor in change(body(0, arch)).items()} | further.pop("beside", {})
+    tensors = (
+        folded(body(0, arch), lambda t: t[:, :, 0, 0], r"\.mlp\.fc\d\.weight") if "convnext" in arch else body(0, arch)
+    )
+    state = {names(name): tensor for name, tensor in change(tensors).items()} | further.pop("beside", {})
     at = further.pop("at", ())
     given = {"arch": arch} if arch == SWIN else {}
     return File(origin, nested(at, state) if at else state, at, "", names, built=arch, given=given, **further)
@@ -294,7 +305,10 @@ def _simmim() -> File:
 
 def _esvit() -> File:
     first, second = (
-        under("module.", body(seed, SWIN), merged_last) | {"module.head.mlp.0.weight": torch.ones(1)} for seed in (0, 1)
+        under("module.", body(seed, SWIN), merged_last)
+        | positions("module.")
+        | {"module.head.mlp.0.weight": torch.ones(1)}
+        for seed in (0, 1)
     )
     values = {"student": first, "teacher": second, "epoch": 3}
     more = {"built": SWIN, "usual": "key", "given": {"arch": SWIN}}
@@ -304,6 +318,12 @@ def _esvit() -> File:
 def _hf_swin() -> File:
     buffers = {"encoder.layers.0.blocks.1.attention.self.relative_position_index": torch.zeros(49, 49).long()}
     return _file("Hugging Face Swin", SWIN, hugging_face_swin, apart, beside=buffers | _classifier("classifier"))
+
+
+def _hf_swin_in_memory() -> File:
+    masked = {"swin.embeddings.mask_token": torch.ones(1), "decoder.0.weight": torch.ones(1)}
+    names = lambda name: f"swin.{_in_memory(hugging_face_swin(name))}"  # noqa: E731
+    return _file("Hugging Face Swin", SWIN, names, apart, beside=masked)
 
 
 def _torchvision_swin() -> File:
@@ -363,12 +383,14 @@ CONV_FILES: dict[str, Callable[[], File]] = {
     "ConvNeXt-V2": _convnext_v2,
     "DINOv3 ConvNeXt": _dinov3,
     "Hugging Face ConvNeXt": _hf_convnext,
+    "Hugging Face ConvNeXt, first version": lambda: _file("Hugging Face ConvNeXt", CONVNEXT, hugging_face_convnext),
     "Hugging Face DINOv3 ConvNeXt": lambda: _file("Hugging Face DINOv3 ConvNeXt", CONVNEXT, hugging_face_dinov3),
     "torchvision ConvNeXt": _torchvision_convnext,
     "Swin": _swin,
     "SimMIM Swin": _simmim,
     "EsViT": _esvit,
     "Hugging Face Swin": _hf_swin,
+    "Hugging Face Swin in memory": _hf_swin_in_memory,
     "torchvision Swin": _torchvision_swin,
     "SEER": _seer,
     "torchvision RegNet": _torchvision_regnet,

@@ -1,6 +1,7 @@
 """Which network of timm's zoo do these tensors belong to, at which image size and with how many channels?"""
 
 import math
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from moco_eval.encoders import timm_index
 from moco_eval.encoders.architectures import TimmNetwork, architecture
 from moco_eval.errors import InputError
 
-_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+_TABLES = re.compile(r"layers\.(\d+)\.blocks\.0\.attn\.relative_position_bias_table")
 
 
 def zoo_architectures(tensors: Mapping[str, Tensor], prefer: str | None = None) -> list[str]:
@@ -66,15 +67,21 @@ def _in_colour(shapes: timm_index.Shapes) -> timm_index.Shapes:
 
 
 def _sized(name: str, shapes: timm_index.Shapes) -> str:
-    """A network's name with the windows of a Swin, where they are not its own, and the size at which the last is one.
+    """A network's name with the windows of a Swin, where they are not its own, and the image size at which they fit.
 
-    All published Swins are of that size: 7 of 224 pixels, 12 of 384, 6 of 192 (SimMIM).
+    The first stage has the windows as they were asked for. The last has them cut down to its map, a 32nd of the image:
+    7 of 224 pixels, 12 of 384 or 6 of 192 are both; 14 of 224 (EsViT) and 12 of 192 (SimMIM) are cut to 7 and 6.
     """
-    table = shapes.get(_TABLE)
-    if table is None or not name.startswith("swin_") or _fits(f"timm:{name}", shapes):
+    tables = {int(match[1]): shape for key, shape in shapes.items() if (match := _TABLES.fullmatch(key))}
+    if not tables or not name.startswith("swin_") or _fits(f"timm:{name}", shapes):
         return f"timm:{name}"
-    window = (math.isqrt(table[0]) + 1) // 2
-    return f"timm:{name},window_size={window},img_size={32 * window}"
+    first, last = (_window(tables[stage]) for stage in (min(tables), max(tables)))
+    return f"timm:{name},window_size={first},img_size={32 * last}"
+
+
+def _window(table: tuple[int, ...]) -> int:
+    """Places along one side of the window whose relative positions a table has."""
+    return (math.isqrt(table[0]) + 1) // 2
 
 
 def _fits(arch: str, shapes: timm_index.Shapes) -> bool:

@@ -34,7 +34,9 @@ class Layout:
             and antialias of `vit_tensors.resampled`; None where it evaluates at the size of its training.
         dropped: (regular expression, part, reason) of further tensors that an evaluation does not use.
         variants: what the shapes do not tell of the architecture, as rules on its name.
+        supplied: a tensor that `convert` adds where the file lacks it, and the warning that says so.
         preprocessing: what the weights expect; None where the file itself says.
+        pixels: (regular expression on timm's name of the architecture, the same for it), where it depends on that.
         cifar: the same for a network with the CIFAR stem; None where nothing says.
         pixel_doubt: what nothing tells of a transformer's pixels.
         norm_eps: of the layer norms, where it is not timm's 1e-6.
@@ -54,11 +56,13 @@ class Layout:
     key_head: str | None = None
     names: Rules = ()
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    supplied: tuple[str, str] | None = None
     prefer: str | None = None
     positions: tuple[float, bool] | None = None
     dropped: tuple[tuple[str, str, str], ...] = ()
     variants: Rules = ()
     preprocessing: Preprocessing | None = IMAGENET
+    pixels: tuple[tuple[str, Preprocessing], ...] = ()
     cifar: Preprocessing | None = None
     pixel_doubt: Doubt | None = None
     norm_eps: float | None = None

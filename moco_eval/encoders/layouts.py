@@ -544,7 +544,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "huggingface/pytorch-image-models 1.0.31: models/vision_transformer.py (DINO, DeiT and MAE name alike)",
         marks=(r"^blocks\.\d+\.", r"^(patch_embed|pos_embed|cls_token|norm)\b"),
         dropped=(
-            (r"head(_dist)?\.", "head", _CLASSIFIER),
+            (r"head(_dist)?\.(?!norm\.)", "head", _CLASSIFIER),  # Hiera's norm stands on the pooled feature
             (r"decoder_|mask_token$", "decoder, mask_token", "for masked pretraining"),
         ),
         pixel_doubt=ANYBODYS_VIT,

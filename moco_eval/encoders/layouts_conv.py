@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moco_eval.encoders.layout import Layout, Rules, rename
+from moco_eval.encoders.pixel_choice import Doubt
 from moco_eval.encoders.timm_index import HEADS, STEM
 from moco_eval.preprocessing import Preprocessing
 
@@ -159,14 +160,31 @@ _TORCHVISION_CONVNEXT: Rules = (
 )
 
 
+_OF_1X1 = (40, 48, 64, 80)  # atto, femto, pico and nano, whose linear layers timm has as convolutions
+
+
 def _of_convnext(tensors: Tensors) -> Tensors:
-    """Scales as vectors, and the kernels of sparse convolutions (positions, [in,] out) as ordinary ones."""
+    """Scales as vectors, and the linear layers of the smallest networks as timm has them."""
+    stem = tensors.get("stem.0.weight")
+    as_convolutions = stem is not None and stem.shape[:1] in [(width,) for width in _OF_1X1]
     converted = {}
     for name, tensor in tensors.items():
         if re.search(r"\.(gamma|grn\.weight|grn\.bias)$", name) and tensor.ndim > 1:
             tensor = tensor.reshape(-1)
+        if as_convolutions and re.search(r"\.mlp\.fc[12]\.weight$", name) and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        converted[name] = tensor
+    return converted
+
+
+def _of_sparse(tensors: Tensors) -> Tensors:
+    """Kernels of MinkowskiEngine, (positions, [in,] out), as ordinary ones, and its biases, (1, out), as vectors."""
+    converted = {}
+    for name, tensor in tensors.items():
         if name.endswith(".kernel"):
             name, tensor = f"{name.removesuffix('kernel')}weight", _dense(tensor)
+        if name.endswith(".bias") and tensor.ndim == 2 and len(tensor) == 1:
+            tensor = tensor[0]
         converted[name] = tensor
     return converted
 
@@ -185,11 +203,18 @@ def _dense(kernel: Tensor) -> Tensor:
 
 def _of_fcmae(tensors: Tensors) -> Tensors:
     """The same with the norm on the pooled feature as fine-tuning begins with it: scale 1, shift 0."""
-    converted = _of_convnext(tensors)
+    converted = _of_convnext(_of_sparse(tensors))
     last = converted.get("stages.3.downsample.1.bias")
     if last is None or "head.norm.weight" in converted:
         return converted
     return {**converted, "head.norm.weight": torch.ones_like(last), "head.norm.bias": torch.zeros_like(last)}
+
+
+_NEW_NORM = (
+    "head.norm.weight",
+    "FCMAE trains no norm on the pooled feature; the one that fine-tuning begins with was added, with "
+    "scale 1 and shift 0",
+)
 
 
 # Swin
@@ -198,7 +223,9 @@ _HF_SWIN: Rules = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.norm\.", "patch_embed.norm."),
     (r"^encoder\.layers\.", "layers."),
-    (r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.(self\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.relative_position_bias\.", ".attn."),
     (r"\.attention\.self\.", ".attn."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.layernorm_before\.", ".norm1."),
@@ -267,21 +294,59 @@ _CHILDREN: Rules = (
     (r"^([4-7])\.", lambda match: f"layer{int(match[1]) - 3}."),
 )
 
+# Pixels that depend on the architecture
+
+
+def _square(side: int, resize: int = 0, interpolation: str = "bicubic") -> Preprocessing:
+    return Preprocessing(side, resize or side, interpolation=interpolation)
+
+
+_B = (224, 240, 260, 300, 380, 456, 528, 600, 672)
+_OF_LUKEMELAS = tuple((rf"^tf_efficientnet_b{i}$", _square(side)) for i, side in enumerate(_B))
+_OF_LUKEMELAS += ((r"^tf_efficientnet_l2$", _square(800)),)
+_ADVPROP = Doubt(
+    ("mean", "std"),
+    "no tensor tells weights that were trained with AdvProp, whose pixels have mean and std 0.5; ImageNet's were taken",
+    Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic"),
+)
+_RESIZES = (256, 256, 288, 320, 384, 456, 528, 600)
+_OF_TORCHVISIONS_EFFICIENTNET = (
+    *(
+        (rf"^efficientnet_b{i}$", _square(side, resize))
+        for i, (side, resize) in enumerate(zip((224, 240, 288, 300, *_B[4:8]), _RESIZES))
+    ),
+    (r"^efficientnetv2_s$", _square(384, interpolation="bilinear")),
+    (r"^efficientnetv2_m$", _square(480, interpolation="bilinear")),
+    (r"^efficientnetv2_l$", Preprocessing(480, 480, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic")),
+)
+_OF_TORCHVISIONS_CONVNEXT = (
+    (r"^convnext_tiny$", _square(224, 236, "bilinear")),
+    (r"^convnext_small$", _square(224, 230, "bilinear")),
+    (r"^convnext_(base|large)$", _square(224, 232, "bilinear")),
+)
+_OF_TORCHVISIONS_SWIN = (
+    (r"^swin_tiny", _square(224, 232)),
+    (r"^swin_small", _square(224, 246)),
+    (r"^swin_base", _square(224, 238)),
+)
+
 # The rows: the specific ones stand first
 
 _EFFICIENTNET = Layout(
     "EfficientNet-PyTorch",
-    "lukemelas/EfficientNet-PyTorch@396b06b: efficientnet_pytorch/model.py",
+    "lukemelas/EfficientNet-PyTorch@7e8b0d3: efficientnet_pytorch/model.py, utils.py, examples/imagenet/main.py",
     marks=(r"^_blocks\.\d+\._depthwise_conv\.", r"^_conv_stem\."),
     names=_LUKEMELAS,
     convert=_of_lukemelas,
     prefer=r"^tf_efficientnet_",
     dropped=((r"_fc\.", "_fc", _CLASSIFIER),),
     preprocessing=BICUBIC,
+    pixels=_OF_LUKEMELAS,
+    pixel_doubt=_ADVPROP,
 )
 _FACEBOOK_CONVNEXT = Layout(
     "facebookresearch/ConvNeXt",
-    "facebookresearch/ConvNeXt@06f7b05: models/convnext.py; ConvNeXt-V2@d7cc26f: models/convnextv2.py",
+    "facebookresearch/ConvNeXt@048efce: models/convnext.py, datasets.py; ConvNeXt-V2@d7cc26f: models/convnextv2.py",
     marks=(r"^downsample_layers\.0\.0\.", r"^stages\.\d\.\d+\.dwconv\.", r"^norm\."),
     names=_CONVNEXT,
     convert=_of_convnext,
@@ -291,7 +356,7 @@ _FACEBOOK_CONVNEXT = Layout(
 _SWINS = r"^swin_(tiny|small|base|large)_"
 _SWIN = Layout(
     "microsoft/Swin-Transformer",
-    "microsoft/Swin-Transformer@9cd3dbd: models/swin_transformer.py",
+    "microsoft/Swin-Transformer@f82860b: models/swin_transformer.py, data/build.py",
     marks=(r"^layers\.0\.blocks\.0\.attn\.", r"^layers\.0\.downsample\."),
     convert=_of_swin,
     dropped=(_BUFFERS, (r"head\.", "head", _CLASSIFIER)),
@@ -305,22 +370,25 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         source="ml-illustrated/EfficientNet-Lite-PyTorch 0.1.0: efficientnet_lite_pytorch/model.py",
         unless=(r"\._se_reduce\.",),
         preprocessing=_LITE,
+        pixels=(),
+        pixel_doubt=None,
     ),
     _EFFICIENTNET,
     replace(
         _FACEBOOK_CONVNEXT,
         origin="facebookresearch/ConvNeXt-V2 FCMAE",
-        source="facebookresearch/ConvNeXt-V2@08e9d1f: models/fcmae.py; utils.py of 68d6b74",
+        source="facebookresearch/ConvNeXt-V2@2553895: models/fcmae.py, convnextv2_sparse.py, utils.py; "
+        "NVIDIA/MinkowskiEngine@02fc608: MinkowskiEngine/MinkowskiConvolution.py",
         marks=(r"^encoder\.downsample_layers\.0\.0\.", r"^encoder\.stages\.\d\.\d+\.dwconv\."),
         query=r"encoder\.",
         convert=_of_fcmae,
+        supplied=_NEW_NORM,
         dropped=((r"decoder\.|mask_token$|proj\.|pred\.", "decoder, mask_token", "for masked pretraining"),),
     ),
     replace(
         _FACEBOOK_CONVNEXT,
         origin="facebookresearch/dinov3 ConvNeXt",
-        source="huggingface/pytorch-image-models 1.0.31: models/convnext.py, checkpoint_filter_fn "
-        "(not read from facebookresearch/dinov3)",
+        source="facebookresearch/dinov3@6876159: dinov3/models/convnext.py, dinov3/data/transforms.py",
         marks=(*_FACEBOOK_CONVNEXT.marks, r"^norms\.3\."),
         dropped=((r"norms\.", "norms", "the last norm under a second name"),),
         settled=True,
@@ -328,10 +396,11 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
     replace(
         _FACEBOOK_CONVNEXT,
         origin="facebookresearch/ConvNeXt-V2 FCMAE, dense",
-        source="facebookresearch/ConvNeXt-V2@d7cc26f: main_finetune.py, models/convnextv2.py",
+        source="facebookresearch/ConvNeXt-V2@2553895: main_finetune.py, utils.py, datasets.py, models/convnextv2.py",
         marks=_FACEBOOK_CONVNEXT.marks[:2],
         unless=(r"^norm\.", r"^head\."),
         convert=_of_fcmae,
+        supplied=_NEW_NORM,
     ),
     _FACEBOOK_CONVNEXT,
     Layout(
@@ -350,6 +419,7 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         marks=(r"^(model\.)?stages\.0\.downsample_layers\.", r"\.depthwise_conv\."),
         names=_HF_DINOV3_CONVNEXT,
         convert=_of_convnext,
+        preprocessing=BICUBIC,  # facebookresearch/dinov3@6876159: dinov3/data/transforms.py
     ),
     Layout(
         "torchvision ConvNeXt",
@@ -358,10 +428,11 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         names=_TORCHVISION_CONVNEXT,
         convert=_of_convnext,
         dropped=((r"classifier\.2\.", "classifier", _CLASSIFIER),),
+        pixels=_OF_TORCHVISIONS_CONVNEXT,
     ),
     Layout(
         "microsoft/esvit",
-        "microsoft/esvit@2b99c4f: models/swin_transformer.py, main_esvit.py, eval_knn.py",
+        "microsoft/esvit@2d6becd: models/swin_transformer.py, main_esvit.py, eval_knn.py, utils.py",
         marks=(r"^(student|teacher)\.layers\.0\.blocks\.",),
         query=r"student\.",
         key=r"teacher\.",
@@ -375,7 +446,7 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
     replace(
         _SWIN,
         origin="microsoft/SimMIM Swin",
-        source="microsoft/SimMIM@0e71746: models/simmim.py, swin_transformer.py",
+        source="microsoft/SimMIM@d3e29bc: models/simmim.py, swin_transformer.py; data/data_finetune.py, configs/",
         marks=(r"^encoder\.layers\.0\.blocks\.0\.attn\.", r"^(encoder\.mask_token|decoder\.)"),
         query=r"encoder\.",
         dropped=(_BUFFERS, (r"encoder\.mask_token$|decoder\.", "decoder, mask_token", "for masked pretraining")),
@@ -404,11 +475,13 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         prefer=_SWINS,
         dropped=(_BUFFERS, (r"head\.", "head", _CLASSIFIER)),
         preprocessing=BICUBIC,
+        pixels=_OF_TORCHVISIONS_SWIN,
     ),
     Layout(
         "VISSL RegNet (SEER)",
-        "facebookresearch/vissl@0832020: models/trunks/regnet.py; "
-        "huggingface/pytorch-image-models 1.0.31: models/regnet.py, _filter_fn",
+        "facebookresearch/vissl@09270ed: vissl/models/trunks/regnet.py, configs/config/benchmark/"
+        "linear_image_classification/imagenet1k/eval_resnet_8gpu_transfer_in1k_linear.yaml; "
+        "facebookresearch/ClassyVision@08a82e8: classy_vision/models/anynet.py",
         marks=(r"^(trunk\.)?_feature_blocks\.res2\.block1-0\.",),
         query=r"(trunk\.)?_feature_blocks\.",
         names=_regnet(r"conv1\.stem\.", r"res\d\."),
@@ -433,10 +506,12 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         variants=((r"^(timm:efficientnet(v2_[sml]|_b[567]))$", r"\1,bn_eps=0.001"),),
         dropped=((r"classifier\.", "classifier", _CLASSIFIER),),
         preprocessing=BICUBIC,
+        pixels=_OF_TORCHVISIONS_EFFICIENTNET,
     ),
     Layout(
         "MoCo-CXR DenseNet",
-        "stanfordmlgroup/MoCo-CXR@9ff5795: moco_pretraining/moco/moco/builder.py",
+        "stanfordmlgroup/MoCo-CXR@d433aca: moco_pretraining/moco/moco/builder.py, aihc_utils/image_transform.py, "
+        "scripts/training_scripts/sbatch_lincls_template.sh; chexpert_supervised/chexpert-model/saver/model_saver.py",
         marks=(r"^encoder_[qk]\.features\.denseblock1\.",),
         query=r"encoder_q\.",
         key=r"encoder_k\.",
@@ -444,6 +519,7 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
         key_head=r"encoder_k\.classifier\.",
         names=_DENSENET,
         dropped=_QUEUE,
+        preprocessing=Preprocessing(320, 320, (0.5020,) * 3, (0.085585,) * 3),
     ),
     Layout(
         "torchvision DenseNet",
@@ -454,7 +530,7 @@ CONVOLUTIONAL: tuple[Layout, ...] = (
     ),
     Layout(
         "ServiceNow/seasonal-contrast (SeCo)",
-        "ServiceNow/seasonal-contrast@411e37e: models/moco2_module.py, datasets/eurosat_datamodule.py",
+        "ServiceNow/seasonal-contrast@8285173: models/moco2_module.py, datasets/eurosat_datamodule.py, main_eurosat.py",
         marks=(r"^encoder_[qk]\.0\.weight$", r"^encoder_[qk]\.7\.\d", r"^heads_[qk]\."),
         query=r"encoder_q\.",
         key=r"encoder_k\.",

@@ -32,7 +32,7 @@ from moco_eval.encoders.network import has_tokens
 from moco_eval.encoders.pixel_choice import Doubt, with_pixels
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
-from moco_eval.encoders.settings_files import FileSettings, settings_beside
+from moco_eval.encoders.settings_files import FileSettings, settings_beside, timm_architecture
 from moco_eval.encoders.split import Parts, split
 from moco_eval.encoders.vit_tensors import at_size, trained_size
 from moco_eval.errors import InputError
@@ -108,7 +108,7 @@ def _from_file(
     taken = encoder or checkpoint.default
     parts = split(checkpoint, taken)
     _resample_positions(parts, layout, arch)
-    inferred = arch or infer(source, parts.backbone, layout.prefer)
+    inferred = arch or infer(source, parts.backbone, timm_architecture(path, layout.origin) or layout.prefer)
     settings = settings_beside(path, sha256, layout.origin, inferred)
     chosen = arch or _architecture(checkpoint, inferred, settings)
     shape = architecture(chosen)
@@ -407,7 +407,7 @@ def _preprocessing(checkpoint: Checkpoint, arch: AnyArchitecture, settings: File
         return settings.preprocessing
     if settings.arch:
         return None  # our own settings say so
-    usual = ANYBODYS_VIT.example if _is_anybodys(layout) and _takes_tokens(arch) else layout.preprocessing
+    usual = ANYBODYS_VIT.example if _is_anybodys(layout) and _takes_tokens(arch) else _of_layout(layout, arch)
     if arch.channels != usual.in_channels:
         return None
     if not isinstance(arch, Architecture):
@@ -415,6 +415,13 @@ def _preprocessing(checkpoint: Checkpoint, arch: AnyArchitecture, settings: File
     if arch.stride_in_1x1 and layout.origin.startswith("detectron2"):
         return MSRA
     return layout.cifar if arch.cifar_stem else layout.preprocessing
+
+
+def _of_layout(layout: Layout, arch: AnyArchitecture) -> Preprocessing:
+    """What the weights of an architecture expect in this layout, whose files do not say it themselves."""
+    assert layout.preprocessing
+    name = arch.name if isinstance(arch, TimmNetwork) else ""
+    return next((pixels for mark, pixels in layout.pixels if re.search(mark, name)), layout.preprocessing)
 
 
 def _require_its_size(who: str, pixels: Preprocessing, arch: AnyArchitecture) -> None:
@@ -431,9 +438,11 @@ def _takes_tokens(arch: AnyArchitecture) -> bool:
 
 def _pixel_doubt(checkpoint: Checkpoint, arch: AnyArchitecture, settings: FileSettings) -> Doubt | None:
     """What no byte of the file tells of its pixels, nor settings beside it."""
-    if settings.pixel_doubt or settings.preprocessing or settings.arch or not _takes_tokens(arch):
+    if settings.pixel_doubt or settings.preprocessing or settings.arch:
         return settings.pixel_doubt
-    return ANYBODYS_VIT if _is_anybodys(checkpoint.layout) else checkpoint.layout.pixel_doubt
+    doubt = ANYBODYS_VIT if _is_anybodys(checkpoint.layout) else checkpoint.layout.pixel_doubt
+    of_transformers = doubt is ANYBODYS_VIT or isinstance(arch, Architecture)
+    return None if of_transformers and not _takes_tokens(arch) else doubt
 
 
 def _is_anybodys(layout: Layout) -> bool:

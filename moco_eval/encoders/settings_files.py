@@ -11,6 +11,7 @@ import torch
 from torchvision.models.resnet import Bottleneck
 
 from moco_eval.config import yaml_read
+from moco_eval.encoders import timm_index
 from moco_eval.encoders.architectures import Architecture, TimmNetwork, VisionTransformer, architecture, sized
 from moco_eval.encoders.image_processor import ForeignProcessor, pixels_of
 from moco_eval.encoders.infer import expected
@@ -108,7 +109,7 @@ _File = tuple[str, Callable[[str], bool], Callable[[dict], dict]]
 
 def _files(checkpoint: Path, sha256: str, arch: str) -> list[_File]:
     """Names of files of settings, the layouts they are for, and their readers; the first that says anything counts."""
-    plain = ("timm ViT", "torchvision or timm ResNet", "a state dict under")
+    plain = _PLAIN[:-1]
 
     def a_copy(origin: str) -> bool:
         return not origin.startswith("moco-eval")  # whose files say it themselves
@@ -116,19 +117,39 @@ def _files(checkpoint: Path, sha256: str, arch: str) -> list[_File]:
     def hugging_face(origin: str) -> bool:
         return origin.startswith(("Hugging Face", "BEiT", *plain))
 
-    def timm(origin: str) -> bool:
-        return origin.startswith(plain)
-
     def detectron2(origin: str) -> bool:
         return origin.partition(",")[0] == "detectron2"
 
     return [
         (f"{checkpoint.name}.json", a_copy, lambda values: _ours(values, sha256)),
-        ("config.json", timm, lambda values: _timm(values, arch)),
+        ("config.json", _is_plain, lambda values: _timm(values, arch)),
         ("config.json", hugging_face, lambda values: _hugging_face(values, checkpoint, arch)),
         *((name, hugging_face, lambda values: _processor(values, arch)) for name in _PROCESSORS),
         ("config.yaml", detectron2, lambda values: _detectron2(values, arch)),
     ]
+
+
+_PLAIN = ("timm ViT", "torchvision or timm ResNet", "a state dict under", "timm network")  # layouts of timm's files
+
+
+def _is_plain(origin: str) -> bool:
+    return origin.startswith(_PLAIN)
+
+
+def timm_architecture(checkpoint: Path, origin: str) -> str | None:
+    """The network of timm's zoo that a config.json names, as a regular expression; None where none does.
+
+    It settles which of several with the same tensors a file is; what it says is held against the tensors later.
+    """
+    path = checkpoint.with_name("config.json")
+    if not _is_plain(origin) or not os.path.lexists(path):
+        return None
+    try:
+        name = _contents(path).get("architecture")
+    except InputError:
+        return None  # the reading of settings says so
+    plain = name.partition(".")[0] if isinstance(name, str) else ""
+    return f"^{re.escape(plain)}$" if plain in timm_index.names() else None
 
 
 def _contents(path: Path) -> dict[str, Any]:
@@ -316,7 +337,7 @@ def _of_architecture(name: Any, arch: str) -> dict[str, Any]:
 
     plain = name.partition(".")[0] if isinstance(name, str) else ""
     shape = architecture(arch)
-    if plain == arch:
+    if plain == arch.removeprefix("timm:").partition(",")[0]:
         return {"heads": shape.heads} if isinstance(shape, VisionTransformer) else {}
     if not timm.is_model(plain):
         raise _Foreign(f"of an architecture {shown(name, 40)!r}")

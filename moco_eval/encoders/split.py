@@ -51,9 +51,10 @@ def split(checkpoint: Checkpoint, encoder: str) -> Parts:
     backbone = _renamed(checkpoint, groups["backbone"], prefix, layout.names)
     if not backbone:
         raise InputError(f"{checkpoint.path}: {_absent(checkpoint, encoder)}")
-    if layout.convert:
-        backbone = layout.convert(backbone)
-    parts = Parts.of(backbone, _as_linear(_renamed(checkpoint, groups["head"], head_prefix or "", ())))
+    converted = layout.convert(backbone) if layout.convert else backbone
+    parts = Parts.of(converted, _as_linear(_renamed(checkpoint, groups["head"], head_prefix or "", ())))
+    if layout.supplied and layout.supplied[0] in converted.keys() - backbone.keys():
+        parts.warnings.append(layout.supplied[1])
     if layout.folded:
         _unfold(parts)
     parts.dropped += [*_other(groups["other"], encoder), *_reasons(checkpoint, groups["dropped"]), *checkpoint.dropped]

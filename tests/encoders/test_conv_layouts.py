@@ -1,15 +1,22 @@
 """Networks of timm's and torchvision's that are no ResNets: the libraries' own networks give the same features."""
 
+import json
+
 import pytest
 import timm
 import torch
 import torchvision
 from checkpoints import error, used, written
+from checkpoints_conv import CONV_FILES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moco_eval.encoders import libraries
-from moco_eval.encoders.load import load
+from moco_eval.encoders.architectures import TimmNetwork
+from moco_eval.encoders.infer_zoo import zoo_architectures
+from moco_eval.encoders.layouts_conv import CONVOLUTIONAL
+from moco_eval.encoders.load import _of_layout, load
+from moco_eval.preprocessing import Preprocessing
 
 
 @torch.no_grad()
@@ -134,3 +141,105 @@ def test_timms_published_weights(name, monkeypatch):
     encoder = load(f"timm:{name}")
     assert encoder.arch == f"timm:{name}"
     require_same(encoder, net, 224)
+
+
+@pytest.mark.parametrize(("size", "window"), [(224, 14), (192, 12), (224, 7)])
+def test_windows_that_are_cut_to_the_last_map(size, window, tmp_path):
+    """EsViT's of 14 at 224 pixels, SimMIM's of 12 at 192: the last stage's are as large as its map."""
+    net = used(timm.create_model(SWIN, window_size=window, img_size=size, embed_dim=24, num_classes=0), 0)
+    encoder = load(written(tmp_path, net.state_dict()), arch=_swin(size, window))
+    assert zoo_architectures(_full_width(size, window), "^swin_tiny_") == [
+        _swin(size, window).replace(",embed_dim=24", "")
+    ]
+    require_same(encoder, net, size)
+
+
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+def _swin(size: int, window: int) -> str:
+    further = f",window_size={window},img_size={size}" if window != 7 else ""
+    return f"timm:{SWIN}{further},embed_dim=24"
+
+
+def _full_width(size: int, window: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return timm.create_model(SWIN, window_size=window, img_size=size, num_classes=0).state_dict()
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "tf_efficientnet_lite0"])
+def test_timms_config_settles_which_of_several_it_is(name, tmp_path):
+    net = used(timm.create_model(name, num_classes=0), 0)
+    path = written(tmp_path, net.state_dict())
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 192, 192], "crop_pct": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": pixels}))
+    encoder = load(path)
+    assert (encoder.arch, encoder.preprocessing.size, encoder.warnings) == (f"timm:{name}", 192, [])
+    require_same(encoder, net, 64)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": pixels}))
+    assert "compute differently" in error(path)
+
+
+@pytest.mark.slow
+def test_a_transformers_norm_on_the_pooled_feature(tmp_path):
+    """Hiera's stands in its head."""
+    net = used(timm.create_model("hiera_tiny_224"), 0)
+    path = written(tmp_path, net.state_dict())
+    net.reset_classifier(0)
+    encoder = load(path, arch="timm:hiera_tiny_224")
+    require_same(encoder, net, 224)
+    assert encoder.dropped == [("head (2 tensors)", "a classifier on the pooled feature, no part of the encoder")]
+
+
+def test_the_norm_that_fcmae_lacks_is_added_and_said(tmp_path):
+    encoder = load(written(tmp_path, CONV_FILES["ConvNeXt-V2 FCMAE"]().values))
+    assert sum("no norm on the pooled feature" in warning for warning in encoder.warnings) == 1
+    assert encoder.backbone.head.norm.weight.eq(1).all() and encoder.backbone.head.norm.bias.eq(0).all()
+
+
+def _pixels(origin: str, arch: str) -> Preprocessing:
+    layout = next(row for row in CONVOLUTIONAL if row.origin == origin)
+    return _of_layout(layout, TimmNetwork(arch))
+
+
+def test_an_efficientnets_pixels_follow_its_size():
+    """lukemelas' evaluate at the resolutions of the paper, resized to them without a margin."""
+    sides = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456, "b6": 528, "b7": 600, "b8": 672}
+    for name, side in (sides | {"l2": 800}).items():
+        pixels = _pixels("EfficientNet-PyTorch", f"tf_efficientnet_{name}")
+        assert (pixels.size, pixels.resize, pixels.interpolation) == (side, side, "bicubic"), name
+
+
+OF_TORCHVISION = {f"efficientnet_b{i}": ("torchvision EfficientNet", f"efficientnet_b{i}") for i in range(8)}
+OF_TORCHVISION |= {f"efficientnet_v2_{x}": ("torchvision EfficientNet", f"efficientnetv2_{x}") for x in "sml"}
+OF_TORCHVISION |= {
+    f"convnext_{x}": ("torchvision ConvNeXt", f"convnext_{x}") for x in ("tiny", "small", "base", "large")
+}
+OF_TORCHVISION |= {
+    f"swin_{x[0]}": ("torchvision Swin", f"swin_{x}_patch4_window7_224") for x in ("tiny", "small", "base")
+}
+OF_TORCHVISION |= {"densenet121": ("torchvision DenseNet", "densenet121")}
+OF_TORCHVISION |= {"regnet_y_400mf": ("torchvision RegNet", "regnety_004")}
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
+def test_torchvisions_pixels_are_those_of_its_first_weights(name):
+    theirs = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
+    pixels = _pixels(*OF_TORCHVISION[name])
+    assert ([pixels.size], [pixels.resize]) == (theirs.crop_size, theirs.resize_size)
+    assert (list(pixels.mean), list(pixels.std)) == (list(theirs.mean), list(theirs.std))
+    assert pixels.interpolation == theirs.interpolation.value
+
+
+def test_pixels_of_chest_x_rays(tmp_path):
+    """MoCo-CXR's own mean and deviation, at 320 pixels."""
+    pixels = load(written(tmp_path, CONV_FILES["MoCo-CXR"]().values)).preprocessing
+    assert pixels == Preprocessing(320, 320, (0.502,) * 3, (0.085585,) * 3)
+
+
+def test_efficientnets_trained_with_advprop(tmp_path):
+    """No tensor tells them; the warning names the pixels, which settle it."""
+    path = written(tmp_path, CONV_FILES["EfficientNet-PyTorch"]().values)
+    assert load(path).warnings[0].endswith("ImageNet's were taken: --pixels mean=0.5,std=0.5")
+    settled = load(path, pixels={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    assert settled.warnings == [] and settled.preprocessing.size == 224
