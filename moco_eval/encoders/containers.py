@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moco_eval.encoders.foreign import entries, kind_of
 from moco_eval.errors import InputError
 from moco_eval.untrusted.pickle_read import NETWORK, StandIn
 from moco_eval.untrusted.pickle_scan import shown
@@ -128,15 +129,33 @@ def _require_tensors(path: Path, values: dict[str, Any], named: dict[str, dict])
     if whole is not None:
         instead = f", but a whole network as {whole!r}, whose code we do not run: have its state_dict() saved instead"
         raise InputError(f"{path} holds no tensors{instead}")
-    if places := dict(_dicts_of_tensors(values)):
+    places = dict(_dicts_of_tensors(values))
+    if ("param_groups" in values or not places) and (kind := kind_of(entries(values))):
+        raise InputError(f"{path} holds no encoder: it is {kind.sentence}; {kind.way_out}")
+    if places:
         tensors = next(iter(places.values()))
         there = ", ".join(repr(shown(place, 40)) for place in list(places)[:6])
+        together = {f"{place}.{name}": value for place, inner in places.items() for name, value in inner.items()}
+        alone = {unwrapped(str(name)): value for name, value in tensors.items()}
+        if kind := kind_of(together) or (kind_of(alone) if len(places) == 1 else None):
+            raise InputError(f"{path} holds tensors in {there}: it is {kind.sentence}; {kind.way_out}")
         raise InputError(
-            f"{path} holds tensors in {there}, and no backbone of a ResNet or a ViT among them (its tensors: "
-            f"{shown(', '.join(str(name) for name in list(tensors)[:3]))}, ...); save the whole network"
+            f"{path} holds tensors in {there}, and no backbone that we know among them (its tensors: "
+            f"{shown(', '.join(str(name) for name in list(tensors)[:3]))}, ...); have the network's state_dict() saved"
         )
-    entries = shown(", ".join(str(key) for key in list(values)[:6])) or "none, it is empty"
-    raise InputError(f"{path} holds no tensors; its entries: {entries}")
+    if count := _count_in_lists(values):
+        raise InputError(f"{path} holds {count} tensors in lists, without names; have the network's state_dict() saved")
+    listed = shown(", ".join(str(key) for key in list(values)[:6])) or "none, it is empty"
+    raise InputError(f"{path} holds no tensors; its entries: {listed}")
+
+
+def _count_in_lists(values: Any, depth: int = 0) -> int:
+    """Tensors that have a place in a list and no name."""
+    if depth > DEEPEST:
+        return 0
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
+    unnamed = 0 if isinstance(values, dict) else sum(isinstance(value, torch.Tensor) for value in inner)
+    return unnamed + sum(_count_in_lists(value, depth + 1) for value in inner)
 
 
 # Any place

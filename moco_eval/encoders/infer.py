@@ -16,6 +16,7 @@ from moco_eval.encoders.architectures import (
     Architecture,
     build_backbone,
 )
+from moco_eval.encoders.foreign import kind_of
 from moco_eval.encoders.infer_vit import transformer
 from moco_eval.encoders.infer_zoo import nearest_in_zoo, require_one, zoo_architectures
 from moco_eval.errors import InputError
@@ -49,13 +50,17 @@ def infer(source: str, tensors: Mapping[str, Tensor], prefer: str | None = None)
         return require_one(source, zoo)
     if near := plain or nearest_in_zoo(tensors, prefer):
         return near  # for the proof to say what is wrong
-    if is_transformer(tensors):
-        raise InputError(f"{source}: not an architecture we build: it is {structure(tensors)}; see docs/encoders.md")
+    if kind := kind_of(tensors):
+        raise InputError(f"{source}: not an architecture we build: it is {kind.sentence}; {kind.way_out}")
+    if is_transformer(tensors) or not (_is_resnet(tensors) or nearest(tensors)[1] >= 0.9):
+        raise InputError(
+            f"{source}: not an architecture we build: it is {structure(tensors)}; moco_eval.wrap judges any network"
+        )
     best, share = nearest(tensors)
     if share < 0.9 and structure(tensors) != structure(expected(best)):
         raise InputError(
             f"{source}: not an architecture we build: it is {structure(tensors)}; the nearest is {best}, "
-            f"{structure(expected(best))}"
+            f"{structure(expected(best))}; moco_eval.wrap judges any network"
         )
     return best
 
@@ -193,22 +198,24 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     """A network's tensors in words: blocks per stage, widths, stem and shortcuts; dim, depth and patches of a ViT."""
     if is_transformer(tensors):
         return _transformer_structure(tensors)
-    blocks, stem = _blocks(tensors), _kernel(tensors, "conv1.weight")
-    if not blocks or stem is None or len(blocks) > 8:
+    blocks, stem = _blocks(tensors), _stem(tensors)
+    if not _is_resnet(tensors):
         first = ", ".join(list(tensors)[:3])
-        return f"no ResNet under torchvision's names and no ViT under timm's (its tensors: {first}, ...)"
+        return (
+            f"no ResNet under torchvision's names and no ViT or other network under timm's (its tensors: {first}, ...)"
+        )
     kind = "bottleneck" if any(name.endswith("conv3.weight") for name in tensors) else "basic"
     depth = "-".join(str(len(names)) for names in blocks.values())
     kernels = (_kernel(tensors, f"layer{stage}.0.conv1.weight") for stage in blocks)
-    widths = "-".join(str(kernel[0]) for kernel in kernels if kernel)
-    groups, sides = _groups(tensors), "x".join(map(str, stem[2:]))
+    widths = "-".join(str(kernel[0]) if kernel else "?" for kernel in kernels)
+    groups = _groups(tensors)
     extras = [extra for mark, extra in _RESNET_EXTRAS.items() if any(re.search(mark, name) for name in tensors)]
     if not any(".downsample." in name or ".shortcut." in name for name in tensors):
         extras.append("shortcuts without parameters")
-    extras += _other_channels(stem)
+    extras += _other_channels(stem) if stem else []
     if not any(name.endswith("running_mean") for name in tensors):
         extras.append("norm layers without running statistics")
-    parts = [f"stem of {stem[0]} channels and {sides} pixels", *extras]
+    parts = [_stem_structure(stem), *extras]
     return (
         f"a ResNet of {len(blocks)} stages of {depth} {kind} blocks, {widths} channels wide"
         f"{f' in {groups} groups' if groups > 1 else ''}, {', '.join(parts)}"
@@ -221,6 +228,25 @@ _RESNET_EXTRAS = {
     r"^(conv1|layer\d\.\d+\.conv\d)\.\d": "with convolutions in sequences",
     r"\.(aa|blurpool)\.": "with blurred pooling",
 }
+
+
+def _is_resnet(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether its names are a ResNet's, with a stem of one convolution or, as a ResNet-C or -D has it, of several."""
+    return 0 < len(_blocks(tensors)) <= 8 and _stem(tensors) is not None
+
+
+def _stem(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """The shape of the first convolution; it has as many sides as that, and one more, 0, where others follow it."""
+    several = _kernel(tensors, "conv1.0.weight")
+    return (*several, 0) if several else _kernel(tensors, "conv1.weight")
+
+
+def _stem_structure(stem: tuple[int, ...] | None) -> str:
+    if stem is None:
+        return "without a stem"
+    if len(stem) > 4:
+        return f"a stem of several convolutions, the first of {stem[0]} channels, as a ResNet-C or -D has"
+    return f"stem of {stem[0]} channels and {'x'.join(map(str, stem[2:]))} pixels"
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> int:
@@ -250,9 +276,9 @@ def _other_channels(stem: tuple[int, ...]) -> list[str]:
 
 
 def _other_widths(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What a ViT has otherwise than timm's: channels of the images, width of the MLPs, biases of the attention."""
+    """What a ViT has otherwise than timm's: sides of the patches, width of the MLPs, biases of the attention."""
     patches, widths = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("blocks.0.mlp.fc1.weight")
-    extras = _other_channels(patches) if patches else []
+    extras = []
     if patches and patches[2] != patches[3]:
         extras.append(f"patches of {patches[2]}x{patches[3]} pixels")
     if widths is not None and widths.ndim == 2 and widths.shape[0] != 4 * widths.shape[1]:
@@ -262,14 +288,21 @@ def _other_widths(tensors: Mapping[str, Tensor]) -> list[str]:
     return extras
 
 
+def _patches(tensors: Mapping[str, Tensor]) -> str:
+    stem = any(name.startswith("patch_embed.") and tensor.ndim == 4 for name, tensor in tensors.items())
+    return "patches from a stem of convolutions" if stem else "no patches"
+
+
 def _transformer_structure(tensors: Mapping[str, Tensor]) -> str:
     patches, tokens = _kernel(tensors, "patch_embed.proj.weight"), tensors.get("pos_embed")
-    stem = f"patches of {patches[2]} pixels" if patches else "patches from a stem of convolutions"
-    dim = tokens.shape[-1] if tokens is not None and tokens.ndim else "unknown"
+    stem = f"patches of {patches[2]} pixels" if patches else _patches(tensors)
+    scale = tensors.get("blocks.0.norm1.weight") if tokens is None or not tokens.ndim else tokens
+    width = f"of {scale.shape[-1]} dimensions" if scale is not None and scale.ndim else "of unknown width"
     count = f"{tokens.shape[1]} positions" if tokens is not None and tokens.ndim == 3 else "no learnt positions"
     extras = sorted({extra for mark, extra in _EXTRAS.items() if any(mark in name for name in tensors)})
     extras += _other_widths(tensors)
     return (
-        f"a vision transformer of {_depth(tensors)} blocks of {dim} dimensions, {stem}, {count}"
+        f"a vision transformer of {_depth(tensors)} block{'s' if _depth(tensors) != 1 else ''} {width}, {stem}"
+        f"{''.join(', ' + channels for channels in _other_channels(patches or (0, 3)))}, {count}"
         f"{', with ' + ', '.join(extras) if extras else ''}"
     )

@@ -247,7 +247,7 @@ def _open_questions(checkpoint: Checkpoint, override: str | None, arch: str, set
             questions.append(_DILATED)
     stated_by_file = layout.preprocessing is None and checkpoint.values.get("preprocessing")
     if shape.channels != 3 and not (stated_by_file or settings.preprocessing):
-        questions.append(_CHANNELS.format(channels=shape.channels))
+        questions.append(_CHANNELS.format(channels=shape.channels, s="" if shape.channels == 1 else "s"))
     stated = checkpoint.values.get("arch")
     if isinstance(stated, str) and layout.format is None and not override and not arch.startswith(stated.lower()):
         questions.append(f"the file says that it is a {shown(stated)}; its tensors look like {arch}")
@@ -313,7 +313,7 @@ _HEADS = (
     "the shapes of a ViT do not tell its attention heads, nor that its images are square; {heads} were taken, as DeiT, "
     "DINO and timm have, and {size}x{size} pixels. MoCo v3's have 12: --arch {other}"
 )
-_CHANNELS = "it takes images of {channels} channels and does not say their mean and deviation: the data set's count"
+_CHANNELS = "it takes images of {channels} channel{s} and does not say their mean and deviation: the data set's count"
 _ACTIVATION = (
     "no tensor of CLIP tells its activation: openai's weights have QuickGELU, most of OpenCLIP's GELU; {taken} was "
     "taken, for the other: --arch {other}"

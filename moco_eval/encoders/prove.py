@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_eval.encoders.architectures import Architecture, architecture, build_backbone
+from moco_eval.encoders.foreign import kind_of
 from moco_eval.encoders.infer import OPTIONAL, expected, nearest, share, structure
 from moco_eval.errors import InputError
 
@@ -116,6 +117,10 @@ def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, l
     if best != arch and shared > max(0.9, share(tensors, arch)):
         stem = " (CIFAR stem)" if _cifar_stem(best) and not _cifar_stem(arch) else ""
         return f"This looks like {best}{stem}: try --arch {best}."
+    if wrong.keys() == {"are missing"} and _is_cut(wrong["are missing"], expected(arch)):
+        return f"The rest is a {arch}: the file is incomplete; write it again from where it was trained."
+    if kind := kind_of(tensors):
+        return f"It is {kind.sentence}: {kind.way_out}."
     if structure(tensors) != structure(expected(arch)):
         return f"The file holds {structure(tensors)}, which is not built here: moco_eval.wrap judges any network."
     if wrong.keys() == {"have another dtype"}:
@@ -127,6 +132,13 @@ def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, l
             "any); have a head of your own saved apart."
         )
     return f"The rest is a {arch}: the file is incomplete or was altered; write it again from where it was trained."
+
+
+def _is_cut(missing: list[str], wanted: Mapping[str, Tensor]) -> bool:
+    """Whether a few tensors are missing here and there, and not all of a kind, as other norm layers would."""
+    kinds = {name.rpartition(".")[2] for name in missing}
+    whole = any(all(name in missing for name in wanted if name.endswith(f".{kind}")) for kind in kinds)
+    return len(missing) <= len(wanted) // 10 and not whole
 
 
 def _cifar_stem(name: str) -> bool:

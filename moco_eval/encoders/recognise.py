@@ -1,14 +1,16 @@
 """Whose checkpoint is this? Finds a file's tensors and names their layout by content, never by the file's name."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moco_eval.encoders.containers import Contents, count_tensors, find_tensors, is_named
+from moco_eval.encoders.foreign import kind_of
 from moco_eval.encoders.layout import Layout
 from moco_eval.encoders.layouts import LAYOUTS, PREFIXED
 from moco_eval.encoders.own_parts import has_network, without_own_parts
@@ -199,7 +201,7 @@ def _has(mark: str, names: Iterable[str]) -> bool:
     return any(re.search(mark, name) for name in names)
 
 
-def _prefixed(path: Path, names: Iterable[str], key: str | None = None) -> Layout:
+def _prefixed(path: Path, names: Mapping[str, Tensor], key: str | None = None) -> Layout:
     """A backbone under a prefix that no row names; of two, the one whose prefix says so is the momentum encoder's.
 
     Args:
@@ -217,9 +219,7 @@ def _prefixed(path: Path, names: Iterable[str], key: str | None = None) -> Layou
         first = (queries if len(queries) > 1 else keys)[0].rstrip(".")
         raise InputError(f"{path} holds several networks, under {several}; choose one: --key {first}")
     if not prefixes:
-        raise InputError(
-            f"{path} has no layout we know{_looks(list(names))}; save the whole network; docs/encoders.md lists layouts"
-        )
+        raise InputError(f"{path} has no layout we know{_looks(names)}; docs/encoders.md lists layouts")
     query, momentum = (re.escape(some[0]) if some else None for some in (queries, keys))
     either = "|".join(filter(None, (query, momentum)))
     return replace(
@@ -265,12 +265,16 @@ def backbones(names: Iterable[str]) -> list[str]:
     return list(prefixes)
 
 
-def _looks(names: list[str]) -> str:
-    """What a file of no known layout seems to hold, in words."""
-    heads = r"^(projector|projection_head|head|fc|neck|linear|classifier|predictor|prototypes)\."
-    if all(re.match(heads, name) for name in names):
-        return ": only a projection head or classifier is in it, and no backbone"
-    return f" (its tensors: {', '.join(names[:3])}, ...)"
+def _looks(tensors: Mapping[str, Tensor]) -> str:
+    """What a file of no known layout holds, in words, and the way out."""
+    if kind := kind_of(tensors):
+        return f": it is {kind.sentence}; {kind.way_out}"
+    if tensors and not any(tensor.is_floating_point() for tensor in tensors.values()):
+        return f": its tensors hold whole numbers, no weights ({', '.join(list(tensors)[:3])}); give the encoder's file"
+    listed = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
+    return (
+        f" (its {len(tensors)} tensors: {listed}); if it is a network of images, build it and give it to moco_eval.wrap"
+    )
 
 
 _ALTERED = (

@@ -312,7 +312,13 @@ def _shard(shard: Path, read_it: Callable[[Path, bytes, int], Any] = lambda *_: 
         start, about = _opened(shard)
         return read_it(shard, start, about.st_size)
     except Refused as error:
-        raise Refused(f"lists {shard.name}, which {error}") from None
+        raise Refused(f"lists {shard.name}, which {_of_shard(shard, error)}") from None
+
+
+def _of_shard(shard: Path, error: Refused) -> str:
+    """Why a shard cannot be read; no other file of the folder stands for one that is not there."""
+    absent = str(error).startswith("does not exist")
+    return "does not exist: bring it into the same folder" if absent else str(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -325,6 +331,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # What else it may be
 
 
+_GIVE = "not a checkpoint: give the file of weights beside it"
 LOOKS = (
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from"),
     (rb"outs:\s+- ", "is a DVC pointer, not the file itself: run 'dvc pull' where it came from"),
@@ -336,15 +343,24 @@ LOOKS = (
         rb"\s*<(html|head|body|!doctype|!--|\?xml)",
         "is a web page, not a checkpoint: the download went wrong, fetch it again",
     ),
+    (rb'\s*\{.{0,200}"(added_tokens|truncation|normalizer|pre_tokenizer)"', f"is a tokenizer of texts, {_GIVE}"),
+    (rb'\s*\{.*"(architectures|model_type|_class_name|image_processor_type)"', f"is a file of settings, {_GIVE}"),
     (rb"\s*[{\[][\s -~]*$", "is JSON, such as a server's error, not a checkpoint: fetch it again"),
     (rb".{257}ustar", "is a tar archive, not a checkpoint: unpack it and give the file inside"),
     (rb"\x1f\x8b|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "is compressed: unpack it and give the file inside"),
     (rb"\x89HDF\r\n", "is an HDF5 file such as Keras writes, not a PyTorch checkpoint: have its weights converted"),
     (rb"\x93NUMPY", "is a numpy array (.npy), not a checkpoint: write a dict of named tensors with torch.save"),
-    (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]", "is an ONNX or TensorFlow graph, not a PyTorch checkpoint: give that"),
+    (
+        rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]",
+        "is an ONNX or TensorFlow graph, no PyTorch checkpoint: give the network's state_dict() instead",
+    ),
     (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", "is a picture, not a checkpoint: give the checkpoint's own path"),
-    (rb"GGUF", "is GGUF, as language models are kept in, not a PyTorch checkpoint: give that"),
-    (rb"model_checkpoint_path:", "is TensorFlow's list of checkpoints, not a PyTorch checkpoint: give that"),
+    (rb".{4}TFL3", "is a TensorFlow Lite model, no PyTorch checkpoint: have its weights converted to PyTorch"),
+    (rb"GGUF", "is GGUF, as language models are kept in, no PyTorch checkpoint: give an encoder of images"),
+    (
+        rb"model_checkpoint_path:",
+        "is TensorFlow's list of checkpoints, no PyTorch checkpoint: have its weights converted to PyTorch",
+    ),
     (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", "is msgpack such as Flax writes: have its weights converted"),
 )
 TENSORFLOW_INDEX = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # at its end

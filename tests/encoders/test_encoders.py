@@ -230,7 +230,10 @@ def test_prefixes_that_speak_of_a_momentum_encoder(prefix):
 
 def test_only_a_head_is_said(tmp_path):
     message = error(written(tmp_path, under("projector.", mlp(8).state_dict())))
-    assert "only a projection head or classifier is in it, and no backbone; save the whole network;" in message
+    assert (
+        "it is a projection head or classifier alone, and no backbone; give the checkpoint that holds the backbone"
+        in message
+    )
 
 
 def exclude_bias_and_norm(parameter):
