@@ -835,7 +835,7 @@ def test_networks_for_other_channels_are_loaded_and_their_pixels_left_open(chann
     encoder = load(written(tmp_path, body(0, arch) | {name: torch.ones(shape)}))
     assert encoder.arch == f"{arch},channels={channels}" and encoder.preprocessing is None
     assert encoder.network.in_channels == channels
-    assert any(f"images of {channels} channels" in warning for warning in encoder.warnings)
+    assert any(f"images of {channels} channel{'s' * (channels > 1)} " in warning for warning in encoder.warnings)
     assert encoder.backbone(torch.ones(1, channels, 32, 32)).shape == (1, encoder.feature_dim)
 
 
