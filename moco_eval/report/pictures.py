@@ -9,12 +9,12 @@ from PIL import Image, UnidentifiedImageError
 
 from moco_eval import limits
 from moco_eval.data.pixels import open_image, reason_of
-from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
 from moco_eval.errors import InputError
 from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
 from moco_eval.report.pick import by_encoder, by_test_set
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results import run_files
+from moco_eval.results.plots import ROWS, bars_figure, loss_figure
 
 PICTURES = 4  # drawn images per encoder
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
