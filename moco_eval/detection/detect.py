@@ -13,7 +13,8 @@ from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.recipe import is_on, recipe_deviations
-from moco_eval.detection.task import DetectionTask, pixels
+from moco_eval.detection.task import DetectionTask
+from moco_eval.encoders.photographs import pixels
 from moco_eval.errors import InputError
 from moco_eval.results import run_directory, trial_folders
 from moco_eval.results.plots import loss_curves, per_class_bars

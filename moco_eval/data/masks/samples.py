@@ -76,10 +76,17 @@ class SegmentationData:
             raise InputError(_unknown_value(sample.mask, values, classes, self))
         return classes.astype(np.uint8)
 
-    def pair(self, sample: MaskSample) -> tuple[Image.Image, np.ndarray]:
-        """An image, as 8-bit RGB, and its mask. Raises InputError where one is not readable, or their sizes differ."""
+    def pair(self, sample: MaskSample, same_size: bool = True) -> tuple[Image.Image, np.ndarray]:
+        """An image, as 8-bit RGB, and its mask.
+
+        Args:
+            same_size: that the mask must have.
+        Raises:
+            InputError: one is not readable, or their sizes differ.
+        """
         image, mask = read_image(sample.image), self.mask(sample)
-        require_one_size(sample, image.size, mask)
+        if same_size:
+            require_one_size(sample, image.size, mask)
         return image, mask
 
 
