@@ -56,6 +56,10 @@ DETECT = (
     "--set input.min_size_test=64 --set rpn.pre_nms_train=50 --set rpn.post_nms_train=20 --set rpn.pre_nms_test=50 "
     "--set rpn.post_nms_test=10 --set roi.batch_per_image=8"
 )
+SEGMENT = (
+    f"{ON_CPU} --dataset digits --batch-size 2 --set batch_size=2 --set schedule={{kind: step, iterations: 2}} "
+    "--set views.crop=65 --set scenes.train=4 --set scenes.test=2"
+).replace("kind: step, iterations: 2", "kind:step,iterations:2")
 # What is appended to a command that holds these words: of an option, and of a key of --set, the last value counts.
 # The first that fits is taken.
 REDUCED: list[tuple[str, str]] = [
@@ -78,6 +82,9 @@ REDUCED: list[tuple[str, str]] = [
     ("detect coco", f"{DETECT} --trials 1"),
     ("detect --trials", f"{DETECT} --trials 2"),
     ("detect", DETECT),
+    ("segment digits", SEGMENT),
+    ("segment --trials", f"{SEGMENT} --recipe digits_fcn16s --trials 2"),
+    ("segment", f"{SEGMENT} --recipe digits_fcn16s"),
     ("reproduce", "--dry-run"),  # tests/papers/test_reproduce.py runs whole chains
     *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
     *((name, "") for name in ("configs", "datasets", "doctor")),
