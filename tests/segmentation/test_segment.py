@@ -395,3 +395,13 @@ def test_shuffled_masks_are_far_below(tmp_path, name):
         record = run(tmp_path / shuffle, *given, name=name, dataset="mask-folder", data=folder)
         scores.append(record["metrics"]["mIoU"])
     assert scores[0] > 70 and scores[1] < scores[0] - 20, scores
+
+
+def test_the_report_shows_segmentations_beside_each_other(whole, tmp_path, capfd, monkeypatch):
+    name, output, record = whole
+    in_process(capfd, monkeypatch, "report", output, "--output", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Segmentations</h2>" in page and "the image, the truth (white: no class), the prediction" in page
+    assert page.count("IoU of each class, best first") == 1 and "mIoU" in page
+    assert page.count('alt="Image 1, as') == 1 and f"{record['metrics']['mIoU']:.1f}" in page
+    assert "is a segmentation run" in error_line(capfd, monkeypatch, "compare", output, output), name
