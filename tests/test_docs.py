@@ -25,7 +25,7 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FOREIGN = {
     *("--mlp", "--moco-t", "--aug-plus", "--cos"),  # main_moco.py
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
-    *("--folder", "--gigabytes", "--repeats", "--measure"),  # tools/benchmark_*
+    *("--folder", "--gigabytes", "--repeats", "--measure", "--crop", "--iterations"),  # tools/benchmark_*
     *("--nodes", "--partition"),  # sbatch
     *("--shm-size", "--ipc"),  # docker
 }
