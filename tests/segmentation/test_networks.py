@@ -215,3 +215,13 @@ def test_window_scores_are_the_mean_of_the_windows_that_cover_a_pixel():
         scores[:, :, 32:], right[:, :20, 16:]
     )
     assert torch.allclose(scores[:, :, 16:32], (left[:, :20, 16:] + right[:, :20, :16]) / 2, atol=1e-6)
+
+
+def test_the_loss_of_fcn16s_is_a_mean_over_labelled_pixels():
+    model, pixels = segmenter(), images(49, count=2)
+    masks = torch.full((2, 49, 49), IGNORED, dtype=torch.uint8)
+    masks[0, :20], masks[1, 3, 4] = 0, 3
+    with torch.no_grad():
+        expected = F.cross_entropy(model.scores(pixels, 0), masks.long(), ignore_index=IGNORED)
+        assert model(pixels, masks)["loss_seg"].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert model(pixels, torch.full_like(masks, IGNORED))["loss_seg"].item() == 0  # and not 0 / 0

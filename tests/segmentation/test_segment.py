@@ -405,3 +405,9 @@ def test_the_report_shows_segmentations_beside_each_other(whole, tmp_path, capfd
     assert page.count("IoU of each class, best first") == 1 and "mIoU" in page
     assert page.count('alt="Image 1, as') == 1 and f"{record['metrics']['mIoU']:.1f}" in page
     assert "is a segmentation run" in error_line(capfd, monkeypatch, "compare", output, output), name
+
+
+def test_each_iteration_has_crops_of_its_own(tmp_path):
+    data = read_mask_folder(write_mask_scenes(tmp_path / "scenes", train=1, test=1))
+    (first, _), (second, _), _ = inputs.training_batches(data, data.train, tiny(), 0, (0, 0, 0))
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], first[1])
