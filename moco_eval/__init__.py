@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         images,
         judge,
         load,
+        segment,
         set_verbosity,
         wrap,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "images",
     "judge",
     "load",
+    "segment",
     "set_verbosity",
     "wrap",
 ]

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -23,10 +23,12 @@ from moco_eval.classification.protocols import Protocol, by_name, feature_overri
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
+from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.data.catalogue import open_splits
 from moco_eval.data.image_set import ImageSet, require_judgeable
 from moco_eval.data.label_option import Labels, parse_labels
+from moco_eval.data.masks.samples import SegmentationData
 from moco_eval.detection import detect as detection
 from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders import load as loading
@@ -42,6 +44,8 @@ from moco_eval.results.result import Result
 from moco_eval.runtime.console import set_verbosity, warn
 from moco_eval.runtime.device import choose_device, exact_arithmetic
 from moco_eval.runtime.text import without_dashes
+from moco_eval.segmentation import segment as segmentation
+from moco_eval.segmentation.task import SegmentationTask
 
 __all__ = [
     "Comparison",
@@ -56,6 +60,7 @@ __all__ = [
     "images",
     "judge",
     "load",
+    "segment",
     "set_verbosity",
     "wrap",
 ]
@@ -256,6 +261,52 @@ def detect(
 
 
 @in_python
+def segment(
+    encoder: Encoder,
+    data: str | SegmentationData,
+    recipe: str = "digits_linear",
+    *,
+    folder: str | Path | None = None,
+    classes: str | Path | None = None,
+    ignored: Sequence[int] = (255,),
+    output: str | Path | None = None,
+    trials: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    **settings: Any,
+) -> Result:
+    """Train a semantic segmentation on the encoder and measure its mean intersection over union.
+
+    Args:
+        encoder: of a known architecture, whose maps are known; a wrapped network does not name them.
+        data: voc-aug, voc2012, cityscapes, ade20k, coco-stuff, mask-folder or digits (built in), or data that are open
+            already.
+        recipe: a shipped recipe or a file.
+        folder: the data set's.
+        classes, ignored: of mask-folder: a file with a class name a line, and values of pixels without a class.
+        output: a run directory, where a training is also resumed; None keeps nothing.
+        settings: values of the recipe: schedule={"iterations": 100}.
+    Raises:
+        ValueError: an argument that is wrong; its message names it.
+    """
+    _require_encoder(encoder)
+    if encoder.wrapped:
+        raise InputError(f"encoder {encoder.source!r} is a network in memory; segment takes encoders of moco_eval.load")
+    config = configs.load(recipe, "segment", SegmentConfig, configs.as_overrides({"seed": seed, **settings}))
+    task = SegmentationTask(
+        encoder=encoder,
+        config=config,
+        dataset="" if isinstance(data, SegmentationData) else data,
+        data=data if isinstance(data, SegmentationData) else _path(folder),
+        classes=_path(classes),
+        ignored=tuple(ignored),
+        trials=_at_least_one(trials, "trials"),
+    )
+    with _as_guest(encoder, device) as (_, place), _process_as_it_was(place), _folder(output) as run:
+        return Result(segmentation.segment(task, run, place))
+
+
+@in_python
 def compare(a: Result | str | Path, b: Result | str | Path) -> Comparison:
     """Is B better than A? Paired over the same test images; printing it says it in words.
 
@@ -404,7 +455,7 @@ def _device(encoder: Encoder, device: str) -> torch.device:
 
 @contextlib.contextmanager
 def _process_as_it_was(device: torch.device) -> Iterator[None]:
-    """What a fine-tuned detector draws and switches for the whole process, put back afterwards."""
+    """What a fine-tuning draws and switches for the whole process, put back afterwards."""
     benchmark, devices = torch.backends.cudnn.benchmark, [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:

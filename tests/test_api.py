@@ -332,3 +332,25 @@ def test_detect_leaves_nothing_unless_asked(tmp_path, monkeypatch, heard):
     loaded = me.load("random:resnet18_quarter")
     assert "vocc" in refusal(me.detect, loaded, "vocc")
     assert "unknown key 'schedule.iteration'" in refusal(me.detect, loaded, "digits", schedule={"iteration": 1})
+
+
+# Segmentation
+
+FEW = {
+    **{"scenes": {"train": 5, "test": 2}, "schedule": {"iterations": 2, "warmup": 0}, "batch_size": 2},
+    **{"views": {"crop": 64}, "test": {"window": 64, "stride": 64}},
+}
+
+
+def test_segment_leaves_nothing_unless_asked(tmp_path, monkeypatch, heard):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, loaded = torch.get_rng_state(), me.load("random:resnet18_quarter")
+    result = me.segment(loaded, "digits", device="cpu", **FEW)
+    assert torch.equal(before, torch.get_rng_state()) and list(tmp_path.iterdir()) == [] and heard() == ""
+    assert list(result.metrics) == ["mIoU", "pixel_accuracy"] and result.protocol == "segment/digits-linear@1"
+    assert result.interval["mIoU"][0] <= result.interval["mIoU"][1]
+    assert "is a network in memory" in refusal(me.segment, encoder(), "digits")
+    assert "encoder is a Net" in refusal(me.segment, Net(), "digits")
+    assert "cityscape" in refusal(me.segment, loaded, "cityscape")
+    assert "unknown key 'schedule.iteration'" in refusal(me.segment, loaded, "digits", schedule={"iteration": 1})

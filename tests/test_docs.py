@@ -12,7 +12,7 @@ from documented import PAGES, anchors, blocks, links, name_of, prose
 from pydantic import BaseModel
 
 from moco_eval.cli.main import cli
-from moco_eval.config import base, classification, detection, pretrain
+from moco_eval.config import base, classification, detection, pretrain, segmentation
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.index import EXTENSIONS
@@ -25,7 +25,7 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FOREIGN = {
     *("--mlp", "--moco-t", "--aug-plus", "--cos"),  # main_moco.py
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
-    *("--folder", "--gigabytes", "--repeats", "--measure"),  # tools/benchmark_*
+    *("--folder", "--gigabytes", "--repeats", "--measure", "--crop", "--iterations"),  # tools/benchmark_*
     *("--nodes", "--partition"),  # sbatch
     *("--shm-size", "--ipc"),  # docker
     *("--classifier",),  # tools/classifier_accuracy.py
@@ -68,7 +68,9 @@ def test_options_named_exist(page):
     assert named <= ours | FOREIGN, f"{name_of(page)} names {sorted(named - ours - FOREIGN)}"
 
 
-SCHEMAS = [value for module in (base, classification, detection, pretrain) for value in vars(module).values()]
+SCHEMAS = [
+    value for module in (base, classification, detection, pretrain, segmentation) for value in vars(module).values()
+]
 MODELS = [schema for schema in SCHEMAS if isinstance(schema, type) and issubclass(schema, base.Model)]
 
 
@@ -98,7 +100,7 @@ def test_keys_that_are_set_exist(page):
 
 def rows_of(page: Path) -> dict[str, str]:
     """The table rows of a page by heading and by the names in their first cell: 'kind/name' to the row."""
-    kinds = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "detect": "Detection"}
+    kinds = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "detect": "Detection", "segment": "Segmentation"}
     kinds |= {name: f"moco-eval {name} " for name in ("linear", "knn", "logistic", "svm")}
     found, here = {}, []
     for line in TEXTS[page].splitlines():
@@ -111,7 +113,7 @@ def rows_of(page: Path) -> dict[str, str]:
 
 
 RECIPES = rows_of(ROOT / "docs" / "recipes.md")
-KINDS = ("pretrain", "linear", "knn", "logistic", "svm", "finetune", "detect")
+KINDS = ("pretrain", "linear", "knn", "logistic", "svm", "finetune", "detect", "segment")
 SHIPPED = [name for name in configs.shipped() if name.split("/")[0] in KINDS]
 
 

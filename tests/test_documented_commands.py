@@ -30,6 +30,7 @@ from moco_eval.data import catalogue, in_memory
 from moco_eval.data.boxes import coco, scenes, voc
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.in_memory import CIFAR10_FILES
+from moco_eval.data.masks.scenes import write_mask_scenes
 from moco_eval.papers import cost
 
 
@@ -56,6 +57,11 @@ DETECT = (
     "--set input.min_size_test=64 --set rpn.pre_nms_train=50 --set rpn.post_nms_train=20 --set rpn.pre_nms_test=50 "
     "--set rpn.post_nms_test=10 --set roi.batch_per_image=8"
 )
+SEGMENT = (
+    f"{ON_CPU} --set batch_size=2 --batch-size 2 --set schedule.iterations=2 --set schedule.steps=[] "
+    "--set schedule.warmup=0 --set views.crop=64 --set views.fit=[128,64] --set test.fit=[128,64] "
+    "--set test.window=64 --set test.stride=64"
+)
 # What is appended to a command that holds these words: of an option, and of a key of --set, the last value counts.
 # The first that fits is taken.
 REDUCED: list[tuple[str, str]] = [
@@ -78,6 +84,9 @@ REDUCED: list[tuple[str, str]] = [
     ("detect coco", f"{DETECT} --trials 1"),
     ("detect --trials", f"{DETECT} --trials 2"),
     ("detect", DETECT),
+    ("segment digits", f"{SEGMENT} --set scenes.train=4 --set scenes.test=2"),
+    ("segment --trials", f"{SEGMENT} --trials 2"),
+    ("segment", SEGMENT),
     ("reproduce", "--dry-run"),  # tests/papers/test_reproduce.py runs whole chains
     *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
     *((name, "") for name in ("configs", "datasets", "doctor")),
@@ -287,9 +296,10 @@ def made(few, tmp_path_factory) -> Path:
     cifar10(root / "datasets" / "cifar-10-batches-py", images=4)
     cifar10(root / "whole" / "cifar-10-batches-py", images=110)
     boxes(root / "datasets")
+    masks(root / "datasets")
     draw_set(root / "datasets" / "fields", 13, ".tif", train=8, test=4)
     catalogue.check("imagefolder", draw_set(root / "whole" / "fields", 13, ".npy", train=256, test=2), writes=True)
-    for name in ("coco", "BCCD", "VOCdevkit"):
+    for name in ("coco", "BCCD", "VOCdevkit", "camvid", "ADEChallengeData2016"):
         (root / "whole" / name).symlink_to(root / "datasets" / name)
     state = {"epoch": 800, "arch": "resnet18", "state_dict": moco(mlp), "optimizer": {}}  # as MoCo v2 was published
     torch.save(state, root / "CHECKPOINT")
@@ -343,6 +353,22 @@ def boxes(root: Path) -> None:
             path.write_text(re.sub(r"<name>\d", lambda _: f"<name>{next(names)}", path.read_text()))
 
 
+def masks(root: Path) -> None:
+    """The digit scenes as a folder of masks and as ADE20K, and masks of the images of VOC2012."""
+    drawn = write_mask_scenes(root / "camvid", train=6, test=3)
+    (root / "camvid.txt").write_text("".join(f"class {number}\n" for number in range(11)))
+    for split, name in (("train", "training"), ("test", "validation")):
+        shutil.copytree(drawn / split, root / "ADEChallengeData2016" / "images" / name)
+        shutil.copytree(drawn / f"{split}_masks", root / "ADEChallengeData2016" / "annotations" / name)
+    voc2012 = root / "VOCdevkit" / "VOC2012"
+    (voc2012 / "SegmentationClassAug").mkdir()
+    (voc2012 / "ImageSets" / "Segmentation").mkdir()
+    for split, name in (("train", "train_aug"), ("test", "val")):
+        shutil.copy(voc2012 / "ImageSets" / "Main" / f"{split}.txt", voc2012 / f"ImageSets/Segmentation/{name}.txt")
+    for path in (voc2012 / "JPEGImages").iterdir():
+        Image.new("L", (128, 128), 1).save(voc2012 / "SegmentationClassAug" / f"{path.stem}.png")
+
+
 def code_of(page: Path, wanted: str) -> list[str]:
     """The blocks of one language."""
     found = blocks(page.read_text(encoding="utf-8"))
@@ -355,6 +381,7 @@ def place(made, in_tmp) -> Path:
     for name in ("CHECKPOINT", "mine.pth"):
         Path(name).symlink_to(made / "CHECKPOINT")
     own = {
+        "camvid.txt": "camvid.txt",
         "FOLDER": "imagenet",
         "mine": "imagenet",
         "BCCD": "BCCD",

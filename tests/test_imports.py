@@ -15,7 +15,7 @@ ROWS = (
     ("demo",),
     ("api", "doctor", "report", "pretraining"),
     ("papers",),
-    ("classification", "detection"),
+    ("classification", "detection", "segmentation"),
     ("features", "results"),
     ("data", "encoders"),
     ("untrusted",),

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from moco_eval.cli.options import Options, data_option, encoder_options, run_options, with_options
-from moco_eval.cli.shared import launch_again, load_config, load_encoder, tell_once
+from moco_eval.cli.shared import launch_again, load_config, load_encoder, rescaled_recipe
 from moco_eval.errors import InputError
 
 
@@ -69,16 +69,6 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
 def _recipe(name: str, options: Options) -> Any:
     """A detection recipe with --set and the shared options applied; --batch-size carries rate and schedule along."""
     from moco_eval.config.detection import DetectConfig
-    from moco_eval.detection.recipe import rescaled
 
     before = load_config(name, "detect", DetectConfig, replace(options, batch_size=None))
-    if options.batch_size in (None, before.batch_size):
-        return before
-    after = rescaled(before, options.batch_size)
-    old, new = before.schedule, after.schedule
-    tell_once(
-        f"--batch-size {options.batch_size} instead of {before.batch_size}: lr {after.optimizer.lr:g} instead of "
-        f"{before.optimizer.lr:g}, {new.iterations} iterations instead of {old.iterations}, steps {list(new.steps)} "
-        f"instead of {list(old.steps)}, warm-up {new.warmup} instead of {old.warmup}"
-    )
-    return after
+    return rescaled_recipe(before, options.batch_size)

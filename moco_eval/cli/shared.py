@@ -34,6 +34,22 @@ def load_config(name: str, kind: str, model: Any, options: Options, more: Sequen
     return configs.load(name, kind, model, overrides)
 
 
+def rescaled_recipe(before: Any, batch_size: int | None) -> Any:
+    """A recipe by iterations for a batch of another size, where one is given, and what that changes said."""
+    from moco_eval.config.fine_tuning import rescaled
+
+    if batch_size in (None, before.batch_size):
+        return before
+    after = rescaled(before, batch_size)
+    old, new = before.schedule, after.schedule
+    tell_once(
+        f"--batch-size {batch_size} instead of {before.batch_size}: lr {after.optimizer.lr:g} instead of "
+        f"{before.optimizer.lr:g}, {new.iterations} iterations instead of {old.iterations}, steps {list(new.steps)} "
+        f"instead of {list(old.steps)}, warm-up {new.warmup} instead of {old.warmup}"
+    )
+    return after
+
+
 def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:
     """The encoder, with the doubts of its load where they would move a number."""
     from moco_eval.encoders.load import load

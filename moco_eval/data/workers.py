@@ -7,13 +7,13 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from moco_eval.errors import RunFailed
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime.console import warn
 from moco_eval.runtime.stop import reading, stop_waiting
 
@@ -165,6 +165,32 @@ class Loaded:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             stop_waiting()
+
+
+class _Refusals:
+    """Hands on an unreadable image as a value: raised in a worker, it would bring that worker's traceback."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            return error
+
+
+def rows(dataset: Any, keys: Iterable[list], workers: int) -> Iterator[Any]:
+    """Of each list of keys a tuple of lists, one for each value that the data set gives for a key.
+
+    Raises:
+        InputError: what the data set raises of a key; and see `Loaded`.
+    """
+    for batch in Loaded(_Refusals(dataset), keys, workers, ready=2, collate_fn=list):
+        for row in batch:
+            if isinstance(row, InputError):
+                raise row
+        yield tuple(list(column) for column in zip(*batch))
 
 
 def explanation(error: str, reason: str = "") -> str | None:

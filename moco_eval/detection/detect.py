@@ -12,11 +12,12 @@ from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores, evaluate
 from moco_eval.detection.pictures import draw_pictures
-from moco_eval.detection.plots import loss_curves, per_class_bars
 from moco_eval.detection.recipe import is_on, recipe_deviations
-from moco_eval.detection.task import DetectionTask, pixels
+from moco_eval.detection.task import DetectionTask
+from moco_eval.encoders.photographs import pixels
 from moco_eval.errors import InputError
-from moco_eval.results import run_directory
+from moco_eval.results import run_directory, trial_folders
+from moco_eval.results.plots import loss_curves, per_class_bars
 from moco_eval.results.record import Cost, ResultRecord, repeats
 from moco_eval.results.statistics import mean_and_std
 from moco_eval.runtime import collectives, files, rank
@@ -47,7 +48,7 @@ def detect(task: DetectionTask, output: Path, device: torch.device) -> dict[str,
         if record := collectives.found_by_main(lambda: run_directory.finished_as(output, about, settings)):
             return record
         data = data or task.draw(output)
-        places = zip(task.seeds, _folders(task, output))
+        places = zip(task.seeds, trial_folders.folders(output, task.seeds))
         trials = [_trial(task, data, engine, seed, folder, device) for seed, folder in places]
         return collectives.found_by_main(lambda: _record(task, data, engine, output, device, trials))
 
@@ -86,26 +87,15 @@ def _data_line(task: DetectionTask, data: DetectionData | None) -> str:
 # Trials and the record
 
 
-def _folders(task: DetectionTask, output: Path) -> list[Path]:
-    """Of each trial."""
-    return [output if task.trials == 1 else output / f"trial_{seed}" for seed in task.seeds]
-
-
 def _trial(
     task: DetectionTask, data: DetectionData, engine: str, seed: int, folder: Path, device: torch.device
 ) -> dict[str, Any]:
     """One fine-tuning and its judgement, or what an earlier call left of it in trial.json. Collective."""
-    if kept := collectives.found_by_main(lambda: _kept(folder)):
+    if kept := collectives.found_by_main(lambda: trial_folders.finished(folder, "detections.json")):
         return kept
     cost, config = Cost(str(device)), task.of_seed(seed)
     detections = engines.fine_tune_and_detect(engine, task.encoder, data, config, folder, device, cost)
     return collectives.found_by_main(lambda: _judge(data, config, folder, cost, detections))
-
-
-def _kept(folder: Path) -> dict[str, Any] | None:
-    """A trial that is finished."""
-    whole = all((folder / name).is_file() for name in ("trial.json", "detections.json"))
-    return files.read_json(folder / "trial.json") if whole else None
 
 
 def _judge(
@@ -136,7 +126,7 @@ def _record(
     trials: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The result record of all trials; detections.json and pictures are the first one's."""
-    folders = _folders(task, output)
+    folders = trial_folders.folders(output, task.seeds)
     if folders[0] != output:
         with files.atomic(output / "detections.json") as temporary:
             shutil.copyfile(folders[0] / "detections.json", temporary)

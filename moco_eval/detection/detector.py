@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.loader import swap_colours
 from moco_eval.detection.backbones import BACKBONES, C4
-from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.proposals import ProposalNetwork, Size
 from moco_eval.detection.regions import RegionHeads
 from moco_eval.encoders.architectures import ARCHITECTURES
@@ -20,6 +19,7 @@ from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import console
+from moco_eval.runtime.seeds import seed_of
 
 
 class Detector(nn.Module):

@@ -32,18 +32,19 @@ from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData, Sample
 from moco_eval.data.pixels import SIXTEEN_BITS, open_image, reason_of
 from moco_eval.data.workers import outlive_signals
-from moco_eval.detection import inputs, state
+from moco_eval.detection import inputs
 from moco_eval.detection.average_precision import Detections, gather
 from moco_eval.detection.detectron2_config import config_of
-from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.masks import decoded, encoded
 from moco_eval.detection.recipe import learning_rate
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export.detectron2 import to_detectron2
 from moco_eval.errors import InputError, RunFailed
+from moco_eval.results import training_state
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, console, files, rank
 from moco_eval.runtime.device import autocast
+from moco_eval.runtime.seeds import seed_of
 from moco_eval.runtime.stop import Stop
 
 RESNET = re.compile(r"(backbone\.(bottom_up\.)?(stem|res\d)|roi_heads\.res5\.\d)\.")
@@ -244,10 +245,10 @@ class _Optimisation:
     def __init__(self, model: nn.Module, cfg: CfgNode, output: Path, cost: Cost):
         self.model, self.cost, self.path = model, cost, output / "checkpoints" / "last.pth"
         self.optimizer = build_optimizer(cfg, model)
-        self.done, self.finished = state.load(self.path, model, self.optimizer, cost)
+        self.done, self.finished = training_state.load(self.path, model, self.optimizer, cost)
 
     def save(self, done: int, finished: bool = False) -> None:
-        state.save(self.path, self.model, self.optimizer, done, finished, self.cost)
+        training_state.save(self.path, self.model, self.optimizer, done, finished, self.cost)
 
 
 def _train(

@@ -5,23 +5,23 @@ Source: detectron2@02b5c4e2, engine/defaults.py and engine/hooks.py; fvcore 0.1.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
-from moco_eval.detection import inputs, state
+from moco_eval.detection import inputs
 from moco_eval.detection.detector import Detector
-from moco_eval.detection.inputs import seed_of
 from moco_eval.detection.recipe import learning_rate
-from moco_eval.errors import Interrupted
+from moco_eval.results.fine_tuning import FineTuning
 from moco_eval.results.record import Cost
-from moco_eval.runtime import collectives, console, files, rank
+from moco_eval.runtime import collectives, rank
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
-from moco_eval.runtime.device import autocast, convolutions, require_finite, to_device, to_host
+from moco_eval.runtime.device import autocast, convolutions, to_device
+from moco_eval.runtime.seeds import seed_of
 from moco_eval.runtime.stop import Stop
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
@@ -67,46 +67,13 @@ def train(
     trainer.save(finished=True)
 
 
-class Trainer:
-    """A detector and its SGD: one process's part of them.
-
-    Attributes:
-        done: iterations so far; `finished`: with precise BN behind them.
-    """
+class Trainer(FineTuning):
+    """A detector and its SGD; `finished`: with precise BN behind them."""
 
     def __init__(self, model: Detector, recipe: DetectConfig, output: Path, device: torch.device, cost: Cost):
-        self.model, self.recipe, self.device, self.cost = model, recipe, device, cost
-        self.optimizer = optimizer_for(model, recipe)
-        self.state = output / "checkpoints" / "last.pth"
-        self.done, self.finished = state.load(self.state, model, self.optimizer, cost)
-        self.ddp = collectives.parallel(model)
-        self.losses = _Losses(output / "metrics.jsonl", recipe, self.done)
-
-    def train(self, stream: Iterator[inputs.Batch], stop: Stop) -> None:
-        """All remaining iterations. Raises RunFailed and Interrupted."""
-        recipe, total = self.recipe, self.recipe.schedule.iterations
-        with console.progress("detect", total, recipe.batch_size, done=self.done) as advance:
-            while self.done < total:
-                with self.cost.clock():
-                    values = self.step(self.coming(stream), self.done)
-                    note = self.losses.add(self.done, values)
-                self.cost.images += recipe.batch_size
-                self.done += 1
-                advance(note=note)
-                asked, _ = stop.look(self.done, False)
-                if asked or self.done % recipe.checkpoints.every == 0 or self.done == total:
-                    self.save()
-                if asked:
-                    stop.check(f"iteration {self.done} of {total} is saved; run the same command to go on")
-
-    def coming(self, stream: Iterator[inputs.Batch]) -> inputs.Batch:
-        """The next batch; where none comes and a signal does, the state is kept. Raises Interrupted."""
-        try:
-            return next(stream)
-        except Interrupted as no_data:
-            if rank.world_size() == 1:
-                self.save()
-            raise Interrupted(f"iteration {self.done} is reached; {no_data}") from None
+        optimizer = optimizer_for(model, recipe)
+        super().__init__("detect", model, optimizer, recipe, partial(learning_rate, recipe), output, cost)
+        self.device = device
 
     def step(self, batch: inputs.Batch, iteration: int) -> dict[str, Tensor]:
         """One iteration on this process's images; returns the losses, means over the processes.
@@ -130,45 +97,6 @@ class Trainer:
         self.optimizer.step()
         together = collectives.all_sum(torch.stack(list(sums.values()))) / (rank.world_size() * self.recipe.accumulate)
         return dict(zip(sums, together))
-
-    def save(self, finished: bool = False) -> None:
-        """Write last.pth, from the first process, once the losses and weights are known to be finite."""
-        self.losses.settle()
-        state.save(self.state, self.model, self.optimizer, self.done, finished, self.cost)
-
-
-class _Losses:
-    """metrics.jsonl: every `log_every`-th iteration's losses.
-
-    A GPU's losses are read an iteration later, so that it never waits for the host.
-    """
-
-    def __init__(self, path: Path, recipe: DetectConfig, done: int):
-        self.path, self.recipe = path, recipe
-        self.coming: tuple[int, list[str], Any] | None = None
-        self.note: str | None = None
-        collectives.found_by_main(lambda: files.cut_lines(path, "iteration", done))
-
-    def add(self, iteration: int, losses: dict[str, Tensor]) -> str | None:
-        """Take an iteration's losses; returns what to say of the newest that were read."""
-        self.settle()
-        values = torch.stack(list(losses.values()))
-        self.coming = iteration, list(losses), to_host(values)
-        if values.device.type != "cuda":
-            self.settle()
-        return self.note
-
-    def settle(self) -> None:
-        """Read what is on its way, and write it where it is due. Raises RunFailed where it is not finite."""
-        if self.coming is None:
-            return
-        (iteration, names, arrived), self.coming = self.coming, None
-        losses, done = dict(zip(names, arrived().tolist())), iteration + 1
-        require_finite(losses["loss"], f"iteration {done}", "take a smaller optimizer.lr")
-        self.note = f"loss {losses['loss']:.3f}"
-        if rank.is_main() and (done % self.recipe.log_every == 0 or done == self.recipe.schedule.iterations):
-            line = {"iteration": done, "lr": learning_rate(self.recipe, iteration), **losses}
-            files.append_line(self.path, line)
 
 
 def parts(

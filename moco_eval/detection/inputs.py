@@ -4,7 +4,7 @@ All that is random about iteration i hangs on (seed, i) alone: a resumed run see
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import Sample, read_image
-from moco_eval.data.workers import Loaded
+from moco_eval.data.workers import rows
 from moco_eval.detection.masks import Segmentation, decoded
 from moco_eval.errors import InputError
 from moco_eval.runtime import console
@@ -222,37 +222,11 @@ def training_batches(
     mine = slice(rank * share, (rank + 1) * share)
     # Not a list: the draws of 540,000 iterations of 16 images take 0.9 GB.
     draws = (batch[mine] for batch in itertools.islice(batches(samples, recipe), start, stop))
-    return _load(_Training(samples, recipe, pairs), draws, recipe.workers)
+    return rows(_Training(samples, recipe, pairs), draws, recipe.workers)
 
 
 def images_to_detect(
     samples: Sequence[Sample], recipe: DetectConfig
 ) -> Iterator[tuple[list[Tensor], list[tuple[int, int]]]]:
     """The test images one by one, resized, each with its width and height on disk."""
-    return _load(_Testing(samples, recipe), [[index] for index in range(len(samples))], recipe.workers)
-
-
-class _Refusals(Dataset):
-    """Hands on an unreadable image as a value: raised in a worker, it would bring that worker's traceback."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key):
-        try:
-            return self.dataset[key]
-        except InputError as error:
-            return error
-
-
-def _load(dataset: Dataset, keys: Iterable[list], workers: int) -> Iterator[Any]:
-    for rows in Loaded(_Refusals(dataset), keys, workers, ready=2, collate_fn=list):
-        for row in rows:
-            if isinstance(row, InputError):
-                raise row
-        yield tuple(list(column) for column in zip(*rows))
-
-
-def seed_of(seed: int, number: int, part: int = 0) -> int:
-    """What torch's generator is seeded with: 0 for the weights that are drawn, i + 1 for a part of iteration i."""
-    return int(np.random.SeedSequence([seed, 4, number, part]).generate_state(1)[0])
+    return rows(_Testing(samples, recipe), [[index] for index in range(len(samples))], recipe.workers)

@@ -1,6 +1,5 @@
 """Ground truth and detections side by side."""
 
-import colorsys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from moco_eval.data.boxes.samples import DetectionData, Sample, read_image
 from moco_eval.detection.average_precision import Detections
+from moco_eval.results.colours import Colour, colour_of
 from moco_eval.runtime import files
 
 SIDE = 400  # pixels that the longer side of each half may have
 GAP = 6
 TINT = 0.4  # how much of a mask's colour covers the image
-Colour = tuple[int, int, int]
 
 
 def draw_pictures(
@@ -113,13 +112,6 @@ def decode(mask: Any, size: tuple[int, int]) -> np.ndarray:
     elif isinstance(mask["counts"], list):
         mask = coco.frPyObjects(mask, height, width)
     return coco.decode(mask)
-
-
-def colour_of(label: int, classes: int) -> Colour:
-    """Colours as far apart as may be: hues in turn around the circle, light and dark by turns."""
-    hue = label / max(classes, 1) if classes <= 12 else label * 0.618034 % 1  # the golden ratio: neighbours differ
-    red, green, blue = colorsys.hls_to_rgb((hue + 0.08) % 1, (0.55, 0.42)[label % 2], 0.85)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _write(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour) -> None:

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
-from moco_eval.config.deviations import differences
+from moco_eval.config.fine_tuning import recipe_differences
 from moco_eval.config.protocol_name import kind_and_name
-from moco_eval.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -60,54 +57,12 @@ def recipe_deviations(recipe: DetectConfig, dataset: str, arch: str) -> list[str
         return [f"protocol {recipe.protocol} is not one of moco-eval's"]
     protocol = PROTOCOLS[recipe.protocol]
     canonical = configs.load(protocol.recipe, "detect", DetectConfig)
-    deviations = []
-    followed = rescaled(canonical, recipe.batch_size)
-    if recipe.batch_size != canonical.batch_size and _rates(recipe) == _rates(followed):
-        deviations.append(
-            f"batch {recipe.batch_size} instead of {canonical.batch_size}: lr, iterations, steps and warm-up rescaled "
-            "by the linear rule"
-        )
-        canonical = followed
-    deviations += differences(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
+    deviations = recipe_differences(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
     if dataset != protocol.dataset:
         deviations.append(f"dataset {dataset} instead of {protocol.dataset}")
     if protocol.arch not in (None, arch, arch.removesuffix("_msra")):  # the supervised baseline is MSRA's ResNet-50
         deviations.append(f"arch {arch} instead of {protocol.arch}")
     return deviations
-
-
-def rescaled(recipe: DetectConfig, batch: int) -> DetectConfig:
-    """The recipe for a batch of another size: the rate goes with it, and as many images are seen.
-
-    Iterations, steps and warm-up are divided by what the rate is multiplied with, rounded.
-
-    Raises:
-        InputError: the batch does not divide into `accumulate` parts.
-    Source: Goyal et al. 2017, arXiv:1706.02677, and Kaiming He in facebookresearch/moco, issue 11 (batch 8, lr 0.01,
-    twice the iterations and steps); the warm-up as in detectron2's auto_scale_workers.
-    """
-    factor, schedule = batch / recipe.batch_size, recipe.schedule
-    longer = {
-        "iterations": max(1, round(schedule.iterations / factor)),
-        "steps": sorted({max(1, round(step / factor)) for step in schedule.steps}),
-        "warmup": round(schedule.warmup / factor),
-    }
-    changed = {
-        "batch_size": batch,
-        "optimizer": recipe.optimizer.model_dump() | {"lr": recipe.optimizer.lr * factor},
-        "schedule": schedule.model_dump() | longer,
-        "expect": None,
-    }
-    try:
-        return DetectConfig.model_validate(recipe.model_dump() | changed)
-    except ValidationError as error:
-        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-
-
-def _rates(recipe: DetectConfig) -> tuple:
-    """What `rescaled` carries along."""
-    schedule = recipe.schedule
-    return (recipe.optimizer.lr, schedule.iterations, schedule.steps, schedule.warmup)
 
 
 def learning_rate(recipe: DetectConfig, iteration: int) -> float:

@@ -18,9 +18,8 @@ from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.inputs import resized
 from moco_eval.detection.recipe import recipe_deviations
 from moco_eval.encoders.encoder import Encoder
-from moco_eval.encoders.pixel_choice import OF_RESIZING
+from moco_eval.encoders.photographs import pixels, require_no_resizing, require_photographs
 from moco_eval.errors import InputError
-from moco_eval.preprocessing import BANDS, Preprocessing
 from moco_eval.runtime import collectives, console
 
 DATASETS = ("voc", "voc07", "coco", "voc-folder", "coco-folder", "digits")
@@ -91,9 +90,9 @@ class DetectionTask:
             raise InputError(
                 f"--dataset {self.dataset!r} is no detection data set.{did_you_mean(self.dataset, DATASETS)}"
             )
-        _check_channels(self.encoder)
+        require_photographs(self.encoder, "detect")
         check_architecture(self.encoder)
-        _check_pixels(self.encoder)
+        require_no_resizing(self.encoder, "a detector")
         _check_colours(self.encoder, self.config)
         _check_heads(self.dataset, self.config)
         _check_schedule(self.config, processes)
@@ -152,27 +151,6 @@ class DetectionTask:
 # Checks
 
 
-def _check_pixels(encoder: Encoder) -> None:
-    """Raises InputError where pixels were chosen that no detector is given."""
-    if unused := [key for key in encoder.pixels or {} if key in OF_RESIZING]:
-        raise InputError(
-            f"--pixels {unused[0]}: a detector resizes whole images, bilinearly and as its recipe says, as detectron2 "
-            "does; leave it out"
-        )
-
-
-def _check_channels(encoder: Encoder) -> None:
-    """Raises InputError where the encoder takes other images than photographs in RGB."""
-    of_bands = encoder.preprocessing and encoder.preprocessing.channels == BANDS
-    channels = encoder.network.in_channels
-    if channels != 3 or of_bands:
-        kind = f"images of {channels} channels" if channels != 3 else "three bands in units of their own"
-        raise InputError(
-            f"detect trains on photographs of 3 channels, RGB of 8 bits, and {encoder.source} takes {kind}; judge it "
-            "by the classification protocols, or take an encoder of RGB images"
-        )
-
-
 def _check_colours(encoder: Encoder, config: DetectConfig) -> None:
     """Raises InputError where the recipe names other colours than the encoder expects."""
     expected = pixels(encoder)["channels"]
@@ -182,14 +160,6 @@ def _check_colours(encoder: Encoder, config: DetectConfig) -> None:
             f"input.format {config.input.format} in the recipe, and {encoder.source} {stated} {expected}; "
             "take --set input.format=auto, which follows the encoder"
         )
-
-
-def pixels(encoder: Encoder) -> dict[str, Any]:
-    """What the encoder is given: colours, mean and standard deviation; and whether its checkpoint says so."""
-    given = (encoder.preprocessing or Preprocessing()).to_dict()
-    return {name: given[name] for name in ("channels", "mean", "std", "range")} | {
-        "from": "encoder" if encoder.preprocessing else "default: the encoder does not say"
-    }
 
 
 def _check_heads(dataset: str, config: DetectConfig) -> None:

@@ -139,13 +139,17 @@ def _in_place(layout: Layout, contents: Contents) -> Layout:
     return replace(layout, usual="key") if alone else layout
 
 
+_UNUSED = "not used by an evaluation"
+
+
 def _beside(contents: Contents) -> list[tuple[str, str]]:
     """What stands beside the tensors and is not read, each with its reason."""
     dropped = []
     for name, value in contents.beside.items():
         count = count_tensors(value) + isinstance(value, torch.Tensor)
         if name in STATE or (name not in READ and not count):
-            dropped.append((name, STATE.get(name, "not used by an evaluation")))
+            of_optimiser = isinstance(value, dict) and "param_groups" in value
+            dropped.append((name, STATE["optimizer" if of_optimiser else name] if name in STATE else _UNUSED))
         elif any(is_named(other, name) for other in contents.others):
             dropped.append((f"{name} ({count} tensors)", f"another network; --key {name} takes it"))
         elif count:

@@ -7,14 +7,19 @@ from typing import Any
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results import run_files
+from moco_eval.results.record import DENSE
 
 TASKS = ("linear", "knn")  # the protocols whose answers are shown first
 
 
-def by_test_set(runs: Sequence[Run], detection: bool = False) -> list[tuple[str, list[Run]]]:
-    """Classifications, or detections, by the images they were tested on, oldest first: ('digits test', runs)."""
+def by_test_set(runs: Sequence[Run], dense: bool = False) -> list[tuple[str, list[Run]]]:
+    """Runs by the images they were tested on, oldest first: ('digits test', runs).
+
+    Args:
+        dense: detections and segmentations, and else classifications.
+    """
     groups: dict[tuple, list[Run]] = {}
-    judged = [run for run in runs if run.record and (run.config["command"] == "detect") == detection]
+    judged = [run for run in runs if run.record and (run.config["command"] in DENSE) == dense]
     for run in sorted(judged, key=lambda run: run.time):
         assert run.record
         dataset = run.record["dataset"]

@@ -9,17 +9,17 @@ from PIL import Image, UnidentifiedImageError
 
 from moco_eval import limits
 from moco_eval.data.pixels import open_image, reason_of
-from moco_eval.detection.plots import ROWS, bars_figure, loss_figure
 from moco_eval.errors import InputError
 from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
 from moco_eval.report.pick import by_encoder, by_test_set
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results import run_files
+from moco_eval.results.plots import ROWS, bars_figure, loss_figure
 
 PICTURES = 4  # drawn images per encoder
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
 DRAWN_BYTES = 60_000  # and so are drawn images, of which there are many
-CLASS_METRICS = ("APbb", "AP50")  # the one shown of each class: COCO's, or VOC's
+CLASS_METRICS = ("APbb", "AP50", "IoU")  # the one shown of each class: COCO's, VOC's, or of a segmentation
 
 
 def has(run: Run, name: str) -> bool:
@@ -38,13 +38,13 @@ def neighbours(runs: list[Run], names: dict[str, str], order: list[str]) -> list
 
 
 def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list[dict[str, Any]]:
-    """Detection runs by test set and protocol, and in each by encoder: drawn images, bars of the classes, losses.
+    """Detections and segmentations by test set and protocol, in each by encoder: drawn images, class bars, losses.
 
     The images are the same ones in the same order for each encoder; of two runs of an encoder the newer counts.
     Runs that left none of these are passed over.
     """
     groups: dict[tuple[str, str], dict[str, Run]] = {}
-    for data, tested in by_test_set(runs, detection=True):
+    for data, tested in by_test_set(runs, dense=True):
         for run in tested:
             assert run.record
             groups.setdefault((data, run.record["protocol"]), {})[names[sha_of(run)]] = run

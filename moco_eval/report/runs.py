@@ -10,6 +10,7 @@ from typing import Any
 
 from moco_eval.errors import InputError
 from moco_eval.results import run_files, schema
+from moco_eval.results.record import DENSE
 from moco_eval.results.run_directory import finished
 from moco_eval.runtime import files
 
@@ -22,7 +23,7 @@ MOCO_ORIGINS = ("facebookresearch/moco", "moco-eval")
 class Run:
     """A run directory as it was read; `record` is None for a pretraining.
 
-    `metrics`: the lines of a pretraining's metrics.jsonl; of a detection run `trials` has those of each fine-tuning.
+    `metrics`: the lines of a pretraining's metrics.jsonl; of a dense task `trials` has those of each training.
     `name`: the folder's name, with folders above it where runs that were read together share one.
     """
 
@@ -93,7 +94,7 @@ def _read(folder: Path) -> Run | None:
     metrics = folder / "metrics.jsonl"
     if values["command"] == "pretrain" and run_files.is_there(metrics):
         run.metrics = run_files.read_metrics(metrics, schema.LoggedStep)
-    if values["command"] == "detect":
+    if values["command"] in DENSE:
         paths = [path for path in (metrics, *sorted(folder.glob("trial_*/metrics.jsonl"))) if run_files.is_there(path)]
         run.trials = [lines for path in paths if (lines := run_files.read_metrics(path, schema.Iteration))]
     if not (run.record or run.metrics):

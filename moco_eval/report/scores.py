@@ -10,8 +10,9 @@ from moco_eval.report.runs import Run, sha_of
 from moco_eval.results.record import repeats
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
-METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP")}
-TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection"}
+METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP", "mIoU")}
+TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection", "segment": "segmentation"}
+WITHOUT_LABELS = ("detection", "segmentation")  # tasks that have no few labels
 
 
 @dataclass
@@ -72,7 +73,7 @@ def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
 def _number_data(columns: dict[Any, Column]) -> None:
     """Number data of one name, where their files or splits differ; scenes are not the images of a classification."""
     seen: dict[tuple[str, bool], list[tuple]] = {}
-    names = {key: (column.dataset, column.task == TASKS["detect"]) for key, column in columns.items()}
+    names = {key: (column.dataset, column.task in WITHOUT_LABELS) for key, column in columns.items()}
     for key, name in names.items():
         seen.setdefault(name, []).append(key[3])
     for key, column in columns.items():
@@ -157,7 +158,7 @@ def summary(
 
 def _measure(column: Column) -> str:
     measure = f"{column.task} {column.metric}"
-    return measure if column.task == "detection" else f"{measure} with {column.regime}"
+    return measure if column.task in WITHOUT_LABELS else f"{measure} with {column.regime}"
 
 
 def _verdict(column: Column, name: str, rival: str, paired: Sequence[dict[str, Any]]) -> str:

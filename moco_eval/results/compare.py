@@ -15,7 +15,7 @@ from moco_eval import limits
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 from moco_eval.results import run_files
-from moco_eval.results.record import SCHEMA, repeats
+from moco_eval.results.record import DENSE, SCHEMA, repeats
 from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
 from moco_eval.runtime.printable import one_line
 from moco_eval.untrusted import npz
@@ -80,10 +80,11 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder / 'result.json'} is no {SCHEMA} record")
     if record is None:
         raise InputError(f"{folder} holds no result.json, so no finished evaluation; run it to its end first")
-    if kind_and_name(record["protocol"])[0] == "detect":
+    kind = kind_and_name(record["protocol"])[0]
+    if kind in DENSE:
         raise InputError(
-            f"{folder} is a detection run ({record['protocol']}); compare takes classification runs, with one "
-            "answer to each test image: moco-eval report sets detections side by side"
+            f"{folder} is a {DENSE[kind]} run ({record['protocol']}); compare takes classification runs, with one "
+            f"answer to each test image: moco-eval report sets {DENSE[kind]}s side by side"
         )
     return Run(folder, record, _read_answers(folder / "predictions.npz", record))
 

@@ -15,6 +15,8 @@ from moco_eval.runtime.console import log
 from moco_eval.runtime.rank import is_main
 
 SCHEMA = "moco-eval/result@1"
+# evaluations that answer for places of an image, by their commands
+DENSE = {"detect": "detection", "segment": "segmentation"}
 
 
 @dataclass

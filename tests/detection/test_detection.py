@@ -18,13 +18,14 @@ from torch.nn.utils import parameters_to_vector
 
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig, Scenes
+from moco_eval.config.fine_tuning import rescaled
 from moco_eval.data.boxes.samples import DetectionData, make_sample
 from moco_eval.detection import fine_tune, inputs, torchvision_engine
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.detect import _judge, _mean_per_class, detect, format_table, plan
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.fine_tune import optimizer_for
-from moco_eval.detection.recipe import PROTOCOLS, is_on, learning_rate, recipe_deviations, rescaled
+from moco_eval.detection.recipe import PROTOCOLS, is_on, learning_rate, recipe_deviations
 from moco_eval.detection.task import DetectionTask, open_digits
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.encoders.architectures import architecture, build_backbone

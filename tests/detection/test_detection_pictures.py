@@ -11,7 +11,7 @@ from pycocotools import mask as pycocotools_mask
 from moco_eval.data.boxes.samples import DetectionData, Sample
 from moco_eval.detection.average_precision import Detections
 from moco_eval.detection.pictures import GAP, SIDE, TINT, colour_of, decode, draw_pictures
-from moco_eval.detection.plots import POINTS, ROWS, bars_figure, loss_curves, loss_figure, moving_mean, per_class_bars
+from moco_eval.results.plots import POINTS, ROWS, bars_figure, loss_curves, loss_figure, moving_mean, per_class_bars
 
 SQUARE = [[20, 40, 60, 40, 60, 80, 20, 80]]  # a polygon, x0 to x1 and y0 to y1 of the box below
 BOX = (20.0, 40.0, 60.0, 80.0)

@@ -7,8 +7,9 @@ classification digits.
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -47,14 +48,31 @@ def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) 
         InputError: the folder holds something else, or cannot be written.
     """
     wanted = {"scenes": "digits@2", "seed": seed, "train": train, "test": test}
+    if _stated(folder) == wanted | {"scenes": "digits@1"}:  # the same images and boxes, without masks
+        for split, scenes in draw_scenes(seed, train, test).items():
+            _write_annotations(folder / "coco", SPLITS[split], scenes)
+        write_json(folder / "scenes.json", wanted)
+        return folder
+
+    def write(place: Path) -> None:
+        for split, scenes in draw_scenes(seed, train, test).items():
+            _write_voc(place / "voc", split, scenes)
+            _write_coco(place / "coco", SPLITS[split], scenes)
+
+    return written_once(folder, wanted, write)
+
+
+def written_once(folder: Path, wanted: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """A folder of scenes, written where it is not there, made at once under its final name.
+
+    Args:
+        wanted: what its scenes.json says of the scenes.
+        write: fills a new folder.
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
     if folder.is_dir() and any(folder.iterdir()):
-        there = read_json(folder / "scenes.json") if (folder / "scenes.json").is_file() else None
-        if there == wanted:
-            return folder
-        if there == wanted | {"scenes": "digits@1"}:  # the same images and boxes, without masks
-            for split, scenes in draw_scenes(seed, train, test).items():
-                _write_annotations(folder / "coco", SPLITS[split], scenes)
-            write_json(folder / "scenes.json", wanted)
+        if _stated(folder) == wanted:
             return folder
         raise InputError(f"{folder} holds something other than the digit scenes {wanted}; choose another --data")
     try:
@@ -64,14 +82,17 @@ def write_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) 
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     try:
         with disk_errors_named(folder):
-            for split, scenes in draw_scenes(seed, train, test).items():
-                _write_voc(temporary / "voc", split, scenes)
-                _write_coco(temporary / "coco", SPLITS[split], scenes)
+            write(temporary)
             (temporary / "scenes.json").write_text(json.dumps(wanted) + "\n", encoding="utf-8")
             temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _stated(folder: Path) -> Any:
+    """What a folder's scenes.json says; None where there is none."""
+    return read_json(folder / "scenes.json") if (folder / "scenes.json").is_file() else None
 
 
 def draw_scenes(seed: int, train: int, test: int) -> dict[str, list[Scene]]:

@@ -1,4 +1,4 @@
-"""checkpoints/last.pth of a fine-tuning: what either engine goes on from."""
+"""checkpoints/last.pth of a fine-tuning by iterations: what a detector or a segmentation goes on from."""
 
 from pathlib import Path
 
@@ -9,19 +9,26 @@ from moco_eval.errors import InputError
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, console, device, files, rank
 
-FORMAT = "moco-eval/detect@1"
 
-
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, finished: bool, cost: Cost) -> None:
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    done: int,
+    finished: bool,
+    cost: Cost,
+    command: str = "detect",
+) -> None:
     """Write it, from the first process, once the weights are known to be finite. Collective.
 
     Args:
-        done: iterations so far; `finished`: with precise BN behind them.
+        done: iterations so far; `finished`: with what follows the last of them behind it, such as precise BN.
+        command: detect or segment.
     """
     device.require_finite_weights(model, done)
     if rank.is_main():
         state = {
-            "format": FORMAT,
+            "format": f"moco-eval/{command}@1",
             "iteration": done,
             "finished": finished,
             "model": model.state_dict(),
@@ -35,10 +42,10 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: i
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: Cost) -> tuple[int, bool]:
-    """Take it up; returns the iterations already done and whether precise BN is: none and not, where there is none.
+    """Take it up; returns the iterations already done (0 without a file) and whether what follows them is done too.
 
     Raises:
-        InputError: a damaged file, or another detector's.
+        InputError: a damaged file, or another network's.
     """
     if not path.is_file():
         return 0, False

@@ -1,4 +1,4 @@
-"""AP of each class as bars, and the losses of a fine-tuning as curves; as files, and as figures for the report."""
+"""Scores of the classes as bars, and losses of a fine-tuning as curves; as files, and as figures for the report."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moco_eval.detection.average_precision import Scores
 from moco_eval.runtime import files
+
+Scores = dict[str, float | None]  # of one class, by metric
 
 ROWS = 30  # bars that one column takes; more are shared by two
 ROW, WIDTH = 0.19, 4.6  # inches of a bar and of a column

@@ -1,0 +1,65 @@
+"""Recipes of fine-tunings by iterations: another batch size, and where a run leaves the recipe of its protocol."""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from moco_eval.config.deviations import differences
+from moco_eval.errors import InputError
+
+RecipeT = TypeVar("RecipeT", bound=BaseModel)
+
+
+def rescaled(recipe: RecipeT, batch: int) -> RecipeT:
+    """The recipe for a batch of another size: the rate goes with it, and as many images are seen.
+
+    Iterations, steps and warm-up are divided by what the rate is multiplied with, rounded. The rates of a sweep go with
+    it too.
+
+    Raises:
+        InputError: the recipe cannot have such a batch.
+    Source: Goyal et al. 2017, arXiv:1706.02677, and Kaiming He in facebookresearch/moco, issue 11 (batch 8, lr 0.01,
+    twice the iterations and steps); the warm-up as in detectron2's auto_scale_workers.
+    """
+    values: dict[str, Any] = recipe.model_dump()
+    factor, schedule, sweep = batch / values["batch_size"], values["schedule"], values.get("sweep")
+    longer = {
+        "iterations": max(1, round(schedule["iterations"] / factor)),
+        "steps": sorted({max(1, round(step / factor)) for step in schedule["steps"]}),
+        "warmup": round(schedule["warmup"] / factor),
+    }
+    changed = {
+        "batch_size": batch,
+        "optimizer": values["optimizer"] | {"lr": values["optimizer"]["lr"] * factor},
+        "schedule": schedule | longer,
+        "expect": None,
+    }
+    if sweep:
+        changed["sweep"] = sweep | {"lr": [rate * factor for rate in sweep["lr"]]}
+    try:
+        return type(recipe).model_validate(values | changed)
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def recipe_differences(recipe: Any, canonical: Any, free: Iterable[str] = ()) -> list[str]:
+    """In words, where a recipe leaves its protocol's; another batch with all that `rescaled` carries is one of them."""
+    deviations = []
+    followed = rescaled(canonical, recipe.batch_size)
+    if recipe.batch_size != canonical.batch_size and _rates(recipe) == _rates(followed):
+        deviations.append(
+            f"batch {recipe.batch_size} instead of {canonical.batch_size}: lr, iterations, steps and warm-up rescaled "
+            "by the linear rule"
+        )
+        canonical = followed
+    return deviations + differences(recipe, canonical, free)
+
+
+def _rates(recipe: Any) -> tuple:
+    """What `rescaled` carries along."""
+    schedule = recipe.schedule
+    return (
+        *(recipe.optimizer.lr, schedule.iterations, schedule.steps, schedule.warmup),
+        getattr(recipe, "sweep", None),
+    )

@@ -1,0 +1,1 @@
+"""Semantic segmentation: trained on masks from an encoder, judged by mIoU."""

@@ -1,0 +1,229 @@
+"""What one segmentation is about: the encoder, the data, the recipe; its checks, and opening the data."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moco_eval.config.detection import Scenes
+from moco_eval.config.load import did_you_mean
+from moco_eval.config.segmentation import SegmentConfig
+from moco_eval.data.masks import scenes as digits
+from moco_eval.data.masks.ade20k import read_ade20k
+from moco_eval.data.masks.cityscapes import read_cityscapes
+from moco_eval.data.masks.coco_stuff import read_coco_stuff
+from moco_eval.data.masks.folder import read_class_names, read_mask_folder
+from moco_eval.data.masks.samples import IGNORED, SegmentationData, count_pixels
+from moco_eval.data.masks.voc import read_voc2012, read_voc_aug
+from moco_eval.encoders.encoder import Encoder
+from moco_eval.encoders.photographs import require_no_resizing, require_photographs
+from moco_eval.errors import InputError
+from moco_eval.runtime import collectives, console
+from moco_eval.segmentation.networks import check_encoder
+from moco_eval.segmentation.recipe import recipe_deviations
+
+OFFICIAL = {
+    "voc-aug": read_voc_aug,
+    "voc2012": read_voc2012,
+    "cityscapes": read_cityscapes,
+    "ade20k": read_ade20k,
+    "coco-stuff": read_coco_stuff,
+}
+DATASETS = (*OFFICIAL, "mask-folder", "digits")
+NAMED = 5  # classes that a warning names
+
+
+@dataclass(frozen=True)
+class SegmentationTask:
+    """What one segmentation is about.
+
+    Attributes:
+        encoder: from whose weights every training starts, or on which it stands.
+        config: the recipe; its seed is the first trial's.
+        dataset: one of DATASETS; empty where `data` is open already.
+        data: the data set's folder, or the data themselves, opened. For 'digits' the folder where its scenes are kept,
+            by default output/scenes; for others None stands for MOCO_EVAL_DATA.
+        train_split, test_split, classes, ignored: for mask-folder; `classes` is a file of names.
+        trials: trainings on the one encoder, with seeds from config.seed on.
+    """
+
+    encoder: Encoder
+    config: SegmentConfig
+    dataset: str = ""
+    data: Path | SegmentationData | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    classes: Path | None = None
+    ignored: tuple[int, ...] = (IGNORED,)
+    trials: int = 1
+
+    def __post_init__(self) -> None:
+        assert bool(self.dataset) != isinstance(self.data, SegmentationData), "a data set by its name, or open data"
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.data.name if isinstance(self.data, SegmentationData) else self.dataset
+
+    @property
+    def folder(self) -> Path | None:
+        """The data set's folder, where one was given."""
+        return None if isinstance(self.data, SegmentationData) else self.data
+
+    @property
+    def scenes(self) -> Scenes | None:
+        """What is drawn for 'digits'; None where nothing is drawn."""
+        return (self.config.scenes or Scenes()) if self.dataset == "digits" else None
+
+    @property
+    def seeds(self) -> range:
+        """Of the trials."""
+        return range(self.config.seed, self.config.seed + self.trials)
+
+    def of_seed(self, seed: int) -> SegmentConfig:
+        """The recipe of one trial."""
+        return self.config.model_copy(update={"seed": seed})
+
+    def check(self, processes: int) -> None:
+        """Everything that can be refused before the data are opened.
+
+        Raises:
+            InputError: an unknown data set; an encoder that the model does not stand on; a batch that the processes
+                cannot share; options of mask-folder with other data.
+        """
+        if self.dataset and self.dataset not in DATASETS:
+            raise InputError(
+                f"--dataset {self.dataset!r} is no data set with masks.{did_you_mean(self.dataset, DATASETS)}"
+            )
+        require_photographs(self.encoder, "segment")
+        require_no_resizing(self.encoder, "a segmentation")
+        check_encoder(self.encoder, self.config)
+        _check_schedule(self.config, processes)
+        _check_options(self)
+
+    def open(self) -> SegmentationData | None:
+        """The data, every mask read once; None for 'digits', whose scenes are drawn below the run directory.
+
+        Warns of classes without a pixel and of images without a labelled one. Collective.
+
+        Raises:
+            InputError: no folder, what the readers refuse, a mask that is refused, a split without a labelled pixel.
+        """
+        if self.scenes:
+            return None
+        data = self.data if isinstance(self.data, SegmentationData) else open_data(self)
+        _look(data, str(self.folder or self.name))
+        return data
+
+    def draw(self, output: Path) -> SegmentationData:
+        """The scenes of 'digits', drawn below `output` if they are not there. Collective."""
+        scenes = self.scenes
+        assert scenes
+        folder = self.folder or output / "scenes"
+        wanted = {"seed": scenes.seed, "train": scenes.train, "test": scenes.test}
+        collectives.found_by_main(lambda: str(digits.write_mask_scenes(folder, **wanted)))
+        return read_mask_folder(folder, classes=digits.CLASSES, name="digits")
+
+    def deviations(self, data: SegmentationData | None = None) -> list[str]:
+        """In words, where the run leaves its protocol."""
+        of_recipe = recipe_deviations(self.config, self.name, self.encoder.arch)
+        return of_recipe + (list(data.deviations) if data else [])
+
+    def resolved(self, data: SegmentationData | None) -> dict[str, Any]:
+        """What config.yaml says of the run: everything that decides its numbers."""
+        return {
+            "command": "segment",
+            "dataset": self.name,
+            "data": str(self.folder) if self.folder else None,
+            "fingerprint": data.fingerprint if data else None,
+            "splits": [self.train_split, self.test_split],
+            "classes": list(data.classes) if data else None,
+            "ignored": list(self.ignored),
+            "encoder": self.encoder.identity(),
+            "trials": self.trials,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+
+# Checks
+
+
+def _check_schedule(config: SegmentConfig, processes: int) -> None:
+    """Warns of a rate that never falls. Raises InputError where the processes cannot share a batch."""
+    schedule = config.schedule
+    if schedule.steps and schedule.steps[0] >= schedule.iterations:
+        console.warn(
+            f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
+        )
+    if config.batch_size % processes:
+        below = config.batch_size // processes * processes
+        near = [size for size in (below, below + processes) if size]
+        raise InputError(
+            f"batch_size {config.batch_size} does not divide into {processes} processes; "
+            f"take --batch-size {' or '.join(map(str, near))}, or another --nproc"
+        )
+    share = config.batch_size // processes
+    if share == 1 and config.bn == "local" and config.model != "linear":
+        console.warn("each process has one image: its BN statistics are that image's; take --set bn=sync")
+
+
+def _check_options(task: SegmentationTask) -> None:
+    """Raises InputError where options of mask-folder are given with other data."""
+    given = {
+        "--train-split": task.train_split,
+        "--test-split": task.test_split,
+        "--classes": task.classes,
+        "--ignore": task.ignored if task.ignored != (IGNORED,) else None,
+    }
+    if task.dataset != "mask-folder" and (wrong := [name for name, value in given.items() if value]):
+        raise InputError(f"{wrong[0]} is of --dataset mask-folder; {task.name} has its own: leave it out")
+
+
+def _look(data: SegmentationData, where: str) -> None:
+    """Read every mask. Warns of, or refuses, what a training or a score would make nothing of. Collective."""
+    splits = {"training": (data.train_split, data.train), "test": (data.test_split, data.test)}
+    for kind, (split, samples) in splits.items():
+        present, empty = collectives.found_by_main(partial(_summary, data, samples))
+        if not any(present):
+            raise InputError(f"no mask of {split} in {where} has a labelled pixel: all are ignored; give other masks")
+        if missing := [name for name, there in zip(data.classes, present) if not there]:
+            some = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+            why = "they are never learnt" if kind == "training" else "they count only where they are predicted"
+            lack = f"{len(missing)} of {len(data.classes)} classes have no pixel in the {kind} masks ({some})"
+            console.warn(f"{lack}: {why}")
+        if empty:
+            console.warn(f"{len(empty)} of {len(samples)} {kind} masks have no labelled pixel (the first: {empty[0]})")
+
+
+def _summary(data: SegmentationData, samples: Sequence[Any]) -> tuple[list[bool], list[str]]:
+    """Which classes have a pixel, and the masks where none has."""
+    counts = count_pixels(data, samples)
+    labelled = counts.sum(axis=1).tolist()
+    empty = [str(sample.mask) for sample, pixels in zip(samples, labelled) if not pixels]
+    return [pixels > 0 for pixels in counts.sum(axis=0).tolist()], empty
+
+
+# Data
+
+
+def open_data(task: SegmentationTask) -> SegmentationData:
+    """The images and masks of a data set on disk; its masks are not read yet.
+
+    Raises:
+        InputError: no folder, or what the readers refuse.
+    """
+    folder = task.folder or (Path(os.environ["MOCO_EVAL_DATA"]) if os.environ.get("MOCO_EVAL_DATA") else None)
+    if folder is None:
+        raise InputError(
+            f"--dataset {task.dataset} needs --data (or MOCO_EVAL_DATA); for example: moco-eval segment CHECKPOINT "
+            f"--dataset {task.dataset} --data path/to/data"
+        )
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"--data {folder} {what}; give the data's folder")
+    if task.dataset in OFFICIAL:
+        return OFFICIAL[task.dataset](folder)
+    classes = read_class_names(task.classes) if task.classes else ()
+    return read_mask_folder(folder, task.train_split, task.test_split, classes, task.ignored)
