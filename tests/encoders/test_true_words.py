@@ -207,3 +207,12 @@ def test_an_absent_shard_is_not_replaced_by_another_file(tmp_path):
     index.write_text('{"weight_map": {"a": "gone-00001-of-00002.safetensors"}}')
     message = error(str(index))
     assert "does not exist: bring it into the same folder" in message and "another" not in message
+
+
+def test_an_optimisers_state_is_called_so_whatever_its_entry(tmp_path):
+    tensors = {f"module.encoder_q.{name}": tensor for name, tensor in body(0, "resnet18_quarter").items()}
+    values = {"state_dict": tensors, "opt": {"state": {}, "param_groups": []}, "args": {"lr": 0.1}}
+    torch.save(values, tmp_path / "x.pth")
+    dropped = dict(load(str(tmp_path / "x.pth")).dropped)
+    assert dropped["opt"] == "the optimiser's state, for resuming"
+    assert dropped["args"] == "settings of the run that wrote it"
