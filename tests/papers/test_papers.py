@@ -366,6 +366,7 @@ class Published:
     """As many images as a data set was published with, and nothing in them."""
 
     split, labels_per_class, subset, whole, damaged, passed_over = "train", None, None, None, (), ""
+    channels, bands = 3, None
 
     def __init__(self, name):
         self.name = name
