@@ -92,7 +92,7 @@ class DetectionTask:
                 f"--dataset {self.dataset!r} is no detection data set.{did_you_mean(self.dataset, DATASETS)}"
             )
         _check_channels(self.encoder)
-        check_architecture(self.encoder)
+        check_architecture(self.encoder, self.config.model)
         _check_pixels(self.encoder)
         _check_colours(self.encoder, self.config)
         _check_heads(self.dataset, self.config)
