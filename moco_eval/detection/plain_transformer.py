@@ -70,6 +70,8 @@ def obstacle(encoder: Encoder) -> str | None:
     vit: Any = encoder.backbone
     if not isinstance(vit, VisionTransformer):
         return "is no plain ViT"
+    if not encoder.network.stages:
+        return "is somebody's own module, of which no stages are known"
     plain = all(type(block) is Block and type(block.attn) is Attention and not block.attn.gate for block in vit.blocks)
     if not plain or hasattr(vit.patch_embed, "backbone"):
         return "has other parts than a plain ViT's"

@@ -148,6 +148,13 @@ def test_what_a_model_takes(arch, model, message):
         check_architecture(encoder, model)
 
 
+def test_a_wrapped_vit_is_refused():
+    encoder = load(f"random:{VIT}")
+    encoder.wrapped = True
+    with pytest.raises(InputError, match="somebody's own module"):
+        check_architecture(encoder, "vitdet")
+
+
 def test_detectron2_refuses_what_is_no_resnet(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr("importlib.import_module", lambda name: None)
