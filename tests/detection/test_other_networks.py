@@ -1,6 +1,7 @@
 """Detectors of networks that are no ResNet of ours: four strides into a pyramid, plain ViTs into the simple one."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -296,6 +297,19 @@ def test_objects_that_are_cut_away_are_not_trained_on(tmp_path):
     view = View((100, 100), (200, 200), False, (100, 90), (64, 64))
     target = _Training([sample], recipe(VIT), ()).target(sample, view)
     assert target["labels"].tolist() == [2] and target["boxes"].tolist() == [[20, 30, 64, 64]]
+
+
+def test_boxes_of_cut_masks_are_those_of_what_is_left(tmp_path):
+    """A triangle whose box is [10, 90] x [10, 90]; the right half of the image shows it up to row 50 only."""
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    triangle = [np.array([10.0, 10, 90, 10, 10, 90])]
+    sample = make_sample(1, tmp_path / "a.png", (100, 100), [((10, 10, 90, 90), 0, False, False)])
+    sample = replace(sample, masks=(triangle,))
+    view = View((100, 100), (100, 100), False, (50, 0), (50, 100))
+    masks = configs.load("coco_vitdet_b", "detect", DetectConfig)
+    for config, box in ((masks, [0, 10, 40, 50]), (recipe(VIT), [0, 10, 40, 90])):
+        target = _Training([sample], config, ()).target(sample, view)
+        assert target["boxes"].tolist() == [pytest.approx(box)]
 
 
 # Whole
