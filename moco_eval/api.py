@@ -241,7 +241,7 @@ def detect(
     """Fine-tune a detector on the encoder and measure its average precision.
 
     Args:
-        encoder: a ResNet that was loaded; a detector is built of its parts, which a wrapped network does not name.
+        encoder: one that was loaded; a detector is built of its parts, which a wrapped network does not name.
         data: voc, voc07, coco, voc-folder, coco-folder or digits (built in), or data that are open already.
         recipe: a shipped recipe or a file.
         folder: the data set's.

@@ -19,6 +19,7 @@ from moco_eval.classification.task import Code, Outcome, Passes, Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.config.classification import FinetuneConfig
 from moco_eval.config.learning_rate import rate_of_step
+from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.features.extract import extract
@@ -49,10 +50,11 @@ def run_trial(task: Task, config: FinetuneConfig, seed: int, state: Path | None,
     loop = Loop(learner, images, config, task.preprocessing, seed, state, device, config.drop_last)
     earlier = loop.run("finetune")
     check_moved(task.encoder.backbone, learner.net.backbone)
-    scores = learner.scores()
+    scores = learner.scores(task.test)
     learner.note(config.schedule.epochs, scores)
     seen = config.schedule.epochs * len(images) + len(learner.tested) * len(task.test)
-    return Outcome(scores, seen, learner.notes(), earlier)
+    further = {part.split: learner.scores(part) for test in task.further for part in test.parts}
+    return Outcome(scores, seen, learner.notes(), earlier, further=further)
 
 
 class Classifier(nn.Module):
@@ -108,15 +110,15 @@ class EndToEnd:
         """Look at the test images after each `test_every` epochs; at the last one the trial does so itself."""
         epochs = epoch + 1
         if epochs % self.config.test_every == 0 and epochs < self.config.schedule.epochs:
-            self.note(epochs, self.scores())
+            self.note(epochs, self.scores(self.task.test))
 
-    def scores(self) -> torch.Tensor:
-        """Class scores of the clean test images, (images, classes), on the CPU, of every process alike."""
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        """Class scores of clean test images, (images, classes), on the CPU, of every process alike."""
         for buffer in self.net.buffers():
             broadcast_(buffer)  # the first process's running statistics, where each takes its own
         scores = extract(
             self.net.eval(),
-            self.task.test,
+            images,
             self.task.preprocessing,
             self.device,
             batch_size=self.config.batch_size,

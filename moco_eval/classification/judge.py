@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_eval.classification import recording, trials
+from moco_eval.classification import further, recording, trials
 from moco_eval.classification.protocols import Protocol, by_name
 from moco_eval.classification.task import Outcome, Task
 from moco_eval.config import load as configs
@@ -124,6 +124,9 @@ def check(task: Task, config: Any) -> None:
     check_images(task)
     task.training_images(config.seed)
     protocol.code().check(task, config)
+    for part in (part for test in task.further for part in test.parts):
+        tell_doubts(part)
+        tell_repeats(task.train, part)
 
 
 def check_images(task: Task) -> None:
@@ -151,7 +154,7 @@ def resolved(task: Task, config: Any) -> dict[str, Any]:
         "labels_per_class": task.labels_per_class,
         "trials": task.trials,
         "config": config.model_dump(mode="json"),
-    }
+    } | ({"also": {test.name: test.record() for test in task.further}} if task.further else {})
 
 
 def canonical(protocol: Protocol, encoder: Encoder) -> Any:
@@ -189,7 +192,9 @@ def decided(task: Task, config: Any, outcomes: Sequence[Outcome], cost: Cost) ->
         selection=protocol.selection,
         cost=cost,
         interval=_intervals(list(rows[0]["metrics"]), outcomes, task.test),
-        extra={"preprocessing": task.preprocessing.to_dict()} | (code.summary(config, rows) if code.summary else {}),
+        extra={"preprocessing": task.preprocessing.to_dict()}
+        | (code.summary(config, rows) if code.summary else {})
+        | _also(task, outcomes),
         deviations=_deviations(task, config, protocol, rows),
     )
 
@@ -209,6 +214,11 @@ def _deviations(task: Task, config: Any, protocol: Protocol, rows: Sequence[dict
         *_label_deviations(task, protocol.subset),
         *([f"{task.feature} feature instead of {usual}"] if task.feature != usual else []),
     ]
+
+
+def _also(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Of a record: what the same trials say of further test sets, where there are some."""
+    return {"also": further.judged(task.further, [outcome.further for outcome in outcomes])} if task.further else {}
 
 
 def _repeats(task: Task) -> list[str]:

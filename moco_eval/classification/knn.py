@@ -119,8 +119,12 @@ def run_trial(task: Task, config: KnnConfig, seed: int, _state: Path | None, dev
     """Find each test image's nearest training images, and let them vote."""
     images = task.training_images(seed)
     bank, queries = (task.features(part, config, device) for part in (images, task.test))
-    neighbours = nearest_by_ranks(queries, bank, config.k, memory=in_bytes(config.memory), device=device)
-    return outcome(neighbours, images, task.test, config.temperature)
+    search: dict[str, Any] = {"memory": in_bytes(config.memory), "device": device}
+    answer = outcome(nearest_by_ranks(queries, bank, config.k, **search), images, task.test, config.temperature)
+    for split, features in task.further_features(config, device).items():
+        neighbours = nearest_by_ranks(features, bank, config.k, **search)
+        answer.further[split] = outcome(neighbours, images, task.test, config.temperature).scores
+    return answer
 
 
 def passes(_config: KnnConfig | KnnGridConfig, train: int, test: int) -> Passes:

@@ -34,9 +34,13 @@ def run_trial(task: Task, config: KnnGridConfig, seed: int, _state: Path | None,
     if chosen.left_out:
         log(f"k {', '.join(map(str, chosen.left_out))} left out: an image has {len(images) - 1} others")
     best = chosen.best
-    memory = in_bytes(config.memory)
-    neighbours = nearest_by_ranks(queries, bank, best.k, distance=best.distance, memory=memory, device=device)
-    return outcome(neighbours, images, task.test, best.temperature, grid=chosen.record())
+    search: dict[str, Any] = {"distance": best.distance, "memory": in_bytes(config.memory), "device": device}
+    neighbours = nearest_by_ranks(queries, bank, best.k, **search)
+    answer = outcome(neighbours, images, task.test, best.temperature, grid=chosen.record())
+    for split, features in task.further_features(config, device).items():
+        neighbours = nearest_by_ranks(features, bank, best.k, **search)
+        answer.further[split] = outcome(neighbours, images, task.test, best.temperature).scores
+    return answer
 
 
 @dataclass(frozen=True)

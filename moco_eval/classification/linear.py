@@ -40,7 +40,7 @@ def passes(config: LinearConfig | SweepConfig, train: int, test: int) -> Passes:
 
 def run_trial(task: Task, config: LinearConfig, seed: int, state: Path | None, device: torch.device) -> Outcome:
     """Train one classifier, prove that it alone moved, and score the test images."""
-    test = task.features(task.test, config, device)
+    test, others = task.features(task.test, config, device), task.further_features(config, device)
     backbone = freeze(placed(network(task.encoder, task.feature), task.encoder, device))
     images = task.training_images(seed)
     classifier = Classifier(test.shape[1], len(task.train.classes), config.optimizer, config.schedule, seed, device)
@@ -51,7 +51,8 @@ def run_trial(task: Task, config: LinearConfig, seed: int, state: Path | None, d
     check_frozen(before, backbone)
     check_moved(start, classifier.layer)
     count = len(images) * config.schedule.epochs + len(task.test)
-    return Outcome(classifier.scores(test), count, probe.notes(), earlier)
+    further = {split: classifier.scores(features) for split, features in others.items()}
+    return Outcome(classifier.scores(test), count, probe.notes(), earlier, further=further)
 
 
 class Classifier:

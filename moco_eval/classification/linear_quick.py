@@ -46,7 +46,7 @@ def run_trial(task: Task, config: QuickConfig, seed: int, _state: Path | None, d
     The crops belong to the config's seed, so that trials share them; the classifier's start and order to the trial's.
     """
     images = task.training_images(seed)
-    test = task.features(task.test, config, device)
+    test, others = task.features(task.test, config, device), task.further_features(config, device)
     parts = [task.features(images, config, device, kind) for kind in (None, *crops(config))]
     if not is_main():
         return None
@@ -56,7 +56,8 @@ def run_trial(task: Task, config: QuickConfig, seed: int, _state: Path | None, d
     start = snapshot(classifier.layer)
     train(classifier, parts, torch.as_tensor(images.labels), config, seed, device)
     check_moved(start, classifier.layer)
-    return Outcome(classifier.scores(test), len(images) * len(parts) + len(test))
+    further = {split: classifier.scores(features) for split, features in others.items()}
+    return Outcome(classifier.scores(test), len(images) * len(parts) + len(test), further=further)
 
 
 def train(

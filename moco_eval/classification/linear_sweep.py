@@ -54,8 +54,10 @@ def run_trial(task: Task, config: SweepConfig, seed: int, state: Path | None, de
     check_frozen(before, backbone)
     notes, best = choose(sweep, held_features, torch.as_tensor(held.labels), config)
     scores = best.scores(test_features[best.feature])
+    others = task.further_features(config, device, config.features[best.feature])
     count = len(kept) * config.schedule.epochs + len(held) + len(task.test)
-    return Outcome(scores, count, notes, earlier)
+    further = {split: best.scores(features) for split, features in others.items()}
+    return Outcome(scores, count, notes, earlier, further=further)
 
 
 def _clean(task: Task, images: ImageSet, config: SweepConfig, device: torch.device) -> list[Features]:

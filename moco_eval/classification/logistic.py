@@ -10,10 +10,11 @@ Source: Kornblith et al. 2019, arXiv:1805.08974, appendix; linusericsson/ssl-tra
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from typing import Protocol as Interface
 
@@ -63,11 +64,12 @@ def run_trial(
     """Extract what is missing, then `on_features`; None on ranks but the first."""
     images = task.training_images(seed)
     train, test = (task.features(part, config, device) for part in (images, task.test))
+    further = task.further_features(config, device)
     if not is_main():
         return None
     assert images.labels is not None
     measure = mean_per_class if images.metric == "mean_per_class" else accuracy
-    return on_features(train, images.labels, test, config, seed, device, measure)
+    return on_features(train, images.labels, test, config, seed, device, measure, further)
 
 
 def on_features(
@@ -78,12 +80,14 @@ def on_features(
     seed: int,
     device: torch.device,
     measure: Measure = accuracy,
+    further: Mapping[str, "Rows"] = MappingProxyType({}),
 ) -> Outcome:
     """The protocol on features that are there: choose C on held-out images, refit on all, score the test images.
 
     Args:
         train, test: (N, D); labels: (N,), each class at least once.
         measure: of the held-out images, by which C is chosen.
+        further: features of further test images by their splits, which are scored too.
     Raises:
         InputError: no class has an image to spare for the choice of C, or the features are of such a size that no C of
             the path means anything.
@@ -103,7 +107,8 @@ def on_features(
     notes["loss"] = loss(everything, labels, fit, device)
     if troubles := _troubles(points, best, fit, settings):
         notes["deviations"] = troubles
-    return Outcome(scores(test, fit, device), len(labels) + test.shape[0], notes)
+    also = {split: scores(features, fit, device) for split, features in further.items()}
+    return Outcome(scores(test, fit, device), len(labels) + test.shape[0], notes, further=also)
 
 
 def _points(

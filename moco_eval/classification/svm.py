@@ -5,9 +5,10 @@ extra_scripts/create_voc_low_shot_samples.py.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,15 @@ def run_trial(task: Task, config: SvmConfig, seed: int, _state: Path | None, dev
     """Extract what is missing, then `on_features` or `low_shot_on_features`; None on ranks but the first."""
     images = task.training_images(seed)
     train, test = (task.features(part, config, device) for part in (images, task.test))
+    further = task.further_features(config, device)
     if not is_main():
         return None
     assert images.labels is not None and task.test.labels is not None
     classes = len(task.train.classes)
     labels, test_labels = (one_hot(part, classes) for part in (images.labels, task.test.labels))
-    answer = low_shot_on_features if config.low_shot else on_features
-    return answer(train, labels, test, test_labels, config, seed)
+    if config.low_shot:
+        return low_shot_on_features(train, labels, test, test_labels, config, seed)
+    return on_features(train, labels, test, test_labels, config, seed, further)
 
 
 def check(task: Task, config: SvmConfig) -> None:
@@ -52,6 +55,10 @@ def check(task: Task, config: SvmConfig) -> None:
     assert labels is not None
     classes = task.train.classes
     targets = one_hot(labels, len(classes))
+    if config.low_shot and task.further:
+        raise InputError(
+            "--also is for one trained state, and low-shot trains many; take --protocol voc07, or leave it"
+        )
     if not config.low_shot:
         _require_both(np.where(targets == 1, 1, -1), classes)
     for shots in config.shots:
@@ -73,18 +80,29 @@ def repeated(task: Task, config: SvmConfig) -> Task:
 
 
 def on_features(
-    train: Features, labels: np.ndarray, test: Features, test_labels: np.ndarray, config: SvmConfig, seed: int
+    train: Features,
+    labels: np.ndarray,
+    test: Features,
+    test_labels: np.ndarray,
+    config: SvmConfig,
+    seed: int,
+    further: Mapping[str, Features] = MappingProxyType({}),
 ) -> Outcome:
     """svm/voc07@1 on features that are there.
 
     Args:
         labels, test_labels: (N, classes) in 1, 0 and -1; see `one_hot`.
+        further: features of further test images by their splits, which are scored too.
     """
     from joblib import cpu_count
 
-    data = (train.tensor().numpy(), labels, test.tensor().numpy(), config.costs)
+    tested = test.tensor().numpy()
+    if further:
+        tested = np.concatenate([tested, *(part.tensor().numpy() for part in further.values())])
+    data = (train.tensor().numpy(), labels, tested, config.costs)
     fitted = fit_classes(*data, seed=seed, max_iterations=config.max_iterations, processes=cpu_count())
-    scores = np.stack([svm.scores for svm in fitted], axis=1)
+    ends = np.cumsum([len(part) for part in (test, *further.values())])[:-1]
+    scores, *others = np.split(np.stack([svm.scores for svm in fitted], axis=1), ends)
     each, mean = mean_average_precision(scores, test_labels)
     notes: dict[str, Any] = {"C": [svm.cost for svm in fitted], "AP": [_number(value) for value in each]}
     notes |= {"unconverged": sum(svm.unconverged for svm in fitted)}
@@ -94,7 +112,11 @@ def on_features(
         notes["folds_without_the_class"] = missing
         warn(f"{missing} of {len(fitted) * FOLDS} folds have no image of their class: its C is chosen on the others")
     return Outcome(
-        torch.from_numpy(scores), len(labels) + len(test_labels), notes, metrics=_metrics(scores, test_labels, mean)
+        torch.from_numpy(scores),
+        len(labels) + len(test_labels),
+        notes,
+        metrics=_metrics(scores, test_labels, mean),
+        further={split: torch.from_numpy(part) for split, part in zip(further, others)},
     )
 
 

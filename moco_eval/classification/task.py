@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moco_eval.classification.further import FurtherTest
 from moco_eval.data.image_set import ImageSet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.features.cache import Features, Source, several_features_of
@@ -25,6 +26,7 @@ class Task:
         feature: pooled, head or a stage.
         labels_per_class: train on so many, drawn anew in each trial; None for all.
         cache: the folder of extracted features; None keeps them in memory.
+        further: test sets of the same classes that are judged beside `test`.
     """
 
     encoder: Encoder
@@ -34,6 +36,7 @@ class Task:
     labels_per_class: int | None = None
     trials: int = 1
     cache: Path | None = None
+    further: tuple[FurtherTest, ...] = ()
     cached: Counter = field(default_factory=Counter, compare=False)  # images whose features were there, by split
 
     @property
@@ -48,6 +51,11 @@ class Task:
     def features(self, images: ImageSet, config: Any, device: torch.device, crops: Crops | None = None) -> Features:
         """Features of a set of images, as `config` says (precision, batch_size, workers). Collective."""
         return self.several([self.source(images, config, crops)], device)[0]
+
+    def further_features(self, config: Any, device: torch.device, feature: str | None = None) -> dict[str, Features]:
+        """Of the further test images, by their splits; of another feature than the task's if so asked. Collective."""
+        sources = [self.source(part, config, feature=feature) for test in self.further for part in test.parts]
+        return {source.images.split: self.several([source], device)[0] for source in sources}
 
     def several(self, sources: Sequence[Source], device: torch.device) -> list[Features]:
         """Several features of the same images in one pass. Collective."""
@@ -77,6 +85,7 @@ class Outcome:
         seconds: of earlier sessions.
         metrics: in percent, where they are not what `judge.metrics` makes of the scores.
         arrays: more about each test image, kept in predictions.npz (of the first trial).
+        further: scores of further test images, by their splits.
     """
 
     scores: torch.Tensor
@@ -85,6 +94,7 @@ class Outcome:
     seconds: float = 0.0
     metrics: dict[str, float] | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    further: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moco_eval.runtime.console import warn
 from moco_eval.runtime.rank import is_main, world_size
 from moco_eval.untrusted import npz
 
-ARRAY = "array_"  # before the names of an outcome's arrays in a trial's file
+ARRAY, FURTHER = "array_", "further_"  # before the names of an outcome's arrays, and further scores, in a trial's file
 BEAT, PATIENCE = 10.0, 300.0  # seconds between two signs of life, and without one until a process is given up
 
 
@@ -127,6 +127,8 @@ def _read(path: Path, cost: Cost) -> Outcome:
         outcome = Outcome(torch.from_numpy(arrays["scores"]), int(arrays["images"]), notes, metrics=metrics)
         names = [name for name in arrays.headers if name.startswith(ARRAY)]
         outcome.arrays = {name.removeprefix(ARRAY): arrays[name] for name in names}
+        splits = [name for name in arrays.headers if name.startswith(FURTHER)]
+        outcome.further = {name.removeprefix(FURTHER): torch.from_numpy(arrays[name]) for name in splits}
         cost.seconds += float(arrays["seconds"])
         cost.images += outcome.images
         cost.cached_images += int(arrays["cached"])
@@ -150,6 +152,7 @@ def _is_whole(path: Path) -> bool:
 def _keep(path: Path, outcome: Outcome, seconds: float, cached: int) -> None:
     notes = json.dumps([outcome.notes, outcome.metrics], allow_nan=False)
     arrays: dict[str, Any] = {f"{ARRAY}{name}": array for name, array in outcome.arrays.items()}
+    arrays |= {f"{FURTHER}{split}": scores.numpy() for split, scores in outcome.further.items()}
     arrays |= {"scores": outcome.scores.numpy(), "images": outcome.images, "cached": cached}
     with files.atomic(path) as temporary:
         np.savez(temporary, notes=notes, seconds=seconds, **arrays)

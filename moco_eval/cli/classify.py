@@ -52,6 +52,12 @@ def command_of(kind: str, rows: tuple[Protocol, ...]) -> click.Command:
         *([feature_options] if first.frozen else []),
         *([trial_options] if any(row.trials for row in rows) else []),
         data_option,
+        click.option(
+            "--also",
+            multiple=True,
+            metavar="NAME=FOLDER,...",
+            help="Further test sets of the same classes, judged too: folders of class folders, or of severities.",
+        ),
         encoder_options,
         run_options,
     )
@@ -107,6 +113,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
 
 def open_task(checkpoint: str, options: Options, seed: int) -> tuple[Any, str]:
     """The encoder on the data: a `task.Task`; and the data's name with what --labels says, for a run directory."""
+    from moco_eval.classification.further import open_further
     from moco_eval.classification.task import Task
     from moco_eval.data.catalogue import open_splits
     from moco_eval.data.label_option import parse_labels
@@ -124,8 +131,10 @@ def open_task(checkpoint: str, options: Options, seed: int) -> tuple[Any, str]:
         labels_per_class=labels.per_class if labels else None,
         trials=options.trials,
         cache=options.cache or Path("runs/features"),
+        further=open_further(options.also, train),
     )
-    return task, f"{dataset}-{labels.name}" if labels else dataset
+    names = [dataset, *([labels.name] if labels else []), *(f"also-{test.name}" for test in task.further)]
+    return task, "-".join(names)
 
 
 def _plan(task: Any, config: Any, output: Path) -> str:
@@ -135,6 +144,11 @@ def _plan(task: Any, config: Any, output: Path) -> str:
             f"{config.protocol} of {encoder.source}",
             f"encoder: {encoder.origin}, {encoder.arch}, {encoder.tensors_loaded} tensors loaded",
             f"data: {train.name}, {len(train)} training and {len(test)} test images, {len(train.classes)} classes",
+            *(
+                f"also: {one.name}, {sum(map(len, one.parts))} images in {len(one.parts)} part"
+                f"{'s' * (len(one.parts) > 1)}, {len(one.classes)} of {len(train.classes)} classes"
+                for one in task.further
+            ),
             f"output: {output}",
             configs.dump(config).rstrip(),
         ]
@@ -232,4 +246,49 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     return 0
 
 
-COMMANDS = [command_of(kind, rows) for kind, rows in kinds().items()] + [suite, features]
+@click.command()
+@click.argument("checkpoint")
+@with_options(
+    click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True),
+    dataset_options("imagefolder"),
+    feature_options,
+    data_option,
+    encoder_options,
+    click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
+    extraction_options,
+    click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+)
+def retrieve(checkpoint: str, split: str, options: Options) -> int:
+    """Each image of a split asks for the others of its class: mean average precision and recall at 1, 5 and 10."""
+    from moco_eval.classification.retrieval import PROTOCOL, Settings, check
+    from moco_eval.classification.retrieval import retrieve as judged
+    from moco_eval.classification.task import Task
+    from moco_eval.data.catalogue import open_splits
+    from moco_eval.results.result import lines
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
+
+    encoder, dataset = load_encoder(checkpoint, options, options.seed or 0), str(options.dataset)
+    splits = open_splits(dataset, options.data, options.train_split, options.test_split)
+    images = splits[0] if split == "train" else splits[1]
+    task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
+    usual = Settings()
+    workers = usual.workers if options.workers is None else options.workers
+    settings = Settings(options.precision or usual.precision, options.batch_size or usual.batch_size, workers)
+    output = options.output or default_output("retrieve", encoder, f"{dataset}-{split}", PROTOCOL)
+    if options.dry_run:
+        check(task)
+        data = f"data: {images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"
+        click.echo(f"{PROTOCOL} of {encoder.source}\n{data}\noutput: {output}")
+        return 0
+    if options.nproc > 1:
+        return launch_again(options)
+    with processes(options.device) as device:
+        record = judged(task, settings, output, device)
+        if is_main():
+            click.echo("\n".join(lines(record)))
+    return 0
+
+
+COMMANDS = [command_of(kind, rows) for kind, rows in kinds().items()] + [suite, features, retrieve]

@@ -17,7 +17,7 @@ from moco_eval.errors import InputError
     click.option(
         "--recipe",
         help="A shipped recipe or a file.  [default by the data: r50_c4_24k, voc07_r50_c4_9k, coco_r50_fpn_1x, "
-        "digits_r50_c4]",
+        "digits_r50_c4; for a plain ViT take coco_vitdet_b, for other networks coco_r50_fpn_1x]",
     ),
     click.option("--train-split", help="Of voc-folder and coco-folder."),
     click.option("--test-split", help="Of voc-folder and coco-folder."),

@@ -23,6 +23,7 @@ class Options:
         overrides: what --set says, as key=value.
         pixels: what --pixels says, as key=value.
         folders: what --data says where it names data sets: NAME=FOLDER.
+        also: further test sets, NAME=FOLDER between commas.
     """
 
     dataset: str | None = None
@@ -48,6 +49,7 @@ class Options:
     dry_run: bool = False
     runs: Path = Path("runs")
     folders: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     released: bool = False
 
     @property

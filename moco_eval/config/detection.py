@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moco_eval.config.base import Expect, Model, Sgd
 
@@ -18,6 +18,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Input(Model):
     """The shorter side of an image, in pixels: drawn per image from `min_size_train`, fixed at test.
 
+    `jitter`: large-scale jitter in place of `min_size_train`; the image is resized to fit a square of `max_size` times
+    a scale drawn between these two, then cut to that square somewhere.
     `format`: the order of the colours that the encoder must expect; auto takes what it does.
     """
 
@@ -25,8 +27,16 @@ class Input(Model):
     min_size_test: Count
     max_size: Count = 1333
     flip: float = Field(0.5, ge=0, le=1)
+    jitter: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
     aspect_grouping: bool = True
     format: Literal["auto", "rgb", "bgr"] = "auto"
+
+    @field_validator("jitter")
+    @classmethod
+    def _scales(cls, jitter: tuple[float, float] | None) -> tuple[float, float] | None:
+        if jitter is not None and jitter[0] > jitter[1]:
+            raise ValueError(f"jitter is the smallest and the largest scale, got {list(jitter)}")
+        return jitter
 
 
 class Anchors(Model):
@@ -76,8 +86,18 @@ class Testing(Model):
     detections: Count = 100
 
 
+class Optimizer(Sgd):
+    """SGD, or AdamW, which has no use for `sgd_momentum`.
+
+    `layer_decay`: the rate of a ViT's layer is that of the layer above times this; what is new has the whole rate.
+    """
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    layer_decay: Fraction = 1.0
+
+
 class Iterations(Model):
-    """Steps of SGD: linear warm-up from lr x warmup_factor, a tenth (`gamma`) at each of `steps`."""
+    """Steps of the optimizer: linear warm-up from lr x warmup_factor, a tenth (`gamma`) at each of `steps`."""
 
     iterations: Count
     steps: tuple[Count, ...] = ()
@@ -120,10 +140,12 @@ class DetectConfig(Model):
     `bn`: how processes share the statistics of a batch: naive_sync (each process counts the same), sync (each element
     does), local (not at all). One process has one batch, and they are the same.
     `accumulate`: a step's batch in so many parts, one after the other; BN sees each part alone.
+    `drop_path`: of a ViT, the probability that an image skips the last block; it rises from 0 at the first.
     """
 
     protocol: str
-    model: Literal["r50_c4", "r50_dc5", "r50_fpn"] = "r50_c4"
+    model: Literal["r50_c4", "r50_dc5", "r50_fpn", "vitdet"] = "r50_c4"
+    drop_path: float = Field(0.0, ge=0, lt=1)
     masks: bool = False
     keypoints: bool = False
     bn: Literal["naive_sync", "sync", "local"] = "naive_sync"
@@ -134,7 +156,7 @@ class DetectConfig(Model):
     test: Testing = Testing()
     batch_size: Count = 16
     accumulate: Count = 1
-    optimizer: Sgd
+    optimizer: Optimizer
     schedule: Iterations
     precise_bn: int = Field(200, ge=0)
     data: DataHandling = DataHandling()
@@ -152,6 +174,8 @@ class DetectConfig(Model):
             raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} parts")
         if self.keypoints and self.model != "r50_fpn":
             raise ValueError(f"keypoints need model r50_fpn, got {self.model}")
-        if self.model == "r50_fpn" and len(self.anchors.sizes) != FPN_LEVELS:
+        if self.model != "vitdet" and (self.drop_path or self.optimizer.layer_decay != 1):
+            raise ValueError(f"drop_path and optimizer.layer_decay need model vitdet, got {self.model}")
+        if self.model in ("r50_fpn", "vitdet") and len(self.anchors.sizes) != FPN_LEVELS:
             raise ValueError(f"an FPN has {FPN_LEVELS} levels with an anchor size each, got {len(self.anchors.sizes)}")
         return self

@@ -48,6 +48,10 @@ def _obstacle(encoder: Encoder, recipe: DetectConfig) -> str | None:
             importlib.import_module("detectron2.modeling")
     except Exception as error:  # a build for another torch or Python fails in its own ways
         return f"detectron2 is installed and does not import ({' '.join(message_of(error).split())[:200]})"
+    if encoder.arch not in ARCHITECTURES:
+        return f"it builds ResNets here, and {encoder.arch} is none of them"
+    if recipe.optimizer.kind != "sgd" or recipe.input.jitter:
+        return "it trains by SGD on images of a drawn shorter side, and the recipe asks for AdamW or large-scale jitter"
     settings, why = settings_of(encoder, Path("weights"))
     if settings is None:
         return why

@@ -1,4 +1,4 @@
-"""Fine-tuning on the torchvision engine: SGD on this process's share of each batch, precise BN, exact resume.
+"""Fine-tuning on the torchvision engine: SGD or AdamW on this process's share of each batch, precise BN, exact resume.
 
 Source: detectron2@02b5c4e2, engine/defaults.py and engine/hooks.py; fvcore 0.1.5, nn/precise_bn.py; read, not copied.
 """
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
@@ -18,24 +20,65 @@ from moco_eval.detection.detector import Detector
 from moco_eval.detection.recipe import learning_rate
 from moco_eval.results.fine_tuning import FineTuning
 from moco_eval.results.record import Cost
-from moco_eval.runtime import collectives, rank
+from moco_eval.runtime import collectives, console, rank
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
 from moco_eval.runtime.device import autocast, convolutions, to_device
 from moco_eval.runtime.seeds import seed_of
 from moco_eval.runtime.stop import Stop
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # and with them our own synchronised ones
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 
-def optimizer_for(model: nn.Module, recipe: DetectConfig) -> torch.optim.SGD:
-    """SGD with momentum; the weights and biases of norms are not decayed."""
-    norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in norms]},
-        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
+def optimizer_for(model: nn.Module, recipe: DetectConfig) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW; norms are not decayed, nor a ViT's position embedding.
+
+    `lr_scale` of a group is its part of the learning rate.
+    """
+    settings, layers = recipe.optimizer, _layers(model, recipe)
+    taken = {id(p) for group in layers for p in group["params"]}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    norms = {id(p) for module in model.modules() if _is_undecayed(module) for p in module.parameters()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in weights if id(p) not in norms]},
+        {"params": [p for p in weights if id(p) in norms], "weight_decay": 0.0},
     ]
-    sgd = recipe.optimizer
-    return torch.optim.SGD(groups, lr=sgd.lr, momentum=sgd.sgd_momentum, weight_decay=sgd.weight_decay)
+    groups = [group for group in groups if group["params"]] + layers
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay)
+
+
+def _is_undecayed(module: nn.Module) -> bool:
+    """Whether it is a norm, but for those of ViTDet's pyramid and heads: detectron2 decays its own layer norm."""
+    return isinstance(module, NORMS) and not isinstance(module, LayerNorm2d)
+
+
+def _layers(model: nn.Module, recipe: DetectConfig) -> list[dict[str, Any]]:
+    """A ViT's own weights in groups by their layer, of which each has its part of the rate; nothing of other networks.
+
+    Source: timm's param_groups_layer_decay, with detectron2's choice of what is decayed: biases too.
+    """
+    if recipe.model != "vitdet":
+        return []
+    from timm.optim._param_groups import param_groups_layer_decay
+
+    vit: Any = model.backbone.body.backbone
+    norms = [
+        f"{name}.{part}"
+        for name, module in vit.named_modules()
+        if _is_undecayed(module)
+        for part, _ in module.named_parameters(recurse=False)
+    ]
+    groups = param_groups_layer_decay(
+        vit,
+        weight_decay=recipe.optimizer.weight_decay,
+        no_weight_decay_list=[*norms, "pos_embed"],
+        weight_decay_exclude_1d=False,
+        layer_decay=recipe.optimizer.layer_decay,
+    )
+    # timm gives the last block the whole rate, ViTDet the detector on it
+    return [group | {"lr_scale": group["lr_scale"] * recipe.optimizer.layer_decay} for group in groups]
 
 
 def train(
@@ -68,7 +111,7 @@ def train(
 
 
 class Trainer(FineTuning):
-    """A detector and its SGD; `finished`: with precise BN behind them."""
+    """A detector and its optimizer; `finished`: with precise BN behind them."""
 
     def __init__(self, model: Detector, recipe: DetectConfig, output: Path, device: torch.device, cost: Cost):
         optimizer = optimizer_for(model, recipe)
@@ -82,7 +125,7 @@ class Trainer(FineTuning):
         iteration and the part.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, iteration)
+            group["lr"] = learning_rate(self.recipe, iteration) * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for part, more in parts(batch, self.recipe, iteration, self.device):
@@ -134,7 +177,11 @@ def precise_bn(
     """
     if recipe.precise_bn == 0:
         return
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    trained = (module for module in model.modules() if all(p.requires_grad for p in module.parameters(recurse=False)))
+    norms = [module for module in trained if isinstance(module, BATCH_NORMS)]  # not those behind the last map
+    if not norms:
+        console.log(f"precise_bn {recipe.precise_bn}: this detector has no batch norm, nothing is estimated anew")
+        return
     sums = [torch.zeros(2, norm.num_features, dtype=torch.float64, device=device) for norm in norms]
     counts, elements = [0] * len(norms), [0] * len(norms)
     momenta = [norm.momentum for norm in norms]

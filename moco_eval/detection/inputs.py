@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moco_eval.config.detection import DetectConfig
+from moco_eval.config.detection import DetectConfig, Input
 from moco_eval.data.boxes.samples import Sample, read_image
 from moco_eval.data.workers import rows
 from moco_eval.detection.masks import Segmentation, decoded
@@ -102,40 +102,73 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """What becomes of an image before training: its width and height on disk and then, and whether it is flipped."""
+    """What becomes of an image before training: resized, then perhaps flipped, then perhaps cut.
+
+    Attributes:
+        before, after: width and height on disk and resized.
+        corner: x and y in the resized and flipped image at which the cut begins.
+        cut: width and height of what is left; None where all is.
+    """
 
     before: tuple[int, int]
     after: tuple[int, int]
     flipped: bool
+    corner: tuple[int, int] = (0, 0)
+    cut: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of what the detector sees."""
+        return self.cut or self.after
 
     def pixels(self, image: Image.Image) -> Tensor:
         pixels = _pixels(image, self.after)
-        return pixels.flip(2) if self.flipped else pixels
+        return self._cut(pixels.flip(2) if self.flipped else pixels)
+
+    def _cut(self, pixels: Any) -> Any:
+        """Of an image (..., H, W)."""
+        if self.cut is None:
+            return pixels
+        (x, y), (width, height) = self.corner, self.cut
+        return pixels[..., y : y + height, x : x + width]
 
     def points(self, points: np.ndarray) -> np.ndarray:
         """Coordinates (..., 2), moved along."""
         moved = points * np.divide(self.after, self.before)
         if self.flipped:
             moved[..., 0] = self.after[0] - moved[..., 0]
-        return moved
+        return moved if self.cut is None else moved - self.corner
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (N, 4), moved along and cut to the image."""
         corners = self.points(boxes.reshape(-1, 2, 2))
         moved = np.concatenate((corners.min(axis=1), corners.max(axis=1)), axis=1)
-        return np.clip(moved, 0, np.tile(self.after, 2))
+        return np.clip(moved, 0, np.tile(self.size, 2))
 
     def mask(self, mask: Any) -> Segmentation:
         """A COCO segmentation as polygons, not cut to the image; or, from its run-length code, as a bitmap (H, W)."""
         if not isinstance(mask, dict):
             return [self.points(np.reshape(polygon, (-1, 2))).reshape(-1) for polygon in mask]
         bitmap = np.array(Image.fromarray(decoded(mask)).resize(self.after, Image.Resampling.NEAREST))
-        return np.ascontiguousarray(bitmap[:, ::-1]) if self.flipped else bitmap
+        if not self.flipped and self.cut is None:
+            return bitmap
+        return np.ascontiguousarray(self._cut(bitmap[:, ::-1] if self.flipped else bitmap))
+
+    def extent(self, mask: Segmentation) -> np.ndarray:
+        """The box (4,) about what of a moved mask lies in the image; without an area where nothing does."""
+        if isinstance(mask, np.ndarray):
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            ends = np.array([(columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)] if len(rows) else [])
+        else:
+            ends = np.concatenate([_clipped(polygon.reshape(-1, 2), self.size) for polygon in mask])
+        if len(ends) == 0:
+            return np.zeros(4)
+        return np.concatenate((ends.min(axis=0), ends.max(axis=0))).astype(float)
 
     def keypoints(self, keypoints: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
         """Keypoints (N, K, 3), moved along; left and right change places; those outside the image lose their label."""
         moved = np.concatenate((self.points(keypoints[..., :2]), keypoints[..., 2:]), axis=-1)
-        inside = ((moved[..., :2] >= 0) & (moved[..., :2] <= self.after)).all(axis=-1)
+        inside = ((moved[..., :2] >= 0) & (moved[..., :2] <= self.size)).all(axis=-1)
         moved[~inside | (moved[..., 2] == 0)] = 0
         if self.flipped:
             order = np.arange(moved.shape[1])
@@ -143,6 +176,36 @@ class View:
                 order[[left, right]] = right, left
             moved = moved[:, order]
         return moved
+
+
+def _clipped(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A polygon (P, 2) cut to an image of that width and height, side by side (Sutherland and Hodgman 1974)."""
+    for axis, sign, limit in ((0, 1, 0), (1, 1, 0), (0, -1, -size[0]), (1, -1, -size[1])):
+        kept = []
+        for point, before in zip(points, np.roll(points, 1, axis=0)):
+            here, there = sign * point[axis] - limit, sign * before[axis] - limit
+            if here * there < 0:
+                kept.append(before + (point - before) * (there / (there - here)))
+            if here >= 0:
+                kept.append(point)
+        points = np.array(kept).reshape(-1, 2)
+    return points
+
+
+def _view(size: tuple[int, int], wanted: Input, random: np.random.Generator) -> View:
+    """What is drawn of an image of that width and height.
+
+    Source of the jitter: detectron2@02b5c4e2, ResizeScale and FixedSizeCrop in data/transforms; read, not copied.
+    """
+    if wanted.jitter is None:
+        after = resized(size, int(random.choice(wanted.min_size_train)), wanted.max_size)
+        return View(size, after, bool(random.random() < wanted.flip))
+    flipped, square = bool(random.random() < wanted.flip), wanted.max_size
+    scale = random.uniform(*wanted.jitter) * square / max(size)
+    after = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    share = random.random()
+    corner = round(max(after[0] - square, 0) * share), round(max(after[1] - square, 0) * share)
+    return View(size, after, flipped, corner, (min(after[0], square), min(after[1], square)))
 
 
 class _Training(Dataset):
@@ -155,17 +218,19 @@ class _Training(Dataset):
         iteration, place, index = draw
         random, wanted = np.random.default_rng([self.recipe.seed, 3, iteration, place]), self.recipe.input
         sample, image = self.samples[index], _read(self.samples[index])
-        size = resized(image.size, int(random.choice(wanted.min_size_train)), wanted.max_size)
-        view = View(image.size, size, bool(random.random() < wanted.flip))
+        view = _view(image.size, wanted, random)
         return view.pixels(image), self.target(sample, view)
 
     def target(self, sample: Sample, view: View) -> dict[str, Any]:
-        """The objects of which the resized image still shows something."""
+        """The objects of which the image still shows something; where it was cut, boxes are those of cut masks."""
         boxes = view.boxes(sample.boxes)
         shown = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
         target: dict[str, Any] = {}
         if self.recipe.masks:
             masks = [view.mask(mask) for mask in sample.masks]
+            if view.cut is not None:
+                boxes = np.array([view.extent(mask) for mask in masks]).reshape(-1, 4)
+                shown &= (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
             shown &= [not isinstance(mask, np.ndarray) or bool(mask.any()) for mask in masks]
             target["masks"] = list(itertools.compress(masks, shown))
         if self.recipe.keypoints:

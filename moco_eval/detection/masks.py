@@ -12,6 +12,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import roi_align
 
 Segmentation = list[np.ndarray] | np.ndarray  # polygons (x0, y0, x1, y1, ...), or a bitmap (H, W) uint8
@@ -20,13 +21,15 @@ Segmentation = list[np.ndarray] | np.ndarray  # polygons (x0, y0, x1, y1, ...), 
 class MaskHead(nn.Sequential):
     """Pooled features (R, C, S, S) to logits of every class, (R, classes, 2S, 2S), float32.
 
-    The submodules carry detectron2's names.
+    `norm`: a layer norm after each of the `convs`. The submodules carry detectron2's names.
     """
 
-    def __init__(self, channels: int, classes: int, convs: int, dim: int = 256):
+    def __init__(self, channels: int, classes: int, convs: int, dim: int = 256, norm: bool = False):
         layers: list[tuple[str, nn.Module]] = []
         for number in range(1, convs + 1):
-            layers += [(f"mask_fcn{number}", nn.Conv2d(channels, dim, 3, padding=1)), (f"relu{number}", nn.ReLU())]
+            layers.append((f"mask_fcn{number}", nn.Conv2d(channels, dim, 3, padding=1, bias=not norm)))
+            layers += [(f"norm{number}", LayerNorm2d(dim, eps=1e-6))] if norm else []
+            layers.append((f"relu{number}", nn.ReLU()))
             channels = dim
         layers += [("deconv", nn.ConvTranspose2d(channels, dim, 2, stride=2)), ("deconv_relu", nn.ReLU())]
         layers.append(("predictor", nn.Conv2d(dim, classes, 1)))
@@ -43,7 +46,8 @@ def msra_fill(head: nn.Module) -> None:
     for layer in head.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 # Training

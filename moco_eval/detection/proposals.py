@@ -4,6 +4,7 @@ Source: Ren et al. 2015, arXiv:1506.01497, with detectron2's definitions (facebo
 modeling/anchor_generator.py and proposal_generator/): anchors, filtering and losses.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -34,23 +35,34 @@ def anchors_on(cells: Tensor, stride: int, height: int, width: int) -> Tensor:
     return (places + cells).reshape(-1, 4)
 
 
+def _one_after_the_other(convolutions: list[nn.Conv2d]) -> nn.Sequential:
+    """With ReLU between them."""
+    layers = OrderedDict[str, nn.Module]()
+    for number, convolution in enumerate(convolutions):
+        layers |= {f"relu{number}": nn.ReLU()} if layers else {}
+        layers[f"conv{number}"] = convolution
+    return nn.Sequential(layers)
+
+
 class ProposalNetwork(nn.Module):
     """A 3x3 convolution, then for each anchor a logit (object or not) and how its box is moved; one for all levels.
 
-    Scores and boxes are in fp32 whatever the precision: bf16 places a box to three digits only.
+    `convolutions`: how many of the first kind. Scores and boxes are in fp32 whatever the precision: bf16 places a box
+    to three digits only.
     """
 
-    def __init__(self, channels: int, strides: Sequence[int], anchors: Anchors, rpn: Rpn):
+    def __init__(self, channels: int, strides: Sequence[int], anchors: Anchors, rpn: Rpn, convolutions: int = 1):
         super().__init__()
         levels = [anchors.sizes] if len(strides) == 1 else [(size,) for size in anchors.sizes]
         self.strides, self.rpn = strides, rpn
         for level, sizes in enumerate(levels):
             self.register_buffer(f"cells_{level}", cell_anchors(sizes, anchors.ratios), persistent=False)
         count = len(self.cells[0])
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        hidden = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convolutions)]
+        self.conv: nn.Module = hidden[0] if convolutions == 1 else _one_after_the_other(hidden)
         self.logits = nn.Conv2d(channels, count, 1)
         self.deltas = nn.Conv2d(channels, 4 * count, 1)
-        for layer in (self.conv, self.logits, self.deltas):
+        for layer in (*hidden, self.logits, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 

@@ -28,6 +28,8 @@ PROTOCOLS = {
         for schedule in ("1x", "2x", "6x")
     },
     "detect/coco-keypoints-r50-fpn-2x@1": Protocol("coco_keypoints_r50_fpn_2x", "coco", "resnet50"),
+    "detect/coco-vitdet-b@1": Protocol("coco_vitdet_b", "coco", "vit_base_patch16_224"),
+    "detect/voc-own-vitdet-b-24k@1": Protocol("voc_own_vitdet_b_24k", "voc", "vit_base_patch16_224"),
     "detect/digits-r50-c4@1": Protocol("digits_r50_c4", "digits", None),
 }
 

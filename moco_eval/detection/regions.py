@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, roi_align
 
 from moco_eval.config.detection import DetectConfig
-from moco_eval.detection.backbones import Backbone
+from moco_eval.detection.backbones import C4, DilatedC5, Pyramid
 from moco_eval.detection.keypoints import KeypointHead, keypoint_loss, keypoints_of
-from moco_eval.detection.masks import MaskHead, mask_loss, mask_targets
+from moco_eval.detection.masks import MaskHead, mask_loss, mask_targets, msra_fill
 from moco_eval.detection.matching import clip, decode, encode, match, sample, solid
+from moco_eval.detection.plain_transformer import SimplePyramid, convolution
 from moco_eval.detection.proposals import Size
 
 BOX_WEIGHTS = (10, 10, 5, 5)
@@ -70,23 +71,31 @@ class RegionHeads(nn.Module):
     """Class, box, mask and keypoints of regions.
 
     C4 shares layer4 (and its norm) between boxes and masks, the boxes' vector being the mean over places. The others
-    have a box head of two hidden layers, and pool anew for masks and keypoints.
+    have a box head of two hidden layers, and pool anew for masks and keypoints. ViTDet's box head is of four
+    convolutions and a hidden layer, and its convolutions, the masks' too, have layer norms.
     """
 
-    def __init__(self, backbone: Backbone, layer4: nn.Module | None, classes: int, recipe: DetectConfig, points: int):
+    def __init__(
+        self,
+        backbone: C4 | DilatedC5 | Pyramid | SimplePyramid,
+        layer4: nn.Module | None,
+        classes: int,
+        recipe: DetectConfig,
+        points: int,
+    ):
         super().__init__()
         self.strides, self.classes = backbone.strides[:4], classes
         self.roi, self.test = recipe.roi, recipe.test
-        self.shared = layer4 is not None
+        self.shared, norm = layer4 is not None, recipe.model == "vitdet"
         if layer4 is not None:
             width = vector = 2 * backbone.channels
             self.box_head = nn.Sequential(OrderedDict(layer4=layer4, norm=nn.BatchNorm2d(width)))
         else:
             width, vector = backbone.channels, HIDDEN
-            self.box_head = _hidden_layers(width * self.roi.pool_size**2)
+            self.box_head = (_convolutions_first if norm else _hidden_layers)(width, self.roi.pool_size)
         self.class_logits = _drawn(nn.Linear(vector, classes + 1), 0.01)
         self.box_deltas = _drawn(nn.Linear(vector, 4 * classes), 0.001)
-        self.mask_head = MaskHead(width, classes, 0 if self.shared else 4) if recipe.masks else None
+        self.mask_head = MaskHead(width, classes, 0 if self.shared else 4, norm=norm) if recipe.masks else None
         self.keypoint_head = KeypointHead(width, points) if recipe.keypoints else None
 
     def forward(
@@ -215,14 +224,29 @@ def visible_inside(keypoints: Tensor, boxes: Tensor) -> Tensor:
     return ((x >= left) & (x <= right) & (y >= top) & (y <= bottom) & (seen >= 1)).any(dim=1)
 
 
-def _hidden_layers(inputs: int) -> nn.Sequential:
-    """Two hidden layers, drawn as Caffe2's Xavier fill draws them."""
-    first, second = nn.Linear(inputs, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+def _hidden_layers(width: int, side: int) -> nn.Sequential:
+    """Two hidden layers on regions of side x side, drawn as Caffe2's Xavier fill draws them."""
+    first, second = nn.Linear(width * side**2, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
     for layer in (first, second):
-        nn.init.kaiming_uniform_(layer.weight, a=1)
-        nn.init.zeros_(layer.bias)
+        _xavier(layer)
     parts = OrderedDict(flatten=nn.Flatten(), fc1=first, relu1=nn.ReLU(), fc2=second, relu2=nn.ReLU())
     return nn.Sequential(parts)
+
+
+def _convolutions_first(width: int, side: int) -> nn.Sequential:
+    """Four 3x3 convolutions with layer norm, drawn as Caffe2's MSRA fill draws them, and one hidden layer."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for number in (1, 2, 3, 4):
+        parts[f"conv{number}"], parts[f"conv_relu{number}"] = convolution(width, width, 3), nn.ReLU()
+        msra_fill(parts[f"conv{number}"])
+    hidden = nn.Linear(width * side**2, HIDDEN)
+    _xavier(hidden)
+    return nn.Sequential(parts | OrderedDict(flatten=nn.Flatten(), fc1=hidden, relu1=nn.ReLU()))
+
+
+def _xavier(layer: nn.Linear) -> None:
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    nn.init.zeros_(layer.bias)
 
 
 def _drawn(layer: nn.Linear, std: float) -> nn.Linear:

@@ -91,7 +91,7 @@ class DetectionTask:
                 f"--dataset {self.dataset!r} is no detection data set.{did_you_mean(self.dataset, DATASETS)}"
             )
         require_photographs(self.encoder, "detect")
-        check_architecture(self.encoder)
+        check_architecture(self.encoder, self.config.model)
         require_no_resizing(self.encoder, "a detector")
         _check_colours(self.encoder, self.config)
         _check_heads(self.dataset, self.config)

@@ -132,5 +132,13 @@ def lines(record: dict[str, Any]) -> list[str]:
         spread = f" ± {std:.2f} ({repeats(record)})" if std is not None else ""
         interval = f"  [{bounds[0]:.2f}, {bounds[1]:.2f}] over test images" if bounds else ""
         rows.append(f"{record['protocol']} {record['dataset']['name']} {name} {value:.2f}{spread}{interval}")
+    for name, about in record.get("also", {}).items():
+        classes = f"{about['classes']} of {about['of_classes']} classes"
+        parts = f", mean of {len(about['parts'])} parts" if "parts" in about else ""
+        for metric, value in about["metrics"].items():
+            std, bounds = about["std"].get(metric), about["interval"].get(metric)
+            spread = f" ± {std:.2f} ({repeats(record)})" if std is not None else ""
+            interval = f"  [{bounds[0]:.2f}, {bounds[1]:.2f}] over its images" if bounds else ""
+            rows.append(f"{record['protocol']} {name} ({classes}{parts}) {metric} {value:.2f}{spread}{interval}")
     rows += [f"  not comparable with published numbers: {deviation}" for deviation in record["deviations"]]
     return [one_line(row) for row in rows]

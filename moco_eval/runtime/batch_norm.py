@@ -1,6 +1,7 @@
 """Batch normalisation in groups of one process, or with the statistics of all processes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -161,7 +162,7 @@ def share_statistics(net: nn.Module, bn: str) -> nn.Module:
 def sync_batch_norm(net: nn.Module) -> nn.Module:
     """Replace every BatchNorm2d by a synchronised one: torch's own under nccl, the plain one elsewhere."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return _activations_of_syncbn(nn.SyncBatchNorm.convert_sync_batchnorm(net))
     return replace_batch_norm(net, lambda features: SyncBatchNorm2d(features))
 
 
@@ -172,7 +173,27 @@ def replace_batch_norm(net: nn.Module, make: Callable[[int], nn.BatchNorm2d]) ->
             other = make(child.num_features).to(child.weight)
             other.load_state_dict(child.state_dict())
             other.eps, other.momentum = child.eps, child.momentum
-            setattr(net, name, other)
+            setattr(net, name, _with_activation(other, child))
         else:
             replace_batch_norm(child, make)
     return net
+
+
+def _with_activation(norm: nn.Module, before: nn.Module) -> nn.Module:
+    """The norm with what timm's BatchNormAct2d does behind its own arithmetic, a dropout and an activation."""
+    if hasattr(before, "act"):
+        norm.drop, norm.act = before.drop, before.act
+        norm.register_forward_hook(_drop_and_act)
+    return norm
+
+
+def _activations_of_syncbn(net: nn.Module) -> nn.Module:
+    """PyTorch's conversion keeps the activation as a part of the norm that nothing calls."""
+    for module in net.modules():
+        if isinstance(module, nn.SyncBatchNorm) and hasattr(module, "act"):
+            module.register_forward_hook(_drop_and_act)
+    return net
+
+
+def _drop_and_act(norm: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return norm.act(norm.drop(output))
