@@ -824,4 +824,6 @@ def test_every_detection_column_has_its_recipe_on_its_data():
         "detect/voc07-r50-dc5-9k@1",
         "detect/coco-r50-c4-6x@1",
         "detect/digits-r50-c4@1",
+        "detect/coco-vitdet-b@1",
+        "detect/voc-own-vitdet-b-24k@1",
     }
