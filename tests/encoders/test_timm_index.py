@@ -1,15 +1,17 @@
 """The index of timm's zoo against the timm that is installed, and what its digests see and do not see."""
 
 import re
+import runpy
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from moco_eval.encoders import timm_index
-from tools import index_timm
 
+TOOL = Path(__file__).parents[2] / "tools" / "index_timm.py"
 SAMPLE = ("convnextv2_atto", "swin_tiny_patch4_window7_224", "tf_efficientnet_lite0", "regnety_004", "densenet121")
 SAMPLE += ("levit_128s", "resnet50d", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "tinynet_e")
 
@@ -25,7 +27,7 @@ def test_the_index_is_of_the_installed_timm():
     written = re.match(r"# timm (\S+), (\d+) networks", (files("moco_eval.encoders") / "timm_index.txt").read_text())
     rows = {row.name: row for row in timm_index.rows()}
     assert int(written[2]) == len(rows) > 1300
-    for line in index_timm.index(SAMPLE):
+    for line in runpy.run_path(str(TOOL))["index"](SAMPLE):
         loose, exact, modules, _, name = line.split()
         assert (rows[name].loose, rows[name].exact, rows[name].modules) == (loose, exact, modules), name
 
@@ -35,7 +37,7 @@ def test_the_whole_index():
     if timm.__version__ != "1.0.31":
         pytest.skip(f"timm is {timm.__version__}, and the index of 1.0.31")
     written = (files("moco_eval.encoders") / "timm_index.txt").read_text().splitlines()[1:]
-    assert index_timm.index(timm.list_models()) == written
+    assert runpy.run_path(str(TOOL))["index"](timm.list_models()) == written
 
 
 @pytest.mark.parametrize("name", SAMPLE)
