@@ -27,10 +27,9 @@ def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str
             f"features collapsed: the queries' spread is {spread:.3f} (about 1 when spread, 0 when all are alike); "
             f"{_slower(run)}"
         )
-    if loss > run.chance - CHANCE * (1 + run.config.symmetric):
-        sounding["chance"] = (
-            f"loss at chance after the queue has filled: {loss:.3f} nats, chance {run.chance:.3f}; {_slower(run)}"
-        )
+    if loss > run.chance - CHANCE * (1 + run.config.symmetric) * run.loss_scale:
+        when = "" if run.config.mechanism == "moco_v3" else " after the queue has filled"
+        sounding["chance"] = f"loss at chance{when}: {loss:.3f} nats, chance {run.chance:.3f}; {_slower(run)}"
     if accuracy > LEAK and len(knn) > 1 and knn[-1] < min(knn[-2], max(knn) - 1):
         sounding["leak"] = (
             f"pretext accuracy over {LEAK} % while kNN falls ({max(knn):.1f} to {knn[-1]:.1f}): batch statistics "
@@ -54,6 +53,8 @@ def _tight(run: Plan) -> str:
     """The BN mode that does not leak here."""
     if run.config.mechanism == "memory_bank":
         return "its keys are of another epoch: look at the views"
+    if run.config.mechanism == "moco_v3":
+        return "take bn: sync" if run.bn != "sync" else "bn: sync is on: look at the views"
     mode = "shuffle" if run.processes > 1 else "split"
     wanted = f"bn: {mode} with bn_permute: true"
     return f"take {wanted}" if run.bn != mode or not run.config.bn_permute else f"{wanted} is on: look at the views"
