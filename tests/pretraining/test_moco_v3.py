@@ -5,6 +5,7 @@ import math
 import pytest
 import timm.optim
 import torch
+from commands import ROOT
 from ranks import run_ranks
 from torch import nn
 from torch.nn import functional
@@ -17,6 +18,7 @@ from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import parallel
 from moco_eval.runtime.rank import rank
+from pretraining.alarms import PATIENCE, alarms
 from pretraining.lars import Lars
 from pretraining.mechanisms import build, optimizer_for
 from pretraining.moco_v3 import MoCoV3, build_v3, ctr
@@ -272,6 +274,10 @@ def test_a_stem_of_convolutions_keeps_torch_s_initialisation_and_is_trained():
 # Heads
 
 
+def test_one_file_holds_the_idea():
+    assert len((ROOT / "pretraining" / "moco_v3.py").read_text().splitlines()) < 200
+
+
 def test_heads_have_the_published_layers():
     def shapes(head: nn.Module) -> list:
         kinds = {nn.Linear: lambda x: (x.in_features, x.out_features, x.bias is None)}
@@ -391,6 +397,24 @@ def test_a_conv_stem_trains_and_is_read(tmp_path):
     settings = ["arch=vit_conv_narrow_32", "schedule.epochs=1", "schedule.warmup_epochs=0", "max_steps=null"]
     last = pretrain(planned(*settings, "batch_size=1024", "queue_size=1024"), tmp_path / "run", CPU)
     assert load(str(last)).arch.startswith("vit_conv_narrow")
+
+
+def test_a_dip_of_knn_is_said_with_the_way_out():
+    lines = [{"step": 100 + i, "loss": 2.0, "accuracy": 30.0, "feature_std": 0.8} for i in range(PATIENCE)]
+    vit, resnet = planned("arch=vit_narrow_patch8_32"), planned("arch=resnet18_quarter")
+    words = alarms(vit, lines, [60.0, 70.0, 67.0])["instability"]
+    assert "kNN dips from 70.0 to 67.0 %" in words and "--set freeze_patches=true" in words
+    frozen = planned("arch=vit_narrow_patch8_32", "freeze_patches=true")
+    assert "freeze_patches" not in alarms(frozen, lines, [70.0, 67.0])["instability"]
+    assert alarms(vit, lines, [60.0, 70.0, 69.0]) == {} == alarms(resnet, lines, [70.0, 60.0])
+
+
+def test_alarms_go_by_moco_v3_s_own_chance():
+    run = planned("arch=resnet18_quarter")
+    line = {"accuracy": 2.0, "feature_std": 0.8}
+    near = [{"step": 100 + i, "loss": run.chance - 0.001, **line} for i in range(PATIENCE)]
+    assert alarms(run, near, [])["chance"].startswith(f"loss at chance: {run.chance - 0.001:.3f} nats")
+    assert alarms(run, [{**one, "loss": run.chance - 0.1} for one in near], []) == {}
 
 
 def test_the_model_of_a_plan_is_moco_v3():
