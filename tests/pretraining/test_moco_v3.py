@@ -31,7 +31,7 @@ RANKS, N, STEPS, WARMUP, EPOCHS, PER_EPOCH = 2, 4, 20, 2, 5, 4
 CPU = torch.device("cpu")
 SETTINGS = {
     "resnet": ["arch=resnet18_quarter", "temperature=1", "optimizer={kind: lars, lr: 0.05, weight_decay: 1.0e-4}"],
-    "vit": ["arch=vit_narrow_patch8_32", "optimizer={kind: adamw, lr: 0.01, weight_decay: 0.1}"],
+    "vit": ["arch=vit_narrow_12h_patch8_32", "optimizer={kind: adamw, lr: 0.01, weight_decay: 0.1}"],
 }
 SMALL = ["freeze_patches=false", "views.size=32", "hidden_dim=16", "dim=8", "knn=null", "momentum=0.9"]
 
