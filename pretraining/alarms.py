@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from moco_eval.encoders.architectures import VisionTransformer, architecture
 from pretraining.plan import Plan
 
 PATIENCE = 10  # log lines that must agree
 CHANCE = 0.02  # nats below the chance level, for each loss that is summed
 SPREAD = 0.05  # of q; about 1 when spread
 LEAK = 99.9  # percent of pretext accuracy
+DIP = 2.0  # points of kNN below its best so far
 
 
 def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str, str]:
@@ -27,16 +29,32 @@ def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str
             f"features collapsed: the queries' spread is {spread:.3f} (about 1 when spread, 0 when all are alike); "
             f"{_slower(run)}"
         )
-    if loss > run.chance - CHANCE * (1 + run.config.symmetric):
-        sounding["chance"] = (
-            f"loss at chance after the queue has filled: {loss:.3f} nats, chance {run.chance:.3f}; {_slower(run)}"
-        )
+    if loss > run.chance - CHANCE * (1 + run.config.symmetric) * run.loss_scale:
+        when = "" if run.config.mechanism == "moco_v3" else " after the queue has filled"
+        sounding["chance"] = f"loss at chance{when}: {loss:.3f} nats, chance {run.chance:.3f}; {_slower(run)}"
     if accuracy > LEAK and len(knn) > 1 and knn[-1] < min(knn[-2], max(knn) - 1):
         sounding["leak"] = (
             f"pretext accuracy over {LEAK} % while kNN falls ({max(knn):.1f} to {knn[-1]:.1f}): batch statistics "
             f"leak which key is whose; {_tight(run)}"
         )
+    if is_vit(run) and knn and knn[-1] < max(knn) - DIP:
+        sounding["instability"] = (
+            f"kNN dips from {max(knn):.1f} to {knn[-1]:.1f} %, as an unstable ViT's does (arXiv:2104.02057, Figures "
+            f"1 to 3); {_steadier(run)}"
+        )
     return sounding
+
+
+def is_vit(run: Plan) -> bool:
+    """Whether a vision transformer is trained."""
+    return run.config.mechanism == "moco_v3" and isinstance(architecture(run.config.arch), VisionTransformer)
+
+
+def _steadier(run: Plan) -> str:
+    """The way out of a ViT's instability: the paper freezes the random patch projection."""
+    if run.config.freeze_patches or "conv" in run.config.arch:
+        return "a smaller optimizer.lr or batch may help"
+    return "take --set freeze_patches=true in a new run, or a smaller optimizer.lr"
 
 
 def _mean(lines: list[dict[str, Any]], name: str) -> float:
@@ -54,6 +72,8 @@ def _tight(run: Plan) -> str:
     """The BN mode that does not leak here."""
     if run.config.mechanism == "memory_bank":
         return "its keys are of another epoch: look at the views"
+    if run.config.mechanism == "moco_v3":
+        return "take bn: sync" if run.bn != "sync" else "bn: sync is on: look at the views"
     mode = "shuffle" if run.processes > 1 else "split"
     wanted = f"bn: {mode} with bn_permute: true"
     return f"take {wanted}" if run.bn != mode or not run.config.bn_permute else f"{wanted} is on: look at the views"

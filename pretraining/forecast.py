@@ -20,9 +20,12 @@ from moco_eval.papers import cost
 from moco_eval.runtime.printable import shell_join
 from pretraining.bottleneck import seconds, worker_seconds
 from pretraining.plan import by_device
-from pretraining.views import RECIPES, two_views
+from pretraining.views import recipes, two_views
 
-DATA = {"moco_v2_r50": "imagenet", "moco_v1_r50": "imagenet", "cifar10": "cifar10", "digits": "digits"}
+DATA = {
+    **dict.fromkeys(("moco_v1_r50", "moco_v2_r50", "moco_v3_r50", "moco_v3_vit_small", "moco_v3_vit_base"), "imagenet"),
+    **{"cifar10": "cifar10", "digits": "digits", "digits_v3": "digits"},
+}
 STORED = {"imagenet": 110_000}  # bytes of an image; other sets are read once
 SOME = 32  # images of a timed batch of views
 
@@ -131,7 +134,7 @@ def _worker(config: PretrainConfig, photos: Path, device: torch.device) -> float
 
 def _augmentation(config: PretrainConfig, device: torch.device) -> float:
     """Seconds of the training device for what it does to both views of an image."""
-    recipe, size = RECIPES[config.views.recipe], config.views.size
+    (recipe, _), size = recipes(config.views), config.views.size
     count = SOME if device.type == "cpu" else config.batch_size
     pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, device=device)
     epoch, index = torch.zeros(count, dtype=torch.long).numpy(), torch.arange(count).numpy()

@@ -1,7 +1,7 @@
 """The two mechanisms that the paper holds MoCo against (Figure 2 a and b), on the same loss and pretext task.
 
 Neither was ever released; what the paper leaves open is said here and in docs/protocols/pretrain.md. Also `build`,
-which makes the mechanism of a config.
+which makes the mechanism of a config, and `optimizer_for`, which makes its optimiser.
 """
 
 import torch
@@ -16,7 +16,9 @@ from moco_eval.runtime.collectives import gather, gather_with_gradient
 from moco_eval.runtime.console import warn
 from moco_eval.runtime.device import compile_, to_device
 from moco_eval.runtime.rank import rank, world_size
+from pretraining.lars import Lars
 from pretraining.moco import MoCo, Step, info_nce, measured
+from pretraining.moco_v3 import MoCoV3, build_v3
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import Pixels, encode_shuffled, unit
 from pretraining.views import Batch, preprocessing
@@ -124,12 +126,14 @@ class EndToEnd(nn.Module):
         """The next batch brings its own keys."""
 
 
-Mechanism = MoCo | MemoryBank | EndToEnd
+Mechanism = MoCo | MemoryBank | EndToEnd | MoCoV3
 
 
 def build(run: Plan) -> Mechanism:
-    """The mechanism of a plan, as torchvision initialises it."""
+    """The mechanism of a plan, as torchvision initialises it; MoCo v3 in its own way."""
     config, pixels = run.config, Normalise(preprocessing(run.config.views, run.images))
+    if config.mechanism == "moco_v3":
+        return build_v3(config, run.bn, pixels)
     if config.mechanism == "memory_bank":
         return MemoryBank(
             build_encoder(config, run.bn),
@@ -165,12 +169,23 @@ def build_encoder(config: PretrainConfig, bn: str) -> nn.Module:
     return sync_batch_norm(encoder) if bn == "sync" else encoder
 
 
+def optimizer_for(model: Mechanism, config: PretrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """One group of all parameters, BN and bias included; what has no gradient, as a key encoder, stays as it is."""
+    settings = config.optimizer
+    weights, decay, fused = model.parameters(), settings.weight_decay, device.type == "cuda"
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(weights, settings.lr, weight_decay=decay, fused=fused)
+    if settings.kind == "lars":
+        return Lars(weights, settings.lr, settings.sgd_momentum, decay)
+    return torch.optim.SGD(weights, settings.lr, momentum=settings.sgd_momentum, weight_decay=decay, fused=fused)
+
+
 def prepare(model: Mechanism, run: Plan, device: torch.device) -> Mechanism:
     """On the device, channels last, compiled where the plan says so; names and values stay."""
     model.to(device)
     model.to(memory_format=torch.channels_last)
     if run.config.compile:
-        encoders = [net for name, net in model.named_children() if name.startswith("encoder")]
+        encoders = [net for name, net in model.named_children() if "encoder" in name]
         compile_(encoders, device, graphs=_may_record(run))
     return model
 

@@ -51,9 +51,10 @@ class Monitor:
         assert self.settings is not None and self.splits is not None
         for buffer in encoder_q.buffers():
             broadcast_(buffer)  # rank 0's BN statistics are those that are saved
-        head = encoder_q.fc
+        place = "fc" if hasattr(encoder_q, "fc") else "head"
+        head = getattr(encoder_q, place)
         if self.settings.feature == "pooled":
-            encoder_q.fc = nn.Identity()
+            setattr(encoder_q, place, nn.Identity())
         compiled = self.run.config.compile is True
         try:
             with contextlib.nullcontext() if compiled else eager():
@@ -68,7 +69,7 @@ class Monitor:
                     precision=self.run.config.precision,
                 )
         finally:
-            encoder_q.fc = head
+            setattr(encoder_q, place, head)
 
 
 @contextlib.contextmanager

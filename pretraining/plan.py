@@ -14,18 +14,26 @@ from moco_eval.data.band_transforms import left_out
 from moco_eval.data.catalogue import open_images, require_whole, split_deviations
 from moco_eval.data.glance import doubts, passed_over
 from moco_eval.data.image_set import ImageSet
-from moco_eval.encoders.architectures import resnet
+from moco_eval.encoders.architectures import Architecture, VisionTransformer, architecture, resnet
 from moco_eval.errors import InputError
 from moco_eval.runtime.device import AMPERE
-from pretraining.views import RECIPES, preprocessing
+from pretraining.views import preprocessing, recipes
 
 CANONICAL = {
     "pretrain/moco-v1@1": "moco_v1_r50",
     "pretrain/moco-v2@1": "moco_v2_r50",
+    "pretrain/moco-v3-resnet@1": "moco_v3_r50",
+    "pretrain/moco-v3-vit@1": "moco_v3_vit_base",
     "pretrain/cifar10-demo@2": "cifar10",
 }
 # what a paper's table varies; all other differences from the protocol's config are deviations
 FREE_KEYS = ("arch", "mechanism", "queue_size", "momentum", "symmetric", "schedule.epochs", "bn", "bn_groups")
+
+# MoCo v3's ResNets: what the published recipe takes for each length, at batch 4096
+BY_EPOCHS = {
+    300: {"optimizer.lr": 4.8, "optimizer.weight_decay": 1e-6, "momentum": 0.99},
+    1000: {"optimizer.lr": 4.8, "optimizer.weight_decay": 1.5e-6, "momentum": 0.996},
+}
 
 
 @dataclass
@@ -58,10 +66,18 @@ class Plan:
 
     @property
     def chance(self) -> float:
-        """The loss when all keys look alike, in nats: log of the candidates, twice that where two losses are summed."""
+        """The loss when all keys look alike, in nats: log of the candidates, twice that where two losses are summed.
+
+        MoCo v3's losses count 2 tau each, so that is 4 tau log N.
+        """
         config = self.config
-        candidates = config.queue_size + (config.mechanism != "end_to_end")
-        return math.log(candidates) * (2 if config.symmetric else 1)
+        candidates = config.queue_size + (config.mechanism not in ("end_to_end", "moco_v3"))
+        return math.log(candidates) * (2 if config.symmetric else 1) * self.loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss counts: 2 tau in MoCo v3."""
+        return 2 * self.config.temperature if self.config.mechanism == "moco_v3" else 1
 
     @property
     def full_step(self) -> int:
@@ -122,6 +138,8 @@ class Plan:
             "moco": f"MoCo, K {config.queue_size}, m {config.momentum}",
             "memory_bank": f"memory bank of {len(self.images)} slots, K {config.queue_size} drawn",
             "end_to_end": f"end-to-end, K {config.queue_size} (the batch)",
+            "moco_v3": f"MoCo v3, N {config.queue_size} (the batch), m {config.momentum}"
+            + (" rising to 1" if config.momentum_schedule == "cosine" else ""),
         }[config.mechanism]
         parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
         return "\n".join(
@@ -132,7 +150,7 @@ class Plan:
                 f"{config.precision}{_compiled(config)}",
                 f"bn: {self.bn}"
                 + (f" in {config.bn_groups} groups" if self.bn == "split" else "")
-                + ("" if self.shuffles else ", keys not permuted"),
+                + ("" if self.shuffles or config.mechanism == "moco_v3" else ", keys not permuted"),
                 f"chance level of the loss: {self.chance:.4f}"
                 + (f"; the queue is filled after {self.full_step} steps" if config.mechanism == "moco" else ""),
                 *self._bytes(),
@@ -184,10 +202,11 @@ def plan(
         InputError: data that is not there or too damaged, fewer images than a batch, a batch that the processes,
             parts or BN groups cannot share equally.
     """
-    resnet(config.arch)
+    _require_trainable(config)
     images = open_images(dataset, data, "pretrain")
     config = of_channels(config, images)
-    bn = config.bn if config.bn != "auto" else ("shuffle" if processes > 1 else "split")
+    usual = "sync" if config.mechanism == "moco_v3" else "shuffle" if processes > 1 else "split"
+    bn = config.bn if config.bn != "auto" else usual
     config = config.model_copy(update=by_device(config, device))
     run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
@@ -197,13 +216,37 @@ def plan(
     return run
 
 
+def _require_trainable(config: PretrainConfig) -> None:
+    """Raises InputError where the mechanism does not train the network, or the views are not what it takes."""
+    if config.mechanism != "moco_v3":
+        resnet(config.arch)
+        return
+    arch = architecture(config.arch)
+    if isinstance(arch, Architecture):
+        if config.freeze_patches:
+            raise InputError(f"freeze_patches: {config.arch} has no patches; take --set freeze_patches=false")
+        return
+    if not isinstance(arch, VisionTransformer):
+        raise InputError(f"{config.arch} is not trained here; take a ResNet or a ViT, such as vit_base_patch16_224")
+    if arch.size != config.views.size:
+        raise InputError(
+            f"{config.arch} takes images of {arch.size} pixels and views.size is {config.views.size}; "
+            f"take --set views.size={arch.size}"
+        )
+    if arch.dim % 4:
+        raise InputError(f"{config.arch} is {arch.dim} wide, which sin-cos positions in two halves do not fill")
+    if arch.conv_stem and config.freeze_patches:
+        raise InputError(f"freeze_patches: the stem of {config.arch} is trained; take --set freeze_patches=false")
+
+
 def of_channels(config: PretrainConfig, images: ImageSet) -> PretrainConfig:
     """The config with a network that takes as many channels as the images have.
 
     Raises:
         InputError: the config names another number, or views that images of bands do not have.
     """
-    channels, arch = images.channels, resnet(config.arch)
+    channels, arch = images.channels, architecture(config.arch)
+    assert isinstance(arch, Architecture | VisionTransformer)
     if "," in config.arch and arch.channels != channels:
         raise InputError(
             f"arch {config.arch} takes {arch.channels} channels, and the images of {images.name} have {channels}; take "
@@ -283,8 +326,10 @@ def _deviations(run: Plan) -> list[str]:
         free += ("batch_size", "optimizer.lr")  # K is the batch, and the rate follows it (P1 Fig. 3)
     differ = differences(config, canonical, free) + split_deviations(run.images)
     if run.images.bands:
-        steps = left_out(RECIPES[config.views.recipe])
+        steps = left_out(recipes(config.views)[1])
         differ.append(f"images of {run.images.channels} bands" + (f": views without {steps}" if steps else ""))
+    if config.mechanism == "moco_v3":
+        return differ + (["batch statistics of each process alone"] if run.bn == "none" and run.processes > 1 else [])
     leaks = run.bn in ("none", "sync") or (run.bn == "shuffle" and run.processes == 1)
     if leaks and config.mechanism != "memory_bank":
         differ.append(f"bn {run.bn} on {run.processes} process(es), which does not protect from leaking")
@@ -301,4 +346,8 @@ def _canonical(config: PretrainConfig) -> PretrainConfig:
     if config.protocol not in CANONICAL:
         raise InputError(f"unknown protocol {config.protocol!r}.{configs.did_you_mean(config.protocol, CANONICAL)}")
     loaded = configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig)
-    return loaded.model_copy(update={"precision": "fp32", "compile": False})
+    published = {"precision": "fp32", "compile": False}
+    if config.protocol == "pretrain/moco-v3-resnet@1" and config.schedule.epochs in BY_EPOCHS:
+        settings = [f"{key}={value}" for key, value in BY_EPOCHS[config.schedule.epochs].items()]
+        loaded = configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig, settings)
+    return loaded.model_copy(update=published)

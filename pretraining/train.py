@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moco_eval.config.learning_rate import learning_rate
+from moco_eval.config.learning_rate import momentum_of_step, rate_in_pretraining
 from moco_eval.data.loader import draw_seed
 from moco_eval.errors import Interrupted, RunFailed
 from moco_eval.results.run_directory import open_run
@@ -20,7 +20,7 @@ from moco_eval.runtime.rank import is_main, world_size
 from moco_eval.runtime.stop import Stop
 from pretraining import checkpoint
 from pretraining.feed import Feed
-from pretraining.mechanisms import Mechanism, build, prepare, settle
+from pretraining.mechanisms import Mechanism, build, optimizer_for, prepare, settle
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
@@ -81,10 +81,7 @@ class Trainer:
         deterministic(self.config.deterministic)
         torch.manual_seed(self.config.seed)  # the same weights and dictionary on every rank
         self.model = prepare(build(run), run, device)
-        # SGD on all parameters, BN and bias included; MoCo's encoder_k has no gradient and stays as it is
-        sgd = self.config.optimizer
-        settings = {"momentum": sgd.sgd_momentum, "weight_decay": sgd.weight_decay, "fused": device.type == "cuda"}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), sgd.lr, **settings)
+        self.optimizer = optimizer_for(self.model, self.config, device)
         self.ddp = parallel(self.model)
         settle(self.ddp, run, device)
         self.monitor, self.measured = Monitor(run), Measurements(run, device)
@@ -120,9 +117,12 @@ class Trainer:
                 self.judge()
 
     def train_step(self, batch: Batch) -> None:
-        """One step, at its learning rate and with its own order of keys."""
+        """One step, at its learning rate and momentum and with its own order of keys."""
+        at = self.config.schedule, self.config.optimizer.lr, self.step, self.run.steps_per_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.schedule, self.config.optimizer.lr, self.epoch)
+            group["lr"] = rate_in_pretraining(*at)
+        if self.config.momentum_schedule == "cosine":
+            self.model.momentum = momentum_of_step(self.config.momentum, self.step, self.run.steps)
         order = torch.Generator().manual_seed(draw_seed(self.config.seed, self.step, 0) >> 1)
         parts = batch.parts(self.config.accumulate)
         if self.config.compile == "reduce-overhead":

@@ -1,9 +1,10 @@
 """What every config is made of."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic_core.core_schema import SerializationInfo, SerializerFunctionWrapHandler
 
 Positive = Field(gt=0)
 
@@ -18,6 +19,24 @@ class Model(BaseModel):
         if isinstance(value, bool) and wanted in (int, float, int | None, float | None):
             raise ValueError("a number is wanted, not true or false")
         return value
+
+
+WHOLE = "whole"  # the serialisation context that asks for every key
+
+
+class Extended(Model):
+    """A config with keys that came later: left out of its dump at their default, as records of before do not have them.
+
+    Dumped in the context WHOLE it has them all.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        values, fields = dump(self), type(self).model_fields
+        unsaid = {key for key in self.later if getattr(self, key) == fields[key].default}
+        return values if info.context == WHOLE else {key: values[key] for key in values if key not in unsaid}
 
 
 class Run(Model):

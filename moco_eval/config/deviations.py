@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from moco_eval.config.base import NEUTRAL_KEYS, is_among
+from moco_eval.config.base import NEUTRAL_KEYS, WHOLE, is_among
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -21,7 +21,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(ours: BaseModel, canonical: BaseModel, free: Iterable[str] = ()) -> list[str]:
     """In words, where `ours` leaves the canonical recipe of its protocol; `free` keys are the row's own choice."""
-    left, right = flatten(ours.model_dump(mode="json")), flatten(canonical.model_dump(mode="json"))
+    left, right = (flatten(config.model_dump(mode="json", context=WHOLE)) for config in (ours, canonical))
     skipped = (*NEUTRAL_KEYS, *free)
     return [
         f"{key} {left.get(key)} instead of {right.get(key)}"

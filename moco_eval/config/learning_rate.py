@@ -4,6 +4,7 @@ import math
 
 from moco_eval.config.base import Schedule
 from moco_eval.config.classification import FinetuneSchedule
+from moco_eval.config.pretrain import PretrainSchedule
 
 LEFT = 0.001  # of the learning rate at the last step of a fine-tuning's cosine
 
@@ -14,6 +15,25 @@ def learning_rate(schedule: Schedule, lr: float, epoch: int) -> float:
     if schedule.kind == "step":
         return _stepped(schedule, lr, epoch)
     return lr * 0.5 * (1 + math.cos(math.pi * epoch / schedule.epochs))
+
+
+def rate_in_pretraining(schedule: PretrainSchedule, lr: float, step: int, per_epoch: int) -> float:
+    """The rate of a step of pretraining, counted from 0 over all epochs of `per_epoch` steps.
+
+    Per step: lr t/w in the warm-up of w epochs, so 0 at the first step, then half a cosine; t = step / per_epoch.
+    Source: facebookresearch/moco-v3@c349e6e, main_moco.py.
+    """
+    if schedule.per == "epoch":
+        return learning_rate(schedule, lr, step // per_epoch)
+    t, warmup = step / per_epoch, schedule.warmup_epochs
+    if t < warmup:
+        return lr * t / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (schedule.epochs - warmup)))
+
+
+def momentum_of_step(momentum: float, step: int, steps: int) -> float:
+    """m of a step, counted from 0: by a cosine from `momentum` to 1. Source: arXiv:2104.02057, Sec. 4."""
+    return 1 - 0.5 * (1 + math.cos(math.pi * step / steps)) * (1 - momentum)
 
 
 def rate_of_step(schedule: FinetuneSchedule, lr: float, step: int, per_epoch: int) -> float:

@@ -4,19 +4,58 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moco_eval.config.base import Expect, Model, Positive, Schedule, Sgd
+from moco_eval.config.base import Expect, Extended, Model, Positive, Schedule, Sgd
 
 
-class Views(Model):
+class Views(Extended):
     """How an image becomes a query and a key; the recipes are in pretraining/views.py.
 
     backend: device cuts views in the workers and augments batches on the training device; reference is the published
     PIL pipeline, image after image in the workers.
+    crop_min: smallest area of a crop, as a share of the image; none is the recipe's own.
     """
 
-    recipe: Literal["moco_v1", "moco_v2", "cifar10", "digits"]
+    later = ("crop_min",)
+
+    recipe: Literal["moco_v1", "moco_v2", "moco_v3", "cifar10", "digits"]
     backend: Literal["device", "reference"] = "device"
     size: int = Field(224, ge=8)
+    crop_min: float | None = Field(None, gt=0, le=1)
+
+
+class Optimizer(Extended, Sgd):
+    """SGD, LARS or AdamW; `sgd_momentum` is of the first two, AdamW's betas are 0.9 and 0.999."""
+
+    later = ("kind",)
+
+    kind: Literal["sgd", "lars", "adamw"] = "sgd"
+
+    @model_validator(mode="after")
+    def _adamw_has_betas(self):
+        if self.kind == "adamw" and self.sgd_momentum != type(self).model_fields["sgd_momentum"].default:
+            raise ValueError(f"sgd_momentum {self.sgd_momentum:g} is not AdamW's, which has betas; leave it out")
+        return self
+
+
+class PretrainSchedule(Extended, Schedule):
+    """The learning rate, set once per epoch or, after `warmup_epochs` from 0 on, per step."""
+
+    later = ("per", "warmup_epochs")
+
+    per: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _steps_follow_a_cosine(self):
+        if self.per == "step" and (self.kind != "cosine" or self.count_from):
+            raise ValueError("schedule.per step is a cosine counted from 0; take schedule.kind=cosine and count_from=0")
+        if self.warmup_epochs and self.per == "epoch":
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} rise step by step; take schedule.per=step")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} leave nothing of {self.epochs} epochs; at most {self.epochs - 1}"
+            )
+        return self
 
 
 class KnnMonitor(Model):
@@ -38,16 +77,25 @@ class KeepCheckpoints(Model):
     steps: int | None = Field(None, gt=0)
 
 
-class PretrainConfig(Model):
-    """A pretraining recipe in the paper's symbols; see docs/protocols."""
+class PretrainConfig(Extended):
+    """A pretraining recipe in the paper's symbols; see docs/protocols.
+
+    hidden_dim: of MoCo v3's projector and predictor. momentum_schedule: cosine raises m to 1 at the end, per step.
+    freeze_patches: a ViT's patch projection stays random.
+    """
+
+    later = ("hidden_dim", "momentum_schedule", "freeze_patches")
 
     protocol: str
     arch: str
-    mechanism: Literal["moco", "memory_bank", "end_to_end"] = "moco"
+    mechanism: Literal["moco", "memory_bank", "end_to_end", "moco_v3"] = "moco"
     head: Literal["linear", "mlp"] = "linear"
+    hidden_dim: int | None = Field(None, gt=0)
     dim: int = Field(128, gt=0)
+    freeze_patches: bool = False
     queue_size: int = Positive
     momentum: float = Field(0.999, ge=0, le=1)
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
     temperature: float = Positive
     symmetric: bool = False
     views: Views
@@ -56,8 +104,8 @@ class PretrainConfig(Model):
     bn_permute: bool = True
     batch_size: int = Positive
     accumulate: int = Field(1, gt=0)
-    optimizer: Sgd
-    schedule: Schedule
+    optimizer: Optimizer
+    schedule: PretrainSchedule
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     compile: Literal["auto", "reduce-overhead"] | bool = "auto"
     deterministic: bool = False
@@ -77,15 +125,40 @@ class PretrainConfig(Model):
 
     @model_validator(mode="after")
     def _the_mechanism_has_its_dictionary(self):
-        if self.symmetric and self.mechanism != "moco":
+        if self.symmetric and self.mechanism not in ("moco", "moco_v3"):
             raise ValueError(f"symmetric is MoCo's option; mechanism {self.mechanism} has one direction")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         part = self.batch_size // self.accumulate
-        if self.mechanism == "end_to_end" and self.queue_size != part:
+        if self.mechanism in ("end_to_end", "moco_v3") and self.queue_size != part:
             raise ValueError(
-                f"queue_size {self.queue_size} is not the dictionary of mechanism end_to_end, whose K is the "
+                f"queue_size {self.queue_size} is not the dictionary of mechanism {self.mechanism}, whose K is the "
                 f"{part} keys encoded together (batch_size / accumulate); take --set queue_size={part}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_of_moco_v3_alone(self):
+        if self.mechanism != "moco_v3":
+            if self.hidden_dim is not None:
+                raise ValueError(f"hidden_dim is of mechanism moco_v3; mechanism {self.mechanism} takes none")
+            if self.freeze_patches:
+                raise ValueError(f"freeze_patches is of a ViT in mechanism moco_v3, not of {self.mechanism}")
+            if self.momentum_schedule == "cosine" and self.mechanism != "moco":
+                raise ValueError(f"momentum_schedule is of a momentum encoder; mechanism {self.mechanism} has none")
+            return self
+        if not self.symmetric:
+            raise ValueError("mechanism moco_v3 sums the losses of both directions; take --set symmetric=true")
+        if self.hidden_dim is None:
+            raise ValueError("mechanism moco_v3 has a hidden layer in its projector; the paper's: hidden_dim=4096")
+        if self.head != "mlp":
+            raise ValueError(f"head {self.head} is not MoCo v3's, whose projector is an MLP; take --set head=mlp")
+        if self.bn not in ("auto", "sync", "none"):
+            raise ValueError(f"bn {self.bn} is for shuffled keys, which moco_v3 has not; take --set bn=sync")
+        if self.accumulate > 1:
+            raise ValueError(
+                f"accumulate {self.accumulate} would take negatives away from moco_v3, whose keys are the batch's; "
+                "take --set accumulate=1"
             )
         return self
 

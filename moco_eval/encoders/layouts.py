@@ -248,6 +248,26 @@ _LIGHTLY_TRAIN = Layout(
 
 LAYOUTS: tuple[Layout, ...] = (
     replace(
+        _MOCO_V3,
+        origin="moco-eval, MoCo v3 ViT",
+        marks=(r"^(base|momentum)_encoder\.(blocks|patch_embed|head)\.",),
+        format=FORMAT,
+        source="pretraining/checkpoint.py",
+        head=r"base_encoder\.head\.",
+        key_head=r"momentum_encoder\.head\.",
+        preprocessing=None,
+    ),
+    replace(
+        _MOCO_V3,
+        origin="moco-eval, MoCo v3 ResNet",
+        marks=(r"^(base_encoder|momentum_encoder\.fc)\.",),
+        format=FORMAT,
+        source="pretraining/checkpoint.py",
+        head=r"base_encoder\.fc\.",
+        key_head=r"momentum_encoder\.fc\.",
+        preprocessing=None,
+    ),
+    replace(
         _MOCO,
         origin="moco-eval",
         format=FORMAT,

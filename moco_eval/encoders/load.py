@@ -189,6 +189,9 @@ def _architecture(checkpoint: Checkpoint, inferred: str, settings: FileSettings)
     """
     if settings.arch or (checkpoint.layout.format == SAFETENSORS and checkpoint.values.get("arch")):
         return settings.arch or str(checkpoint.values["arch"])
+    stated = checkpoint.values.get("arch")
+    if checkpoint.layout.format and isinstance(stated, str) and isinstance(architecture(inferred), VisionTransformer):
+        return stated  # our own file says the heads, which the shapes do not
     if isinstance(architecture(inferred), TimmNetwork):
         return _timm_architecture(checkpoint, inferred, settings)
     plain, comma, channels = inferred.partition(",")

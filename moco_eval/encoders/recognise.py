@@ -186,8 +186,8 @@ def _layout(
 
 def fits(row: Layout, names: Iterable[str], format_: Any) -> bool:
     """Whether these tensors are named as a row says."""
-    if row.format:
-        return row.format == format_
+    if row.format and row.format != format_:
+        return False
     return all(_has(mark, names) for mark in row.marks) and not any(_has(mark, names) for mark in row.unless)
 
 

@@ -212,7 +212,7 @@ def pretraining(recipe: PretrainConfig, dataset: str, precision: str, processes:
     views = images * epochs * (2 if recipe.symmetric else 1)
     yield train, views * (2 if recipe.mechanism == "end_to_end" else 1)
     looks = epochs // recipe.knn.every * (images + images_of(dataset, "test")) if recipe.knn else 0
-    keys = views if recipe.mechanism == "moco" else 0
+    keys = views if recipe.mechanism in ("moco", "moco_v3") else 0
     if keys + looks:
         yield forward, keys + looks
 

@@ -160,7 +160,7 @@ def is_pretrained(encoder: Record, recipe: RowRecipe) -> bool:
         and pretraining.get("protocol") == wanted.protocol
         and pretraining.get("dataset", {}).get("name") == recipe.dataset
         and wanted.schedule.epochs == pretraining.get("epochs") == settings.get("schedule.epochs")
-        and _bn(pretraining) in PROTECTED
+        and _bn(pretraining) in (("sync",) if wanted.mechanism == "moco_v3" else PROTECTED)
         and all(key in settings and settings[key] == value for key, value in _asked(recipe).items())
     )
 
@@ -169,7 +169,7 @@ def _asked(recipe: RowRecipe) -> dict[str, Any]:
     """The config values that a record must share with its row: those that tables vary, and all that the row sets."""
     settings = recipe.settings()
     keys = [*TOLD_APART, *recipe.set]
-    if settings["mechanism"] == "moco":
+    if settings["mechanism"] in ("moco", "moco_v3"):
         keys.append("momentum")  # plays no part in the other mechanisms
     if settings["schedule.kind"] == "step":
         keys.append("schedule.milestones")

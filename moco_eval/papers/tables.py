@@ -118,7 +118,7 @@ class States(Model):
             epochs=run.schedule.epochs,
             batch=run.batch_size,
             K=run.queue_size,
-            m=run.momentum if run.mechanism == "moco" else None,
+            m=run.momentum if run.mechanism in ("moco", "moco_v3") else None,
             tau=run.temperature,
         )
 

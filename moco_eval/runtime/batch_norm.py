@@ -102,21 +102,35 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) to the same shape; N may be 0 on some ranks."""
-        if not self.training or world_size() == 1:
-            return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        assert self.num_batches_tracked is not None
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        count = int(all_sum(torch.tensor(x.numel() // x.shape[1], device=x.device)))
-        mean = _AllSum.apply(x.sum((0, 2, 3))) / count
-        centred = x - mean.view(1, -1, 1, 1)
-        var = _AllSum.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(input.dtype)
+        return super().forward(input) if not self.training or world_size() == 1 else _synchronised(self, input)
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """The same of vectors, (N, C)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) if not self.training or world_size() == 1 else _synchronised(self, input)
+
+
+def _synchronised(norm: nn.BatchNorm1d | nn.BatchNorm2d, input: torch.Tensor) -> torch.Tensor:
+    """(N, C, ...) normalised by the statistics of all ranks, which the running ones follow."""
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    across, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+    count = int(all_sum(torch.tensor(x.numel() // x.shape[1], device=x.device)))
+    mean = _AllSum.apply(x.sum(across)) / count
+    centred = x - mean.view(shape)
+    var = _AllSum.apply(centred.square().sum(across)) / count
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * count / (count - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    inverse = torch.rsqrt(var + norm.eps)
+    if not norm.affine:
+        return (centred * inverse.view(shape)).to(input.dtype)
+    scale = norm.weight * inverse
+    return torch.addcmul(norm.bias.view(shape), centred, scale.view(shape)).to(input.dtype)
 
 
 class NaiveSyncBatchNorm2d(nn.BatchNorm2d):
@@ -160,22 +174,29 @@ def share_statistics(net: nn.Module, bn: str) -> nn.Module:
 
 
 def sync_batch_norm(net: nn.Module) -> nn.Module:
-    """Replace every BatchNorm2d by a synchronised one: torch's own under nccl, the plain one elsewhere."""
+    """Replace every BatchNorm1d and 2d by a synchronised one: torch's own under nccl, the plain one elsewhere."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return _activations_of_syncbn(nn.SyncBatchNorm.convert_sync_batchnorm(net))
-    return replace_batch_norm(net, lambda features: SyncBatchNorm2d(features))
+    net = replace_batch_norm(net, lambda features: SyncBatchNorm2d(features))
+    return replace_batch_norm(net, lambda features: SyncBatchNorm1d(features), nn.BatchNorm1d)
 
 
-def replace_batch_norm(net: nn.Module, make: Callable[[int], nn.BatchNorm2d]) -> nn.Module:
-    """Replace every BatchNorm2d by `make(features)`; weights and buffers are carried over."""
+def replace_batch_norm(
+    net: nn.Module,
+    make: Callable[[int], nn.BatchNorm1d | nn.BatchNorm2d],
+    kind: type[nn.BatchNorm1d | nn.BatchNorm2d] = nn.BatchNorm2d,
+) -> nn.Module:
+    """Replace every batch norm of a kind by `make(features)`; weights and buffers are carried over."""
     for name, child in net.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            other = make(child.num_features).to(child.weight)
+        if isinstance(child, kind):
+            other = make(child.num_features).to(child.running_mean)
+            if not child.affine:
+                other.affine, other.weight, other.bias = False, None, None
             other.load_state_dict(child.state_dict())
             other.eps, other.momentum = child.eps, child.momentum
             setattr(net, name, _with_activation(other, child))
         else:
-            replace_batch_norm(child, make)
+            replace_batch_norm(child, make, kind)
     return net
 
 

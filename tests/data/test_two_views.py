@@ -1,5 +1,6 @@
 """Views of whole data sets: from files, from memory, by the published pipeline, by any number of workers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision import transforms
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.augment.decode import photo
-from moco_eval.data.augment.steps import Flip, PilGaussianBlur, ViewRecipe
+from moco_eval.data.augment.steps import Crop, Flip, PilGaussianBlur, Solarize, ViewRecipe
 from moco_eval.data.augment.two_views import TwoViews
 from moco_eval.data.catalogue import open_images
 from moco_eval.data.image_set import ImageSet
@@ -20,7 +21,7 @@ from moco_eval.data.loader import Batches, loader
 from moco_eval.errors import InputError
 from pretraining.feed import Feed
 from pretraining.plan import plan
-from pretraining.views import RECIPES
+from pretraining.views import RECIPES, SECOND, recipes
 
 CPU = torch.device("cpu")
 ITEMS = [(0, 2), (0, 0), (3, 2), (1, 5)]
@@ -134,6 +135,51 @@ def test_recipes_are_the_published_ones():
     }
     for name, steps in published.items():
         assert parts(RECIPES[name].reference(224)) == parts(transforms.Compose(steps))
+
+
+def published_v3(crop_min: float, blur: float, solarize: float) -> transforms.Compose:
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, scale=(crop_min, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([PilGaussianBlur((0.1, 2.0))], p=blur),
+            transforms.RandomSolarize(128, p=solarize),
+            transforms.RandomHorizontalFlip(),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("config", "crop_min"), [("moco_v3_r50", 0.2), ("moco_v3_vit_base", 0.08)])
+def test_moco_v3_s_two_views_are_byol_s(config, crop_min):
+    first, second = recipes(configs.load(config, "pretrain", PretrainConfig).views)
+    assert parts(first.reference(224)) == parts(published_v3(crop_min, 1.0, 0.0))
+    assert parts(second.reference(224)) == parts(published_v3(crop_min, 0.1, 0.2))
+
+
+def test_each_view_has_its_own_recipe_on_the_device(photos):
+    """The same numbers by PIL, each view by its own steps."""
+    pair = RECIPES["moco_v3"], SECOND["moco_v3"]
+    drawn, _, _, numbers = TwoViews(photos, pair[0], 48, seed=3, second=pair[1]).__getitems__(ITEMS)
+    for recipe, view, u in zip(pair, drawn, numbers.numpy()):
+        theirs = [pil.view(recipe, photos.image(i), u[n], 48) for n, (_, i) in enumerate(ITEMS)]
+        assert (view.int() - pil.tensor(theirs).int()).abs().float().mean() < 0.6
+    whole, late = (TwoViews(photos, pair[0], 48, 3, finished=done, second=pair[1]) for done in (True, False))
+    cuts, *_, u = late.__getitems__(ITEMS)
+    assert torch.equal(late.finish(cuts, u.numpy()), whole.__getitems__(ITEMS)[0])
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_second_view_alone_is_solarised_in_both_backends(reference):
+    """White images turn black where they are solarised."""
+    steps = (Crop((0.5, 1.0)), Solarize(0.0)), (Crop((0.5, 1.0)), Solarize(0.2))
+    digits = open_images("digits", None, "train")
+    bright = replace(digits, pixels=np.full_like(digits.pixels, 255))
+    views = TwoViews(bright, ViewRecipe(steps[0]), 8, 0, reference=reference, second=ViewRecipe(steps[1]))
+    first, second = views.__getitems__([(0, index) for index in range(600)])[0]
+    assert (first == 255).all()
+    share = (second == 0).flatten(1).all(dim=1).float().mean().item()
+    assert share == pytest.approx(0.2, abs=5 * (0.16 / 600) ** 0.5)
 
 
 def settings(*changes: str) -> PretrainConfig:

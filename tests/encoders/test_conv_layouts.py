@@ -38,7 +38,7 @@ TORCHVISION = {
     "convnext_tiny": ("timm:convnext_tiny", 64),
     "swin_t": ("timm:swin_tiny_patch4_window7_224", 224),
     "regnet_y_400mf": ("timm:regnety_004", 64),
-    "regnet_x_400mf": ("timm:regnetx_004", 64),
+    "regnet_x_400mf": ("timm:regnetx_004_tv", 64),
     "densenet121": ("timm:densenet121", 64),
     "efficientnet_v2_s": ("timm:efficientnetv2_s,bn_eps=0.001", 64),
     "efficientnet_b5": ("timm:efficientnet_b5,bn_eps=0.001", 64),

@@ -23,7 +23,8 @@ from moco_eval.runtime.device import borrowed_generator
 
 @dataclass
 class TwoViews(Dataset):
-    """(views, index, substitute, numbers) of a list of (epoch, index) items: two independent draws of a recipe.
+    """(views, index, substitute, numbers) of a list of (epoch, index) items: two independent draws of a recipe, or one
+    each of two.
 
     The draws depend on (seed, epoch, index) alone. An unreadable image is replaced by the next readable one, so that
     every rank keeps its share; `substitute` is then the index that took its place, otherwise -1.
@@ -37,6 +38,7 @@ class TwoViews(Dataset):
         finished: otherwise views of files are only cut, and `finish` does the other steps by the image's `numbers`;
             a recipe that does not start with a crop is always finished.
         count: 2, or 1 where only the first view is looked at.
+        second: the second view's recipe, where it is another; its steps are the first's, with other parameters.
     """
 
     images: ImageSet
@@ -46,12 +48,17 @@ class TwoViews(Dataset):
     reference: bool = False
     finished: bool = True
     count: int = 2
+    second: ViewRecipe | None = None
 
     def __post_init__(self) -> None:
         first = self.recipe.steps[0]
         self.crop = first if isinstance(first, Crop) else None
+        self.recipes = (self.recipe, self.second or self.recipe)[: self.count]
+        assert all([*map(type, each.steps)] == [*map(type, self.recipe.steps)] for each in self.recipes)
+        assert all(each.steps[0] == first for each in self.recipes)  # one cut serves both
         self.finished = self.finished or self.reference or self.crop is None
-        self.published = transforms.Compose([self.recipe.reference(self.size), transforms.PILToTensor()])
+        last = transforms.PILToTensor()
+        self.published = [transforms.Compose([each.reference(self.size), last]) for each in self.recipes]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,7 +89,8 @@ class TwoViews(Dataset):
 
     def numbers(self, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
         """The uniform numbers behind each view, (count, N, D)."""
-        return np.stack([self.recipe.uniforms(self.seed, epoch, index, view) for view in range(self.count)])
+        drawn = (each.uniforms(self.seed, epoch, index, view) for view, each in enumerate(self.recipes))
+        return np.stack(list(drawn))
 
     def of_pixels(self, pixels: Tensor, numbers: np.ndarray, fuse: Fuse = unfused) -> Tensor:
         """Views of whole images of one size, (N, 3, H, W) uint8, on their device."""
@@ -94,8 +102,9 @@ class TwoViews(Dataset):
 
     def _views(self, views: Tensor, numbers: np.ndarray, skip: int, fuse: Fuse) -> Tensor:
         """The steps from `skip` on, of all views at once where an operation is computed for all images."""
-        if not is_for_all(views, fuse):
-            return torch.stack([self.recipe.apply(view, u, self.size, skip, fuse) for view, u in zip(views, numbers)])
+        if self.second or not is_for_all(views, fuse):
+            each = zip(self.recipes, views, numbers)
+            return torch.stack([recipe.apply(view, u, self.size, skip, fuse) for recipe, view, u in each])
         together = self.recipe.apply(views.flatten(0, 1), numbers.reshape(-1, numbers.shape[2]), self.size, skip, fuse)
         return together.unflatten(0, (len(numbers), -1))
 
@@ -104,8 +113,8 @@ class TwoViews(Dataset):
         for n, (epoch, index) in enumerate(items):
             image, substitute[n] = self.decoded(index)
             with borrowed_generator(draw_seed(self.seed, epoch, index)):
-                for view in views:
-                    view[n] = self.published(image)
+                for view, published in zip(views, self.published):
+                    view[n] = published(image)
         return views
 
     def _of_files(self, index: np.ndarray, numbers: np.ndarray, substitute: Tensor) -> Tensor:
