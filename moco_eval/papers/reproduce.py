@@ -25,6 +25,7 @@ from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Row, Table
 from moco_eval.papers.todo import total
 from moco_eval.runtime import files
+from moco_eval.runtime.command import exit_code
 from moco_eval.runtime.printable import shell_join
 from moco_eval.runtime.text import as_text
 
@@ -298,7 +299,7 @@ def _process(arguments: Sequence[str], lock: IO[Any]) -> tuple[int, bool]:
         process = subprocess.Popen([sys.executable, "-m", "moco_eval", *arguments], stdout=2, pass_fds=[lock.fileno()])
         if told:  # before there was a process
             process.send_signal(told[0])
-        return process.wait(), bool(told)
+        return exit_code(process), bool(told)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,6 +13,7 @@ from typing import Any
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.steps import ChainStep
 from moco_eval.runtime import files
+from moco_eval.runtime.command import exit_code
 from moco_eval.runtime.printable import shell_join
 
 NAME = "moco-eval-"  # a job's name begins so
@@ -34,7 +35,7 @@ class Job:
     def __call__(self) -> None:
         command = [sys.executable, "-m", "moco_eval", *self.arguments]
         self.process = subprocess.Popen(command, preexec_fn=_leave_to_submitit)
-        code = self.process.wait()
+        code = exit_code(self.process)
         if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
             time.sleep(GRACE)
         if code:

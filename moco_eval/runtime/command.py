@@ -4,6 +4,7 @@ A command takes the signals, shows its progress and writes its command line into
 """
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 
 _line: str | None = None
@@ -28,3 +29,15 @@ def line() -> str | None:
 def is_command() -> bool:
     """Whether the process is ours."""
     return _line is not None
+
+
+def exit_code(process: subprocess.Popen) -> int:
+    """Of a process, once it has ended.
+
+    A wait without end would keep a signal that another thread of ours receives until it is over.
+    """
+    while True:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            continue
