@@ -133,7 +133,7 @@ def _is_own(part: str, tensors: list[Tensor], widths: set[int]) -> bool:
         widths: of the backbone's layers, for a part outside of it.
     """
     word = part.rpartition(".")[2]
-    if _FORWARD.search(word):
-        return False
+    if _FORWARD.search(word) or ("embed" in word.lower() and any(tensor.ndim > 2 for tensor in tensors)):
+        return False  # embeddings of channels or times, (1, count, dim), are added to the tokens
     on_feature = any(tensor.ndim == 2 and tensor.shape[1] in widths for tensor in tensors)
     return bool(_WORDS.search(word)) or on_feature

@@ -126,3 +126,11 @@ def test_a_wrapped_backbone_beside_a_head_that_a_row_knows(tmp_path):
     state = under("backbone.module.", body(0)) | under("head.", linear(128).state_dict())
     encoder = load(written(tmp_path, state))
     assert arrived(encoder, 0) and encoder.origin == "a state dict under the prefix 'backbone.module.'"
+
+
+@pytest.mark.parametrize("name", ["channel_embed", "time_embedding", "Embed_of_bands"])
+def test_what_is_added_to_the_tokens_is_no_head(name, tmp_path):
+    """SatMAE's and its like: without it the network computes something else."""
+    state = body(0, VIT) | {name: torch.ones(1, 3, 48)}
+    assert f"{name}" in error(written(tmp_path, state))
+    assert "embedding" in dict(load(written(tmp_path, body(0, VIT) | {"embedding.weight": torch.ones(16, 48)})).dropped)
