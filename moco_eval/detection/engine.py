@@ -12,7 +12,7 @@ from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import torchvision_engine
 from moco_eval.detection.average_precision import Detections
-from moco_eval.encoders.architectures import ARCHITECTURES
+from moco_eval.encoders.architectures import resnet
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export.detectron2 import settings_of
 from moco_eval.errors import InputError, message_of
@@ -48,14 +48,12 @@ def _obstacle(encoder: Encoder, recipe: DetectConfig) -> str | None:
             importlib.import_module("detectron2.modeling")
     except Exception as error:  # a build for another torch or Python fails in its own ways
         return f"detectron2 is installed and does not import ({' '.join(message_of(error).split())[:200]})"
-    if encoder.arch not in ARCHITECTURES:
-        return f"it builds ResNets here, and {encoder.arch} is none of them"
-    if recipe.optimizer.kind != "sgd" or recipe.input.jitter:
-        return "it trains by SGD on images of a drawn shorter side, and the recipe asks for AdamW or large-scale jitter"
     settings, why = settings_of(encoder, Path("weights"))
     if settings is None:
         return why
-    if recipe.model != "r50_fpn" and ARCHITECTURES[encoder.arch].block is BasicBlock:
+    if recipe.optimizer.kind != "sgd" or recipe.input.jitter:
+        return "it trains by SGD on images of a drawn shorter side, and the recipe asks for AdamW or large-scale jitter"
+    if recipe.model != "r50_fpn" and resnet(encoder.arch).block is BasicBlock:
         return f"detectron2 builds {encoder.arch} with an FPN only"
     if recipe.accumulate > 1:
         return "detectron2 takes a batch in one part and the recipe says accumulate"

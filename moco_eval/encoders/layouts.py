@@ -279,7 +279,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "moco-eval safetensors",
         "moco_eval/encoders/export/convert.py",
         format=SAFETENSORS,
-        head=r"head\.",
+        head=r"head\.(?=(\d+\.)?\w+$)",  # timm's own head.norm.weight is the network's
         preprocessing=None,
         settled=True,
     ),

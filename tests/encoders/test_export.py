@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import pickletools
+import re
 import runpy
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from checkpoints import ARCH, FILES, VIT, body, linear, mlp, moco, network, ours, written
+from checkpoints import ARCH, FILES, VIT, body, linear, mlp, moco, network, ours, used, written
 from checkpoints import detectron2 as theirs
 from commands import ROOT
 from torch import nn
@@ -419,3 +420,43 @@ def test_weights_kept_channels_last_are_copied_and_give_the_same_features(to, tm
     assert all(tensor.is_contiguous() for tensor in original.backbone.state_dict().values())
     assert torch.equal(probe_features(original), probe_features(plain))
     assert torch.equal(probe_features(load(str(tmp_path / f"copy{ENDINGS[to]}"))), probe_features(plain))
+
+
+# Networks beyond ResNets and plain ViTs
+
+TINY_VIT = "timm:vit_base_patch16_224,img_size=32,embed_dim=48,depth=2,num_heads=3"
+BEYOND = ("timm:test_convnext", "timm:test_efficientnet", f"{TINY_VIT},act_layer=quick_gelu")
+BEYOND += (f"{TINY_VIT},reg_tokens=2", "resnet18_quarter,channels=13", "vit_narrow_patch16_32,channels=4")
+
+
+@pytest.mark.parametrize("arch", BEYOND)
+@pytest.mark.parametrize(("to", "ending"), [("timm", "pth"), ("timm", "safetensors"), ("safetensors", "safetensors")])
+def test_copies_of_any_network_are_read_back_as_what_they_are(arch, to, ending, tmp_path):
+    """With a projection head beside a norm of the network's own that is called head.norm."""
+    torch.manual_seed(0)
+    net = used(build_backbone(arch), 0)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    copy = tmp_path / f"copy.{ending}"
+    if to == "timm" and arch.startswith("resnet18_quarter"):
+        with pytest.raises(InputError, match="timm has no resnet18_quarter"):
+            convert(str(tmp_path / "x.pth"), copy, to, arch)
+        return
+    convert(str(tmp_path / "x.pth"), copy, to, arch)
+    source, read = load(str(tmp_path / "x.pth"), arch), load(str(copy))
+    assert read.arch == arch and read.preprocessing == source.preprocessing
+    assert torch.equal(probe_features(read), probe_features(source))
+
+
+@pytest.mark.parametrize("arch", [*BEYOND[:4], "vit_narrow_patch16_32,channels=4"])
+@pytest.mark.parametrize(("to", "ending"), [("torchvision", "pth"), ("detectron2", "pkl")])
+def test_libraries_without_such_a_network_are_no_target(arch, to, ending, tmp_path):
+    torch.save(used(build_backbone(arch), 0).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(InputError, match=f"--to {to}: {re.escape(arch)} has no place there"):
+        convert(str(tmp_path / "x.pth"), tmp_path / f"copy.{ending}", to, arch)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_detectron2_is_not_set_up_for_images_of_other_channels(tmp_path):
+    torch.save(used(build_backbone("resnet18_quarter,channels=13"), 0).state_dict(), tmp_path / "x.pth")
+    lines = convert(str(tmp_path / "x.pth"), tmp_path / "copy.pkl", "detectron2")
+    assert "its stem takes photographs of 3 channels" in lines and not (tmp_path / "copy.yaml").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torchvision.models.resnet import BasicBlock
 
-from moco_eval.encoders.architectures import ARCHITECTURES, Architecture
+from moco_eval.encoders.architectures import Architecture, architecture
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.layout import Rules, rename
 from moco_eval.encoders.layouts import DETECTRON2
@@ -50,7 +50,11 @@ def settings_of(encoder: Encoder, weights: Path) -> tuple[dict[str, Any] | None,
     A bottleneck ResNet is set up as the papers' C4 with the extra norm after res5; a ResNet-18 or 34 with an FPN,
     because detectron2's C4 head has bottlenecks and would leave layer4 out.
     """
-    arch = ARCHITECTURES[encoder.arch]
+    arch = architecture(encoder.arch)
+    if not isinstance(arch, Architecture):
+        return None, f"it builds ResNets here, and {encoder.arch} is none of them"
+    if arch.channels != 3:
+        return None, "its stem takes photographs of 3 channels"
     depth = DEPTHS.get(arch.layers)
     basic = arch.block is BasicBlock
     if depth is None or arch.cifar_stem or (basic and arch.width != 1):

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from moco_eval.config.load import did_you_mean
-from moco_eval.encoders.architectures import Architecture, VisionTransformer, architecture, build_transformer
+from moco_eval.encoders.architectures import (
+    Architecture,
+    TimmNetwork,
+    VisionTransformer,
+    architecture,
+    build_transformer,
+)
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.export.detectron2 import to_detectron2
 from moco_eval.encoders.fingerprint import probe_image
@@ -22,12 +28,12 @@ TOLERANCE = 1e-5  # of the largest activation
 def require_place(encoder: Encoder, to: str) -> None:
     """Raises InputError where a library has no such network."""
     arch = architecture(encoder.arch)
-    if isinstance(arch, VisionTransformer) and to in ("torchvision", "detectron2"):
+    if not isinstance(arch, Architecture) and to in ("torchvision", "detectron2"):
         raise InputError(f"--to {to}: {encoder.arch} has no place there under these names; take timm or safetensors")
     if to == "timm" and isinstance(arch, Architecture):
         import timm
 
-        if not timm.is_model(encoder.arch):
+        if not timm.is_model(encoder.arch.partition(",")[0]):
             known = did_you_mean(encoder.arch, timm.list_models("*res*"))
             raise InputError(f"timm has no {encoder.arch}.{known} Take --to torchvision or safetensors")
 
@@ -69,10 +75,12 @@ def _in_timm(encoder: Encoder, path: Path) -> str:
     import timm
 
     arch = architecture(encoder.arch)
-    if isinstance(arch, VisionTransformer) and not timm.is_model(encoder.arch):
+    if isinstance(arch, TimmNetwork):
+        net = arch.build()
+    elif isinstance(arch, VisionTransformer) and not timm.is_model(encoder.arch):
         net = build_transformer(encoder.arch)
     else:
-        net = timm.create_model(encoder.arch, num_classes=0)
+        net = timm.create_model(encoder.arch.partition(",")[0], num_classes=0, in_chans=arch.channels)
     timm.models.load_checkpoint(net, str(path))
     set_norm_eps(net, encoder.norm_eps)
     image = probe_image(arch)
