@@ -194,16 +194,18 @@ def _voc_matches(by_class: Sequence[Ranked], images: int) -> Matches:
 
 def _matches(kind: str, images: int, rows: Sequence[tuple[np.ndarray, ...]], objects: Sequence[np.ndarray]) -> Matches:
     """From each class's (image (D,), right (T, D), ignored (T, D)) and the images of its objects."""
-    bits = 1 << np.arange(len(IOUS))[:, None]
+    bits, each_class = 1 << np.arange(len(IOUS))[:, None], np.arange(len(rows), dtype=np.int32)
+    right, ignored = (np.concatenate([(row[part] * bits).sum(axis=0) for row in rows]) for part in (1, 2))
     return Matches(
-        kind,
-        images,
-        len(rows),
-        np.concatenate([row[0] for row in rows]).astype(np.int32),
-        np.repeat(np.arange(len(rows), dtype=np.int32), [len(row[0]) for row in rows]),
-        *(np.concatenate([(row[part] * bits).sum(axis=0) for row in rows]).astype(np.uint16) for part in (1, 2)),
-        np.concatenate(list(objects)).astype(np.int32),
-        np.repeat(np.arange(len(rows), dtype=np.int32), [len(each) for each in objects]),
+        kind=kind,
+        images=images,
+        classes=len(rows),
+        image=np.concatenate([row[0] for row in rows]).astype(np.int32),
+        label=np.repeat(each_class, [len(row[0]) for row in rows]),
+        right=right.astype(np.uint16),
+        ignored=ignored.astype(np.uint16),
+        object_image=np.concatenate(list(objects)).astype(np.int32),
+        object_label=np.repeat(each_class, [len(each) for each in objects]),
     )
 
 

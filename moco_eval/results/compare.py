@@ -23,6 +23,7 @@ from moco_eval.untrusted import npz
 
 RESAMPLES = 10_000
 METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
+TOLD = (*METRICS, "top5")
 VERDICTS = ("behind", "level with", "ahead of")
 
 
@@ -80,6 +81,21 @@ def compare(a: Path | Run, b: Path | Run, metric: str | None = None) -> Comparis
     return Comparison(*runs, metric, after - before, over_images, _discordant(metric, *runs))
 
 
+def verdict(a: Path, b: Path, metric: str) -> str | None:
+    """What the run in folder b is to that in folder a, in a metric that both records have.
+
+    None where there is no telling: a run kept no answers, or the metric is not one that is resampled.
+
+    Raises:
+        InputError: as `compare`.
+    """
+    for folder in (a, b):
+        record = run_files.read_record(folder)
+        if not (record and has_answers(folder, record) and (metric in TOLD or matches.split_name(metric))):
+            return None
+    return compare(a, b, metric).verdict
+
+
 def _resamples(run: Run) -> int:
     return OF_BOXES if isinstance(run.answers, Detected) else RESAMPLES
 
@@ -117,9 +133,10 @@ def read_run(folder: Path) -> Run:
 
 def has_answers(folder: Path, record: dict[str, Any]) -> bool:
     """Whether a run kept what it said of each test image, so that it can be compared."""
-    if kind_and_name(record["protocol"])[0] == "detect":
+    kind, _ = kind_and_name(record["protocol"])
+    if kind == "detect":
         return all(run_files.is_there(place / matches.NAME) for place in _trial_folders(folder, record))
-    return run_files.is_there(folder / "predictions.npz")
+    return kind not in DENSE and run_files.is_there(folder / "predictions.npz")
 
 
 def _trial_folders(folder: Path, record: dict[str, Any]) -> list[Path]:

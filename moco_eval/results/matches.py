@@ -59,7 +59,7 @@ class Matches:
         first, objects = np.searchsorted(self.label, edges), np.bincount(self.object_label, minlength=self.classes)
         rows = [
             self._of_class(label, slice(first[label], first[label + 1]), PARTS[part], weights)
-            for label in np.flatnonzero(objects)
+            for label in np.flatnonzero(objects).tolist()
         ]
         there = ~np.isnan(np.stack(rows))
         with np.errstate(invalid="ignore"):
@@ -81,11 +81,11 @@ class Matches:
             counts = csr_array((np.ones(len(places[0]), np.int32), places), (len(peaks), self.images))
             return np.cumsum(counts @ weights, axis=0)
 
-        every, total = entered(np.ones(len(image), bool)), 0.0
+        every, total = entered(np.ones(len(image), bool)), np.zeros(weights.shape[1])
         for iou in ious:
             passed_over = ignored >> iou & 1 == 1
             counted = every - entered(passed_over) if passed_over.any() else every
-            total = total + _mean_precision(entered(right >> iou & 1 == 1), counted, objects, self._recalls)
+            total += _mean_precision(entered(right >> iou & 1 == 1), counted, objects, self._recalls)
         return total / len(ious)
 
     @property
