@@ -60,11 +60,10 @@ def segment(
         )
     config = load_recipe(recipe or DEFAULTS.get(dataset, "linear"), "segment", SegmentConfig, options)
     encoder = load_encoder(checkpoint, options, config.seed)
-    output = options.output or default_output("segment", encoder, dataset, config.protocol)
     task = SegmentationTask(
         encoder,
         config,
-        dataset,
+        options.called,
         options.data,
         options.train_split,
         options.test_split,
@@ -72,4 +71,5 @@ def segment(
         classes,
         ignore or (255,),
     )
+    output = options.output or default_output("segment", encoder, task.in_path, config.protocol)
     return fine_tuned(segmentation.plan, segmentation.segment, segmentation.format_table, task, output, options)

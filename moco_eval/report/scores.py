@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moco_eval.config.data_name import layout_of
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.report.pick import terms
 from moco_eval.report.runs import Run, sha_of
@@ -65,6 +66,7 @@ def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
         for metric in filter(_rank, record["metrics"] if record else ()):
             assert record
             column = columns.setdefault(_key(record, metric), _column(record, metric))
+            column.dataset = record["dataset"]["name"]  # what the newest calls it
             column.scores[names[sha_of(run)]] = _score(run, metric)
     order = sorted(columns, key=lambda key: (key[0] or float("inf"), *map(str, key[1:])))
     _number_data({key: columns[key] for key in order})
@@ -99,7 +101,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
     dataset = record["dataset"]
     task, _ = kind_and_name(record["protocol"])
     own = tuple(deviation for deviation in record["deviations"] if not deviation.startswith("encoder: "))
-    where = (dataset["name"], dataset.get("split"), dataset.get("fingerprint"))
+    where = (layout_of(dataset["name"]), dataset.get("split"), dataset.get("fingerprint"))
     return (
         dataset.get("labels_per_class"),
         list(TASKS).index(task) if task in TASKS else 9,
@@ -168,10 +170,15 @@ def cautions(runs: Sequence[Run], names: dict[str, str]) -> list[str]:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: run.time, reverse=True):
         if run.record:
-            about = (names[sha_of(run)], run.record["dataset"]["name"], run.record["dataset"].get("fingerprint"))
+            about = (
+                names[sha_of(run)],
+                layout_of(run.record["dataset"]["name"]),
+                run.record["dataset"].get("fingerprint"),
+            )
             groups.setdefault((*about, *terms(run)[1:4]), []).append(run.record)
     for key, records in groups.items():
-        sentences += [f"{key[0]} on {key[1]}: {disagreement(*apart)}." for apart in disagreements(records)]
+        data = records[0]["dataset"]["name"]
+        sentences += [f"{key[0]} on {data}: {disagreement(*apart)}." for apart in disagreements(records)]
     return sentences
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from moco_eval import limits
+from moco_eval.config.data_name import agree
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
-from moco_eval.results import matches, run_files, trial_folders
+from moco_eval.results import matches, run_files
 from moco_eval.results.matches import Detected
 from moco_eval.results.record import DENSE, SCHEMA, repeats
 from moco_eval.results.statistics import OF_BOXES, Answers, Difference, mcnemar, paired, value
@@ -140,7 +141,9 @@ def has_answers(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def _trial_folders(folder: Path, record: dict[str, Any]) -> list[Path]:
-    return trial_folders.folders(folder, [trial["seed"] for trial in record["trials"]])
+    from moco_eval.results.fine_tuning_task import folders  # with torch behind it
+
+    return folders(folder, [trial["seed"] for trial in record["trials"]])
 
 
 def _read_matches(folder: Path, record: dict[str, Any]) -> Detected:
@@ -233,7 +236,7 @@ def require_same_images(a: Run, b: Run) -> None:
     """Raises InputError where the runs were not tested on the same images with the same labels."""
     for key in ("name", "split", "fingerprint", "images"):
         ours, theirs = (run.record["dataset"].get(key) for run in (a, b))
-        if ours != theirs:
+        if ours != theirs and not (key == "name" and agree(ours, theirs)):
             raise InputError(
                 f"the runs were not tested on the same images: {key} is {ours} in {a.folder} and {theirs} in {b.folder}"
             )
