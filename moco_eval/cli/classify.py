@@ -115,10 +115,11 @@ def open_task(checkpoint: str, options: Options, seed: int) -> tuple[Any, str]:
     """The encoder on the data: a `task.Task`; and the data's name with what --labels says, for a run directory."""
     from moco_eval.classification.further import open_further
     from moco_eval.classification.task import Task
+    from moco_eval.config.data_name import in_path
     from moco_eval.data.catalogue import open_splits
     from moco_eval.data.label_option import parse_labels
 
-    labels, dataset = parse_labels(options.labels), str(options.dataset)
+    labels, dataset = parse_labels(options.labels), options.called
     encoder = load_encoder(checkpoint, options, seed)
     train, test = open_splits(dataset, options.data, options.train_split, options.test_split)
     if labels and labels.per_class is None:
@@ -133,7 +134,11 @@ def open_task(checkpoint: str, options: Options, seed: int) -> tuple[Any, str]:
         cache=options.cache or Path("runs/features"),
         further=open_further(options.also, train),
     )
-    names = [dataset, *([labels.name] if labels else []), *(f"also-{test.name}" for test in task.further)]
+    names = [
+        in_path(test.name, train.fingerprint, test.fingerprint),
+        *([labels.name] if labels else []),
+        *(f"also-{test.name}" for test in task.further),
+    ]
     return task, "-".join(names)
 
 
@@ -263,20 +268,23 @@ def retrieve(checkpoint: str, split: str, options: Options) -> int:
     from moco_eval.classification.retrieval import PROTOCOL, Settings, check
     from moco_eval.classification.retrieval import retrieve as judged
     from moco_eval.classification.task import Task
+    from moco_eval.config.data_name import in_path
     from moco_eval.data.catalogue import open_splits
     from moco_eval.results.result import lines
     from moco_eval.results.run_directory import default_output
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    encoder, dataset = load_encoder(checkpoint, options, options.seed or 0), str(options.dataset)
+    encoder, dataset = load_encoder(checkpoint, options, options.seed or 0), options.called
     splits = open_splits(dataset, options.data, options.train_split, options.test_split)
     images = splits[0] if split == "train" else splits[1]
     task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
     usual = Settings()
     workers = usual.workers if options.workers is None else options.workers
     settings = Settings(options.precision or usual.precision, options.batch_size or usual.batch_size, workers)
-    output = options.output or default_output("retrieve", encoder, f"{dataset}-{split}", PROTOCOL)
+    output = options.output or default_output(
+        "retrieve", encoder, f"{in_path(images.name, images.fingerprint)}-{split}", PROTOCOL
+    )
     if options.dry_run:
         check(task)
         data = f"data: {images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"

@@ -1,6 +1,7 @@
 """moco-eval pretrain."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,16 +39,15 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     if options.dataset is None:
         raise InputError("pretrain needs --dataset; for example: moco-eval pretrain digits --dataset digits")
     resolved = load_config(config, "pretrain", PretrainConfig, options)
-    output = options.output or Path("runs") / f"pretrain-{Path(config).stem}-{options.dataset}"
     if options.nproc > 1 or options.dry_run:
         device = choose_device(options.device) if options.dry_run else torch.device("cpu")
-        planned = plan(resolved, options.dataset, options.data, options.nproc, device)
+        planned = plan(resolved, options.called, options.data, options.nproc, device)
         if options.dry_run:
-            click.echo(f"{planned.describe()}\noutput: {output}")
+            click.echo(f"{planned.describe()}\noutput: {_output(config, planned, options)}")
             return 0
         return launch_again(options, max_restarts)
     with processes(options.device) as device:
-        run = plan(resolved, options.dataset, options.data, world_size(), device)
+        run = plan(resolved, options.called, options.data, world_size(), device)
         log(run.describe())
         if profiled:
             from pretraining.profile import profile
@@ -56,6 +56,14 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             if is_main():
                 click.echo(parts.report())
             return 0
-        last = train(run, output, device)
+        last = train(run, _output(config, run, options), device)
         log(f"done: {last}")
     return 0
+
+
+def _output(config: str, run: Any, options: Options) -> Path:
+    """--output, or runs/pretrain-<config>-<data>."""
+    from moco_eval.config.data_name import in_path
+
+    images = run.images
+    return options.output or Path("runs") / f"pretrain-{Path(config).stem}-{in_path(images.name, images.fingerprint)}"

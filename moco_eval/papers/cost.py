@@ -19,6 +19,7 @@ from torch import nn
 
 from moco_eval.classification.protocols import by_name, load_config
 from moco_eval.config import load as configs
+from moco_eval.config.data_name import is_called
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.boxes import coco, voc
@@ -130,7 +131,7 @@ def measured(step: ChainStep, row: Row, table: Table, records: Sequence[Record],
         record
         for record in records
         if record["protocol"] == column.protocol
-        and record["dataset"]["name"] == column.dataset
+        and is_called(record["dataset"]["name"], str(column.dataset))
         and record["encoder"]["arch"] == arch
         and _is_whole(record)
         and _ran_here(record, _number(step.arguments, "--nproc"), device)

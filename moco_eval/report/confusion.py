@@ -10,6 +10,7 @@ from moco_eval.features import sample
 from moco_eval.report.pick import by_test_set, description, has_answers, shared, unlike
 from moco_eval.report.runs import Run
 from moco_eval.results import compare, run_files
+from moco_eval.results.statistics import Answers
 
 CLASSES = 20  # at most in a matrix; of more, the pairs that are confused most
 PAIRS = 20
@@ -59,7 +60,7 @@ def count(run: Run) -> tuple[Pairs, int]:
         InputError: predictions.npz is damaged.
     """
     answers = compare.read_run(run.path).answers
-    assert run.record and answers.predictions is not None
+    assert run.record and isinstance(answers, Answers) and answers.predictions is not None
     predictions, labels = answers.predictions, answers.labels
     classes = run.record["dataset"].get("classes") or int(max(labels.max(), predictions.max())) + 1
     cells, often = np.unique(labels * classes + predictions, return_counts=True)
