@@ -21,7 +21,7 @@ from moco_eval.classification.protocols import by_name, load_config
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
-from moco_eval.data.boxes import coco, voc
+from moco_eval.data.boxes import cityscapes, coco, lvis, voc
 from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
@@ -46,6 +46,8 @@ DETECTION_TEST = {
     "voc": voc.OFFICIAL["2007", "test"],
     "voc07": voc.OFFICIAL["2007", "test"],
     "coco": coco.OFFICIAL["val2017"],
+    "lvis-v1": lvis.IMAGES["v1", "val"],
+    "cityscapes": cityscapes.OFFICIAL["val"],
 }  # test images
 
 
