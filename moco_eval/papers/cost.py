@@ -46,6 +46,7 @@ DETECTION_TEST = {
     "voc": voc.OFFICIAL["2007", "test"],
     "voc07": voc.OFFICIAL["2007", "test"],
     "coco": coco.OFFICIAL["val2017"],
+    "lvis-v0.5": coco.OFFICIAL["val2017"],  # whose images its val is on
     "lvis-v1": lvis.IMAGES["v1", "val"],
     "cityscapes": cityscapes.OFFICIAL["val"],
 }  # test images
