@@ -1,13 +1,11 @@
 """moco-eval segment."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moco_eval.cli.options import Options, data_option, encoder_options, run_options, with_options
-from moco_eval.cli.shared import launch_again, load_config, load_encoder, rescaled_recipe
+from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe
 from moco_eval.errors import InputError
 
 
@@ -48,10 +46,8 @@ def segment(
     checkpoint: str, recipe: str | None, classes: Path | None, ignore: tuple[int, ...], options: Options
 ) -> int:
     """Train a semantic segmentation on the encoder and measure its mean intersection over union."""
+    from moco_eval.config.segmentation import SegmentConfig
     from moco_eval.results.run_directory import default_output
-    from moco_eval.runtime.device import choose_device
-    from moco_eval.runtime.launch import processes
-    from moco_eval.runtime.rank import is_main
     from moco_eval.segmentation import segment as segmentation
     from moco_eval.segmentation.recipe import DEFAULTS
     from moco_eval.segmentation.task import SegmentationTask
@@ -62,7 +58,7 @@ def segment(
             "segment needs --dataset; for example: moco-eval segment runs/v2/checkpoints/last.pth --dataset voc-aug "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    config = _recipe(recipe or DEFAULTS.get(dataset, "linear"), options)
+    config = load_recipe(recipe or DEFAULTS.get(dataset, "linear"), "segment", SegmentConfig, options)
     encoder = load_encoder(checkpoint, options, config.seed)
     output = options.output or default_output("segment", encoder, dataset, config.protocol)
     task = SegmentationTask(
@@ -72,27 +68,8 @@ def segment(
         options.data,
         options.train_split,
         options.test_split,
+        options.trials,
         classes,
         ignore or (255,),
-        options.trials,
     )
-    if options.nproc > 1 or options.dry_run:
-        planned = segmentation.plan(task, output, options.nproc)
-        if options.dry_run:
-            choose_device(options.device)
-            click.echo(planned)
-            return 0
-        return launch_again(options)
-    with processes(options.device) as device:
-        record = segmentation.segment(task, output, device)
-        if is_main():
-            click.echo(segmentation.format_table(record))
-    return 0
-
-
-def _recipe(name: str, options: Options) -> Any:
-    """A recipe with --set and the shared options applied; --batch-size carries rate and schedule along."""
-    from moco_eval.config.segmentation import SegmentConfig
-
-    before = load_config(name, "segment", SegmentConfig, replace(options, batch_size=None))
-    return rescaled_recipe(before, options.batch_size)
+    return fine_tuned(segmentation.plan, segmentation.segment, segmentation.format_table, task, output, options)

@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,10 +36,11 @@ def load_config(name: str, kind: str, model: Any, options: Options, more: Sequen
     return configs.load(name, kind, model, overrides)
 
 
-def rescaled_recipe(before: Any, batch_size: int | None) -> Any:
-    """A recipe by iterations for a batch of another size, where one is given, and what that changes said."""
+def load_recipe(name: str, kind: str, model: Any, options: Options) -> Any:
+    """A recipe by iterations with --set and the shared options; --batch-size carries rate and schedule along."""
     from moco_eval.config.fine_tuning import rescaled
 
+    before, batch_size = load_config(name, kind, model, replace(options, batch_size=None)), options.batch_size
     if batch_size in (None, before.batch_size):
         return before
     after = rescaled(before, batch_size)
@@ -48,6 +51,30 @@ def rescaled_recipe(before: Any, batch_size: int | None) -> Any:
         f"instead of {list(old.steps)}, warm-up {new.warmup} instead of {old.warmup}"
     )
     return after
+
+
+def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options: Options) -> int:
+    """The plan of a dry run, or the run, in as many processes as asked for, and its table.
+
+    Args:
+        plan, run, table: of detection or segmentation.
+    """
+    from moco_eval.runtime.device import choose_device
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
+
+    if options.nproc > 1 or options.dry_run:
+        planned = plan(task, output, options.nproc)
+        if options.dry_run:
+            choose_device(options.device)
+            click.echo(planned)
+            return 0
+        return launch_again(options)
+    with processes(options.device) as device:
+        record = run(task, output, device)
+        if is_main():
+            click.echo(table(record))
+    return 0
 
 
 def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:

@@ -1,14 +1,25 @@
 """Recipes of fine-tunings by iterations: another batch size, and where a run leaves the recipe of its protocol."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from moco_eval.config import load as configs
 from moco_eval.config.deviations import differences
 from moco_eval.errors import InputError
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol stands for: a shipped config and, where it fixes them, a data set and an architecture."""
+
+    recipe: str
+    dataset: str | None
+    arch: str | None
 
 
 def rescaled(recipe: RecipeT, batch: int) -> RecipeT:
@@ -41,6 +52,34 @@ def rescaled(recipe: RecipeT, batch: int) -> RecipeT:
         return type(recipe).model_validate(values | changed)
     except ValidationError as error:
         raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def protocol_deviations(
+    recipe: Any, kind: str, protocols: Mapping[str, Protocol], dataset: str, arch: str, free: Iterable[str] = ()
+) -> list[str]:
+    """In words, where a run leaves the protocol it names.
+
+    Args:
+        kind: detect or segment; `protocols`: all of that kind.
+        free: keys of the recipe that may differ.
+    """
+    if recipe.protocol not in protocols:
+        return [f"protocol {recipe.protocol} is not one of moco-eval's"]
+    protocol = protocols[recipe.protocol]
+    deviations = recipe_differences(recipe, configs.load(protocol.recipe, kind, type(recipe)), free)
+    if protocol.dataset not in (None, dataset):
+        deviations.append(f"dataset {dataset} instead of {protocol.dataset}")
+    if protocol.arch not in (None, arch, arch.removesuffix("_msra")):  # the supervised baseline is MSRA's ResNet-50
+        deviations.append(f"arch {arch} instead of {protocol.arch}")
+    return deviations
+
+
+def warmed_up(lr: float, schedule: Any, iteration: int) -> float:
+    """The rate of an iteration, counted from 0, in or behind a linear warm-up from lr x warmup_factor."""
+    if iteration >= schedule.warmup:
+        return lr
+    done = iteration / schedule.warmup
+    return lr * (schedule.warmup_factor * (1 - done) + done)
 
 
 def recipe_differences(recipe: Any, canonical: Any, free: Iterable[str] = ()) -> list[str]:

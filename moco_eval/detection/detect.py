@@ -13,11 +13,10 @@ from moco_eval.detection import engine as engines
 from moco_eval.detection.average_precision import Detections, Scores
 from moco_eval.detection.judge import evaluate
 from moco_eval.detection.pictures import draw_pictures
-from moco_eval.detection.recipe import is_on, recipe_deviations
+from moco_eval.detection.recipe import is_on
 from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders.photographs import pixels
-from moco_eval.errors import InputError
-from moco_eval.results import run_directory, trial_folders
+from moco_eval.results import fine_tuning_task
 from moco_eval.results.plots import loss_curves, per_class_bars
 from moco_eval.results.record import Cost, ResultRecord, repeats
 from moco_eval.results.statistics import mean_and_std
@@ -41,48 +40,31 @@ def detect(task: DetectionTask, output: Path, device: torch.device) -> dict[str,
     """
     engine = task.check(rank.world_size())
     data = task.open()
-    about = task.resolved(engine, data)
-    with run_directory.open_run(output, about):
-        if not (output / "config.yaml").is_file():
-            raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
-        settings = recipe_deviations(task.config, task.name, task.encoder.arch)
-        if record := collectives.found_by_main(lambda: run_directory.finished_as(output, about, settings)):
-            return record
-        data = data or task.draw(output)
-        places = zip(task.seeds, trial_folders.folders(output, task.seeds))
-        trials = [_trial(task, data, engine, seed, folder, device) for seed, folder in places]
-        return collectives.found_by_main(lambda: _record(task, data, engine, output, device, trials))
+    return fine_tuning_task.carry_out(
+        task,
+        data,
+        output,
+        task.resolved(engine, data),
+        "detections.json",
+        lambda data, seed, folder: _trial(task, data, engine, seed, folder, device),
+        lambda data, trials: _record(task, data, engine, output, device, trials),
+    )
 
 
 def plan(task: DetectionTask, output: Path, processes: int = 1) -> str:
     """What `detect` would do, in a few lines; opens the data and writes nothing. Raises what `detect` does."""
     engine = task.check(processes)
     data = task.open()
-    encoder, config, schedule = task.encoder, task.config, task.config.schedule
+    config, schedule = task.config, task.config.schedule
     part = config.batch_size // (processes * config.accumulate)
-    return "\n".join(
-        [
-            f"{config.protocol} of {encoder.source}: {encoder.origin}, {encoder.arch}",
-            f"engine: {engine}; {processes} process{'es' * (processes > 1)} with "
-            + (f"{config.accumulate} times " if config.accumulate > 1 else "")
-            + f"{part} images each",
-            f"schedule: {schedule.iterations} iterations of {config.batch_size} images, lr {config.optimizer.lr:g}, "
-            f"steps {list(schedule.steps)}, warm-up {schedule.warmup}; precise BN over {config.precise_bn}",
-            f"trials: {task.trials}, seeds from {config.seed}",
-            f"data: {_data_line(task, data)}",
-            *(f"differs from {config.protocol}: {deviation}" for deviation in task.deviations(data)),
-            f"output: {output}",
-        ]
-    )
-
-
-def _data_line(task: DetectionTask, data: DetectionData | None) -> str:
-    """The data of a plan; those of 'digits' are not drawn yet."""
-    if data:
-        return f"{task.name}, {len(data.train)} training and {len(data.test)} test images, {len(data.classes)} classes"
-    scenes = task.scenes
-    assert scenes
-    return f"{task.name}, {scenes.train} training and {scenes.test} test scenes drawn from seed {scenes.seed}"
+    lines = [
+        f"engine: {engine}; {processes} process{'es' * (processes > 1)} with "
+        + (f"{config.accumulate} times " if config.accumulate > 1 else "")
+        + f"{part} images each",
+        f"schedule: {schedule.iterations} iterations of {config.batch_size} images, lr {config.optimizer.lr:g}, "
+        f"steps {list(schedule.steps)}, warm-up {schedule.warmup}; precise BN over {config.precise_bn}",
+    ]
+    return fine_tuning_task.plan(task, data, output, lines)
 
 
 # Trials and the record
@@ -91,9 +73,7 @@ def _data_line(task: DetectionTask, data: DetectionData | None) -> str:
 def _trial(
     task: DetectionTask, data: DetectionData, engine: str, seed: int, folder: Path, device: torch.device
 ) -> dict[str, Any]:
-    """One fine-tuning and its judgement, or what an earlier call left of it in trial.json. Collective."""
-    if kept := collectives.found_by_main(lambda: trial_folders.finished(folder, "detections.json")):
-        return kept
+    """One fine-tuning and its judgement. Collective."""
     cost, config = Cost(str(device)), task.of_seed(seed)
     detections = engines.fine_tune_and_detect(engine, task.encoder, data, config, folder, device, cost)
     return collectives.found_by_main(lambda: _judge(data, config, folder, cost, detections))
@@ -106,16 +86,8 @@ def _judge(
     metrics, per_class = evaluate(data, detections, is_on(config.protocol, "voc"), config.test.detections)
     files.write_json(folder / "detections.json", _detections(data, detections))
     pictures = draw_pictures(data, detections, folder / "pictures")
-    trial = {
-        "seed": config.seed,
-        "metrics": metrics,
-        "per_class": per_class,
-        "pictures": [path.relative_to(folder).as_posix() for path in pictures],
-        "seconds": cost.seconds,
-        "images": cost.images,
-    }
-    files.write_json(folder / "trial.json", trial)
-    return trial
+    more = {"per_class": per_class, "pictures": [path.relative_to(folder).as_posix() for path in pictures]}
+    return fine_tuning_task.write_trial(folder, config.seed, metrics, cost, more)
 
 
 def _record(
@@ -127,7 +99,7 @@ def _record(
     trials: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The result record of all trials; detections.json and pictures are the first one's."""
-    folders = trial_folders.folders(output, task.seeds)
+    folders = fine_tuning_task.folders(output, task.seeds)
     if folders[0] != output:
         with files.atomic(output / "detections.json") as temporary:
             shutil.copyfile(folders[0] / "detections.json", temporary)
@@ -141,7 +113,7 @@ def _record(
         trials=[{"seed": trial["seed"], "metrics": trial["metrics"]} for trial in trials],
         over="finetune",
         selection="last-iteration",
-        cost=Cost(str(device), *(sum(trial[name] for trial in trials) for name in ("seconds", "images"))),
+        cost=fine_tuning_task.cost_of(trials, device),
         equivalences=_equivalences(task.config, engine),
         deviations=task.deviations(data),
         extra={

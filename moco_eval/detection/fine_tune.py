@@ -5,7 +5,6 @@ Source: detectron2@02b5c4e2, engine/defaults.py and engine/hooks.py; fvcore 0.1.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +113,7 @@ class Trainer(FineTuning):
     """A detector and its optimizer; `finished`: with precise BN behind them."""
 
     def __init__(self, model: Detector, recipe: DetectConfig, output: Path, device: torch.device, cost: Cost):
-        optimizer = optimizer_for(model, recipe)
-        super().__init__("detect", model, optimizer, recipe, partial(learning_rate, recipe), output, cost)
-        self.device = device
+        super().__init__("detect", model, optimizer_for(model, recipe), recipe, learning_rate, output, device, cost)
 
     def step(self, batch: inputs.Batch, iteration: int) -> dict[str, Tensor]:
         """One iteration on this process's images; returns the losses, means over the processes.

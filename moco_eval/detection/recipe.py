@@ -1,21 +1,8 @@
 """A detection recipe: every number of a fine-tuning, as a config; and its learning rate."""
 
-from dataclasses import dataclass
-
-from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
-from moco_eval.config.fine_tuning import recipe_differences
+from moco_eval.config.fine_tuning import Protocol, protocol_deviations, warmed_up
 from moco_eval.config.protocol_name import kind_and_name
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a protocol stands for: a shipped config, a data set and, where it fixes one, an architecture."""
-
-    recipe: str
-    dataset: str
-    arch: str | None
-
 
 PROTOCOLS = {
     "detect/voc-r50-c4-24k@1": Protocol("r50_c4_24k", "voc", "resnet50"),
@@ -62,23 +49,13 @@ def is_on(protocol: str, *data: str) -> bool:
 
 def recipe_deviations(recipe: DetectConfig, dataset: str, arch: str) -> list[str]:
     """In words, where a run leaves the protocol it names."""
-    if recipe.protocol not in PROTOCOLS:
-        return [f"protocol {recipe.protocol} is not one of moco-eval's"]
-    protocol = PROTOCOLS[recipe.protocol]
-    canonical = configs.load(protocol.recipe, "detect", DetectConfig)
-    deviations = recipe_differences(recipe, canonical, free=("input.format",))  # which can only agree with the encoder
-    if dataset != protocol.dataset:
-        deviations.append(f"dataset {dataset} instead of {protocol.dataset}")
-    if protocol.arch not in (None, arch, arch.removesuffix("_msra")):  # the supervised baseline is MSRA's ResNet-50
-        deviations.append(f"arch {arch} instead of {protocol.arch}")
-    return deviations
+    free = ("input.format",)  # which can only agree with the encoder
+    return protocol_deviations(recipe, "detect", PROTOCOLS, dataset, arch, free)
 
 
 def learning_rate(recipe: DetectConfig, iteration: int) -> float:
     """The learning rate of an iteration, counted from 0."""
     schedule = recipe.schedule
-    lr = recipe.optimizer.lr * schedule.gamma ** sum(iteration >= step for step in schedule.steps)
-    if iteration < schedule.warmup:
-        done = iteration / schedule.warmup
-        lr *= schedule.warmup_factor * (1 - done) + done
-    return lr
+    return warmed_up(
+        recipe.optimizer.lr * schedule.gamma ** sum(iteration >= step for step in schedule.steps), schedule, iteration
+    )

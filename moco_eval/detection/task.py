@@ -1,6 +1,5 @@
 """What one detection evaluation is about: the encoder, the data, the recipe; its checks, and opening the data."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from moco_eval.detection.recipe import recipe_deviations
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.photographs import pixels, require_no_resizing, require_photographs
 from moco_eval.errors import InputError
+from moco_eval.results.fine_tuning_task import FineTuningTask, check_schedule, data_folder
 from moco_eval.runtime import collectives, console
 
 DATASETS = ("voc", "voc07", "coco", "voc-folder", "coco-folder", "digits")
@@ -28,55 +28,19 @@ BOXES_ONLY = ("voc", "voc07", "voc-folder", "digits")
 
 
 @dataclass(frozen=True)
-class DetectionTask:
+class DetectionTask(FineTuningTask):
     """What one detection evaluation is about.
 
     Attributes:
-        encoder: from whose weights every fine-tuning starts.
-        config: the recipe; its seed is the first trial's.
-        dataset: one of DATASETS; empty where `data` is open already.
-        data: the data set's folder, or the data themselves, opened. For 'digits' the folder where its scenes are kept,
-            by default output/scenes; for others None stands for MOCO_EVAL_DATA or DETECTRON2_DATASETS.
+        dataset: one of DATASETS.
+        data: with a folder of None, MOCO_EVAL_DATA or DETECTRON2_DATASETS.
         train_split, test_split: for voc-folder and coco-folder.
         engine: auto, torchvision or detectron2.
-        trials: fine-tunings of the one encoder, with seeds from config.seed on.
     """
 
-    encoder: Encoder
     config: DetectConfig
-    dataset: str = ""
     data: Path | DetectionData | None = None
-    train_split: str | None = None
-    test_split: str | None = None
     engine: str = "auto"
-    trials: int = 1
-
-    def __post_init__(self) -> None:
-        assert bool(self.dataset) != isinstance(self.data, DetectionData), "a data set by its name, or open data"
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return self.data.name if isinstance(self.data, DetectionData) else self.dataset
-
-    @property
-    def folder(self) -> Path | None:
-        """The data set's folder, where one was given."""
-        return None if isinstance(self.data, DetectionData) else self.data
-
-    @property
-    def scenes(self) -> Scenes | None:
-        """What is drawn for 'digits'; None where nothing is drawn."""
-        return (self.config.scenes or Scenes()) if self.dataset == "digits" else None
-
-    @property
-    def seeds(self) -> range:
-        """Of the trials."""
-        return range(self.config.seed, self.config.seed + self.trials)
-
-    def of_seed(self, seed: int) -> DetectConfig:
-        """The recipe of one trial."""
-        return self.config.model_copy(update={"seed": seed})
 
     def check(self, processes: int) -> str:
         """Everything that can be refused before the data are opened; returns the engine, and says which `auto` is.
@@ -95,7 +59,8 @@ class DetectionTask:
         require_no_resizing(self.encoder, "a detector")
         _check_colours(self.encoder, self.config)
         _check_heads(self.dataset, self.config)
-        _check_schedule(self.config, processes)
+        parts = self.config.accumulate
+        check_schedule(self.config, processes * parts, f"{processes} processes x {parts} parts")
         engine = engines.choose(self.engine, self.encoder, self.config)
         _check_splits(self)
         return engine
@@ -111,8 +76,7 @@ class DetectionTask:
         """
         if self.scenes:
             return None
-        if isinstance(self.data, DetectionData):
-            data = self.data
+        if data := self.opened:
             _check_data(self.config, data, self.name)
         else:
             data = open_data(self.dataset, self.folder, self.splits, self.config)
@@ -120,7 +84,6 @@ class DetectionTask:
         return data
 
     def draw(self, output: Path) -> DetectionData:
-        """The scenes of 'digits', drawn below `output` if they are not there. Collective."""
         assert self.scenes
         return open_digits(self.folder or output / "scenes", self.scenes)
 
@@ -130,7 +93,6 @@ class DetectionTask:
         return self.train_split, self.test_split
 
     def deviations(self, data: DetectionData | None = None) -> list[str]:
-        """In words, where the run leaves its protocol."""
         return recipe_deviations(self.config, self.name, self.encoder.arch) + (_shared(data) if data else [])
 
     def resolved(self, engine: str, data: DetectionData | None) -> dict[str, Any]:
@@ -169,21 +131,6 @@ def _check_heads(dataset: str, config: DetectConfig) -> None:
         raise InputError(
             f"--dataset {dataset} has boxes only and recipe {config.protocol} asks for {head}; take "
             f"--set {head}=false, or data in COCO format (--dataset coco-folder)"
-        )
-
-
-def _check_schedule(config: DetectConfig, processes: int) -> None:
-    """Warns of a rate that never falls. Raises InputError where the processes cannot share a batch."""
-    schedule, unit = config.schedule, processes * config.accumulate
-    if schedule.steps and schedule.steps[0] >= schedule.iterations:
-        console.warn(
-            f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
-        )
-    if config.batch_size % unit:
-        near = [size for size in (config.batch_size // unit * unit, -(-config.batch_size // unit) * unit) if size]
-        raise InputError(
-            f"batch_size {config.batch_size} does not divide into {processes} processes x {config.accumulate} parts; "
-            f"take --batch-size {' or '.join(map(str, near))}, or another --nproc"
         )
 
 
@@ -269,15 +216,7 @@ def open_data(
     Raises:
         InputError: no folder, no masks, or what the readers refuse.
     """
-    for variable in ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS"):
-        data = data or (Path(os.environ[variable]) if os.environ.get(variable) else None)
-    if data is None:
-        raise InputError(
-            f"--dataset {dataset} needs --data (or MOCO_EVAL_DATA, or DETECTRON2_DATASETS); for example: "
-            f"moco-eval detect CHECKPOINT --dataset {dataset} --data path/to/data"
-        )
-    if not data.is_dir():
-        raise InputError(f"--data {data} {'is a file' if data.exists() else 'does not exist'}; give the data's folder")
+    data = data_folder("detect", dataset, data, ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS"))
     opened = _read(dataset, data, splits, config)
     _check_data(config, opened, str(data))
     for split, samples in ((opened.train_split, opened.train), (opened.test_split, opened.test)):

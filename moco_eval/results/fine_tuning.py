@@ -1,6 +1,7 @@
 """Training by iterations that goes on where it was stopped: the loop, its checkpoints and its losses."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,25 @@ class FineTuning:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         recipe: Any,
-        rate: Callable[[int], float],
+        rate: Callable[[Any, int], float],
         output: Path,
+        device: torch.device,
         cost: Cost,
     ):
         """
         Args:
             command: detect or segment.
             recipe: with schedule.iterations, batch_size, checkpoints.every and log_every.
-            rate: the learning rate of an iteration, from 0.
+            rate: the learning rate of the recipe in an iteration, from 0.
             output: run directory; checkpoints/last.pth is taken up where it is there.
         """
-        self.command, self.model, self.optimizer, self.recipe, self.cost = command, model, optimizer, recipe, cost
+        self.command, self.model, self.optimizer, self.recipe = command, model, optimizer, recipe
+        self.device, self.cost = device, cost
         self.state = output / "checkpoints" / "last.pth"
         self.done, self.finished = training_state.load(self.state, model, optimizer, cost)
         self.ddp = collectives.parallel(model)
         total = recipe.schedule.iterations
-        self.losses = LossLog(output / "metrics.jsonl", self.done, total, recipe.log_every, rate)
+        self.losses = LossLog(output / "metrics.jsonl", self.done, total, recipe.log_every, partial(rate, recipe))
 
     def train(self, stream: Iterator[Any], stop: Stop) -> None:
         """All remaining iterations. Raises RunFailed and Interrupted."""

@@ -1,20 +1,7 @@
 """Protocols of segmentation: a config and the data that it is of; and the learning rate."""
 
-from dataclasses import dataclass
-
-from moco_eval.config import load as configs
-from moco_eval.config.fine_tuning import recipe_differences
+from moco_eval.config.fine_tuning import Protocol, protocol_deviations, warmed_up
 from moco_eval.config.segmentation import SegmentConfig
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a protocol stands for: a shipped config and, where it fixes them, a data set and an architecture."""
-
-    recipe: str
-    dataset: str | None
-    arch: str | None
-
 
 PROTOCOLS = {
     "segment/voc-fcn16s-30k@1": Protocol("voc_fcn16s_30k", "voc-aug", "resnet50"),
@@ -35,16 +22,7 @@ DEFAULTS = {
 
 def recipe_deviations(recipe: SegmentConfig, dataset: str, arch: str) -> list[str]:
     """In words, where a run leaves the protocol it names."""
-    if recipe.protocol not in PROTOCOLS:
-        return [f"protocol {recipe.protocol} is not one of moco-eval's"]
-    protocol = PROTOCOLS[recipe.protocol]
-    canonical = configs.load(protocol.recipe, "segment", SegmentConfig)
-    deviations = recipe_differences(recipe, canonical)
-    if protocol.dataset not in (None, dataset):
-        deviations.append(f"dataset {dataset} instead of {protocol.dataset}")
-    if protocol.arch not in (None, arch, arch.removesuffix("_msra")):  # the supervised baseline is MSRA's ResNet-50
-        deviations.append(f"arch {arch} instead of {protocol.arch}")
-    return deviations
+    return protocol_deviations(recipe, "segment", PROTOCOLS, dataset, arch)
 
 
 def learning_rate(recipe: SegmentConfig, iteration: int) -> float:
@@ -55,7 +33,4 @@ def learning_rate(recipe: SegmentConfig, iteration: int) -> float:
     else:
         left = (1 - iteration / schedule.iterations) ** schedule.power
         lr = (recipe.optimizer.lr - schedule.least) * left + schedule.least
-    if iteration < schedule.warmup:
-        done = iteration / schedule.warmup
-        lr *= schedule.warmup_factor * (1 - done) + done
-    return lr
+    return warmed_up(lr, schedule, iteration)

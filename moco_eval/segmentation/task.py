@@ -1,13 +1,11 @@
 """What one segmentation is about: the encoder, the data, the recipe; its checks, and opening the data."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moco_eval.config.detection import Scenes
 from moco_eval.config.load import did_you_mean
 from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.masks import scenes as digits
@@ -17,9 +15,9 @@ from moco_eval.data.masks.coco_stuff import read_coco_stuff
 from moco_eval.data.masks.folder import read_class_names, read_mask_folder
 from moco_eval.data.masks.samples import IGNORED, SegmentationData, count_pixels
 from moco_eval.data.masks.voc import read_voc2012, read_voc_aug
-from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.photographs import require_no_resizing, require_photographs
 from moco_eval.errors import InputError
+from moco_eval.results.fine_tuning_task import FineTuningTask, check_schedule, data_folder
 from moco_eval.runtime import collectives, console
 from moco_eval.segmentation.networks import check_encoder
 from moco_eval.segmentation.recipe import recipe_deviations
@@ -36,55 +34,19 @@ NAMED = 5  # classes that a warning names
 
 
 @dataclass(frozen=True)
-class SegmentationTask:
+class SegmentationTask(FineTuningTask):
     """What one segmentation is about.
 
     Attributes:
-        encoder: from whose weights every training starts, or on which it stands.
-        config: the recipe; its seed is the first trial's.
-        dataset: one of DATASETS; empty where `data` is open already.
-        data: the data set's folder, or the data themselves, opened. For 'digits' the folder where its scenes are kept,
-            by default output/scenes; for others None stands for MOCO_EVAL_DATA.
+        dataset: one of DATASETS.
+        data: with a folder of None, MOCO_EVAL_DATA.
         train_split, test_split, classes, ignored: for mask-folder; `classes` is a file of names.
-        trials: trainings on the one encoder, with seeds from config.seed on.
     """
 
-    encoder: Encoder
     config: SegmentConfig
-    dataset: str = ""
     data: Path | SegmentationData | None = None
-    train_split: str | None = None
-    test_split: str | None = None
     classes: Path | None = None
     ignored: tuple[int, ...] = (IGNORED,)
-    trials: int = 1
-
-    def __post_init__(self) -> None:
-        assert bool(self.dataset) != isinstance(self.data, SegmentationData), "a data set by its name, or open data"
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return self.data.name if isinstance(self.data, SegmentationData) else self.dataset
-
-    @property
-    def folder(self) -> Path | None:
-        """The data set's folder, where one was given."""
-        return None if isinstance(self.data, SegmentationData) else self.data
-
-    @property
-    def scenes(self) -> Scenes | None:
-        """What is drawn for 'digits'; None where nothing is drawn."""
-        return (self.config.scenes or Scenes()) if self.dataset == "digits" else None
-
-    @property
-    def seeds(self) -> range:
-        """Of the trials."""
-        return range(self.config.seed, self.config.seed + self.trials)
-
-    def of_seed(self, seed: int) -> SegmentConfig:
-        """The recipe of one trial."""
-        return self.config.model_copy(update={"seed": seed})
 
     def check(self, processes: int) -> None:
         """Everything that can be refused before the data are opened.
@@ -113,12 +75,11 @@ class SegmentationTask:
         """
         if self.scenes:
             return None
-        data = self.data if isinstance(self.data, SegmentationData) else open_data(self)
+        data = self.opened or open_data(self)
         _look(data, str(self.folder or self.name))
         return data
 
     def draw(self, output: Path) -> SegmentationData:
-        """The scenes of 'digits', drawn below `output` if they are not there. Collective."""
         scenes = self.scenes
         assert scenes
         folder = self.folder or output / "scenes"
@@ -127,7 +88,6 @@ class SegmentationTask:
         return read_mask_folder(folder, classes=digits.CLASSES, name="digits")
 
     def deviations(self, data: SegmentationData | None = None) -> list[str]:
-        """In words, where the run leaves its protocol."""
         of_recipe = recipe_deviations(self.config, self.name, self.encoder.arch)
         return of_recipe + (list(data.deviations) if data else [])
 
@@ -151,19 +111,8 @@ class SegmentationTask:
 
 
 def _check_schedule(config: SegmentConfig, processes: int) -> None:
-    """Warns of a rate that never falls. Raises InputError where the processes cannot share a batch."""
-    schedule = config.schedule
-    if schedule.steps and schedule.steps[0] >= schedule.iterations:
-        console.warn(
-            f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
-        )
-    if config.batch_size % processes:
-        below = config.batch_size // processes * processes
-        near = [size for size in (below, below + processes) if size]
-        raise InputError(
-            f"batch_size {config.batch_size} does not divide into {processes} processes; "
-            f"take --batch-size {' or '.join(map(str, near))}, or another --nproc"
-        )
+    """See `check_schedule`; warns of a BN that has one image."""
+    check_schedule(config, processes, f"{processes} processes")
     share = config.batch_size // processes
     if share == 1 and config.bn == "local" and config.model != "linear":
         console.warn("each process has one image: its BN statistics are that image's; take --set bn=sync")
@@ -214,15 +163,7 @@ def open_data(task: SegmentationTask) -> SegmentationData:
     Raises:
         InputError: no folder, or what the readers refuse.
     """
-    folder = task.folder or (Path(os.environ["MOCO_EVAL_DATA"]) if os.environ.get("MOCO_EVAL_DATA") else None)
-    if folder is None:
-        raise InputError(
-            f"--dataset {task.dataset} needs --data (or MOCO_EVAL_DATA); for example: moco-eval segment CHECKPOINT "
-            f"--dataset {task.dataset} --data path/to/data"
-        )
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"--data {folder} {what}; give the data's folder")
+    folder = data_folder("segment", task.dataset, task.folder, ("MOCO_EVAL_DATA",))
     if task.dataset in OFFICIAL:
         return OFFICIAL[task.dataset](folder)
     classes = read_class_names(task.classes) if task.classes else ()

@@ -1,6 +1,5 @@
 """Training on masks: this process's share of each batch, exact resume; of a sweep the choice of its head."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +97,7 @@ class Trainer(FineTuning):
     """A segmentation and its optimizer; `finished`: with its head chosen."""
 
     def __init__(self, model: Segmenter, recipe: SegmentConfig, output: Path, device: torch.device, cost: Cost):
-        optimizer = optimizer_for(model, recipe)
-        super().__init__("segment", model, optimizer, recipe, partial(learning_rate, recipe), output, cost)
-        self.device = device
+        super().__init__("segment", model, optimizer_for(model, recipe), recipe, learning_rate, output, device, cost)
 
     def step(self, batch: inputs.Batch, iteration: int) -> dict[str, Tensor]:
         """One iteration on this process's images; returns the losses, means over the processes.
