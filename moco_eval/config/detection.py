@@ -116,10 +116,13 @@ class DataHandling(Model):
     """`clip`: cut boxes to their image and pass over unknown classes; both are refused otherwise.
 
     `shuffle_labels`: a control; the training labels are dealt out anew among all training boxes.
+    `repeat_threshold`: LVIS's t; an image stands in an epoch max(1, sqrt(t / f)) times in the mean, f being the share
+    of training images that show the rarest of its classes. 0: once.
     """
 
     clip: bool = False
     shuffle_labels: bool = False
+    repeat_threshold: float = Field(default=0.0, ge=0, lt=1)
 
 
 class Scenes(Model):

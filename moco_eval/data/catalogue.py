@@ -31,7 +31,16 @@ IN_MEMORY: dict[str, Callable[[Path, str], ImageSet]] = {
 OF_BANDS = ("imagefolder", "flat")  # which a bands.yaml makes sets of images of any number of channels
 BAND_FILES = (*EXTENSIONS, ".npy")
 UNLABELLED = ("flat", "webdataset")
-WITH_BOXES = ("voc", "voc07", "voc-folder", "coco", "coco-folder")  # which detectron2 has too
+WITH_BOXES = (
+    "voc",
+    "voc07",
+    "voc-folder",
+    "coco",
+    "coco-folder",
+    "lvis-v0.5",
+    "lvis-v1",
+    "cityscapes",
+)  # detectron2 too
 NAMES = ("digits", "imagefolder", "imagenet", *IN_MEMORY, *BENCHMARKS, "voc07", "voc-folder", *UNLABELLED)
 # images of the published splits; a set's first two entries are what is trained on and what is tested on
 OFFICIAL: dict[tuple[str, str], int] = {

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,47 +50,6 @@ def gather(detections: Sequence[Detections], images: int) -> list[Detections]:
     return [Detections(**shares[index % len(shares)][index // len(shares)]) for index in range(images)]
 
 
-def evaluate(
-    data: DetectionData, detections: Sequence[Detections], rounded: bool = False, per_image: int = PER_IMAGE
-) -> tuple[dict[str, float], dict[str, Scores]]:
-    """The metrics of a test split and those of each class, in percent.
-
-    VOC format: AP, AP50, AP75 by the 11-point rule (as the published VOC numbers), and by the area under the
-    curve as AP_area, AP50_area, AP75_area. COCO format, by pycocotools: APbb, APbb50, APbb75 and APbb_small,
-    APbb_medium, APbb_large of boxes; the same of masks (APmk) and keypoints (APkp) where the detector says them.
-
-    Args:
-        detections: one entry per image of data.test, in its order.
-        rounded: VOC only: round as detectron2's evaluator does before it counts; see `_as_text`.
-        per_image: COCO only: how many boxes and masks of a class in an image count, `test.detections` of the recipe;
-            of keypoints always COCO's 20.
-    Returns:
-        Metrics over the classes that have objects, and per class; None for a class without objects.
-    """
-    return judged(data, detections, rounded, per_image)[:2]
-
-
-def judged(
-    data: DetectionData, detections: Sequence[Detections], rounded: bool = False, per_image: int = PER_IMAGE
-) -> tuple[dict[str, float], dict[str, Scores], list[Matches]]:
-    """The same, and which detection is right where: of each kind of average precision."""
-    assert len(detections) == len(data.test)
-    if data.coco is None:
-        ranked = rank(data.test, detections, len(data.classes), rounded)
-        metrics, per_class = _voc(ranked, data.classes)
-        matches = [_voc_matches(ranked, len(data.test))]
-    else:
-        metrics, per_class, matches = _coco_kinds(data, data.coco, detections, per_image)
-    if absent := without_objects(per_class):
-        log(f"{data.test_split} has no object of {', '.join(absent)}: no AP, and left out of the mean")
-    return metrics, per_class, matches
-
-
-def without_objects(per_class: dict[str, Scores]) -> list[str]:
-    """The classes that have no value, because the test split has no object of theirs."""
-    return [name for name, scores in per_class.items() if all(value is None for value in scores.values())]
-
-
 def _named(values: Sequence[float | None], name: str = "AP", suffix: str = "") -> Scores:
     """AP, AP50 and AP75 of a class from its values at the ten IoUs; all None where it has no objects."""
     return {f"{name}{suffix}": _mean(values), f"{name}50{suffix}": values[0], f"{name}75{suffix}": values[5]}
@@ -102,7 +61,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _means(per_class: dict[str, Scores]) -> dict[str, float]:
+def means(per_class: dict[str, Scores]) -> dict[str, float]:
     """Over the classes that have a value; a metric that no class has is left out."""
     names = next(iter(per_class.values()))
     means = {name: _mean([scores[name] for scores in per_class.values()]) for name in names}
@@ -137,10 +96,10 @@ def voc_ap(
 
     Source: Everingham et al. 2010 and the devkit; AP over ten IoUs as in detectron2's VOC evaluator.
     """
-    return _voc(rank(samples, detections, len(classes), rounded), classes)
+    return of_voc(rank(samples, detections, len(classes), rounded), classes)
 
 
-def _voc(by_class: Sequence[Ranked], classes: Sequence[str]) -> tuple[dict[str, float], dict[str, Scores]]:
+def of_voc(by_class: Sequence[Ranked], classes: Sequence[str]) -> tuple[dict[str, float], dict[str, Scores]]:
     per_class: dict[str, Scores] = {}
     for name, ranked in zip(classes, by_class):
         curves = class_curves(ranked)
@@ -148,7 +107,7 @@ def _voc(by_class: Sequence[Ranked], classes: Sequence[str]) -> tuple[dict[str, 
         for suffix, area in (("", eleven_point), ("_area", area_under)):
             values = [100 * area(*curve) for curve in zip(*curves)] if curves else [None] * len(IOUS)
             per_class[name] |= _named(values, suffix=suffix)
-    return _means(per_class), per_class
+    return means(per_class), per_class
 
 
 def class_curves(ranked: Ranked, ious: Sequence[float] = IOUS) -> tuple[np.ndarray, np.ndarray] | None:
@@ -178,7 +137,7 @@ def _matched(ranked: Ranked, ious: Sequence[float]) -> tuple[np.ndarray, np.ndar
     return _first_of_each_object(hit & counted, ranked.owners, len(ranked.difficult)), counted
 
 
-def _voc_matches(by_class: Sequence[Ranked], images: int) -> Matches:
+def voc_matches(by_class: Sequence[Ranked], images: int) -> Matches:
     """Of every class whose objects count."""
     rows: list[tuple[np.ndarray, ...]] = []
     objects: list[np.ndarray] = []
@@ -305,29 +264,6 @@ def inclusive_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 # COCO
 
 
-def _coco_kinds(
-    data: DetectionData, truth: dict[str, Any], detections: Sequence[Detections], per_image: int
-) -> tuple[dict[str, float], dict[str, Scores], list[Matches]]:
-    """COCO's AP of boxes, and of masks and keypoints where the detector has a head for them."""
-    said = {
-        "bbox": True,
-        "segm": any(image.masks is not None for image in detections),
-        "keypoints": any(image.keypoints is not None for image in detections),
-    }
-    names = dict(zip(data.category_ids, data.classes))
-    metrics: dict[str, float] = {}
-    per_class: dict[str, Scores] = {name: {} for name in data.classes}
-    matches = []
-    for kind in [kind for kind in KINDS if said[kind]]:
-        judge = _judge(truth, coco_rows(data, detections, kind), kind, per_image)
-        means, scores = _coco(judge, names, kind)
-        matches.append(_coco_matches(judge, kind, [sample.image_id for sample in data.test]))
-        metrics |= means
-        for name in data.classes:
-            per_class[name] |= scores[name]
-    return metrics, per_class, matches
-
-
 def coco_rows(data: DetectionData, detections: Sequence[Detections], kind: str = "bbox") -> list[dict[str, Any]]:
     """Detections as pycocotools and the COCO server take them; boxes as x, y, width, height.
 
@@ -366,27 +302,35 @@ def coco_ap(
         kind: bbox, segm or keypoints; keypoints are judged on the classes that have some.
         per_image: as in `evaluate`.
     """
-    return _coco(_judge(truth, rows, kind, per_image), names, kind)
+    return of_coco(coco_judge(truth, rows, kind, per_image), names, kind)
 
 
-def _coco(judge: Any, names: dict[int, str], kind: str) -> tuple[dict[str, float], dict[str, Scores]]:
+def of_coco(judge: Any, names: dict[int, str], kind: str) -> tuple[dict[str, float], dict[str, Scores]]:
+    """The numbers of a judge that has accumulated."""
     # precision: IoU, recall, class, size, detections per image; -1 where there is no object
     precision = judge.eval["precision"][..., -1].mean(axis=1)
     places = {names[category]: place for place, category in enumerate(judge.params.catIds)}
-    per_class: dict[str, Scores] = {}
-    for name in names.values():
-        per_class[name] = {}
-        for place, size in enumerate(judge.params.areaRngLbl):
-            precisions = precision[:, places[name], place].tolist() if name in places else [-1.0] * len(IOUS)
-            values = [100 * value if value > -1 else None for value in precisions]
-            if size == "all":
-                per_class[name] |= _named(values, KINDS[kind])
-            else:
-                per_class[name][f"{KINDS[kind]}_{size}"] = _mean(values)
-    return _means(per_class), per_class
+    absent = np.full((len(IOUS), precision.shape[2]), -1.0)
+    per_class = {
+        name: by_size(precision[:, places[name]] if name in places else absent, judge.params.areaRngLbl, kind)
+        for name in names.values()
+    }
+    return means(per_class), per_class
 
 
-def _coco_matches(judge: Any, kind: str, image_ids: Sequence[Any]) -> Matches:
+def by_size(precision: np.ndarray, sizes: Sequence[str], kind: str) -> Scores:
+    """AP of a class, in percent, from its precision at each IoU and size, (10, sizes); -1 where it has no object."""
+    scores: Scores = {}
+    for size, column in zip(sizes, precision.T.tolist()):
+        values = [100 * value if value > -1 else None for value in column]
+        if size == "all":
+            scores |= _named(values, KINDS[kind])
+        else:
+            scores[f"{KINDS[kind]}_{size}"] = _mean(values)
+    return scores
+
+
+def coco_matches(judge: Any, kind: str, image_ids: Sequence[Any]) -> Matches:
     """What pycocotools matched at any size, in its order of detections; images in the order of `image_ids`."""
     place = {image: number for number, image in enumerate(image_ids)}
     per_size, limit = len(judge.params.imgIds), judge.params.maxDets[-1]
@@ -407,8 +351,18 @@ def _coco_matches(judge: Any, kind: str, image_ids: Sequence[Any]) -> Matches:
     return _matches(KINDS[kind], len(image_ids), rows, objects)
 
 
-def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str, per_image: int) -> Any:
-    """pycocotools' COCOeval after it has accumulated."""
+def coco_judge(
+    truth: dict[str, Any],
+    rows: list[dict[str, Any]],
+    kind: str,
+    per_image: int,
+    lenient: Set[Any] = frozenset(),
+) -> Any:
+    """pycocotools' COCOeval after it has accumulated.
+
+    Args:
+        lenient: images in which a detection that matches no object counts neither way.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -425,6 +379,9 @@ def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str, per_ima
         else:
             judge.params.maxDets = [per_image]
         judge.evaluate()
+        for image in judge.evalImgs:
+            if image and image["image_id"] in lenient:
+                image["dtIgnore"] |= image["dtMatches"] == 0
         judge.accumulate()
     return judge
 

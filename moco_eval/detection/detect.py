@@ -10,7 +10,8 @@ import torch
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import engine as engines
-from moco_eval.detection.average_precision import Detections, Scores, judged
+from moco_eval.detection.average_precision import Detections, Scores
+from moco_eval.detection.judge import judged
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.recipe import is_on
 from moco_eval.detection.task import DetectionTask

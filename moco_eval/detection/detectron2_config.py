@@ -146,7 +146,7 @@ _BACKBONES = {"r50_c4": _c4, "r50_dc5": _dc5, "r50_fpn": _fpn}
 
 def _run(recipe: DetectConfig) -> dict[str, Any]:
     """Images, SGD and its schedule, and what comes after it."""
-    schedule, sgd, images = recipe.schedule, recipe.optimizer, recipe.input
+    schedule, sgd, images, threshold = recipe.schedule, recipe.optimizer, recipe.input, recipe.data.repeat_threshold
     return {
         "INPUT": {
             "MIN_SIZE_TRAIN": tuple(images.min_size_train),
@@ -155,7 +155,12 @@ def _run(recipe: DetectConfig) -> dict[str, Any]:
             "MAX_SIZE_TEST": images.max_size,
             "RANDOM_FLIP": "horizontal" if images.flip else "none",
         },
-        "DATALOADER": {"ASPECT_RATIO_GROUPING": images.aspect_grouping, "NUM_WORKERS": recipe.workers},
+        "DATALOADER": {
+            "ASPECT_RATIO_GROUPING": images.aspect_grouping,
+            "NUM_WORKERS": recipe.workers,
+            "SAMPLER_TRAIN": "RepeatFactorTrainingSampler" if threshold else "TrainingSampler",
+            "REPEAT_THRESHOLD": threshold,
+        },
         "SOLVER": {
             "IMS_PER_BATCH": recipe.batch_size,
             "BASE_LR": sgd.lr,

@@ -68,11 +68,14 @@ def shuffle_labels(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def batches(samples: Sequence[Sample], recipe: DetectConfig) -> Iterator[list[Draw]]:
-    """Endless batches from iteration 0 on: a new order each epoch; wide and tall images apart if so asked."""
+    """Endless batches from iteration 0 on: a new order each epoch; wide and tall images apart if so asked.
+
+    Images of rare classes may stand in an epoch more often; see `repeat_factors`.
+    """
     waiting: dict[bool, list[int]] = {False: [], True: []}
-    iteration = 0
+    iteration, repeats = 0, repeat_factors(samples, recipe.data.repeat_threshold)
     for epoch in itertools.count():
-        for index in np.random.default_rng([recipe.seed, 2, epoch]).permutation(len(samples)).tolist():
+        for index in _epoch(repeats, np.random.default_rng([recipe.seed, 2, epoch])).tolist():
             width, height = samples[index].size
             group = waiting[recipe.input.aspect_grouping and width > height]
             group.append(index)
@@ -80,6 +83,29 @@ def batches(samples: Sequence[Sample], recipe: DetectConfig) -> Iterator[list[Dr
                 yield [(iteration, place, chosen) for place, chosen in enumerate(group)]
                 group.clear()
                 iteration += 1
+
+
+def repeat_factors(samples: Sequence[Sample], threshold: float) -> np.ndarray:
+    """How often each image stands in an epoch, in the mean, (N,): that of the rarest of its classes, at least 1.
+
+    Source: Gupta et al. 2019, arXiv:1908.03195, Appendix B.2.
+    """
+    if not threshold:
+        return np.ones(len(samples))
+    shown = [np.unique(sample.labels) for sample in samples]
+    images = np.bincount(np.concatenate([np.zeros(0, np.int64), *shown]))  # of each class
+    with np.errstate(divide="ignore"):
+        factors = np.maximum(1.0, np.sqrt(threshold * len(samples) / images))
+    return np.array([factors[labels].max(initial=1.0) for labels in shown])
+
+
+def _epoch(repeats: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The images of an epoch in their order; what a factor has beyond a whole number is the chance of once more."""
+    whole = repeats.astype(np.int64)
+    if (repeats == whole).all():
+        return random.permutation(np.repeat(np.arange(len(repeats)), whole))
+    more = random.random(len(repeats)) < repeats - whole
+    return random.permutation(np.repeat(np.arange(len(repeats)), whole + more))
 
 
 def resized(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:

@@ -17,6 +17,10 @@ PROTOCOLS = {
     "detect/coco-keypoints-r50-fpn-2x@1": Protocol("coco_keypoints_r50_fpn_2x", "coco", "resnet50"),
     "detect/coco-vitdet-b@1": Protocol("coco_vitdet_b", "coco", "vit_base_patch16_224"),
     "detect/voc-own-vitdet-b-24k@1": Protocol("voc_own_vitdet_b_24k", "voc", "vit_base_patch16_224"),
+    "detect/lvis-v0.5-r50-fpn-1x@1": Protocol("lvis_v05_r50_fpn_1x", "lvis-v0.5", "resnet50"),
+    "detect/lvis-v0.5-r50-fpn-2x@1": Protocol("lvis_v05_r50_fpn_2x", "lvis-v0.5", "resnet50"),
+    "detect/lvis-v1-r50-fpn-1x@1": Protocol("lvis_v1_r50_fpn_1x", "lvis-v1", "resnet50"),
+    "detect/cityscapes-r50-fpn-24k@1": Protocol("cityscapes_r50_fpn_24k", "cityscapes", "resnet50"),
     "detect/digits-r50-c4@1": Protocol("digits_r50_c4", "digits", None),
 }
 
@@ -27,6 +31,9 @@ DEFAULTS = {
     "voc-folder": "r50_c4_24k",
     "coco": "coco_r50_fpn_1x",
     "coco-folder": "coco_r50_fpn_1x",
+    "lvis-v0.5": "lvis_v05_r50_fpn_1x",
+    "lvis-v1": "lvis_v1_r50_fpn_1x",
+    "cityscapes": "cityscapes_r50_fpn_24k",
     "digits": "digits_r50_c4",
 }  # the recipe of a data set where none is given
 

@@ -22,7 +22,7 @@ from moco_eval.config import load as configs
 from moco_eval.config.data_name import is_called
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
-from moco_eval.data.boxes import coco, voc
+from moco_eval.data.boxes import cityscapes, coco, lvis, voc
 from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
@@ -47,6 +47,9 @@ DETECTION_TEST = {
     "voc": voc.OFFICIAL["2007", "test"],
     "voc07": voc.OFFICIAL["2007", "test"],
     "coco": coco.OFFICIAL["val2017"],
+    "lvis-v0.5": coco.OFFICIAL["val2017"],  # whose images its val is on
+    "lvis-v1": lvis.IMAGES["v1", "val"],
+    "cityscapes": cityscapes.OFFICIAL["val"],
 }  # test images
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -167,6 +168,8 @@ def test_every_protocol_has_its_config_and_no_deviation_from_itself():
         ("detect/voc-mine", "voc"),
         ("detect/coco-r50-fpn-1x@10", "coco"),
         ("detect/digits-r50-c4@1", None),
+        ("detect/lvis-v1-r50-fpn-1x@1", None),
+        ("detect/cityscapes-r50-fpn-24k@1", None),
         ("linear/voc@1", None),
         ("mine-of-detect/voc@1", None),
         ("voc", None),
@@ -265,6 +268,33 @@ def test_batches_hang_on_the_seed_cover_an_epoch_and_keep_aspects_apart():
     assert [next(again) for _ in range(4)] == drawn
     other = inputs.batches(several, r.model_copy(update={"seed": 1}))
     assert [next(other) for _ in range(4)] != drawn
+
+
+def labelled(*labels):
+    """An image that shows these classes, the first one twice."""
+    boxes = [((0, 0, 5, 5), label, False, False) for label in (labels[0], *labels)]
+    return make_sample(str(labels), None, (9, 9), boxes)
+
+
+def test_images_of_rare_classes_repeat_by_the_root_of_their_rarity():
+    """Class 0 in 18 of 20 images, 1 in 2, 2 in 1; t 0.2: sqrt(0.2 / 0.05) = 2 for class 2, sqrt(0.2 / 0.1) for 1."""
+    several = [labelled(0)] * 17 + [labelled(0, 1), labelled(1), labelled(2)]
+    factors = inputs.repeat_factors(several, 0.2)
+    assert factors.tolist() == pytest.approx([1.0] * 17 + [math.sqrt(2), math.sqrt(2), 2])
+    assert inputs.repeat_factors(several, 0.0).tolist() == [1.0] * 20
+
+
+def test_an_epoch_rounds_repeats_by_chance_and_without_them_is_the_one_of_before():
+    several = [labelled(0)] * 17 + [labelled(0, 1), labelled(1), labelled(2)]
+    repeats = inputs.repeat_factors(several, 0.2)
+    epochs = [np.bincount(inputs._epoch(repeats, np.random.default_rng([0, 2, epoch]))) for epoch in range(400)]
+    assert all(epoch[:17].tolist() == [1] * 17 and epoch[19] == 2 for epoch in epochs)
+    assert {int(epoch[17]) for epoch in epochs} == {1, 2}
+    assert np.mean([epoch[17:19] for epoch in epochs]) == pytest.approx(math.sqrt(2), abs=0.05)
+    plain, random = (np.random.default_rng([3, 2, 1]) for _ in range(2))
+    assert inputs._epoch(np.ones(50), random).tolist() == plain.permutation(50).tolist()
+    stream = inputs.batches(several, recipe("digits_r50_c4", "batch_size=11", "data.repeat_threshold=0.2"))
+    assert len({index for _ in range(2) for _, _, index in next(stream)}) == 20, "an epoch has 21 to 23 draws"
 
 
 def test_shuffled_labels_are_the_same_labels_elsewhere():

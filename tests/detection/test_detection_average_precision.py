@@ -25,11 +25,10 @@ from moco_eval.detection.average_precision import (
     class_curves,
     coco_ap,
     coco_rows,
-    evaluate,
     rank,
     voc_ap,
-    without_objects,
 )
+from moco_eval.detection.judge import evaluate, without_objects
 from moco_eval.detection.pictures import decode
 from moco_eval.results.metrics import area_under, eleven_point
 

@@ -12,8 +12,8 @@ from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.coco import read_coco_folder
 from moco_eval.data.boxes.samples import make_sample
 from moco_eval.detection import inputs
-from moco_eval.detection.average_precision import evaluate
 from moco_eval.detection.inputs import View
+from moco_eval.detection.judge import evaluate
 from moco_eval.detection.masks import decoded, encoded, mask_targets
 from moco_eval.detection.torchvision_engine import on_disk
 from moco_eval.errors import InputError

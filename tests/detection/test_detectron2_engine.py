@@ -15,11 +15,11 @@ from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.detection import engine as engines
 from moco_eval.detection import torchvision_engine
-from moco_eval.detection.average_precision import evaluate
 from moco_eval.detection.detect import detect
 from moco_eval.detection.detector import build_detector
 from moco_eval.detection.detector_names import detector_to_detectron2
 from moco_eval.detection.engine import choose
+from moco_eval.detection.judge import evaluate
 from moco_eval.detection.task import DetectionTask, open_digits
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted, RunFailed

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_detection_average_precision import coco_case, random_case
 
-from moco_eval.detection.average_precision import Detections, judged, rank, voc_ap
-from moco_eval.detection.average_precision import _voc_matches as voc_matches
+from moco_eval.detection.average_precision import Detections, rank, voc_ap, voc_matches
+from moco_eval.detection.judge import judged
 from moco_eval.errors import InputError
 from moco_eval.results import matches
 from moco_eval.results.matches import Detected

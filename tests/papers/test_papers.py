@@ -50,7 +50,7 @@ PROMISED += [
 ]
 # sha256 over every published number, column and way to have a row, in order; recompute it only for a correction checked
 # with the paper
-PUBLISHED_SHA256 = "c04874fa373582a153367bd6b7a19b70ea01c638dd8c298c09d606839c9156ee"
+PUBLISHED_SHA256 = "10ab8935a1abb8df2b4a82401aad33e49eb506f391a58f8ecdcc561f83506c5b"
 
 
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):
@@ -846,5 +846,6 @@ def test_every_detection_column_has_its_recipe_on_its_data():
         "detect/coco-r50-c4-6x@1",
         "detect/digits-r50-c4@1",
         "detect/coco-vitdet-b@1",
+        "detect/lvis-v1-r50-fpn-1x@1",
         "detect/voc-own-vitdet-b-24k@1",
     }

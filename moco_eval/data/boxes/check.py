@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from moco_eval.data.boxes import coco, voc
+from moco_eval.data.boxes import cityscapes, coco, lvis, voc
 from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, grouped, read_image
 from moco_eval.data.catalogue import data_folder
 from moco_eval.data.glance import doubts_about
 from moco_eval.errors import InputError
 from moco_eval.runtime.files import sha256_of
 
-OFFICIAL = ("voc", "voc07", "coco")
+OFFICIAL = ("voc", "voc07", "coco", "lvis-v0.5", "lvis-v1", "cityscapes")
 NAMES = (*OFFICIAL, "voc-folder", "coco-folder")
 OBLONG = 500
 
@@ -26,6 +26,8 @@ def known() -> list[str]:
     splits = {
         "voc": f"{train:,} -> {test:,}",
         "coco": " -> ".join(f"{count:,}" for count in coco.OFFICIAL.values()),
+        **{f"lvis-{version}": f"COCO's images, {count:,} classes" for version, count in lvis.CLASSES.items()},
+        "cityscapes": " -> ".join(f"{count:,}" for count in cityscapes.OFFICIAL.values()) + ", instances",
         "coco-folder": "annotations/instances_*.json, images",
     }
     return [f"{name:<12} {contents:<42} AP, for detect" for name, contents in splits.items()]
@@ -90,6 +92,10 @@ def _read(
         return coco.read_coco_folder(folder, train_split, test_split, keypoints=keypoints, findings=findings)
     if name == "voc-folder":
         return voc.read_voc_folder(folder, train_split, test_split, findings=findings)
+    if name.startswith("lvis-"):
+        return lvis.read_lvis(folder, name.removeprefix("lvis-"), findings)
+    if name == "cityscapes":
+        return cityscapes.read_cityscapes_instances(folder, findings)
     return (voc.read_voc if name == "voc" else voc.read_voc07)(folder, findings)
 
 

@@ -80,12 +80,12 @@ def read_coco_folder(
     Raises:
         InputError: what is missing, damaged or contradictory, with its file.
     """
-    with _uncollected():
+    with uncollected():
         return _open(root, train_split, test_split, clip, name, keypoints, findings or Findings())
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Without garbage collection: it would go over millions of numbers in no cycle, a third of the time."""
     was = gc.isenabled()
     gc.disable()
@@ -107,33 +107,41 @@ def _open(
 ) -> DetectionData:
     train_split, test_split = train_split or "train2017", test_split or "val2017"
     paths = {split: _path(root, split, keypoints) for split in (train_split, test_split)}
-    values = {split: _load(path, split, findings) for split, path in paths.items()}
+    values = {split: load(path, split, findings) for split, path in paths.items()}
     if name == "coco":
         _check_counts(root, values, findings)
-    files = {
-        split: File(path, split, values[split], _names(path, split, values[split], findings))
+    train, test = (
+        File(path, split, values[split], names(path, split, values[split], findings), _folder(root, split))
         for split, path in paths.items()
-    }
-    categories = _categories(files[train_split], files[test_split], keypoints, findings)
+    )
+    return opened(root, train, test, clip, name, keypoints, findings)
+
+
+def opened(
+    root: Path, train: "File", test: "File", clip: bool, name: str, keypoints: bool, findings: Findings
+) -> DetectionData:
+    """The data of two annotation files that were loaded; see `read_coco_folder`."""
+    categories = _categories(train, test, keypoints, findings)
     objects = Objects(categories.names, clip, findings)
-    train, _ = _read(root, files[train_split], categories, objects, keep=False)
-    test, kept = _read(root, files[test_split], categories, objects, keep=True)
+    trained, _ = _read(train, categories, objects, keep=False)
+    tested, kept = _read(test, categories, objects, keep=True)
     if findings.refusal is None:
-        require_objects(train, train_split, paths[train_split], findings)
-        require_counted(test, test_split, paths[test_split], findings)
-        refuse_fractions(train, train_split, paths[train_split], findings)
-        refuse_fractions(test, test_split, paths[test_split], findings)
+        require_objects(trained, train.split, train.path, findings)
+        require_counted(tested, test.split, test.path, findings)
+        refuse_fractions(trained, train.split, train.path, findings)
+        refuse_fractions(tested, test.split, test.path, findings)
     findings.tell()
     listed = [{"id": key, "name": label} for key, label in zip(categories.ids, categories.names)]
+    paths = [sample.path for sample in trained + tested] + [train.path, test.path]
     return DetectionData(
         name=name,
         classes=categories.names,
-        train=train,
-        test=test,
-        train_split=train_split,
-        test_split=test_split,
-        fingerprint=fingerprint(root, [sample.path for sample in train + test] + list(paths.values())),
-        coco={"images": values[test_split]["images"], "annotations": kept, "categories": listed},
+        train=trained,
+        test=tested,
+        train_split=train.split,
+        test_split=test.split,
+        fingerprint=fingerprint(root, paths),
+        coco={"images": test.values["images"], "annotations": kept, "categories": listed},
         category_ids=categories.ids,
         keypoints=categories.keypoints,
         keypoint_pairs=mirrored(categories.keypoints),
@@ -182,7 +190,7 @@ def _path(root: Path, split: str, keypoints: bool) -> Path:
     return path
 
 
-def _load(path: Path, split: str, findings: Findings) -> dict[str, Any]:
+def load(path: Path, split: str, findings: Findings) -> dict[str, Any]:
     """The images, annotations and categories of a file, lists of objects with an id each."""
     findings.begin(split)
     values: dict[str, Any] = {key: [] for key in KEYS}
@@ -225,29 +233,33 @@ def _have_ids(items: object, key: str) -> bool:
 
 @dataclass(frozen=True)
 class File:
-    """The annotation file of a split; `names`: of its categories, None for one without."""
+    """The annotation file of a split.
+
+    `names`: of its categories, None for one without; `images`: the folder that their file names begin at.
+    """
 
     path: Path
     split: str
     values: dict[str, Any]
     names: dict[int, str | None]
+    images: Path
 
 
 # Categories and keypoints
 
 
-def _names(path: Path, split: str, values: dict[str, Any], findings: Findings) -> dict[int, str | None]:
+def names(path: Path, split: str, values: dict[str, Any], findings: Findings) -> dict[int, str | None]:
     """The names of a file's categories in the order of their ids; None for one that is refused."""
     findings.begin(split)
-    names: dict[int, str | None] = {}
+    labels: dict[int, str | None] = {}
     for item in sorted(values["categories"], key=lambda item: item["id"]):
         name = item.get("name")
         if not isinstance(name, str) or not name.strip() or one_line(name) != name:
             message = f"{path}: category {item['id']} has no name of one line; give it one"
             findings.refuse("categories without a name", str(item["id"]), message)
             name = None
-        names[item["id"]] = name
-    return names
+        labels[item["id"]] = name
+    return labels
 
 
 def _categories(train: File, test: File, keypoints: bool, findings: Findings) -> Categories:
@@ -320,11 +332,11 @@ class Part:
 
 
 def _read(
-    root: Path, file: File, categories: Categories, objects: Objects, keep: bool
+    file: File, categories: Categories, objects: Objects, keep: bool
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
     """The samples of a split; where `keep`, its annotations that were read, as pycocotools takes them."""
     objects.findings.begin(file.split)
-    images = _images(root, file.path, file.values["images"], file.split, objects.findings)
+    images = _images(file, objects.findings)
     listed = frozenset(item["id"] for item in file.values["images"])
     part = Part(file.path, images, listed, file.names, categories, objects)
     annotations: dict[Any, list[Annotated]] = {image_id: [] for image_id in images}
@@ -482,13 +494,16 @@ def _for_pycocotools(number: int, item: dict[str, Any], annotation: Annotated, p
 # Images
 
 
-def _images(
-    root: Path, json_path: Path, items: list[dict[str, Any]], split: str, findings: Findings
-) -> dict[Any, tuple[Path, tuple[int, int]]]:
+def _folder(root: Path, split: str) -> Path:
+    """Where the images of a split are."""
+    return root / split if (root / split).is_dir() else root / "images"
+
+
+def _images(file: File, findings: Findings) -> dict[Any, tuple[Path, tuple[int, int]]]:
     """Path and size of each image id; each file is there, is an image and has the size that the json says."""
-    folder = root / split if (root / split).is_dir() else root / "images"
+    folder, json_path, items = file.images, file.path, file.values["images"]
     if not folder.is_dir():
-        message = f"neither {root / split} nor {folder} exists; the images of {split} belong there"
+        message = f"neither {folder.with_name(file.split)} nor {folder} exists; the images of {file.split} belong there"
         findings.refuse("folders of images that are missing", str(folder), message)
         return {}
     there = [item for item in items if _inside(item.get("file_name"), item["id"], json_path, findings)]

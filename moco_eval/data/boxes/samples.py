@@ -65,6 +65,9 @@ class DetectionData:
         fingerprint: of relative paths and sizes of all images and annotation files.
         coco: the test split's annotations as pycocotools takes them; None for data in VOC format.
         category_ids: COCO's id of each class; empty for data in VOC format.
+        federated: whether an image is judged on the classes only that it was searched for, as LVIS says: those of its
+            objects and of its neg_category_ids in `coco`.
+        instance_files: of each test image, where it is judged as Cityscapes' are, the PNG of its instances.
         keypoints: names of the keypoints of the one class that has them; `keypoint_pairs`: (left, right) indices of
             those that a mirror exchanges.
     """
@@ -80,6 +83,8 @@ class DetectionData:
     category_ids: tuple[int, ...] = ()
     keypoints: tuple[str, ...] = ()
     keypoint_pairs: tuple[tuple[int, int], ...] = ()
+    federated: bool = False
+    instance_files: tuple[Path, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The `dataset` part of a result record."""
