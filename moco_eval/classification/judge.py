@@ -18,7 +18,6 @@ from moco_eval.data.glance import tell_doubts
 from moco_eval.data.image_set import ImageSet, require_judgeable, require_single_label
 from moco_eval.data.label_subsets import is_published
 from moco_eval.data.repeats import repeats, tell_repeats
-from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.features.stages import network
 from moco_eval.results.metrics import accuracy, mean_average_precision, mean_per_class
@@ -63,7 +62,7 @@ def judge(task: Task, config: Any, output: Path, device: torch.device) -> dict[s
     check(task, config)
     about = resolved(task, config)
     with open_run(output, about) as is_there:
-        settings = differences(config, canonical(protocol, task.encoder), protocol.free)
+        settings = differences(config, canonical(protocol, task), protocol.free)
         if is_there and (record := found_by_main(lambda: finished_as(output, about, settings))):
             log(f"already done: {output}")
             return record
@@ -157,9 +156,9 @@ def resolved(task: Task, config: Any) -> dict[str, Any]:
     } | ({"also": {test.name: test.record() for test in task.further}} if task.further else {})
 
 
-def canonical(protocol: Protocol, encoder: Encoder) -> Any:
-    """The config that a protocol has for an encoder, as it is shipped."""
-    return configs.load(protocol.code().shipped(protocol.name.name, encoder), protocol.name.kind, protocol.model)
+def canonical(protocol: Protocol, task: Task) -> Any:
+    """The config that a protocol has for an encoder on some data, as it is shipped."""
+    return configs.load(protocol.code().shipped(protocol.name.name, task), protocol.name.kind, protocol.model)
 
 
 def predictions(outcomes: Sequence[Outcome], test: ImageSet) -> dict[str, np.ndarray]:
@@ -201,7 +200,7 @@ def decided(task: Task, config: Any, outcomes: Sequence[Outcome], cost: Cost) ->
 
 def _deviations(task: Task, config: Any, protocol: Protocol, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Every difference from the protocol that may move the number, in words."""
-    shipped = canonical(protocol, task.encoder)
+    shipped = canonical(protocol, task)
     usual = getattr(shipped, "feature", "pooled")
     of_trials = dict.fromkeys(deviation for row in rows for deviation in row.get("deviations", []))
     return [
@@ -209,7 +208,7 @@ def _deviations(task: Task, config: Any, protocol: Protocol, rows: Sequence[dict
         *of_trials,
         *split_deviations(task.train, task.test),
         *_repeats(task),
-        *preprocessing_deviations(task.train.name, task.preprocessing),
+        *preprocessing_deviations(task.train.name, task.preprocessing, protocol.size),
         *band_deviations(task.train, task.encoder.preprocessing),
         *_label_deviations(task, protocol.subset),
         *([f"{task.feature} feature instead of {usual}"] if task.feature != usual else []),

@@ -18,7 +18,6 @@ from moco_eval.classification.training_loop import Loop
 from moco_eval.config.base import Schedule, Sgd
 from moco_eval.config.classification import LinearConfig, SweepConfig
 from moco_eval.config.learning_rate import learning_rate
-from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import RunFailed
 from moco_eval.features.cache import Features
 from moco_eval.features.stages import network, placed
@@ -28,9 +27,9 @@ from moco_eval.runtime.device import autocast
 from moco_eval.runtime.rank import world_size
 
 
-def recipe_for(name: str, encoder: Encoder) -> str:
+def recipe_for(name: str, task: Task) -> str:
     """The shipped config of a protocol for an encoder: MoCo v3 has a learning rate of its own for ViTs."""
-    return "mocov3_vit" if name.removeprefix("linear/") == "mocov3" and encoder.arch.startswith("vit") else name
+    return "mocov3_vit" if name.removeprefix("linear/") == "mocov3" and task.encoder.arch.startswith("vit") else name
 
 
 def passes(config: LinearConfig | SweepConfig, train: int, test: int) -> Passes:

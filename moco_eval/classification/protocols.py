@@ -99,6 +99,7 @@ class Protocol:
         frozen: whether it judges the encoder's own features.
         trials: whether something is drawn that a repetition draws anew, all labels being used.
         dataset: what the command takes where none is named.
+        size: of the images in pixels, where it is the same for every data set.
     """
 
     protocol: str
@@ -114,6 +115,7 @@ class Protocol:
     frozen: bool = True
     trials: bool = True
     dataset: str = "imagenet"
+    size: int | None = None
 
     @property
     def name(self) -> ProtocolName:
@@ -229,6 +231,44 @@ PROTOCOLS = (
         selection="last-epoch",
         over="finetune",
         subset=TEN_PERCENT,
+        frozen=False,
+    ),
+    Protocol(
+        "finetune/mocov3-deit@1",
+        "MoCo v3's ViTs by DeiT's recipe, 150 epochs.",
+        FinetuneConfig,
+        finetune,
+        selection="last-epoch",
+        over="finetune",
+        frozen=False,
+    ),
+    Protocol(
+        "finetune/mocov3-transfer@1",
+        "MoCo v3's ViT-B on CIFAR-10, CIFAR-100, Flowers or Pets.",
+        FinetuneConfig,
+        finetune,
+        selection="last-epoch",
+        over="finetune",
+        frozen=False,
+        dataset="cifar10",
+        size=224,
+    ),
+    Protocol(
+        "finetune/mae@1",
+        "MAE's of a ViT-B: mean pooling, layer decay, 100 epochs.",
+        FinetuneConfig,
+        finetune,
+        selection="last-epoch",
+        over="finetune",
+        frozen=False,
+    ),
+    Protocol(
+        "finetune/ibot@1",
+        "iBOT's of a ViT-B: class token, layer decay, 100 epochs.",
+        FinetuneConfig,
+        finetune,
+        selection="last-epoch",
+        over="finetune",
         frozen=False,
     ),
 )

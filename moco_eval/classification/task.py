@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Task:
         labels_per_class: train on so many, drawn anew in each trial; None for all.
         cache: the folder of extracted features; None keeps them in memory.
         further: test sets of the same classes that are judged beside `test`.
+        interpolation: of test images; None is what the encoder expects.
     """
 
     encoder: Encoder
@@ -37,12 +38,14 @@ class Task:
     trials: int = 1
     cache: Path | None = None
     further: tuple[FurtherTest, ...] = ()
+    interpolation: str | None = None
     cached: Counter = field(default_factory=Counter, compare=False)  # images whose features were there, by split
 
     @property
     def preprocessing(self) -> Preprocessing:
         """What the images become for the encoder. Raises InputError where they have other channels than it takes."""
-        return expected_pixels(self.encoder, self.train)
+        pixels = expected_pixels(self.encoder, self.train)
+        return replace(pixels, interpolation=self.interpolation) if self.interpolation else pixels
 
     def training_images(self, seed: int) -> ImageSet:
         """The training images of a trial."""
@@ -125,7 +128,7 @@ def clean_features(task: Task, config: Any) -> list[Source]:
     return [task.source(images, config) for images in (task.test, *map(task.training_images, seeds))]
 
 
-def own_shipped_config(name: str, _encoder: Encoder) -> str:
+def own_shipped_config(name: str, _task: Task) -> str:
     """The shipped config that a protocol is held against: the one of its name."""
     return name
 
@@ -144,7 +147,7 @@ class Code:
             that assumes; timed on random features of the right shape. None where the network's passes are all.
         summary: (config, trials of the record) to more for the record.
         draw: (task, seed and outcome of the first trial, run directory): pictures.
-        shipped: the shipped config that the protocol is held against, where it depends on the encoder.
+        shipped: the shipped config that the protocol is held against, where it depends on the encoder or the data.
     """
 
     run_trial: Trial
@@ -155,4 +158,4 @@ class Code:
     own_work: Callable[[Any, Any], tuple[float, str]] | None = None
     summary: Callable[[Any, list[dict[str, Any]]], dict[str, Any]] | None = None
     draw: Callable[[Task, int, Outcome, Path], None] | None = None
-    shipped: Callable[[str, Encoder], str] = own_shipped_config
+    shipped: Callable[[str, Task], str] = own_shipped_config

@@ -12,6 +12,7 @@ import torch
 from moco_eval.config.base import Augmentation
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.loader import Batches, Examples, Normalise, crop_cut, loader
+from moco_eval.data.training_cut import Cut
 from moco_eval.errors import Interrupted
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.runtime import files
@@ -32,8 +33,10 @@ class LoopSettings(Protocol):
     """What the loop reads of a config."""
 
     batch_size: int
-    augmentation: Augmentation
     workers: int
+
+    @property
+    def augmentation(self) -> Augmentation: ...
 
     @property
     def schedule(self) -> Epochs: ...
@@ -58,7 +61,8 @@ class Loop:
 
     Attributes:
         state: where its state is kept after each epoch, and where it is stopped; None keeps none.
-        drop_last: leave out the images of an epoch that make no whole batch.
+        batches: of all epochs; None is each image once per epoch, the last batch perhaps smaller.
+        cut: what becomes of an image; None is crop, flip and normalise.
         losses: of the epoch under way, (steps,), this process's shares.
     """
 
@@ -71,10 +75,16 @@ class Loop:
         seed: int,
         state: Path | None,
         device: torch.device,
-        drop_last: bool = False,
+        batches: Batches | None = None,
+        cut: Cut | None = None,
     ):
         self.learner, self.images, self.config, self.seed = learner, images, config, seed
-        self.preprocessing, self.state, self.device, self.drop_last = preprocessing, state, device, drop_last
+        self.preprocessing, self.state, self.device = preprocessing, state, device
+        self.batches = batches or Batches(
+            len(images), config.batch_size, seed, range(config.schedule.epochs), shuffle=True, drop_last=False
+        )
+        shape = config.augmentation
+        self.cut = cut or Cut(crop_cut(preprocessing, shape.crop_scale, shape.flip), Normalise(preprocessing))
         self.losses: list[torch.Tensor] = []
         self.began, self.earlier, self.done = time.perf_counter(), 0.0, 0
 
@@ -89,22 +99,17 @@ class Loop:
             Interrupted: stopped by a signal; its state is kept.
         """
         epochs, done, self.way_out = self.config.schedule.epochs, self._restore(), way_out
-        batches = Batches(
-            len(self.images), self.config.batch_size, self.seed, range(epochs), shuffle=True, drop_last=self.drop_last
-        )
-        first_epoch, first_step = divmod(done, batches.steps_per_epoch)
-        batches = replace(batches, epochs=range(first_epoch, epochs), first_step=first_step)
-        augmentation = self.config.augmentation
-        crops = crop_cut(self.preprocessing, augmentation.crop_scale, augmentation.flip)
-        examples = Examples(self.images, crops, self.seed, size=self.preprocessing.size)
-        normalise = Normalise(self.preprocessing)
+        first_epoch, first_step = divmod(done, self.batches.steps_per_epoch)
+        batches = replace(self.batches, epochs=range(first_epoch, epochs), first_step=first_step)
+        size, floats = self.preprocessing.size, self.cut.floats
+        examples = Examples(self.images, self.cut.in_workers, self.seed, size=size, floats=floats)
         total, self.done = epochs * batches.steps_per_epoch, done
         with Stop() as stop, progress(title, total, self.config.batch_size, done) as advance:
             for views, labels, _ in self._loaded(examples, batches):
                 epoch, step = divmod(done, batches.steps_per_epoch)
                 mine, batch = batches.mine(step), batches.size(step)
                 views, labels = (to_device(part[:mine], self.device) for part in (views, labels))
-                self.losses.append(self.learner.train_step(normalise(views), labels, epoch, batch))
+                self.losses.append(self.learner.train_step(self.cut.on_device(views), labels, epoch, batch))
                 self.done = done = done + 1
                 advance()
                 self._after_step(done, total, batches.steps_per_epoch, stop)

@@ -96,7 +96,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     named = feature_override(row.model, options.feature)  # then the config says the feature
     first = load_config(protocol, kind, row.model, replace(options, batch_size=None), named)
     task, regime = open_task(checkpoint, options if not named else replace(options, feature=None), first.seed)
-    config = load_config(row.code().shipped(protocol, task.encoder), kind, row.model, options, named)
+    config = load_config(row.code().shipped(protocol, task), kind, row.model, options, named)
     output = options.output or default_output(kind, task.encoder, regime, config.protocol)
     if options.dry_run:
         check(prepared(task, config), config)

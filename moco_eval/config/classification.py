@@ -1,6 +1,6 @@
 """The configs of the classification protocols."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -12,7 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from moco_eval.config.base import Augmentation, Model, Positive, Published, Run, Schedule, Sgd
+from moco_eval.config.base import Augmentation, Extended, Model, Positive, Published, Run, Schedule, Sgd
+from moco_eval.config.pretrain import Optimizer
 
 
 class LinearConfig(Run):
@@ -23,17 +24,24 @@ class LinearConfig(Run):
     augmentation: Augmentation = Augmentation()
 
 
-class FinetuneSchedule(Model):
+class FinetuneSchedule(Extended):
     """The learning rates while a backbone is fine-tuned.
 
     step: they fall to `gamma` of themselves at each of `milestones`, in epochs;
-    cosine: they fall after every step, half a cosine from all to a thousandth of themselves.
+    cosine: they fall after every step, half a cosine from all to a thousandth of themselves;
+    warmup_cosine: they rise after every step, from `warmup_lr` on, and then fall by half a cosine to `min_lr`;
+    deit: they change once per epoch and one epoch late, and the cosine began with the warm-up.
     """
 
-    kind: Literal["cosine", "step"]
+    later = ("warmup_epochs", "warmup_lr", "min_lr")
+
+    kind: Literal["cosine", "step", "warmup_cosine", "deit"]
     epochs: int = Positive
     milestones: tuple[int, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
+    warmup_epochs: int = Field(0, ge=0)
+    warmup_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self):
@@ -41,25 +49,105 @@ class FinetuneSchedule(Model):
             raise ValueError(f"schedule.kind {self.kind!r} {'needs' if self.kind == 'step' else 'takes no'} milestones")
         return self
 
+    @model_validator(mode="after")
+    def _warmup_has_its_kinds(self):
+        if self.kind in ("cosine", "step") and (self.warmup_epochs or self.warmup_lr or self.min_lr):
+            raise ValueError(
+                f"schedule.kind {self.kind!r} takes no warmup_epochs, warmup_lr and min_lr; warmup_cosine and deit do"
+            )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} leave nothing of {self.epochs} epochs; at most {self.epochs - 1}"
+            )
+        return self
 
-class FinetuneConfig(Run):
+
+class FinetuneOptimizer(Optimizer):
+    """SGD, or AdamW without weight decay on biases, norms, positions and the class token.
+
+    layer_decay: the rate of a transformer's block, in multiples of the next one's; the last layer's is `lr`.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ("kind", "layer_decay")
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    layer_decay: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _layers_are_adamws(self):
+        if self.kind != "adamw" and self.layer_decay != 1:
+            raise ValueError(f"optimizer.layer_decay {self.layer_decay:g} needs optimizer.kind adamw")
+        return self
+
+
+class RandAugment(Model):
+    """timm's RandAugment: two operations, each at probability a half, of a strength N(magnitude, magnitude_std), of 10;
+    those that grow with it."""
+
+    magnitude: int = Field(9, ge=0, le=10)
+    magnitude_std: float = Field(0.5, ge=0)
+
+
+class FinetuneAugmentation(Extended, Augmentation):
+    """Crop, flip, RandAugment, and noise in the place of a rectangle (random erasing), at probability `erasing`."""
+
+    later = ("interpolation", "rand_augment", "erasing")
+
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    rand_augment: RandAugment | None = None
+    erasing: float = Field(default=0.0, ge=0, le=1)
+
+
+class Mixup(Model):
+    """Pairs of images mixed: the whole (alpha of mixup's beta distribution) or a rectangle (cutmix's), half of the
+    time each where both are given.
+
+    groups: equal parts of a batch with a draw of their own, as so many GPUs have; pairs are of one part.
+    """
+
+    alpha: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    groups: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _something_is_mixed(self):
+        if not (self.alpha or self.cutmix):
+            raise ValueError("mixup.alpha and mixup.cutmix are 0; for no mixing say mixup: null")
+        return self
+
+
+class FinetuneConfig(Extended, Run):
     """A backbone and a new linear layer trained together.
 
     head_lr: the layer's learning rate, in multiples of the backbone's.
-    head_init: normal is N(0, 0.01) and bias 0; uniform is torch's own for nn.Linear.
+    head_init: bias 0 and weights N(0, 0.01) (normal), N(0, 0.02) (deit) or N(0, 2e-5) (near_zero); uniform is torch's
+        own for nn.Linear.
     bn_groups: equal parts of a batch whose statistics batch norm takes apart, as so many GPUs do; 1 is the whole batch,
         however many processes share it.
     drop_last: leave out the images of an epoch that make no whole batch.
+    smoothing: share of a label that goes to all classes alike.
+    drop_path: how often a sample skips the last block's branches; rises from 0 at the first block.
+    pooling: mean is the patch tokens' mean behind a new layer norm; none is the encoder's own.
+    repeated_augmentation: how often an image stands in an epoch, each time augmented anew; an epoch stays as long.
+    test_interpolation: of test images; none is what the encoder expects.
     test_every: epochs between two looks at the test images; the last epoch is always looked at, and reported.
     """
 
-    optimizer: Sgd
+    later = ("smoothing", "mixup", "drop_path", "pooling", "repeated_augmentation", "test_interpolation")
+
+    optimizer: FinetuneOptimizer
     head_lr: float = Positive
-    head_init: Literal["normal", "uniform"] = "normal"
+    head_init: Literal["normal", "uniform", "deit", "near_zero"] = "normal"
     schedule: FinetuneSchedule
-    augmentation: Augmentation = Augmentation()
+    augmentation: FinetuneAugmentation = FinetuneAugmentation()
+    mixup: Mixup | None = None
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    pooling: Literal["mean"] | None = None
+    repeated_augmentation: int = Field(1, gt=0)
     bn_groups: int = Field(1, gt=0)
     drop_last: bool = False
+    test_interpolation: Literal["bilinear", "bicubic"] | None = None
     test_every: int = Field(1, gt=0)
     expect: tuple[Published, ...] | None = None
 
@@ -70,6 +158,21 @@ class FinetuneConfig(Run):
                 f"bn_groups {self.bn_groups} needs a batch_size that it divides, not {self.batch_size}, and drop_last "
                 "true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self):
+        if self.mixup and (self.batch_size % (2 * self.mixup.groups) or not self.drop_last):
+            raise ValueError(
+                f"mixup.groups {self.mixup.groups} of pairs need a batch_size that {2 * self.mixup.groups} divides, "
+                f"not {self.batch_size}, and drop_last true; --set mixup.groups=1 takes any even batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adamw_has_one_rate(self):
+        if self.optimizer.kind == "adamw" and self.head_lr != 1:
+            raise ValueError(f"head_lr {self.head_lr:g} is SGD's; with optimizer.kind adamw it must be 1")
         return self
 
 

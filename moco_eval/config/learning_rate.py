@@ -40,14 +40,35 @@ def rate_of_step(schedule: FinetuneSchedule, lr: float, step: int, per_epoch: in
     """The rate of a step of fine-tuning, counted from 0 over all epochs of `per_epoch` steps.
 
     Source: step, OpenSelfSup@1db69ec by way of mmcv's StepLrUpdaterHook; cosine, lightly@e8d317f,
-        lightly/utils/scheduler.py.
+        lightly/utils/scheduler.py; the others, see `_with_warmup`.
     """
     if schedule.kind == "step":
         return _stepped(schedule, lr, step // per_epoch)
+    if schedule.kind != "cosine":
+        return _with_warmup(schedule, lr, step, per_epoch)
     last = schedule.epochs * per_epoch - 1
     if step >= last:
         return lr * LEFT
     return lr * (LEFT + (1 - LEFT) * 0.5 * (1 + math.cos(math.pi * step / last)))
+
+
+def _with_warmup(schedule: FinetuneSchedule, lr: float, step: int, per_epoch: int) -> float:
+    """A line from warmup_lr to `lr` in w of E epochs, then half a cosine to min_lr; both ends are not scaled by batch.
+
+    warmup_cosine: t = step / per_epoch, and the cosine runs over the E - w epochs that are left.
+    deit: t is the epoch before this one, for its scheduler moves after an epoch, by that epoch's number; the cosine
+    runs over all E epochs, so that it begins below `lr`.
+
+    Source: facebookresearch/mae@efb2a80, util/lr_sched.py; facebookresearch/deit@7e160fe, main.py, with timm 0.3.2's
+    CosineLRScheduler.
+    """
+    by_epoch = schedule.kind == "deit"
+    t = max(0, step // per_epoch - 1) if by_epoch else step / per_epoch
+    warmup, start = schedule.warmup_epochs, 0 if by_epoch else schedule.warmup_epochs
+    if t < warmup:
+        return schedule.warmup_lr + (lr - schedule.warmup_lr) * t / warmup
+    fall = 0.5 * (1 + math.cos(math.pi * (t - start) / (schedule.epochs - start)))
+    return schedule.min_lr + (lr - schedule.min_lr) * fall
 
 
 def _stepped(schedule: Schedule | FinetuneSchedule, lr: float, epoch: int) -> float:

@@ -1,6 +1,6 @@
 """A pretraining recipe."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,7 +26,7 @@ class Views(Extended):
 class Optimizer(Extended, Sgd):
     """SGD, LARS or AdamW; `sgd_momentum` is of the first two, AdamW's betas are 0.9 and 0.999."""
 
-    later = ("kind",)
+    later: ClassVar[tuple[str, ...]] = ("kind",)
 
     kind: Literal["sgd", "lars", "adamw"] = "sgd"
 

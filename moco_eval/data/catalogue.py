@@ -416,9 +416,13 @@ def band_deviations(images: ImageSet, encoder_says: Preprocessing | None) -> lis
     ]
 
 
-def preprocessing_deviations(dataset: str, used: Preprocessing) -> list[str]:
-    """In words, where images are cut to another size than the data set's protocols do (224 of 256; 32 for CIFAR)."""
-    usual = SMALL.get(dataset, Preprocessing())
+def preprocessing_deviations(dataset: str, used: Preprocessing, size: int | None = None) -> list[str]:
+    """In words, where images are cut to another size than the data set's protocols do (224 of 256; 32 for CIFAR).
+
+    Args:
+        size: of a protocol that has the same for every data set.
+    """
+    usual = Preprocessing(size) if size else SMALL.get(dataset, Preprocessing())
     if (used.size, used.resize) == (usual.size, usual.resize):
         return []
     return [f"images of {used.size} pixels (resized to {used.resize}) instead of {usual.size} ({usual.resize})"]

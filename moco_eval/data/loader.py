@@ -1,6 +1,6 @@
 """Transforms, batches and loaders. Every draw comes from (seed, epoch, image), so a resumed run repeats it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -22,6 +22,7 @@ from moco_eval.runtime.rank import rank, world_size
 
 LARGEST = 2**26  # pixels that a resized image may have before it is cut
 WINDOW = 16  # shards whose images are shuffled together
+ROUND = 256  # images of which an epoch with repeats has whole numbers
 
 
 def clean_transform(preprocessing: Preprocessing) -> transforms.Compose:
@@ -92,17 +93,28 @@ def crop_transform(
     return transforms.Compose([crop_cut(preprocessing, crop_scale, flip), Normalise(preprocessing)])
 
 
-def crop_cut(preprocessing: Preprocessing, crop_scale: tuple[float, float], flip: bool) -> transforms.Compose:
+def crop_cut(
+    preprocessing: Preprocessing,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    interpolation: str = "bilinear",
+    further: Sequence[Callable] = (),
+) -> transforms.Compose:
     """Its crop and flip, to (3, size, size) uint8; `Normalise` does the rest where the network is.
 
-    The interpolation is the protocol's, bilinear, whatever the encoder's clean crop has: so do DINO's and iBOT's
+    The interpolation is the protocol's, mostly bilinear, whatever the encoder's clean crop has: so do DINO's and iBOT's
     eval_linear.py (dino@04c0ad9, ibot@c24f870), whose clean crop is bicubic.
+
+    Args:
+        further: what happens to the PIL image afterwards.
     """
     if preprocessing.channels == BANDS:
+        assert not further
         return band_transforms.crop_cut(preprocessing, crop_scale, flip)
-    crop = transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale)
+    how = transforms.InterpolationMode(interpolation)
+    crop = transforms.RandomResizedCrop(preprocessing.size, scale=crop_scale, interpolation=how)
     flips = [transforms.RandomHorizontalFlip()] if flip else []
-    return transforms.Compose([crop, *flips, transforms.PILToTensor()])
+    return transforms.Compose([crop, *flips, *further, transforms.PILToTensor()])
 
 
 def swap_colours(images: torch.Tensor) -> torch.Tensor:
@@ -147,7 +159,7 @@ class Examples(Dataset):
 
     The label is -1 where there is none, or where there may be several.
     `tolerant`: an unreadable image is named and a grey one takes its place (the kNN monitor); otherwise InputError.
-    `size`: of the tensors, in pixels; 0 where nobody asks.
+    `size`: of the tensors, in pixels; 0 where nobody asks. `floats`: whether they are float32 rather than bytes.
     """
 
     images: ImageSet
@@ -155,11 +167,12 @@ class Examples(Dataset):
     seed: int = 0
     tolerant: bool = False
     size: int = 0
+    floats: bool = False
 
     @property
     def item_bytes(self) -> int:
         """Of a tensor."""
-        return (4 if self.images.bands else 1) * self.images.channels * self.size**2
+        return (4 if self.images.bands or self.floats else 1) * self.images.channels * self.size**2
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = item
@@ -201,6 +214,10 @@ class Batches:
 
     `shards`: where each shard's images end, (S,), of a set that comes in shards. Shards are then shuffled, taken
     WINDOW at a time, and their images shuffled together: a window's order is drawn when its turn comes.
+
+    `repeats`: an image stands so often in an epoch of a set without shards, in a row; the epoch ends after as many
+    images as ever, in whole ROUNDs. Each repeat has an epoch number, and so draws, of its own.
+    `groups`: neighbours of the order are dealt out to so many equal parts of a whole batch, as to so many GPUs.
     """
 
     images: int
@@ -211,13 +228,24 @@ class Batches:
     drop_last: bool
     first_step: int = 0
     shards: np.ndarray | None = None
+    repeats: int = 1
+    groups: int = 1
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in self.epochs:
             start = self.first_step if epoch == self.epochs.start else 0
             for batch in self._whole(epoch, start):
-                mine = share(batch)
-                yield [(epoch, int(index)) for index in (mine if len(mine) else batch[:1])]
+                mine = share(self._dealt(batch))
+                yield [self._item(epoch, int(place)) for place in (mine if len(mine) else batch[:1])]
+
+    def _dealt(self, batch: np.ndarray) -> np.ndarray:
+        """A whole batch, each group's images together: 0, groups, 2 groups, ..., then 1, groups + 1, ..."""
+        return batch.reshape(-1, self.groups).T.ravel() if len(batch) == self.batch_size else batch
+
+    def _item(self, epoch: int, place: int) -> tuple[int, int]:
+        """Of a place among all repeats: the epoch that its draws are from, and the image."""
+        index, repeat = divmod(place, self.repeats)
+        return epoch * self.repeats + repeat, index
 
     def _whole(self, epoch: int, start: int) -> Iterator[np.ndarray]:
         """The batches of an epoch from step `start` on, all ranks' together."""
@@ -246,19 +274,28 @@ class Batches:
             skip = max(0, skip - int(sizes[window].sum()))
 
     def order(self, epoch: int) -> np.ndarray:
-        """The order of all images in an epoch of a set without shards, the same on every rank."""
-        if not self.shuffle:
-            return np.arange(self.images)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        """The order of all images in an epoch of a set without shards, the same on every rank; repeats are numbered."""
+        images = np.arange(self.images)
+        if self.shuffle:
+            images = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        if self.repeats == 1:
+            return images
+        return (images[:, None] * self.repeats + np.arange(self.repeats)).ravel()[: self.shown]
+
+    @property
+    def shown(self) -> int:
+        """Images of an epoch, repeats counted. Source: facebookresearch/deit@7e160fe, samplers.py."""
+        whole = self.images - self.images % ROUND
+        return whole if whole and self.repeats > 1 else self.images
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, rest = divmod(self.images, self.batch_size)
+        whole, rest = divmod(self.shown, self.batch_size)
         return whole + bool(rest and not self.drop_last)
 
     def size(self, step: int) -> int:
         """How many images the given batch of an epoch holds, over all ranks."""
-        return min(self.batch_size, self.images - step * self.batch_size)
+        return min(self.batch_size, self.shown - step * self.batch_size)
 
     def mine(self, step: int) -> int:
         """How many of them are this rank's; the loader hands over one that does not count where there are none."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -136,6 +137,29 @@ def borrowed_generator(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """`borrowed_generator` and the generator of a device, both seeded."""
+    with borrowed_generator(seed), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def seeded_host(seed: int) -> Iterator[None]:
+    """Python's and NumPy's own generators, seeded, for one thread alone; afterwards they are as before."""
+    with _generator:
+        python, array = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
 
 
 class _Switch:

@@ -139,7 +139,7 @@ def test_step_by_step_against_the_recipe_restated(tmp_path):
     """Same weights and batches: the same losses and weights as torch's SGD with a rate of its own for the head."""
     work, config = task(), recipe()
     images = work.training_images(0)
-    learner = finetune.EndToEnd(work, config, finetune.steps_per_epoch(90, config), 0, CPU)
+    learner = finetune.EndToEnd(work, config, finetune.epoch_batches(90, config, 0).steps_per_epoch, 0, CPU)
     backbone, head = copy.deepcopy(work.encoder.backbone), copy.deepcopy(learner.net.head)
     backbone.requires_grad_(True).train()
     groups = [{"params": backbone.parameters(), "lr": 0.01}, {"params": head.parameters(), "lr": 1.0}]

@@ -157,8 +157,8 @@ def test_moco_v3_has_its_own_rate_for_a_vit():
     net, vit = (configs.load(name, "linear", LinearConfig) for name in ("mocov3", "mocov3_vit"))
     assert (net.optimizer.lr, vit.optimizer.lr, net.batch_size) == (0.4, 12, 1024)
     assert [learning_rate(net.schedule, 0.4, epoch) for epoch in (0, 45)] == pytest.approx([0.4, 0.2])
-    assert linear.recipe_for("mocov3", load("random:vit_tiny_patch16_224")) == "mocov3_vit"
-    assert linear.recipe_for("mocov3", tiny_encoder()) == "mocov3"
+    assert linear.recipe_for("mocov3", task(encoder=load("random:vit_tiny_patch16_224"))) == "mocov3_vit"
+    assert linear.recipe_for("mocov3", task()) == "mocov3"
 
 
 def test_few_labels_are_drawn_anew_in_each_trial(tmp_path):
