@@ -16,6 +16,7 @@ import torch
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_images
+from moco_eval.encoders.architectures import Architecture, architecture
 from moco_eval.papers import cost
 from moco_eval.runtime.printable import shell_join
 from pretraining.bottleneck import seconds, worker_seconds
@@ -93,7 +94,7 @@ def forecast(
     for probe, images in cost.pretraining(config, dataset, config.precision, processes):
         each = timed(probe)
         if each is None:
-            return Forecast(recipe, dataset, processes, config.precision, None, "memory", "--set accumulate=4")
+            return Forecast(recipe, dataset, processes, config.precision, None, "memory", _smaller(config))
         network += each * images / processes
     images = config.schedule.epochs * cost.images_of(dataset, "train")
     if dataset in STORED:
@@ -104,6 +105,12 @@ def forecast(
         worker, on_device, reading = 0.0, _augmentation(config, room.device), 0.0
     pieces = Pieces(network, images * on_device / processes, images * worker, reading)
     return together(recipe, dataset, config, processes, pieces, room)
+
+
+def _smaller(config: PretrainConfig) -> str:
+    """A step that takes less memory: MoCo v3 encodes a ViT's batch in parts, and a ResNet's must become smaller."""
+    whole = config.mechanism == "moco_v3" and isinstance(architecture(config.arch), Architecture)
+    return f"--batch-size {config.batch_size // 4}" if whole else "--set accumulate=4"
 
 
 def together(recipe: str, dataset: str, config: PretrainConfig, processes: int, pieces: Pieces, room: Room) -> Forecast:

@@ -196,6 +196,9 @@ def _may_record(run: Plan) -> bool:
     if asked and run.bn == "sync" and world_size() > 1:
         warn("bn sync exchanges statistics inside the encoder, which no CUDA graph holds; going on without graphs")
         return False
+    if asked and run.config.mechanism == "moco_v3" and run.config.accumulate > 1:
+        warn("accumulate encodes again in the backward pass, which no CUDA graph holds; going on without graphs")
+        return False
     return asked
 
 

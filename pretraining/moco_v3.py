@@ -15,6 +15,7 @@ from moco_eval.encoders.architectures import VisionTransformer, architecture, bu
 from moco_eval.runtime.batch_norm import sync_batch_norm
 from moco_eval.runtime.collectives import gather
 from moco_eval.runtime.rank import rank
+from pretraining.in_parts import in_parts
 from pretraining.moco import Step
 from pretraining.shuffle_bn import Pixels, unit
 from pretraining.views import Batch
@@ -49,6 +50,7 @@ class MoCoV3(nn.Module):
         momentum: m, of the coming step.
         temperature: tau.
         pixels: what is done to a batch of views on the device.
+        parts: in which a batch passes the backbones, one after the other; the loss is that of the whole batch.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class MoCoV3(nn.Module):
         momentum: float,
         temperature: float,
         pixels: Pixels = nn.Identity(),  # noqa: B008
+        parts: int = 1,
     ):
         super().__init__()
         self.base_encoder, self.momentum_encoder, self.predictor = base_encoder, momentum_encoder, predictor
-        self.momentum, self.temperature, self.pixels = momentum, temperature, pixels
+        self.momentum, self.temperature, self.pixels, self.parts = momentum, temperature, pixels, parts
         self.momentum_encoder.load_state_dict(self.base_encoder.state_dict())
         self.momentum_encoder.requires_grad_(False)
 
@@ -81,7 +84,7 @@ class MoCoV3(nn.Module):
             batch: two views of each image, (N, 3, H, W), this process's share.
             generator: not used; there is nothing to draw.
         """
-        x1, x2 = self.pixels(batch.view_q), self.pixels(batch.view_k)
+        x1, x2 = batch.view_q, batch.view_k
         q1, q2 = self.queries(x1), self.queries(x2)  # (N, C) each
         k1, k2 = self.keys(x1), self.keys(x2)  # (R N, C) each
         (loss1, right1), (loss2, right2) = ctr(q1, k2, self.temperature), ctr(q2, k1, self.temperature)
@@ -90,12 +93,18 @@ class MoCoV3(nn.Module):
 
     def queries(self, images: torch.Tensor) -> torch.Tensor:
         """Predicted features of a view, (N, C), unit rows."""
-        return unit(self.predictor(self.base_encoder(images)))
+        return unit(self.predictor(self.encode(self.base_encoder, images)))
 
     @torch.no_grad()
     def keys(self, images: torch.Tensor) -> torch.Tensor:
         """Features of a view by the momentum encoder, of all ranks in rank order, (R N, C), unit rows."""
-        return gather(unit(self.momentum_encoder(images)))
+        return gather(unit(self.encode(self.momentum_encoder, images)))
+
+    def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Projected features of a view, (N, C)."""
+        if self.parts > 1:
+            return in_parts(encoder, images, self.pixels, self.parts)
+        return encoder(self.pixels(images))
 
     @torch.no_grad()
     def move_encoder_k(self) -> None:
@@ -125,6 +134,7 @@ def build_v3(config: PretrainConfig, bn: str, pixels: Pixels) -> MoCoV3:
         momentum=config.momentum,
         temperature=config.temperature,
         pixels=pixels,
+        parts=config.accumulate,
     )
 
 

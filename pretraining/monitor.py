@@ -14,6 +14,7 @@ from moco_eval.data.repeats import tell_repeats
 from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import broadcast_
 from moco_eval.runtime.console import log
+from pretraining.in_parts import headless
 from pretraining.plan import Plan
 from pretraining.views import preprocessing
 
@@ -51,25 +52,21 @@ class Monitor:
         assert self.settings is not None and self.splits is not None
         for buffer in encoder_q.buffers():
             broadcast_(buffer)  # rank 0's BN statistics are those that are saved
-        place = "fc" if hasattr(encoder_q, "fc") else "head"
-        head = getattr(encoder_q, place)
-        if self.settings.feature == "pooled":
-            setattr(encoder_q, place, nn.Identity())
         compiled = self.run.config.compile is True
-        try:
-            with contextlib.nullcontext() if compiled else eager():
-                return knn.monitor(
-                    OfOneSize(encoder_q) if compiled else encoder_q,
-                    *self.splits,
-                    preprocessing(self.run.config.views, self.run.images),
-                    device,
-                    k=self.settings.k,
-                    temperature=self.settings.temperature,
-                    workers=self.run.config.workers,
-                    precision=self.run.config.precision,
-                )
-        finally:
-            setattr(encoder_q, place, head)
+        with (
+            headless(encoder_q) if self.settings.feature == "pooled" else contextlib.nullcontext(),
+            contextlib.nullcontext() if compiled else eager(),
+        ):
+            return knn.monitor(
+                OfOneSize(encoder_q) if compiled else encoder_q,
+                *self.splits,
+                preprocessing(self.run.config.views, self.run.images),
+                device,
+                k=self.settings.k,
+                temperature=self.settings.temperature,
+                workers=self.run.config.workers,
+                precision=self.run.config.precision,
+            )
 
 
 @contextlib.contextmanager

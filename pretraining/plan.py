@@ -80,6 +80,11 @@ class Plan:
         return 2 * self.config.temperature if self.config.mechanism == "moco_v3" else 1
 
     @property
+    def parts(self) -> int:
+        """Of a batch, each with a loss of its own; MoCo v3 has one loss, whatever the number of parts it encodes in."""
+        return 1 if self.config.mechanism == "moco_v3" else self.config.accumulate
+
+    @property
     def full_step(self) -> int:
         """The step after which the dictionary holds encoded keys only."""
         if self.config.mechanism == "moco":
@@ -95,8 +100,12 @@ class Plan:
     @property
     def equivalences(self) -> list[str]:
         """In words, where the run differs from its protocol in what was shown to be harmless."""
-        on_device = self.config.views.backend == "device"
-        return ["views augmented in batches, with PIL's pixels (docs/protocols/views.md)"] if on_device else []
+        config, same = self.config, []
+        if config.views.backend == "device":
+            same.append("views augmented in batches, with PIL's pixels (docs/protocols/views.md)")
+        if config.mechanism == "moco_v3" and config.accumulate > 1:
+            same.append(f"the batch encoded in {config.accumulate} parts, its loss and gradient those of the whole")
+        return same
 
     def queue_age(self, step: int) -> float:
         """Mean age of MoCo's keys in steps, those of the start left out."""
@@ -222,6 +231,11 @@ def _require_trainable(config: PretrainConfig) -> None:
         resnet(config.arch)
         return
     arch = architecture(config.arch)
+    if config.accumulate > 1 and (isinstance(arch, Architecture) or getattr(arch, "conv_stem", False)):
+        raise InputError(
+            f"accumulate {config.accumulate} would give the batch norms of {config.arch} the statistics of a part of "
+            "the batch; take accumulate=1, or a ViT without a stem of convolutions"
+        )
     if isinstance(arch, Architecture):
         if config.freeze_patches:
             raise InputError(f"freeze_patches: {config.arch} has no patches; take --set freeze_patches=false")
@@ -324,6 +338,8 @@ def _deviations(run: Plan) -> list[str]:
     per_image = canonical.optimizer.lr / canonical.batch_size
     if config.mechanism == "end_to_end" and math.isclose(config.optimizer.lr, per_image * config.batch_size):
         free += ("batch_size", "optimizer.lr")  # K is the batch, and the rate follows it (P1 Fig. 3)
+    if config.mechanism == "moco_v3":
+        free += ("accumulate",)  # refused where it is not exact
     differ = differences(config, canonical, free) + split_deviations(run.images)
     if run.images.bands:
         steps = left_out(recipes(config.views)[1])

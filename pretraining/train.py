@@ -124,7 +124,7 @@ class Trainer:
         if self.config.momentum_schedule == "cosine":
             self.model.momentum = momentum_of_step(self.config.momentum, self.step, self.run.steps)
         order = torch.Generator().manual_seed(draw_seed(self.config.seed, self.step, 0) >> 1)
-        parts = batch.parts(self.config.accumulate)
+        parts = batch.parts(self.run.parts)
         if self.config.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # the step before is pushed: its outputs may be overwritten
         with autocast(self.device, self.config.precision):

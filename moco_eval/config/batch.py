@@ -24,11 +24,9 @@ def rescaled(values: dict[str, Any], batch: int) -> tuple[list[str], str]:
     if isinstance(before, int) and before and isinstance(rates := values.get("learning_rates"), list):
         overrides.append(f"learning_rates={[rate * batch / before for rate in rates]!r}")
         changes.append(f"learning rates times {batch / before:g}")
-    if (
-        values.get("mechanism") in ("end_to_end", "moco_v3")
-        and isinstance(parts := values.get("accumulate", 1), int)
-        and parts
-    ):
+    mechanism = values.get("mechanism")
+    parts = values.get("accumulate", 1) if mechanism == "end_to_end" else 1 if mechanism == "moco_v3" else None
+    if isinstance(parts, int) and parts:
         overrides.append(f"queue_size={batch // parts}")
         changes.append(f"K {batch // parts} instead of {values.get('queue_size')}")
     return overrides, f"--batch-size {batch} instead of {before}: {', '.join(changes)}" if changes else ""

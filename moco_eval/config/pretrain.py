@@ -81,7 +81,8 @@ class PretrainConfig(Extended):
     """A pretraining recipe in the paper's symbols; see docs/protocols.
 
     hidden_dim: of MoCo v3's projector and predictor. momentum_schedule: cosine raises m to 1 at the end, per step.
-    freeze_patches: a ViT's patch projection stays random.
+    freeze_patches: a ViT's patch projection stays random. accumulate: a batch in so many parts, one after the other; in
+    MoCo v3 with the loss and the gradient of the whole batch, otherwise with BN groups and a loss of their own.
     """
 
     later = ("hidden_dim", "momentum_schedule", "freeze_patches")
@@ -130,10 +131,15 @@ class PretrainConfig(Extended):
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         part = self.batch_size // self.accumulate
-        if self.mechanism in ("end_to_end", "moco_v3") and self.queue_size != part:
+        if self.mechanism == "end_to_end" and self.queue_size != part:
             raise ValueError(
                 f"queue_size {self.queue_size} is not the dictionary of mechanism {self.mechanism}, whose K is the "
                 f"{part} keys encoded together (batch_size / accumulate); take --set queue_size={part}"
+            )
+        if self.mechanism == "moco_v3" and self.queue_size != self.batch_size:
+            raise ValueError(
+                f"queue_size {self.queue_size} is not the dictionary of mechanism moco_v3, whose keys are those of the "
+                f"batch; take --set queue_size={self.batch_size}"
             )
         return self
 
@@ -155,11 +161,6 @@ class PretrainConfig(Extended):
             raise ValueError(f"head {self.head} is not MoCo v3's, whose projector is an MLP; take --set head=mlp")
         if self.bn not in ("auto", "sync", "none"):
             raise ValueError(f"bn {self.bn} is for shuffled keys, which moco_v3 has not; take --set bn=sync")
-        if self.accumulate > 1:
-            raise ValueError(
-                f"accumulate {self.accumulate} would take negatives away from moco_v3, whose keys are the batch's; "
-                "take --set accumulate=1"
-            )
         return self
 
     @model_validator(mode="after")

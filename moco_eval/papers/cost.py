@@ -211,14 +211,15 @@ def pretraining(recipe: PretrainConfig, dataset: str, precision: str, processes:
     """The pieces of a pretraining on a published data set, and how many images go through each."""
     images, epochs = images_of(dataset, "train"), recipe.schedule.epochs
     precision = "fp32" if precision == "auto" else precision
-    batch, size = max(1, recipe.batch_size // processes), recipe.views.size
+    batch, size = max(1, recipe.batch_size // recipe.accumulate // processes), recipe.views.size
     train, forward = (Probe(kind, recipe.arch, size, batch, precision) for kind in ("train", "forward"))
     views = images * epochs * (2 if recipe.symmetric else 1)
     yield train, views * (2 if recipe.mechanism == "end_to_end" else 1)
     looks = epochs // recipe.knn.every * (images + images_of(dataset, "test")) if recipe.knn else 0
     keys = views if recipe.mechanism in ("moco", "moco_v3") else 0
-    if keys + looks:
-        yield forward, keys + looks
+    again = views if recipe.mechanism == "moco_v3" and recipe.accumulate > 1 else 0
+    if keys + again + looks:
+        yield forward, keys + again + looks
 
 
 def _classification(step: ChainStep, config: Any, arch: str, size: int, trials: int) -> Iterator[tuple[Probe, float]]:

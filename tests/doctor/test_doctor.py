@@ -246,7 +246,10 @@ def test_every_shipped_recipe_is_forecast(photos, monkeypatch):
     monitored = 20 * (1_281_167 + 50_000)
     assert rows["moco_v2_r50"].seconds == pytest.approx((2 * images + monitored) * 0.01 / 8)
     monkeypatch.setattr(cost, "timed_anew", lambda probe, device: None)
-    assert {each.limit for each in forecast.forecasts(EIGHT, photos)} == {"memory"}
+    rows = {each.recipe: each for each in forecast.forecasts(EIGHT, photos)}
+    assert {each.limit for each in rows.values()} == {"memory"}
+    ways_out = {"moco_v3_r50": "--batch-size 1024"}  # the batch norms of its backbone want the whole batch
+    assert {name: each.options for name, each in rows.items()} == dict.fromkeys(rows, "--set accumulate=4") | ways_out
 
 
 # The command

@@ -119,6 +119,15 @@ def test_only_moco_encodes_keys_without_gradient(mechanism, train, forward, step
     assert images["train"] == train * TRAIN * 200 and images.get("forward", 0) == forward * TRAIN * 200
 
 
+def test_a_batch_in_parts_is_encoded_once_more_in_moco_v3():
+    recipe = configs.load("moco_v3_vit_small", "pretrain", PretrainConfig).model_copy(update={"knn": None})
+    for accumulate, forward in ((1, 1), (8, 2)):
+        parts = recipe.model_copy(update={"accumulate": accumulate})
+        images, views = dict(cost.pretraining(parts, "imagenet", "fp32", 8)), 2 * 300 * 1_281_167
+        assert {probe.kind: count / views for probe, count in images.items()} == {"train": 1, "forward": forward}
+        assert {probe.batch for probe in images} == {512 // accumulate}
+
+
 def test_what_each_protocol_looks_at(steps, table):
     arch = "resnet18_quarter"
     epochs = load_config("digits", "linear").schedule.epochs

@@ -355,7 +355,7 @@ def test_the_checkpoint_has_the_official_names_and_is_read_by_us_and_by_the_line
     [
         (["symmetric=false"], "mechanism moco_v3 sums the losses of both directions"),
         (["queue_size=63"], "queue_size 63 is not the dictionary of mechanism moco_v3"),
-        (["accumulate=2", "queue_size=32"], "accumulate 2 would take negatives away from moco_v3"),
+        (["accumulate=2", "queue_size=32"], "queue_size 32 is not the dictionary of mechanism moco_v3"),
         (["bn=split"], "bn split is for shuffled keys"),
         (["head=linear"], "head linear is not MoCo v3's"),
         (["hidden_dim=null"], "has a hidden layer in its projector"),
