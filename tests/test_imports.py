@@ -13,7 +13,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("api", "doctor", "report", "pretraining"),
+    ("api", "doctor", "report", "pretraining", "watch"),
     ("papers",),
     ("classification", "detection", "segmentation"),
     ("features", "results"),

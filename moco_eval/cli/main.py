@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from moco_eval import __version__
-from moco_eval.cli import classify, detect, doctor, encoders, pretrain, segment, shipped, tables
+from moco_eval.cli import classify, detect, doctor, encoders, pretrain, segment, shipped, tables, watch
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 from moco_eval.runtime import command
 from moco_eval.runtime.printable import one_line, printable_streams
@@ -33,6 +33,7 @@ for subcommand in (
     *classify.COMMANDS,
     detect.detect,
     segment.segment,
+    watch.watch,
     *(tables.compare, tables.table, tables.reproduce, tables.report),
     *(shipped.configs, shipped.datasets, shipped.demo),
     doctor.doctor,

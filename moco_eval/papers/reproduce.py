@@ -4,8 +4,6 @@ import difflib
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,8 +22,7 @@ from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Row, Table
 from moco_eval.papers.todo import total
-from moco_eval.runtime import files
-from moco_eval.runtime.command import exit_code
+from moco_eval.runtime import child, files
 from moco_eval.runtime.printable import shell_join
 from moco_eval.runtime.text import as_text
 
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
     from moco_eval.papers.cost import Cost
 
 AGAIN = "run the same command to go on"
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Where the pages keep data: VOC of both years in one folder, what torchvision fetches side by side, others by name.
 USUAL = {
     **dict.fromkeys(("voc", "voc07"), "/datasets/VOCdevkit"),
@@ -270,7 +266,7 @@ def run(plan: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
             raise InputError(f"{step.output} is a SLURM job's ({jobs[step.output]}); take --slurm, or scancel the job")
     for number, step in enumerate(plan.left, 1):
         tell(f"step {number} of {len(plan.left)}: {step.command}")
-        code, told = _process(step.arguments, lock)
+        code, told = child.run(step.arguments, [lock.fileno()])
         where = f"step {number} of {len(plan.left)}"
         if told or code == 3:
             raise Interrupted(f"stopped in {where}; {AGAIN}")
@@ -279,36 +275,3 @@ def run(plan: Plan, jobs: Mapping[Path, str], lock: IO[Any]) -> None:
         if code:
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             raise RunFailed(f"{where} failed ({how}): {step.command}; {AGAIN}")
-
-
-def _process(arguments: Sequence[str], lock: IO[Any]) -> tuple[int, bool]:
-    """Run a command of ours to its end: its exit code, and whether we were told to stop.
-
-    Signals are passed on, and the process is waited for. What it prints goes to stderr: stdout is for the table.
-    """
-    told: list[int] = []
-    process: subprocess.Popen | None = None
-
-    def pass_on(number: int, _frame: object) -> None:
-        told.append(number)
-        if process and not (number == signal.SIGINT and _is_typed()):
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        process = subprocess.Popen([sys.executable, "-m", "moco_eval", *arguments], stdout=2, pass_fds=[lock.fileno()])
-        if told:  # before there was a process
-            process.send_signal(told[0])
-        return exit_code(process), bool(told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _is_typed() -> bool:
-    """Whether a SIGINT is a Ctrl-C in the terminal, which the step has got as well: a second one would break it off."""
-    try:
-        with Path("/dev/tty").open() as terminal:
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:
-        return False

@@ -22,7 +22,7 @@ from moco_eval.data import in_memory
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import reproduce, slurm, tables
 from moco_eval.papers import steps as chain
-from moco_eval.runtime import files
+from moco_eval.runtime import child, files
 from pretraining.plan import plan as could_start
 
 STATED = {"arch": "resnet18_quarter", "data": "digits", "epochs": 1, "batch": 64, "K": 1024, "m": 0.995, "tau": 0.2}
@@ -139,7 +139,7 @@ def test_from_nothing_to_the_table(in_tmp, capfd, monkeypatch):
         with contextlib.redirect_stdout(sys.stderr):
             return main.cli.main(list(map(str, words)), standalone_mode=False) or 0, False
 
-    monkeypatch.setattr(reproduce, "_process", in_this_process)
+    monkeypatch.setattr(child, "run", in_this_process)
     table = write_table(in_tmp)
     steps = planned(table).left
     out, err = in_process(capfd, monkeypatch, "reproduce", table)
@@ -426,7 +426,7 @@ def test_a_signal_reaches_the_step_which_is_waited_for(number, in_tmp, monkeypat
         monkeypatch,
         f"trap 'sleep 0.2; echo {name} > saved; exit 3' {name}; : > up; while :; do :; done",
     )
-    monkeypatch.setattr(reproduce, "_is_typed", lambda: False)
+    monkeypatch.setattr(child, "_is_typed", lambda: False)
     before = signal.getsignal(number)
     tell = f"while [ ! -e up ]; do sleep 0.02; done; kill -{name} {os.getpid()}"
     with subprocess.Popen(["sh", "-c", tell]), pytest.raises(Interrupted, match="step 1 of 3"):
@@ -449,7 +449,7 @@ def test_a_second_signal_does_not_break_off_what_the_first_began():
 def test_a_key_typed_in_the_terminal_is_not_passed_on(in_tmp, monkeypatch):
     """The terminal has sent it to the step as well; here nobody has, and the step goes on to its end."""
     pretend(in_tmp, monkeypatch, "touch up; sleep 0.5; touch ended")
-    monkeypatch.setattr(reproduce, "_is_typed", lambda: True)
+    monkeypatch.setattr(child, "_is_typed", lambda: True)
     tell = f"while [ ! -e up ]; do sleep 0.02; done; kill -INT {os.getpid()}"
     with subprocess.Popen(["sh", "-c", tell]), pytest.raises(Interrupted):
         run_planned(write_table(in_tmp))

@@ -1,0 +1,71 @@
+"""moco-eval watch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from moco_eval.cli.options import (
+    FOLDER,
+    Options,
+    data_option,
+    dataset_options,
+    encoder_options,
+    extraction_options,
+    with_options,
+)
+
+# options of `moco-eval suite` that are handed on, by their names in Options
+HANDED_ON = ("dataset", "data", "train_split", "test_split", "arch", "encoder", "key", "feature")
+OF_MACHINE = ("device", "nproc", "precision", "workers", "seed", "batch_size")
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@with_options(
+    click.option("--tasks", metavar="PROTOCOL,...", help="As of `moco-eval suite`.  [default: knn,quick,logistic]"),
+    dataset_options(),
+    data_option,
+    encoder_options,
+    click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
+    click.option("--output", type=FOLDER, help="Where results go.  [default: FOLDER/watch]"),
+    click.option(
+        "--every",
+        type=click.FloatRange(0.2),
+        default=30,
+        show_default=True,
+        metavar="SECONDS",
+        help="From one look to the next; a file counts when it has not changed in between.",
+    ),
+    click.option("--once", is_flag=True, help="Judge what is there, and end."),
+    click.option(
+        "--patience", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="End so long after the last one."
+    ),
+    extraction_options,
+)
+def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: float | None, options: Options) -> None:
+    """Judge each new checkpoint of a training while it is written, into one curve.
+
+    FOLDER is a run directory of `moco-eval pretrain`, or any folder in which a trainer writes checkpoints. Every
+    checkpoint is judged as `moco-eval suite` judges it; run again, nothing is judged twice.
+
+    \b
+    Example:
+      moco-eval watch runs/pretrain-digits-digits --dataset digits --tasks knn,quick
+    """
+    from moco_eval.results.run_directory import hold
+    from moco_eval.watch import watch as watching
+    from moco_eval.watch.curve import write
+
+    judged = _words(options, HANDED_ON, ("--tasks", tasks), *(("--pixels", pixels) for pixels in options.pixels))
+    watched = watching.Watch(folder, options.output or folder / "watch", judged, _words(options, OF_MACHINE), every)
+    with hold(watched.output):
+        curve = watching.watch(watched, once, None if patience is None else 60 * patience)
+        write(curve, watched.output / "curve.jsonl")
+    click.echo(curve.table())
+
+
+def _words(options: Options, names: Sequence[str], *more: tuple[str, str | None]) -> tuple[str, ...]:
+    """Options as words of a command line."""
+    given = [*more, *((f"--{name.replace('_', '-')}", getattr(options, name)) for name in names)]
+    return tuple(word for option, value in given if value is not None for word in (option, str(value)))
