@@ -80,6 +80,7 @@ REDUCED: list[tuple[str, str]] = [
     ("suite digits", f"{ON_CPU} --tasks knn,quick"),
     ("suite imagefolder", f"{ON_CPU} --tasks quick"),  # kNN's 200 neighbours want more images
     ("suite", f"{CLASSES} {ON_CPU} --tasks quick,logistic"),
+    ("watch", f"{ON_CPU} --tasks quick --every 0.3"),
     ("detect digits", SCENES),
     ("detect coco", f"{DETECT} --trials 1"),
     ("detect --trials", f"{DETECT} --trials 2"),
