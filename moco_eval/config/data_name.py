@@ -1,4 +1,4 @@
-"""What a data set is called: a published name, or of a folder of one's own the layout and its name: imagefolder:pets."""
+"""What a data set is called: a published name, or layout and name of a folder of one's own: imagefolder:pets."""
 
 import re
 from pathlib import Path
