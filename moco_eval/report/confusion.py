@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from moco_eval.data.class_names import readable
 from moco_eval.features import sample
 from moco_eval.report.pick import by_test_set, description, has_answers, shared, unlike
 from moco_eval.report.runs import Run
@@ -79,7 +80,7 @@ def class_names(run: Run, classes: int) -> tuple[str, ...]:
     """Names of the classes where the run left a sample with them, else their numbers."""
     path = run.path / sample.NAME
     held = sample.read(path).classes if run_files.is_there(path) else ()
-    return held if len(held) == classes else tuple(map(str, range(classes)))
+    return readable(held) if len(held) == classes else tuple(map(str, range(classes)))
 
 
 def most_confused(pairs: Pairs, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
 from moco_eval.report.health import health
 from moco_eval.report.maps import maps
+from moco_eval.report.overview import overview, subtitle
 from moco_eval.report.paired import paired
 from moco_eval.report.papers import papers
 from moco_eval.report.pictures import detections, has, image, neighbours
@@ -88,6 +89,8 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
     order = sorted(kinds, key=lambda name: (KINDS.index(kinds[name]), name))
     contents = {
         "summary": summary(columns, order, kinds),
+        "subtitle": subtitle(runs),
+        "overview": overview(columns, order),
         "cautions": cautions(runs, names),
         "pixels_missing": _pixels_missing(runs, kinds),
         "columns": columns,

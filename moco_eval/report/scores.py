@@ -153,9 +153,9 @@ def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str,
         return []
     first = columns[0]
     reached = ", ".join(f"{name} {first.scores[name].text}" for name in encoders if name in first.scores)
-    measure = _measure(first)
-    measure = measure if measure.startswith("kNN") else measure[0].upper() + measure[1:]
-    sentences = [f"{measure} on {first.dataset}, in percent: {reached}."]
+    words = measure(first)
+    words = words if words.startswith("kNN") else words[0].upper() + words[1:]
+    sentences = [f"{words} on {first.dataset}, in percent: {reached}."]
     for name in encoders:
         for rival in encoders:
             if kinds[name] == "trained" and kinds[rival] != "trained":
@@ -182,9 +182,10 @@ def cautions(runs: Sequence[Run], names: dict[str, str]) -> list[str]:
     return sentences
 
 
-def _measure(column: Column) -> str:
-    measure = f"{column.task} {column.metric}"
-    return measure if column.task in WITHOUT_LABELS else f"{measure} with {column.regime}"
+def measure(column: Column) -> str:
+    """What a column measures, in words: 'kNN top-1 with all labels'."""
+    words = f"{column.task} {column.metric}"
+    return words if column.task in WITHOUT_LABELS else f"{words} with {column.regime}"
 
 
 def verdict(column: Column, name: str, rival: str) -> str | None:
@@ -197,7 +198,7 @@ def _standing(columns: Sequence[Column], name: str, rival: str) -> list[str]:
     places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": [], NOT_COMPARED: []}
     for column in columns:
         if name in column.scores and rival in column.scores:
-            places[verdict(column, name, rival) or NOT_COMPARED].append(_measure(column))
+            places[verdict(column, name, rival) or NOT_COMPARED].append(measure(column))
     judged = {standing: where for standing, where in places.items() if where}
     if not judged:
         return []

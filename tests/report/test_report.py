@@ -168,15 +168,15 @@ def test_the_summary_says_where_moco_wins_and_where_not(runs):
     words = " ".join(_contents(found)["summary"])
     assert words.startswith(
         "Linear top-1 with 10 labels per class on digits, in percent: "
-        "MoCo (epoch 60) 88.0 ± 1.5, random initialisation 70.0 ± 1.5, raw pixels 92.0 ± 1.5."
+        "MoCo v2 (epoch 60) 88.0 ± 1.5, random initialisation 70.0 ± 1.5, raw pixels 92.0 ± 1.5."
     )
     assert (
-        "MoCo (epoch 60) is ahead of random initialisation in linear top-1 with 10 labels per class, "
+        "MoCo v2 (epoch 60) is ahead of random initialisation in linear top-1 with 10 labels per class, "
         "linear top-1 with all labels, kNN top-1 with all labels; not compared (a run kept no answers) with random "
         "initialisation in detection AP50."
     ) in words
     assert (
-        "MoCo (epoch 60) is level with raw pixels in kNN top-1 with all labels; behind raw pixels in linear top-1 "
+        "MoCo v2 (epoch 60) is level with raw pixels in kNN top-1 with all labels; behind raw pixels in linear top-1 "
         "with 10 labels per class, linear top-1 with all labels."
     ) in words
 
@@ -189,7 +189,7 @@ def test_every_verdict_is_that_of_compare(runs):
             assert f"B is {done.verdict} A." in str(done)
             found = read.read_runs([runs / f"{kind}-moco", runs / f"{kind}-{rival}"])
             (_, said) = _contents(found)["summary"]
-            assert said.startswith(f"MoCo (epoch 60) is {done.verdict} ")
+            assert said.startswith(f"MoCo v2 (epoch 60) is {done.verdict} ")
 
 
 def test_chance_stands_in_the_table_and_suspicious_numbers_above_it(runs, tmp_path):
@@ -268,7 +268,7 @@ def test_the_page_is_whole_without_its_script(page):
     found = Elements(page)
     assert found.wrong == [] and found.open == []
     (results,) = found.tables
-    assert len(results) == 5 and results[1].startswith("MoCo(epoch60)88.0±1.55labeldraws")
+    assert len(results) == 5 and results[1].startswith("MoCov2(epoch60)88.0±1.55labeldraws")
 
 
 def test_what_users_name_is_escaped_wherever_it_stands(tmp_path):
@@ -370,10 +370,10 @@ def test_two_encoders_never_share_a_name(tmp_path):
     for name, encoder in (("one", MOCO), ("two", other), ("three", twin)):
         write_run(tmp_path / "r" / name, "linear", record(encoder, 80.0))
     names = read.encoder_names(read.read_runs([tmp_path / "r"]))
-    assert names[MOCO["sha256"]] == "MoCo (epoch 60), pretrain"
+    assert names[MOCO["sha256"]] == "MoCo v2 (epoch 60), pretrain"
     assert sorted(names.values())[1:] == [
-        "MoCo (epoch 60), second, dddddddd",
-        "MoCo (epoch 60), second, eeeeeeee",
+        "MoCo v2 (epoch 60), second, dddddddd",
+        "MoCo v2 (epoch 60), second, eeeeeeee",
     ]
 
 
@@ -391,7 +391,7 @@ def test_what_kept_to_the_protocol_comes_first(tmp_path):
     write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["encoder: batch_size 64"]))
     runs = read.read_runs([tmp_path / "r"])
     columns = scores.result_columns(runs, read.encoder_names(runs))
-    assert [list(column.scores) for column in columns] == [["random initialisation"], ["MoCo (epoch 60)"]]
+    assert [list(column.scores) for column in columns] == [["random initialisation"], ["MoCo v2 (epoch 60)"]]
 
 
 def test_deviations_of_the_same_runs_stand_together(tmp_path):
@@ -616,9 +616,9 @@ def test_times_of_two_zones_are_compared_as_times(text, seconds, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({}, "MoCo (epoch 60)"),
-        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo (epoch 9)"),
-        ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo (epoch 200)"),
+        ({}, "MoCo v2 (epoch 60)"),
+        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo v2 (epoch 9)"),
+        ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo v2 (epoch 200)"),
         ({"pretraining": {"epochs": 200}, "origin": "moco-eval safetensors, from facebookresearch/moco v1"}, "MoCo"),
         ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/simsiam"}, "pretrain"),
         ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/dino", "path": "my/dino.pth"}, "dino"),
@@ -640,12 +640,12 @@ def test_query_and_key_encoder_of_a_file_are_two(tmp_path):
     write_run(tmp_path / "runs" / "key", "linear", record(MOCO | {"which": "key"}, 70.0))
     runs = read.read_runs([tmp_path / "runs"])
     assert read.encoder_names(runs) == {
-        MOCO["sha256"]: "MoCo (epoch 60)",
-        f"{MOCO['sha256']}:key": "MoCo (epoch 60), key encoder",
+        MOCO["sha256"]: "MoCo v2 (epoch 60)",
+        f"{MOCO['sha256']}:key": "MoCo v2 (epoch 60), key encoder",
     }
     write_report([tmp_path / "runs"], tmp_path / "report.html")
     rows = Elements((tmp_path / "report.html").read_text()).tables[0]
-    assert any(row.startswith("MoCo(epoch60),keyencoder") and "70.0" in row for row in rows)
+    assert any(row.startswith("MoCov2(epoch60),keyencoder") and "70.0" in row for row in rows)
 
 
 # Beside the papers
