@@ -51,6 +51,7 @@ class Options:
     folders: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     released: bool = False
+    as_json: bool = False
 
     @property
     def of_every_config(self) -> list[str]:
@@ -113,6 +114,7 @@ extraction_options = several(
         help="Of the extraction, over all processes; the protocols keep theirs.",
     ),
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 data_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")
 encoder_options = several(
     click.option("--arch", help="Architecture, where the shapes leave it open (the heads of a ViT) or are misread."),

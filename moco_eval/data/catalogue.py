@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moco_eval.config.load import did_you_mean
+from moco_eval.config.load import require_named
 from moco_eval.data import band_statistics, glance, in_memory
 from moco_eval.data.bands import FILE, Bands, bands_of, require_measured, with_stored, write
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
@@ -81,8 +81,7 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     Raises:
         InputError: unknown name, missing or empty folder, a class without images, an incomplete copy.
     """
-    if name not in NAMES:
-        raise InputError(f"Invalid value for '--dataset': {name!r}.{did_you_mean(name, NAMES)}")
+    require_named(name, NAMES)
     if split == "pretrain" and name != "stl10":
         split = "train"
     if name == "digits":
@@ -99,6 +98,13 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     if name in UNLABELLED:
         return _unlabelled(name, folder, split)
     return _imagefolder(name, folder, split)
+
+
+def require_there(name: str, data: Path | None) -> None:
+    """Raises InputError for an unknown data set, or where its folder is none; its images are not looked at."""
+    require_named(name, NAMES)
+    if name != "digits":
+        data_folder(name, data)
 
 
 def open_splits(
@@ -160,8 +166,13 @@ def known() -> list[str]:
         counts = [count for (owner, _), count in OFFICIAL.items() if owner == name][:2]
         splits = " -> ".join(f"{count:,}" for count in counts) or LAYOUTS[name]
         metric = "" if name in UNLABELLED else METRICS.get(name, "top1")
-        lines.append(f"{name:<12} {splits:<42} {metric}".rstrip())
+        lines.append(row(name, splits, metric))
     return lines
+
+
+def row(name: str, images: str, metric: str) -> str:
+    """A line of the list of data sets."""
+    return f"{name:<12} {images:<42} {metric}".rstrip()
 
 
 def check(
