@@ -52,6 +52,7 @@ class Options:
     folders: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     released: bool = False
+    as_json: bool = False
 
     @property
     def called(self) -> str:
@@ -125,6 +126,7 @@ data_option = several(
     click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none."),
     click.option("--name", help="What to call a folder of your own.  [default: the folder's name]"),
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 encoder_options = several(
     click.option("--arch", help="Architecture, where the shapes leave it open (the heads of a ViT) or are misread."),
     click.option(

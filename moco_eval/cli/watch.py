@@ -16,7 +16,7 @@ from moco_eval.cli.options import (
 )
 
 # options of `moco-eval suite` that are handed on, by their names in Options
-HANDED_ON = ("dataset", "data", "train_split", "test_split", "arch", "encoder", "key", "feature")
+HANDED_ON = ("dataset", "data", "name", "train_split", "test_split", "arch", "encoder", "key", "feature")
 OF_MACHINE = ("device", "nproc", "precision", "workers", "seed", "batch_size")
 
 
@@ -49,9 +49,7 @@ def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: f
     FOLDER is a run directory of `moco-eval pretrain`, or any folder in which a trainer writes checkpoints. Every
     checkpoint is judged as `moco-eval suite` judges it; run again, nothing is judged twice.
 
-    \b
-    Example:
-      moco-eval watch runs/pretrain-digits-digits --dataset digits --tasks knn,quick
+    Example: moco-eval watch runs/pretrain-digits-digits --dataset digits --tasks knn,quick
     """
     from moco_eval.results.run_directory import hold
     from moco_eval.watch import watch as watching

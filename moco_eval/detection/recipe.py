@@ -36,6 +36,7 @@ DEFAULTS = {
     "cityscapes": "cityscapes_r50_fpn_24k",
     "digits": "digits_r50_c4",
 }  # the recipe of a data set where none is given
+DATASETS = tuple(DEFAULTS)
 
 
 def is_on(protocol: str, *data: str) -> bool:
