@@ -242,7 +242,8 @@ def detect(
 
     Args:
         encoder: one that was loaded; a detector is built of its parts, which a wrapped network does not name.
-        data: voc, voc07, coco, voc-folder, coco-folder or digits (built in), or data that are open already.
+        data: voc, voc07, coco, lvis-v0.5, lvis-v1, cityscapes, voc-folder, coco-folder or digits (built in), or data
+            that are open already.
         recipe: a shipped recipe or a file.
         folder: the data set's.
         output: a run directory, where a fine-tuning is also resumed; None keeps nothing.

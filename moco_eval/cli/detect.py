@@ -11,11 +11,15 @@ from moco_eval.errors import InputError
 @click.command()
 @click.argument("checkpoint")
 @with_options(
-    click.option("--dataset", help="voc, voc07, coco, voc-folder, coco-folder or digits (built in)."),
+    click.option(
+        "--dataset",
+        help="voc, voc07, coco, lvis-v0.5, lvis-v1, cityscapes, voc-folder, coco-folder or digits (built in).",
+    ),
     click.option(
         "--recipe",
         help="A shipped recipe or a file.  [default by the data: r50_c4_24k, voc07_r50_c4_9k, coco_r50_fpn_1x, "
-        "digits_r50_c4; for a plain ViT take coco_vitdet_b, for other networks coco_r50_fpn_1x]",
+        "lvis_v05_r50_fpn_1x, lvis_v1_r50_fpn_1x, cityscapes_r50_fpn_24k, digits_r50_c4; for a plain ViT take "
+        "coco_vitdet_b, for other networks coco_r50_fpn_1x]",
     ),
     click.option("--train-split", help="Of voc-folder and coco-folder."),
     click.option("--test-split", help="Of voc-folder and coco-folder."),

@@ -27,6 +27,8 @@ PARITY = (
     "engine torchvision: features, losses and five SGD steps equal detectron2's "
     "(tests/detection/test_detectron2_parity.py)"
 )
+SHOWN = ("APbb", "APmk", "AP50")  # the bars of the classes are of the first of these that there is
+MOST_ROWS = 100  # classes that are printed
 
 
 def detect(task: DetectionTask, output: Path, device: torch.device) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _record(
         with files.atomic(output / "detections.json") as temporary:
             shutil.copyfile(folders[0] / "detections.json", temporary)
     per_class = _mean_per_class([trial["per_class"] for trial in trials])
-    per_class_bars(per_class, "APbb" if data.coco else "AP50", output / "per_class.svg")
+    per_class_bars(per_class, next(name for name in SHOWN if name in trials[0]["metrics"]), output / "per_class.svg")
     loss_curves([folder / "metrics.jsonl" for folder in folders], output / "losses.svg")
     result = ResultRecord(
         protocol=task.config.protocol,
@@ -187,14 +189,15 @@ def _as_text(mask: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_table(record: dict[str, Any]) -> str:
-    """The average precisions of a record as plain text, all classes first."""
+    """The average precisions of a record as plain text: of all classes, and of each where they are not too many."""
     names = list(record["metrics"])
     rows: list[tuple[str, Scores]] = [("all classes", dict(record["metrics"]))]
     if record["std"]:
         rows.append((f"std of {repeats(record)}", dict(record["std"])))
     for end, name in ((0, "95 % from"), (1, "95 % to")) if record["interval"] else ():
         rows.append((name, {metric: bounds[end] for metric, bounds in record["interval"].items()}))
-    rows += record["per_class"].items()
+    classes = record["per_class"]
+    rows += classes.items() if len(classes) <= MOST_ROWS else []
     width = max(len(label) for label, _ in rows)
     columns = [max(11, len(name) + 2) for name in names]
     lines = [" " * width + "".join(f"{name:>{wide}}" for name, wide in zip(names, columns))]

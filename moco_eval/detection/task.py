@@ -1,7 +1,8 @@
 """What one detection evaluation is about: the encoder, the data, the recipe; its checks, and opening the data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from moco_eval.config.data_name import OWN, called, layout_of
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import did_you_mean
 from moco_eval.data.boxes.check import doubts, shared_images
+from moco_eval.data.boxes.cityscapes import read_cityscapes_instances
 from moco_eval.data.boxes.coco import read_coco, read_coco_folder
+from moco_eval.data.boxes.lvis import CLASSES, read_lvis
 from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, require_counted
 from moco_eval.data.boxes.scenes import DIGITS, write_scenes
 from moco_eval.data.boxes.voc import read_voc, read_voc07, read_voc_folder
@@ -23,7 +26,12 @@ from moco_eval.errors import InputError
 from moco_eval.results.fine_tuning_task import FineTuningTask, check_schedule, data_folder
 from moco_eval.runtime import collectives, console
 
-OFFICIAL = {"voc": read_voc, "voc07": read_voc07}
+OFFICIAL: dict[str, Callable[[Path], DetectionData]] = {
+    "voc": read_voc,
+    "voc07": read_voc07,
+    **{f"lvis-{version}": partial(read_lvis, version=version) for version in CLASSES},
+    "cityscapes": read_cityscapes_instances,
+}
 BOXES_ONLY = ("voc", "voc07", "voc-folder", "digits")
 
 
@@ -132,6 +140,16 @@ def _check_heads(dataset: str, config: DetectConfig) -> None:
             f"--dataset {dataset} has boxes only and recipe {config.protocol} asks for {head}; take "
             f"--set {head}=false, or data in COCO format (--dataset coco-folder)"
         )
+    if dataset == "cityscapes":
+        _require_masks(config)
+
+
+def _require_masks(config: DetectConfig) -> None:
+    """Raises InputError where a recipe for Cityscapes' instances trains no masks."""
+    if not config.masks:
+        raise InputError(
+            f"cityscapes is judged by its masks and recipe {config.protocol} trains none; take --set masks=true"
+        )
 
 
 def _check_splits(task: DetectionTask) -> None:
@@ -139,13 +157,15 @@ def _check_splits(task: DetectionTask) -> None:
     if task.layout not in ("voc-folder", "coco-folder") and any(task.splits):
         if not task.dataset:
             raise InputError(f"train_split and test_split are of data in a folder; {task.name} is open already")
-        other = "coco-folder" if task.dataset == "coco" else "voc-folder"
+        other = "voc-folder" if task.dataset in BOXES_ONLY else "coco-folder"
         raise InputError(f"--dataset {task.dataset} has its own splits; for others take --dataset {other}")
 
 
 def _check_data(config: DetectConfig, data: DetectionData, where: str) -> None:
     """What the readers cannot know. Raises InputError where nothing can be counted, or the recipe does not fit."""
     require_counted(data.test, data.test_split, where, Findings())
+    if data.instance_files:
+        _require_masks(config)
     _check_kinds(config, data, where)
     _check_shapes(config, data)
 

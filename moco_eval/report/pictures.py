@@ -19,7 +19,7 @@ from moco_eval.results.plots import ROWS, bars_figure, best_first, loss_figure
 PICTURES = 4  # drawn images per encoder
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
 DRAWN_BYTES = 60_000  # and so are drawn images, of which there are many
-CLASS_METRICS = ("APbb", "AP50", "IoU")  # the one shown of each class: COCO's, VOC's, or of a segmentation
+CLASS_METRICS = ("APbb", "APmk", "AP50", "IoU")  # the one shown of each class: the first that there is
 
 
 def has(run: Run, name: str) -> bool:
