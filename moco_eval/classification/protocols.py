@@ -173,6 +173,13 @@ PROTOCOLS = (
         selection="held-out training images",
     ),
     Protocol(
+        "linear/mocov3-sweep@1",
+        "MoCo v3's as its paper has it: batch 4096, the rate chosen for each encoder, on held-out images.",
+        SweepConfig,
+        linear_sweep,
+        selection="held-out training images",
+    ),
+    Protocol(
         "linear/quick@1",
         "One head on features of a few epochs of crops, extracted once.",
         QuickConfig,

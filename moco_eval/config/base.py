@@ -39,6 +39,15 @@ class Extended(Model):
         return values if info.context == WHOLE else {key: values[key] for key in values if key not in unsaid}
 
 
+def later_defaults(model: type[Extended]) -> dict[str, Any]:
+    """The dotted keys that dumps of a model may leave out, its parts' too, with their defaults."""
+    found = {key: model.model_fields[key].default for key in model.later}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Extended):
+            found |= {f"{name}.{key}": value for key, value in later_defaults(field.annotation).items()}
+    return found
+
+
 class Run(Model):
     """What every recipe says of the work itself.
 

@@ -9,7 +9,7 @@ from moco_eval.config.base import is_neutral
 from moco_eval.config.data_name import is_called
 from moco_eval.config.deviations import flatten
 from moco_eval.encoders import zoo
-from moco_eval.papers.tables import Column, Row, RowRecipe, Table
+from moco_eval.papers.tables import Column, Row, RowRecipe, Table, completed
 from moco_eval.results.statistics import mean_and_std
 
 Record = dict[str, Any]
@@ -155,7 +155,7 @@ def is_untrained(encoder: Record) -> bool:
 def is_pretrained(encoder: Record, recipe: RowRecipe) -> bool:
     """By the row's recipe, to the end of its schedule, with BN that protects from leaking."""
     pretraining, wanted = encoder["pretraining"] or {}, recipe.resolved()
-    settings = flatten(pretraining.get("config", {}))
+    settings = completed(pretraining.get("config", {}))
     return (
         encoder["arch"] == wanted.arch
         and pretraining.get("protocol") == wanted.protocol
@@ -200,7 +200,7 @@ def _deviations(record: Record, row: Row) -> list[str]:
     """A record's deviations, but for what the row's own recipe does as well (the ablations)."""
     if not row.recipe:
         return record["deviations"]
-    wanted, settings = row.recipe.settings(), flatten(_config(record["encoder"]) or {})
+    wanted, settings = row.recipe.settings(), completed(_config(record["encoder"]) or {})
     asked = tuple(f"encoder: {key} " for key, value in wanted.items() if key in settings and settings[key] == value)
     return [deviation for deviation in record["deviations"] if not deviation.startswith(asked)]
 

@@ -14,7 +14,7 @@ from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 from moco_eval.papers import match
 from moco_eval.papers.match import Record
-from moco_eval.papers.tables import Column, Row, RowRecipe, Table
+from moco_eval.papers.tables import Column, Row, RowRecipe, Table, completed
 from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
 from moco_eval.runtime.printable import shell_join
@@ -187,7 +187,7 @@ def _is_finished(folder: Path, values: Record) -> bool:
 
 def _is_of(values: Record, recipe: RowRecipe) -> bool:
     """Whether a finished run is this pretraining: nothing in it differs that may move a number."""
-    settings, wanted = deviations.flatten(values["config"]), recipe.settings()
+    settings, wanted = completed(values["config"]), recipe.settings()
     about = {**values, "protocol": settings.get("protocol"), "epochs": settings["schedule.epochs"]}
     arithmetic = {"fp32", wanted["precision"]}
     return (

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from moco_eval.config import deviations
+from moco_eval.config import base, deviations
 from moco_eval.config import load as configs
 from moco_eval.config.base import Expect, Model
 from moco_eval.config.pretrain import PretrainConfig
@@ -17,6 +18,7 @@ from moco_eval.encoders import zoo
 from moco_eval.errors import InputError
 
 Over = Literal["head", "labels", "finetune", "pretrain"]
+UNAVAILABLE = "^(data never public|recipe never published|not yet built|not built: .+)$"
 
 
 class Column(Model):
@@ -78,8 +80,13 @@ class RowRecipe(Model):
         return _resolved(self.config, self.overrides)
 
     def settings(self) -> dict[str, Any]:
-        """The same with dotted keys, as a result record holds it."""
-        return deviations.flatten(self.resolved().model_dump(mode="json"))
+        """The same with dotted keys; a result record leaves out some that came later, see `completed`."""
+        return deviations.flatten(self.resolved().model_dump(mode="json", context=base.WHOLE))
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded pretraining config with dotted keys, with those that it leaves out because they came later."""
+    return base.later_defaults(PretrainConfig) | deviations.flatten(dict(config))
 
 
 @cache
@@ -139,7 +146,7 @@ class Row(Model):
     recipe: RowRecipe | None = None
     states: States | None = None
     released: str | None = None
-    unavailable: Literal["data never public", "recipe never published", "not yet built"] | None = None
+    unavailable: str | None = Field(None, pattern=UNAVAILABLE)
 
     @model_validator(mode="after")
     def _can_be_had_or_says_why_not(self):
