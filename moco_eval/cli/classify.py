@@ -89,6 +89,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     from moco_eval.api import judged
     from moco_eval.classification.judge import check, prepared
     from moco_eval.results.run_directory import default_output
+    from moco_eval.results.sanity import beside
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
@@ -107,7 +108,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     with processes(options.device) as device:
         result = judged(task, config, output, device)
         if is_main():
-            click.echo(str(result))
+            click.echo("\n".join([str(result), *beside(result.record, output.parent)]))
     return 0
 
 
@@ -204,7 +205,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
-            click.echo(suites.table(records, extraction))
+            click.echo(suites.table(records, extraction, output.parent))
     return 0
 
 

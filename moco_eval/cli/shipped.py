@@ -62,4 +62,4 @@ def demo(output: Path, device: str) -> None:
     """The whole path on built-in real data, in minutes, on a CPU."""
     from moco_eval.demo import run
 
-    run(output, device)
+    click.echo(run(output, device))
