@@ -523,6 +523,17 @@ def _pycontrast() -> File:
     return File("PyContrast or SupContrast", values, ("model",), "module.encoder.", head=mlp(128), other="encoder.")
 
 
+def _kuangliu() -> File:
+    arch = "resnet18_quarter_cifar"
+    names = lambda name: name.replace(".downsample.", ".shortcut.")  # noqa: E731
+    state = under("module.", body(0, arch), names) | {
+        "module.linear.weight": torch.ones(10, DIM[arch]),
+        "module.linear.bias": torch.ones(10),
+    }
+    values = {"net": state, "acc": 91.2, "epoch": 3}
+    return File("kuangliu/pytorch-cifar, in 'net'", values, ("net",), "module.", names, built=arch)
+
+
 def _leftthomas() -> File:
     arch = "resnet18_quarter_cifar"
     state = under("f.", body(0, arch), cifar_children) | under("g.", with_norms(128, last=False).state_dict())
@@ -625,6 +636,7 @@ FILES: dict[str, Callable[[], File]] = {
     "OpenSelfSup": _openselfsup,
     "OpenMMLab ViT": _openmmlab_vit,
     "PyContrast": _pycontrast,
+    "kuangliu": _kuangliu,
     "leftthomas": _leftthomas,
     "detectron2 C4 detector": lambda: _detectron2("backbone."),
     "detectron2 FPN detector": lambda: _detectron2("backbone.bottom_up."),

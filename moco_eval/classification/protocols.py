@@ -278,3 +278,26 @@ def feature_override(model: type[Run], feature: str | None) -> list[str]:
     if "features" in model.model_fields:
         return [f"features=[{feature}]"]
     return [f"feature={feature}"] if "feature" in model.model_fields else []
+
+
+USUAL_TASKS = {False: "knn,quick,logistic", True: "svm"}  # of a suite, by whether an image may have several labels
+
+
+def tasks(names: str) -> list[Protocol]:
+    """The protocols that `suite --tasks` names, in its order.
+
+    Args:
+        names: full or short names between commas.
+    Raises:
+        InputError: an unknown name, or a protocol named twice.
+    """
+    known = {short: row for row in PROTOCOLS if row.short for short in (row.protocol, row.name.name, *row.short)}
+    chosen: list[Protocol] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name not in known:
+            meant = configs.did_you_mean(name, known)
+            raise InputError(f"--tasks {names!r}: {name!r} judges no extracted features.{meant}")
+        if known[name] in chosen:
+            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; take one of them away")
+        chosen.append(known[name])
+    return chosen

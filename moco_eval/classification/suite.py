@@ -17,10 +17,9 @@ from rich.table import Table
 
 from moco_eval.classification.judge import check as check_task
 from moco_eval.classification.judge import check_images, judge, prepared, resolved
-from moco_eval.classification.protocols import PROTOCOLS, Protocol, by_name, feature_override
+from moco_eval.classification.protocols import Protocol, by_name, feature_override
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
-from moco_eval.config.load import did_you_mean
 from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
@@ -33,27 +32,6 @@ from moco_eval.runtime.console import log
 from moco_eval.runtime.text import as_text
 
 BATCH = 256  # images in a step of the extraction
-
-
-def protocols(names: str | None, multi_label: bool) -> list[Protocol]:
-    """The protocols that --tasks names, in its order; by default those that fit the labels.
-
-    Args:
-        names: full or short names between commas.
-    Raises:
-        InputError: an unknown name, or a protocol named twice.
-    """
-    if names is None:
-        names = "svm" if multi_label else "knn,quick,logistic"
-    known = {short: row for row in PROTOCOLS if row.short for short in (row.protocol, row.name.name, *row.short)}
-    chosen: list[Protocol] = []
-    for name in (part.strip() for part in names.split(",")):
-        if name not in known:
-            raise InputError(f"--tasks {names!r}: {name!r} judges no extracted features.{did_you_mean(name, known)}")
-        if known[name] in chosen:
-            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; take one of them away")
-        chosen.append(known[name])
-    return chosen
 
 
 @dataclass(frozen=True)

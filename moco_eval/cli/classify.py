@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from moco_eval.classification.protocols import Protocol, feature_override, followed_by, kinds
+from moco_eval.classification.protocols import USUAL_TASKS, Protocol, feature_override, followed_by, kinds
+from moco_eval.classification.protocols import tasks as tasks_named
 from moco_eval.cli.options import (
     FOLDER,
     Options,
@@ -16,11 +17,12 @@ from moco_eval.cli.options import (
     encoder_options,
     extraction_options,
     feature_options,
+    json_option,
     run_options,
     trial_options,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, load_encoder
+from moco_eval.cli.shared import launch_again, load_config, load_encoder, pixels_of, show
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 
@@ -60,6 +62,7 @@ def command_of(kind: str, rows: tuple[Protocol, ...]) -> click.Command:
         ),
         encoder_options,
         run_options,
+        json_option,
     )
     def command(checkpoint: str, protocol: str, options: Options, **own: Any) -> int:
         return classify(kind, checkpoint, *_own(kind, protocol, options, **own))
@@ -68,9 +71,12 @@ def command_of(kind: str, rows: tuple[Protocol, ...]) -> click.Command:
 
 
 def _help(rows: tuple[Protocol, ...]) -> str:
-    """A command's help: what the kind is, and each of its protocols."""
-    others = "\n".join(f"{row.protocol}: {row.title}" for row in rows[1:])
-    return f"{rows[0].title}\n\n\b\n{others}" if others else rows[0].title
+    """A command's help: what the kind is, an example, and each of its further protocols."""
+    kind, data = rows[0].name.kind, rows[0].dataset
+    parts = [rows[0].title, f"Example: moco-eval {kind} my_encoder.pth --dataset {data} --data /datasets/{data}"]
+    if others := [f"{row.protocol}: {row.title}" for row in rows[1:]]:
+        parts.append("\n".join(["\b", *others]))
+    return "\n\n".join(parts)
 
 
 def _own(
@@ -86,6 +92,11 @@ def _own(
 
 def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int:
     """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
+    row = followed_by(protocol, kind, options.overrides)
+    named = feature_override(row.model, options.feature)  # then the config says the feature
+    first = load_config(protocol, kind, row.model, replace(options, batch_size=None), named)
+    splits = opened_early(checkpoint, options)
+
     from moco_eval.api import judged
     from moco_eval.classification.judge import check, prepared
     from moco_eval.results.run_directory import default_output
@@ -93,10 +104,8 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    row = followed_by(protocol, kind, options.overrides)
-    named = feature_override(row.model, options.feature)  # then the config says the feature
-    first = load_config(protocol, kind, row.model, replace(options, batch_size=None), named)
-    task, regime = open_task(checkpoint, options if not named else replace(options, feature=None), first.seed)
+    options_of_task = options if not named else replace(options, feature=None)
+    task, regime = open_task(checkpoint, options_of_task, first.seed, splits)
     config = load_config(row.code().shipped(protocol, task.encoder), kind, row.model, options, named)
     output = options.output or default_output(kind, task.encoder, regime, config.protocol)
     if options.dry_run:
@@ -108,21 +117,36 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     with processes(options.device) as device:
         result = judged(task, config, output, device)
         if is_main():
-            click.echo("\n".join([str(result), *beside(result.record, output.parent)]))
+            show(result.record, "\n".join([str(result), *beside(result.record, output.parent)]), options)
     return 0
 
 
-def open_task(checkpoint: str, options: Options, seed: int) -> tuple[Any, str]:
+Splits = tuple[Any, Any]  # training and test images
+
+
+def opened_early(checkpoint: str, options: Options) -> Splits:
+    """The images, before torch is imported; what is wrong with CHECKPOINT, the data or --labels is told here.
+
+    Raises:
+        InputError: no such checkpoint, data set, folder, split, preprocessing or labels.
+    """
+    from moco_eval.data.catalogue import open_splits
+    from moco_eval.data.label_option import parse_labels
+
+    pixels_of(checkpoint, options)
+    parse_labels(options.labels)
+    return open_splits(options.called, options.data, options.train_split, options.test_split)
+
+
+def open_task(checkpoint: str, options: Options, seed: int, splits: Splits) -> tuple[Any, str]:
     """The encoder on the data: a `task.Task`; and the data's name with what --labels says, for a run directory."""
     from moco_eval.classification.further import open_further
     from moco_eval.classification.task import Task
     from moco_eval.config.data_name import in_path
-    from moco_eval.data.catalogue import open_splits
     from moco_eval.data.label_option import parse_labels
 
-    labels, dataset = parse_labels(options.labels), options.called
+    labels, (train, test) = parse_labels(options.labels), splits
     encoder = load_encoder(checkpoint, options, seed)
-    train, test = open_splits(dataset, options.data, options.train_split, options.test_split)
     if labels and labels.per_class is None:
         train = labels.of(train, seed)
     task = Task(
@@ -180,9 +204,17 @@ def _tasks_help() -> str:
     click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes."),
     extraction_options,
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan and about how long it takes."),
+    json_option,
 )
 def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
-    """Several protocols on features extracted once, in one table: moco-eval suite CHECKPOINT --tasks knn,quick"""
+    """Extract features once, run several protocols on them, and print one table.
+
+    Example: moco-eval suite my_encoder.pth --dataset imagefolder --data my_images --tasks knn,quick
+    """
+    rows = tasks_named(tasks) if tasks else None
+    splits = opened_early(checkpoint, options)
+    rows = rows or tasks_named(USUAL_TASKS[splits[1].multi_label])
+
     from moco_eval.classification import suite as suites
     from moco_eval.classification.forecast import describe, forecast
     from moco_eval.results.run_directory import default_output, hold
@@ -190,9 +222,8 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    task, regime = open_task(checkpoint, options, options.seed or 0)
+    task, regime = open_task(checkpoint, options, options.seed or 0, splits)
     output = options.output or default_output("suite", task.encoder, regime)
-    rows = suites.protocols(tasks, task.test.multi_label)
     chosen = suites.items(task, rows, output, options.of_every_config)
     suites.check(chosen)
     batch_size = options.batch_size or suites.BATCH
@@ -205,7 +236,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
-            click.echo(suites.table(records, extraction, output.parent))
+            show(records, suites.table(records, extraction, output.parent), options)
     return 0
 
 
@@ -223,7 +254,14 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     extraction_options,
 )
 def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
-    """Extract features into the cache, and print their folders: split, crop, shape, dtype, folder."""
+    """Extract features into the cache, and print their folders: split, crop, shape, dtype, folder.
+
+    Example: moco-eval features my_encoder.pth --dataset imagefolder --data my_images
+    """
+    if crops and split == "test":
+        raise InputError("--crops are of training images; take --split train or both")
+    splits = opened_early(checkpoint, options)
+
     from moco_eval.classification import linear_quick
     from moco_eval.config.classification import QuickConfig
     from moco_eval.data.glance import tell_doubts
@@ -232,9 +270,7 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    if crops and split == "test":
-        raise InputError("--crops are of training images; take --split train or both")
-    task, _ = open_task(checkpoint, options, options.seed or 0)
+    task, _ = open_task(checkpoint, options, options.seed or 0, splits)
     network(task.encoder, task.feature)  # an encoder without that feature is refused before anything is written
     for images in (task.train, task.test):
         tell_doubts(images)
@@ -263,21 +299,25 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
     extraction_options,
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+    json_option,
 )
 def retrieve(checkpoint: str, split: str, options: Options) -> int:
-    """Each image of a split asks for the others of its class: mean average precision and recall at 1, 5 and 10."""
+    """Each image of a split asks for the others of its class: mean average precision and recall at 1, 5 and 10.
+
+    Example: moco-eval retrieve my_encoder.pth --dataset imagefolder --data my_images
+    """
+    splits = opened_early(checkpoint, options)
+
     from moco_eval.classification.retrieval import PROTOCOL, Settings, check
     from moco_eval.classification.retrieval import retrieve as judged
     from moco_eval.classification.task import Task
     from moco_eval.config.data_name import in_path
-    from moco_eval.data.catalogue import open_splits
     from moco_eval.results.result import lines
     from moco_eval.results.run_directory import default_output
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    encoder, dataset = load_encoder(checkpoint, options, options.seed or 0), options.called
-    splits = open_splits(dataset, options.data, options.train_split, options.test_split)
+    encoder = load_encoder(checkpoint, options, options.seed or 0)
     images = splits[0] if split == "train" else splits[1]
     task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
     usual = Settings()
@@ -296,8 +336,8 @@ def retrieve(checkpoint: str, split: str, options: Options) -> int:
     with processes(options.device) as device:
         record = judged(task, settings, output, device)
         if is_main():
-            click.echo("\n".join(lines(record)))
+            show(record, "\n".join(lines(record)), options)
     return 0
 
 
-COMMANDS = [command_of(kind, rows) for kind, rows in kinds().items()] + [suite, features, retrieve]
+KINDS = [command_of(kind, rows) for kind, rows in kinds().items()]

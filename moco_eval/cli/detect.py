@@ -2,8 +2,10 @@
 
 import click
 
-from moco_eval.cli.options import Options, data_option, encoder_options, run_options, with_options
-from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe
+from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
+from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.config.data_name import layout_of
+from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
 
 
@@ -27,14 +29,15 @@ from moco_eval.errors import InputError
     data_option,
     encoder_options,
     run_options,
+    json_option,
 )
 def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -> int:
-    """Fine-tune a detector on the encoder and measure its average precision."""
+    """Fine-tune a detector on the encoder and measure its average precision.
+
+    Example: moco-eval detect my_encoder.pth --dataset voc --data /datasets/VOCdevkit
+    """
     from moco_eval.config.detection import DetectConfig
-    from moco_eval.detection import detect as detection
-    from moco_eval.detection.recipe import DEFAULTS
-    from moco_eval.detection.task import DetectionTask
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.detection.recipe import DATASETS, DEFAULTS
 
     dataset = options.dataset
     if dataset is None:
@@ -42,7 +45,14 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
             "detect needs --dataset; for example: moco-eval detect runs/v2/checkpoints/last.pth --dataset voc "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    config = load_recipe(recipe or DEFAULTS.get(dataset, "r50_c4_24k"), "detect", DetectConfig, options)
+    require_named(layout_of(dataset), DATASETS)
+    config = load_recipe(recipe or DEFAULTS[dataset], "detect", DetectConfig, options)
+    pixels_of(checkpoint, options)
+
+    from moco_eval.detection import detect as detection
+    from moco_eval.detection.task import DetectionTask
+    from moco_eval.results.run_directory import default_output
+
     encoder = load_encoder(checkpoint, options, config.seed)
     splits = (options.train_split, options.test_split)
     task = DetectionTask(encoder, config, options.called, options.data, *splits, options.trials, engine)

@@ -18,7 +18,9 @@ LIMITS = {
 
 @click.command()
 def doctor() -> int:
-    """This machine on one page: what it has, how fast, what is broken, and how long the recipes would take.
+    """Show this machine on one page: what it has, how fast it is, what is broken, how long the recipes would take.
+
+    Example: moco-eval doctor
 
     Exit code 1 where something is broken; the page says the way out.
     """

@@ -1,5 +1,6 @@
 """The command line: its commands, and the four ways in which one ends. Imports happen inside the commands."""
 
+import itertools
 import os
 import re
 import shlex
@@ -16,27 +17,45 @@ from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 from moco_eval.runtime import command
 from moco_eval.runtime.printable import one_line, printable_streams
 
+GROUPS: dict[str, tuple[click.Command, ...]] = {
+    "Train": (pretrain.pretrain,),
+    "Judge an encoder": (classify.suite, *classify.KINDS, classify.retrieve, detect.detect, segment.segment),
+    "Your results": (tables.results, tables.compare, tables.report),
+    "Papers' tables": (tables.table, tables.reproduce),
+    "Encoders": (encoders.inspect, encoders.convert, encoders.fetch, classify.features),
+    "What is here": (shipped.configs, shipped.datasets, shipped.demo, doctor.doctor),
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class Grouped(click.Group):
+    """The commands in groups, each with its whole summary."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(command.name), command.get_short_help_str(WHOLE)) for command in commands])
+
+
+WHOLE = 200  # letters of a summary, more than any has
+
+
+@click.group(cls=Grouped, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="moco-eval")
 def cli() -> None:
     """Train MoCo encoders, and measure how well any encoder transfers, beside the papers' own numbers.
+
+    \b
+    Your checkpoint, your images, your numbers:
+      moco-eval inspect my_encoder.pth
+      moco-eval datasets check imagefolder --data my_images
+      moco-eval suite my_encoder.pth --dataset imagefolder --data my_images
 
     CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], timm:NAME, zoo:NAME
     (`moco-eval fetch --list`), pixels.
     """
 
 
-for subcommand in (
-    pretrain.pretrain,
-    *(encoders.inspect, encoders.convert, encoders.fetch),
-    *classify.COMMANDS,
-    detect.detect,
-    segment.segment,
-    *(tables.compare, tables.table, tables.reproduce, tables.report),
-    *(shipped.configs, shipped.datasets, shipped.demo),
-    doctor.doctor,
-):
+for subcommand in itertools.chain(*GROUPS.values()):
     cli.add_command(subcommand)
 
 

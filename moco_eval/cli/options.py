@@ -52,6 +52,7 @@ class Options:
     folders: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     released: bool = False
+    as_json: bool = False
 
     @property
     def called(self) -> str:
@@ -121,6 +122,7 @@ extraction_options = several(
         help="Of the extraction, over all processes; the protocols keep theirs.",
     ),
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 data_option = several(
     click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none."),
     click.option("--name", help="What to call a folder of your own.  [default: the folder's name]"),

@@ -24,11 +24,21 @@ from moco_eval.errors import InputError
 def pretrain(config: str, max_restarts: int, profiled: int | None, options: Options) -> int:
     """Train an encoder by momentum contrast.
 
-    CONFIG is a file or a shipped name (see `moco-eval configs`): moco-eval pretrain digits --dataset digits
+    Example: moco-eval pretrain moco_v2_r50 --dataset imagenet --data /datasets/imagenet --nproc 8
+
+    CONFIG is a file or a shipped name; `moco-eval configs` lists them.
     """
-    import torch
+    if options.dataset is None:
+        raise InputError("pretrain needs --dataset; for example: moco-eval pretrain digits --dataset digits")
 
     from moco_eval.config.pretrain import PretrainConfig
+    from moco_eval.data.catalogue import require_there
+
+    resolved = load_config(config, "pretrain", PretrainConfig, options)
+    require_there(options.called, options.data)
+
+    import torch
+
     from moco_eval.runtime.console import log
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
@@ -36,9 +46,6 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     from pretraining.plan import plan
     from pretraining.train import pretrain as train
 
-    if options.dataset is None:
-        raise InputError("pretrain needs --dataset; for example: moco-eval pretrain digits --dataset digits")
-    resolved = load_config(config, "pretrain", PretrainConfig, options)
     if options.nproc > 1 or options.dry_run:
         device = choose_device(options.device) if options.dry_run else torch.device("cpu")
         planned = plan(resolved, options.called, options.data, options.nproc, device)

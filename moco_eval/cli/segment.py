@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
-from moco_eval.cli.options import Options, data_option, encoder_options, run_options, with_options
-from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe
+from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
+from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.config.data_name import layout_of
+from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
 
 
@@ -41,16 +43,17 @@ from moco_eval.errors import InputError
     data_option,
     encoder_options,
     run_options,
+    json_option,
 )
 def segment(
     checkpoint: str, recipe: str | None, classes: Path | None, ignore: tuple[int, ...], options: Options
 ) -> int:
-    """Train a semantic segmentation on the encoder and measure its mean intersection over union."""
+    """Train a semantic segmentation on the encoder and measure its mean intersection over union.
+
+    Example: moco-eval segment my_encoder.pth --dataset voc-aug --data /datasets/VOCdevkit
+    """
     from moco_eval.config.segmentation import SegmentConfig
-    from moco_eval.results.run_directory import default_output
-    from moco_eval.segmentation import segment as segmentation
-    from moco_eval.segmentation.recipe import DEFAULTS
-    from moco_eval.segmentation.task import SegmentationTask
+    from moco_eval.segmentation.recipe import DATASETS, DEFAULTS
 
     dataset = options.dataset
     if dataset is None:
@@ -58,7 +61,14 @@ def segment(
             "segment needs --dataset; for example: moco-eval segment runs/v2/checkpoints/last.pth --dataset voc-aug "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    config = load_recipe(recipe or DEFAULTS.get(dataset, "linear"), "segment", SegmentConfig, options)
+    require_named(layout_of(dataset), DATASETS)
+    config = load_recipe(recipe or DEFAULTS.get(layout_of(dataset), "linear"), "segment", SegmentConfig, options)
+    pixels_of(checkpoint, options)
+
+    from moco_eval.results.run_directory import default_output
+    from moco_eval.segmentation import segment as segmentation
+    from moco_eval.segmentation.task import SegmentationTask
+
     encoder = load_encoder(checkpoint, options, config.seed)
     task = SegmentationTask(
         encoder,

@@ -53,6 +53,28 @@ def load_recipe(name: str, kind: str, model: Any, options: Options) -> Any:
     return after
 
 
+def show(records: Any, text: str, options: Options) -> None:
+    """A result on stdout: its lines, or with --json the record itself, of several a list."""
+    if options.as_json:
+        import json
+
+        text = json.dumps(records, indent=2)
+    click.echo(text)
+
+
+def pixels_of(checkpoint: str, options: Options) -> dict[str, Any]:
+    """What --pixels says; CHECKPOINT is there too. Both are looked at without torch.
+
+    Raises:
+        InputError: no such checkpoint, or a wrong --pixels.
+    """
+    from moco_eval.encoders.pixel_choice import parsed
+    from moco_eval.encoders.sources import require_source
+
+    require_source(checkpoint)
+    return parsed(options.pixels)
+
+
 def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options: Options) -> int:
     """The plan of a dry run, or the run, in as many processes as asked for, and its table.
 
@@ -73,7 +95,7 @@ def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options
     with processes(options.device) as device:
         record = run(task, output, device)
         if is_main():
-            click.echo(table(record))
+            show(record, table(record), options)
     return 0
 
 

@@ -12,10 +12,14 @@ from moco_eval.errors import InputError
 @click.argument("action", type=click.Choice(["list", "show"]), default="list")
 @click.argument("name", required=False)
 def configs(action: str, name: str | None) -> None:
-    """Name the shipped configs, or show one: moco-eval configs show pretrain/cifar10"""
+    """List the shipped configs, or show one.
+
+    Example: moco-eval configs show pretrain/cifar10
+    """
     from moco_eval.config import load
 
     if action == "list":
+        click.echo("NAME")
         for shipped in load.shipped():
             click.echo(shipped)
         return
@@ -33,11 +37,15 @@ def configs(action: str, name: str | None) -> None:
     click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
 )
 def datasets(action: str, name: str | None, writes: bool, options: Options) -> None:
-    """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
+    """List the data sets, or check that a copy of one is whole.
+
+    Example: moco-eval datasets check imagefolder --data my_images
+    """
     from moco_eval.data import catalogue
     from moco_eval.data.boxes import check as boxes
 
     if action == "list":
+        click.echo(catalogue.row("NAME", "IMAGES: TRAINING -> TEST, OR FOLDERS", "METRIC"))
         for line in catalogue.known() + boxes.known():
             click.echo(line)
         return
@@ -59,7 +67,10 @@ def datasets(action: str, name: str | None, writes: bool, options: Options) -> N
 @click.option("--output", type=FOLDER, default=Path("runs/demo"), show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def demo(output: Path, device: str) -> None:
-    """The whole path on built-in real data, in minutes, on a CPU."""
+    """Pretrain, judge and report on built-in real data: minutes on a CPU.
+
+    Example: moco-eval demo
+    """
     from moco_eval.demo import run
 
     click.echo(run(output, device))

@@ -1,4 +1,4 @@
-"""moco-eval compare, table, reproduce and report."""
+"""moco-eval results, compare, table, reproduce and report."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,36 @@ from moco_eval.errors import InputError
 
 
 @click.command()
+@click.argument("runs", type=FOLDER, default=Path("runs"))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "csv", "json", "markdown"]),
+    default="text",
+    show_default=True,
+    help="In text, deviations are only counted as yes or no under 'as published'.",
+)
+def results(runs: Path, form: str) -> None:
+    """List all your own numbers: a row for each metric of each finished run below RUNS.
+
+    Example: moco-eval results runs --format csv > numbers.csv
+    """
+    from moco_eval.results import listing
+
+    rows = listing.rows(runs)
+    if not rows and form == "text":
+        click.echo(f"{runs} holds no finished run", err=True)
+        return
+    click.echo(listing.render(rows, form))
+
+
+@click.command()
 @click.argument("run_a", type=FOLDER)
 @click.argument("run_b", type=FOLDER)
 def compare(run_a: Path, run_b: Path) -> None:
-    """Is RUN_B better than RUN_A? Paired over the same test images, with what such a test could have seen.
+    """Test whether RUN_B is better than RUN_A, paired over the same test images.
+
+    Example: moco-eval compare runs/knn-first runs/knn-second
 
     Both are finished classification runs (folders with result.json and predictions.npz).
     """
@@ -39,7 +65,10 @@ def compare(run_a: Path, run_b: Path) -> None:
     ),
 )
 def table(table_id: str | None, list_tables: bool, commands: bool, here: bool, form: str, options: Options) -> None:
-    """A paper's table with our runs beside it, and how to produce what is missing."""
+    """Show a paper's table with your runs beside it, and how to produce what is missing.
+
+    Example: moco-eval table moco-v2-1
+    """
     from moco_eval.papers import tables
 
     if list_tables:
@@ -73,7 +102,9 @@ def table(table_id: str | None, list_tables: bool, commands: bool, here: bool, f
 def reproduce(
     table_id: str | None, rows: tuple[str, ...], slurm: bool, sbatch: tuple[str, ...], options: Options
 ) -> None:
-    """A paper's table from nothing: pretrain, convert and evaluate what is left of its rows, and show it.
+    """Produce a paper's table from nothing: pretrain, convert and evaluate what is left of its rows, and show it.
+
+    Example: moco-eval reproduce cifar10-demo --data cifar10=/datasets
 
     ID is a table (see `moco-eval table --list`) or a YAML file of your own. Running it again goes on where it stopped.
     """
@@ -115,7 +146,10 @@ def reproduce(
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @click.option("--output", type=FOLDER, default=Path("report.html"), show_default=True)
 def report(runs: tuple[Path, ...], output: Path) -> None:
-    """One self-contained HTML page about runs."""
+    """Write one self-contained HTML page about runs.
+
+    Example: moco-eval report runs --output report.html
+    """
     from moco_eval.report.page import write_report
 
     write_report(list(runs), output)

@@ -202,6 +202,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
+def require_named(dataset: str, names: Iterable[str]) -> None:
+    """Raises InputError for a data set that is none of these."""
+    names = list(names)
+    if dataset not in names:
+        raise InputError(f"Invalid value for '--dataset': {dataset!r}.{did_you_mean(dataset, names)}")
+
+
 def dump(config: BaseModel) -> str:
     """The fully resolved config as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moco_eval.config.data_name import called, layout_of
-from moco_eval.config.load import did_you_mean
+from moco_eval.config.load import require_named
 from moco_eval.data import band_statistics, glance, in_memory
 from moco_eval.data.bands import FILE, Bands, bands_of, require_measured, with_stored, write
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
@@ -83,8 +83,7 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
         InputError: unknown name, missing or empty folder, a class without images, an incomplete copy.
     """
     full, name = name, layout_of(name)
-    if name not in NAMES:
-        raise InputError(f"Invalid value for '--dataset': {name!r}.{did_you_mean(name, NAMES)}")
+    require_named(name, NAMES)
     if split == "pretrain" and name != "stl10":
         split = "train"
     if name == "digits":
@@ -103,6 +102,14 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     else:
         images = _imagefolder(name, folder, split)
     return replace(images, name=called(full, folder))
+
+
+def require_there(name: str, data: Path | None) -> None:
+    """Raises InputError for an unknown data set, or where its folder is none; its images are not looked at."""
+    name = layout_of(name)
+    require_named(name, NAMES)
+    if name != "digits":
+        data_folder(name, data)
 
 
 def open_splits(
@@ -166,8 +173,13 @@ def known() -> list[str]:
         counts = [count for (owner, _), count in OFFICIAL.items() if owner == name][:2]
         splits = " -> ".join(f"{count:,}" for count in counts) or LAYOUTS[name]
         metric = "" if name in UNLABELLED else METRICS.get(name, "top1")
-        lines.append(f"{name:<12} {splits:<42} {metric}".rstrip())
+        lines.append(row(name, splits, metric))
     return lines
+
+
+def row(name: str, images: str, metric: str) -> str:
+    """A line of the list of data sets."""
+    return f"{name:<12} {images:<42} {metric}".rstrip()
 
 
 def check(

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from moco_eval import limits
@@ -100,6 +99,8 @@ def _known_labels(dataset: Any, length: int) -> Callable[[int], Any] | None:
 
     A Subset or a wrapper has none of its own; a `target_transform` makes other labels of them.
     """
+    import torch  # whoever gives a data set of torch's has it
+
     known = getattr(dataset, "targets", None)
     if not isinstance(known, list | tuple | np.ndarray | torch.Tensor) or len(known) != length:
         return None

@@ -29,6 +29,7 @@ DEFAULTS = {
     "coco-folder": "coco_r50_fpn_1x",
     "digits": "digits_r50_c4",
 }  # the recipe of a data set where none is given
+DATASETS = tuple(DEFAULTS)
 
 
 def is_on(protocol: str, *data: str) -> bool:

@@ -16,14 +16,13 @@ from moco_eval.data.boxes.voc import read_voc, read_voc07, read_voc_folder
 from moco_eval.detection import engine as engines
 from moco_eval.detection.detector import check_architecture
 from moco_eval.detection.inputs import resized
-from moco_eval.detection.recipe import recipe_deviations
+from moco_eval.detection.recipe import DATASETS, recipe_deviations
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.photographs import pixels, require_no_resizing, require_photographs
 from moco_eval.errors import InputError
 from moco_eval.results.fine_tuning_task import FineTuningTask, check_schedule, data_folder
 from moco_eval.runtime import collectives, console
 
-DATASETS = ("voc", "voc07", "coco", "voc-folder", "coco-folder", "digits")
 OFFICIAL = {"voc": read_voc, "voc07": read_voc07}
 BOXES_ONLY = ("voc", "voc07", "voc-folder", "digits")
 

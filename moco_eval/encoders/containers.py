@@ -11,7 +11,7 @@ import torch
 from moco_eval.encoders.foreign import entries, kind_of
 from moco_eval.errors import InputError
 from moco_eval.untrusted.pickle_read import NETWORK, StandIn
-from moco_eval.untrusted.pickle_scan import shown
+from moco_eval.untrusted.pickle_scan import SAVE, shown
 
 # Entries that hold the tensors, from the outside in, and entries whose tensors are told apart by their names.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "classy_state_dict", "base_model")
@@ -127,8 +127,7 @@ def _require_tensors(path: Path, values: dict[str, Any], named: dict[str, dict])
         return
     whole = next((key for key, value in values.items() if isinstance(value, StandIn) and NETWORK.match(value.of)), None)
     if whole is not None:
-        instead = f", but a whole network as {whole!r}, whose code we do not run: have its state_dict() saved instead"
-        raise InputError(f"{path} holds no tensors{instead}")
+        raise InputError(f"{path} holds no tensors, but a whole network as {whole!r}, whose code we do not run: {SAVE}")
     places = dict(_dicts_of_tensors(values))
     if ("param_groups" in values or not places) and (kind := kind_of(entries(values))):
         raise InputError(f"{path} holds no encoder: it is {kind.sentence}; {kind.way_out}")
@@ -141,10 +140,11 @@ def _require_tensors(path: Path, values: dict[str, Any], named: dict[str, dict])
             raise InputError(f"{path} holds tensors in {there}: it is {kind.sentence}; {kind.way_out}")
         raise InputError(
             f"{path} holds tensors in {there}, and no backbone that we know among them (its tensors: "
-            f"{shown(', '.join(str(name) for name in list(tensors)[:3]))}, ...); have the network's state_dict() saved"
+            f"{shown(', '.join(str(name) for name in list(tensors)[:3]))}, ...); if it is a network of images, build "
+            "it and give it to moco_eval.wrap, which judges any network"
         )
     if count := _count_in_lists(values):
-        raise InputError(f"{path} holds {count} tensors in lists, without names; have the network's state_dict() saved")
+        raise InputError(f"{path} holds {count} tensors in lists, without names: {SAVE}")
     listed = shown(", ".join(str(key) for key in list(values)[:6])) or "none, it is empty"
     raise InputError(f"{path} holds no tensors; its entries: {listed}")
 

@@ -484,6 +484,14 @@ LAYOUTS: tuple[Layout, ...] = (
         cifar=CIFAR_DEMO,
     ),
     Layout(
+        "kuangliu/pytorch-cifar",
+        "kuangliu/pytorch-cifar@6e59390: models/resnet.py, main.py",
+        marks=(r"^conv1\.weight$", r"^layer2\.0\.shortcut\.0\."),
+        names=((r"\.shortcut\.", ".downsample."),),
+        dropped=((r"(linear|fc)\.", "linear", _CLASSIFIER),),
+        cifar=CIFAR_DEMO,
+    ),
+    Layout(
         "leftthomas/MoCo",
         "leftthomas/MoCo@69b40e2: model.py",
         marks=(r"^f\.0\.weight$", r"^f\.[3-6]\."),

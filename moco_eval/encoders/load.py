@@ -33,6 +33,7 @@ from moco_eval.encoders.pixel_choice import Doubt, with_pixels
 from moco_eval.encoders.prove import doubts, prove
 from moco_eval.encoders.recognise import Checkpoint, recognise
 from moco_eval.encoders.settings_files import FileSettings, settings_beside, timm_architecture
+from moco_eval.encoders.sources import require_source
 from moco_eval.encoders.split import Parts, split
 from moco_eval.encoders.vit_tensors import at_size, trained_size
 from moco_eval.errors import InputError
@@ -81,6 +82,7 @@ def _load(
         raise InputError(f"--encoder is {encoder!r}; it must be query or key")
     if arch is not None:
         architecture(arch)
+    require_source(source)
     kind, colon, rest = source.partition(":")
     if colon and kind == "zoo":
         return _from_zoo(rest, arch, encoder, key, given)

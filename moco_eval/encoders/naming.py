@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moco_eval.runtime import files
-from moco_eval.untrusted.read import SUFFIXES, shards_of
+from moco_eval.untrusted.path import SUFFIXES
+from moco_eval.untrusted.read import shards_of
 
 
 def run_name(path: Path) -> str:

@@ -35,6 +35,7 @@ _NETWORKS: tuple[str, ...] = (
     "detectron2",
     "Hugging Face",
     "torchvision",
+    "kuangliu",
     "timm",
     "OpenMMLab ViT backbone",
     "lightly's backbone alone",

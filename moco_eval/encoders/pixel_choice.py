@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moco_eval.config.load import did_you_mean
-from moco_eval.encoders.encoder import Encoder
-from moco_eval.encoders.naming import safe_name
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import BANDS, Preprocessing
+
+if TYPE_CHECKING:  # what --pixels says is checked without torch
+    from moco_eval.encoders.encoder import Encoder
 
 DEFAULTS = asdict(Preprocessing())
 KEYS = tuple(field.name for field in fields(Preprocessing))
@@ -82,7 +83,7 @@ def _read(key: str, value: str) -> Any:
         raise InputError(f"--pixels {key}={value}: {wanted} must stand there") from None
 
 
-def with_pixels(encoder: Encoder, given: Mapping[str, Any]) -> Encoder:
+def with_pixels(encoder: "Encoder", given: Mapping[str, Any]) -> "Encoder":
     """The encoder with the pixels that the user chose, under a name that says so; what deviates is kept in words.
 
     Args:
@@ -90,6 +91,8 @@ def with_pixels(encoder: Encoder, given: Mapping[str, Any]) -> Encoder:
     Raises:
         InputError: an unknown key or a senseless value; size, mean or std is missing where the encoder says no pixels.
     """
+    from moco_eval.encoders.naming import safe_name
+
     if not given:
         return encoder
     own = encoder.preprocessing

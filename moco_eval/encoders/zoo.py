@@ -174,8 +174,13 @@ def entry(name: str) -> Entry:
 
 
 def lines() -> Iterator[str]:
-    """Each entry on a line: name, method, architecture, licence, published top-1; - where not published."""
+    """A heading, then each entry on a line: name, method, architecture, licence, top-1; - where not published."""
+    yield _line("NAME", "METHOD", "ARCHITECTURE", "LICENCE", "TOP-1")
     for name, checkpoint in entries().items():
         licence = checkpoint.licence.name if checkpoint.licence else "-"
         top1 = "-" if checkpoint.top1 is None else f"{checkpoint.top1:.1f}"
-        yield f"{name:<34} {checkpoint.recipe.method:<15} {checkpoint.recipe.arch:<18} {licence:<13} {top1:>5}"
+        yield _line(name, checkpoint.recipe.method, checkpoint.recipe.arch, licence, top1)
+
+
+def _line(name: str, method: str, arch: str, licence: str, top1: str) -> str:
+    return f"{name:<34} {method:<15} {arch:<18} {licence:<13} {top1:>5}"

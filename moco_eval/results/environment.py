@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moco_eval import __version__
 from moco_eval.runtime import command
 
@@ -31,6 +29,8 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
+    import torch
+
     return {
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -76,6 +76,8 @@ def _commit() -> str | None:
 def peak_memory_mb(device: str) -> float:
     """Peak memory of this process in MB: on the GPU where one is used, resident otherwise."""
     if device.startswith("cuda"):
+        import torch
+
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
     import resource
 

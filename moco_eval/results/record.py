@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moco_eval.encoders.encoder import Encoder
 from moco_eval.results.environment import environment, peak_memory_mb
 from moco_eval.results.statistics import REPEATS, summarise
 from moco_eval.runtime import files
 from moco_eval.runtime.console import log
 from moco_eval.runtime.rank import is_main
+
+if TYPE_CHECKING:  # whoever reads a record needs no torch
+    from moco_eval.encoders.encoder import Encoder
 
 SCHEMA = "moco-eval/result@1"
 # evaluations that answer for places of an image, by their commands
@@ -60,7 +62,7 @@ class ResultRecord:
 
     protocol: str
     dataset: dict[str, Any]
-    encoder: Encoder
+    encoder: "Encoder"
     trials: list[dict[str, Any]]
     over: str
     selection: str

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,13 +13,14 @@ from moco_eval.config.base import is_among
 from moco_eval.config.data_name import agree
 from moco_eval.config.deviations import flatten
 from moco_eval.config.protocol_name import ProtocolName
-from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.results import run_files
 from moco_eval.results.environment import environment
 from moco_eval.runtime import files, lock
-from moco_eval.runtime.collectives import found_by_main
 from moco_eval.runtime.console import warn
+
+if TYPE_CHECKING:  # whoever looks into a run directory needs no torch
+    from moco_eval.encoders.encoder import Encoder
 
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
@@ -28,7 +29,7 @@ BEGUN = {"config.yaml", "environment.json"}  # what a run has before it does any
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
 
-def default_output(command: str, encoder: Encoder, dataset: str, protocol: str | None = None) -> Path:
+def default_output(command: str, encoder: "Encoder", dataset: str, protocol: str | None = None) -> Path:
     """runs/<command>-<run name>-<sha8>-<dataset>-<protocol>: two encoders never collide. A suite has no protocol."""
     last = [ProtocolName.parse(protocol).name] if protocol else []
     return Path("runs") / "-".join((command, encoder.run_name, encoder.sha256[:8], dataset, *last))
@@ -46,6 +47,8 @@ def open_run(output: Path, resolved: dict[str, Any]) -> Iterator[bool]:
     Raises:
         InputError: it holds another run or something else, another command works there, or it cannot be written.
     """
+    from moco_eval.runtime.collectives import found_by_main
+
     with ExitStack() as stack:
 
         def look() -> bool:
@@ -64,6 +67,8 @@ def open_run(output: Path, resolved: dict[str, Any]) -> Iterator[bool]:
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """A folder of run directories, which one command fills one after the other. Collective; raises as `open_run`."""
+    from moco_eval.runtime.collectives import found_by_main
+
     with ExitStack() as stack:
         found_by_main(lambda: stack.enter_context(lock.alone(folder)))
         yield
@@ -187,7 +192,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
         InputError: the folder does not exist, a file of a run is damaged, or its own record is of another version.
     """
     if not folder.is_dir():
-        raise InputError(f"--runs {folder} does not exist")
+        way_out = "give the folder that holds your runs; commands put them below runs/ where they are started"
+        raise InputError(f"--runs {folder} does not exist; {way_out}")
     places = files.folders_with(folder, "result.json")
     records = [(place, _read_or_pass(place, place == folder)) for place in places]
     return [record | {"run": str(place)} for place, record in records if record]

@@ -18,6 +18,7 @@ DEFAULTS = {
     "cityscapes": "cityscapes_fcn16s_90k",
     "digits": "digits_fcn16s",
 }  # the recipe of a data set where none is given; of the others linear
+DATASETS = ("voc-aug", "voc2012", "cityscapes", "ade20k", "coco-stuff", "mask-folder", "digits")
 
 
 def recipe_deviations(recipe: SegmentConfig, dataset: str, arch: str) -> list[str]:

@@ -21,7 +21,7 @@ from moco_eval.errors import InputError
 from moco_eval.results.fine_tuning_task import FineTuningTask, check_schedule, data_folder
 from moco_eval.runtime import collectives, console
 from moco_eval.segmentation.networks import check_encoder
-from moco_eval.segmentation.recipe import recipe_deviations
+from moco_eval.segmentation.recipe import DATASETS, recipe_deviations
 
 OFFICIAL = {
     "voc-aug": read_voc_aug,
@@ -30,7 +30,6 @@ OFFICIAL = {
     "ade20k": read_ade20k,
     "coco-stuff": read_coco_stuff,
 }
-DATASETS = (*OFFICIAL, "mask-folder", "digits")
 NAMED = 5  # classes that a warning names
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moco_eval.errors import InputError
-from moco_eval.untrusted.pickle_scan import DAMAGED, DEEPEST, DISTRUST, MOST, Refused, Scan, python_3, scan, shown
+from moco_eval.untrusted.pickle_scan import DAMAGED, DEEPEST, DISTRUST, MOST, SAVE, Refused, Scan, python_3, scan, shown
 
 # Reading and writing
 
@@ -103,17 +103,14 @@ NETWORK = re.compile(r"torch\.nn\.modules\.|torchvision\.|timm\.|lightly(_train)
 def refusal(name: str) -> str:
     """Why a file that names this global is not read, in words that follow its path."""
     if NETWORK.match(name):
-        return (
-            f"holds a whole network (class {shown(name)}), whose code we do not run; nothing was executed: have its "
-            "state_dict() saved instead"
-        )
+        return f"holds a whole network (class {shown(name)}), whose code we do not run; nothing was executed: {SAVE}"
     if reason := elsewhere(name):
         return reason
     if _REBUILT.match(name):
         return (
             f"is a plain pickle of torch tensors ({shown(name)}); nothing was executed: have it written by torch.save"
         )
-    return f"wants to run code named {shown(name)}; {DISTRUST}, or have its state_dict saved alone"
+    return f"wants to run code named {shown(name)}; {DISTRUST}; if it is your own, {SAVE}"
 
 
 class _ForBothNumpys(pickle._Pickler):

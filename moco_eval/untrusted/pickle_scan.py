@@ -14,6 +14,10 @@ MOST_NAMES = 1000  # globals; each costs a class
 DEEPEST = 100  # levels of nesting; Python's own hash and repr recurse without a bound of their own
 DAMAGED = "copy or download it again"  # two ways out, for the end of a message
 DISTRUST = "nothing was executed: take the file from a source you trust"
+SAVE = (
+    "have the network's state_dict() saved where it was made, torch.save(model.state_dict(), 'encoder.pth'), and give "
+    "that"
+)
 
 
 class Refused(ValueError):
@@ -243,7 +247,7 @@ class _Machine:
 def _storage(identity: Any) -> Row:
     if isinstance(identity, Row):
         if identity[:1] == ("module",):
-            raise Refused("holds a whole network, whose code we do not run: have its state_dict() saved instead")
+            raise Refused(f"holds a whole network, whose code we do not run: {SAVE}")
         if len(identity) < 10 and identity.depth < 3 and not any(isinstance(part, Thing) for part in identity):
             return identity
     raise Refused(f"has a pickle that asks for something stored outside of it, no tensor's data; {DISTRUST}")

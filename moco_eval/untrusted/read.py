@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ import torch
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import warn
 from moco_eval.untrusted import pickle_read
+from moco_eval.untrusted.path import opened, start_of
 from moco_eval.untrusted.pickle_read import NETWORK, StandIn, plain, refusal, stand_in
-from moco_eval.untrusted.pickle_scan import DAMAGED, Refused, scan, shown
+from moco_eval.untrusted.pickle_scan import DAMAGED, SAVE, Refused, scan, shown
 from moco_eval.untrusted.torch_format import LEGACY, read_archive, read_legacy
 
-SUFFIXES = (".pth", ".pth.tar", ".pt", ".th", ".safetensors", ".pkl")
 LARGE = 1 << 30  # bytes that are worth a word
 
 
@@ -38,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
         InputError: missing, a folder, empty, truncated, no checkpoint, made to harm, or in need of code.
     """
     try:
-        start, before = _start(path)
+        start, before = start_of(path)
         files = [path, *(shards_of(path) or ())]
         for shard in files[1:]:
             _shard(shard)
@@ -50,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             kind = values.of if isinstance(values, StandIn) else type(values).__name__
             article = "an" if kind[0] in "aeiou" else "a"
-            raise Refused(f"holds {article} {kind}, not a dict of named tensors: have a state_dict() saved")
+            raise Refused(f"holds {article} {kind}, not a dict of named tensors: {SAVE}")
         contents = plain(values, _Tensors(size).checked)
         if [_date(file) for file in files] != dates:
             raise Refused("changed while it was read: wait until it is written, then try again")
@@ -88,88 +87,6 @@ def _values(path: Path, start: bytes, size: int) -> Any:
 def _date(file: Path) -> tuple[int, int]:
     about = file.stat()
     return about.st_size, about.st_mtime_ns
-
-
-# The path
-
-
-def _start(path: Path) -> tuple[bytes, os.stat_result]:
-    """The first bytes of a file that is a checkpoint of its own, and its size and date."""
-    start, about = _opened(path)
-    if path.suffix == ".distcp" or path.name == ".metadata":
-        raise Refused(f"is a part of a folder. {_distributed(path.parent)}")
-    if (shard := SHARD.search(path.name)) and int(shard[1]) > 1:
-        raise Refused(f"is one of {int(shard[1])} shards of a checkpoint: give their index, {_index(path)}")
-    return start, about
-
-
-def _opened(path: Path) -> tuple[bytes, os.stat_result]:
-    """The first bytes of a file, and its size and date."""
-    try:
-        about = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        if path.is_symlink():
-            raise Refused(f"is a link to {path.readlink()}, which does not exist: mend the link") from None
-        raise Refused(f"does not exist{_newest(path.parent, '; the newest there is ')}") from None
-    if stat.S_ISDIR(about.st_mode):
-        raise Refused(_folder(path))
-    if not stat.S_ISREG(about.st_mode):
-        raise Refused("is not a regular file: copy what it gives to one")
-    with path.open("rb") as file:
-        start = file.read(512)
-    if not start:
-        raise Refused(f"is empty (0 bytes): {DAMAGED}")
-    return start, about
-
-
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
-
-
-def _index(shard: Path) -> str:
-    """The name of the index that a shard belongs to: the one beside it, or what Hugging Face would call it."""
-    usual = f"{SHARD.sub('.', shard.name)}.index.json"
-    beside = sorted(file.name for file in shard.parent.glob("*.index.json"))
-    return usual if usual in beside or not beside else beside[0]
-
-
-def _distributed(folder: Path) -> str:
-    return (
-        f"{folder} was written by torch.distributed.checkpoint: make one file of it with torch's own converter, "
-        f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pth` (dcp_to_torch_save)"
-    )
-
-
-def _folder(path: Path) -> str:
-    inside = path / "checkpoints"
-    if inside.is_dir():
-        return f"is a run directory{_newest(inside, '; give its newest checkpoint: ', full=True)}"
-    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
-        return f"is a folder. {_distributed(path)}"
-    if (path / "zero_to_fp32.py").is_file():
-        return "is a folder of DeepSpeed's: make one file of it with its own zero_to_fp32.py, and give that"
-    if index := next(iter(sorted(path.glob("*.index.json"))), None):
-        return f"is a folder, not a checkpoint; its shards are listed in {index.name}: give that"
-    if any((inner / "data.pkl").is_file() for inner in _folders(path)):
-        return "is a folder that a checkpoint was unpacked into: pack it again (zip -0 -r model.pth FOLDER)"
-    return f"is a folder, not a checkpoint{_newest(path, '; the newest there is ')}"
-
-
-def _folders(path: Path) -> list[Path]:
-    """It and the folders in it."""
-    try:
-        return [path, *(inner for inner in path.iterdir() if inner.is_dir())]
-    except OSError:
-        return [path]
-
-
-def _newest(folder: Path, prefix: str, full: bool = False) -> str:
-    """`prefix` and the newest checkpoint of a folder, or nothing."""
-    try:
-        files = [file for file in folder.iterdir() if file.name.endswith(SUFFIXES) and file.is_file()]
-        newest = max(files, key=lambda file: (file.stat().st_mtime, file.name), default=None)
-    except (OSError, ValueError):
-        return ""
-    return f"{prefix}{newest if full else newest.name}" if newest else ""
 
 
 # Memory
@@ -309,7 +226,7 @@ def _of_shards(path: Path, shards: list[Path]) -> dict[str, Any]:
 def _shard(shard: Path, read_it: Callable[[Path, bytes, int], Any] = lambda *_: None) -> Any:
     """What a shard holds, if it is a file at all."""
     try:
-        start, about = _opened(shard)
+        start, about = opened(shard)
         return read_it(shard, start, about.st_size)
     except Refused as error:
         raise Refused(f"lists {shard.name}, which {_of_shard(shard, error)}") from None

@@ -11,7 +11,15 @@ from commands import in_process
 
 from moco_eval.classification import forecast, suite
 from moco_eval.classification.judge import canonical, check, judge_in_memory, prepared, resolved
-from moco_eval.classification.protocols import PROTOCOLS, by_name, feature_override, followed_by, kinds, load_config
+from moco_eval.classification.protocols import (
+    PROTOCOLS,
+    by_name,
+    feature_override,
+    followed_by,
+    kinds,
+    load_config,
+    tasks,
+)
 from moco_eval.classification.task import Code, Task
 from moco_eval.config import load as configs
 from moco_eval.config.base import Run
@@ -141,7 +149,7 @@ def test_its_sources_are_what_its_trials_take(protocol, task, monkeypatch):
 def test_the_suite_and_its_forecast_know_it(protocol, task, tmp_path, monkeypatch):
     monkeypatch.setattr(forecast, "PART", 0.05)
     row = by_name(protocol)
-    assert suite.protocols(row.short[0], False) == suite.protocols(protocol, False) == [row]
+    assert tasks(row.short[0]) == tasks(protocol) == [row]
     item = suite.Item(protocol, small(protocol), task, tmp_path / "run")
     work = forecast.own_work(item, 16, CPU, 0.05)
     assert work.protocol == protocol and work.seconds > 0 and work.basis

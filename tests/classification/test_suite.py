@@ -13,7 +13,7 @@ import torch
 from commands import error_line, in_process, moco_eval
 
 from moco_eval.classification import suite
-from moco_eval.classification.protocols import by_name
+from moco_eval.classification.protocols import USUAL_TASKS, by_name, tasks
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import QuickConfig
@@ -169,12 +169,12 @@ def several_labels() -> tuple:
 
 def test_several_labels_an_image_are_for_svms(tmp_path):
     train, test = several_labels()
-    assert suite.protocols(None, test.multi_label) == [by_name("svm/voc07@1")]
-    usual = [row.protocol for row in suite.protocols(None, False)]
+    assert tasks(USUAL_TASKS[test.multi_label]) == [by_name("svm/voc07@1")]
+    usual = [row.protocol for row in tasks(USUAL_TASKS[False])]
     assert usual == ["knn/instdisc@1", "linear/quick@1", "logistic/lbfgs@1"]
     task = Task(loading.load(ENCODER), train, test, cache=tmp_path)
     for name in ("quick", "grid", "logistic"):
-        [protocol] = suite.protocols(name, True)
+        [protocol] = tasks(name)
         with pytest.raises(InputError, match=f"{protocol.protocol}: digits has images of several classes"):
             suite.check(suite.items(task, [protocol], tmp_path))
 

@@ -328,7 +328,7 @@ def test_labels_of_real_voc_images_are_those_of_the_devkits_class_lists(shared_d
 
 def test_every_name_is_listed_and_in_the_help(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "datasets")
-    assert [line.split()[0] for line in out.splitlines()] == [*NAMES, "voc", "coco", "coco-folder"]
+    assert [line.split()[0] for line in out.splitlines()] == ["NAME", *NAMES, "voc", "coco", "coco-folder"]
     assert "mean_per_class" in next(line for line in out.splitlines() if line.startswith("pets"))
     assert len(known()) == len(NAMES)
     assert [word.split()[0] for word in options.DATASETS.split(", ")] == [

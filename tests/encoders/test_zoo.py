@@ -105,7 +105,8 @@ def own_numbers(released, column):
 
 def test_list(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "fetch", "--list")
-    lines = out.splitlines()
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["NAME", "METHOD", "ARCHITECTURE", "LICENCE", "TOP-1"]
     assert lines[0].split() == ["moco_v1_200ep", "MoCo", "v1", "resnet50", "MIT", "60.6"]
     assert [line.split()[0] for line in lines] == list(SHIPPED)
 

@@ -312,7 +312,7 @@ COMMAND = ("segment", "random:resnet18_quarter", "--dataset", "mask-folder", "--
         (None, "L", ("--dataset", "ade20k"), r"--classes is of --dataset mask-folder; ade20k has its own"),
         (None, "L", ("--train-split", "old"), r"has no images and masks of split 'old'"),
         (None, "L", ("--batch-size", "0"), "batch-size"),
-        (None, "L", ("--dataset", "cityscape"), "is no data set with masks. Did you mean 'cityscapes'"),
+        (None, "L", ("--dataset", "cityscape"), "'--dataset': 'cityscape'. Did you mean 'cityscapes'"),
         (None, "L", ("--pixels", "size=64,mean=0.5,std=0.5"), "--pixels size: a segmentation resizes whole images"),
         (None, "L", ("--recipe", "linaer"), "no segment config named 'linaer'. Did you mean 'linear'"),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 
 from moco_eval.data.boxes import coco, voc
 from moco_eval.data.boxes.samples import DetectionData, Findings, Sample, grouped, read_image
-from moco_eval.data.catalogue import data_folder
+from moco_eval.data.catalogue import data_folder, row
 from moco_eval.data.glance import doubts_about
 from moco_eval.errors import InputError
 from moco_eval.runtime.files import sha256_of
@@ -28,7 +28,7 @@ def known() -> list[str]:
         "coco": " -> ".join(f"{count:,}" for count in coco.OFFICIAL.values()),
         "coco-folder": "annotations/instances_*.json, images",
     }
-    return [f"{name:<12} {contents:<42} AP, for detect" for name, contents in splits.items()]
+    return [row(name, contents, "AP, for detect") for name, contents in splits.items()]
 
 
 def check(
