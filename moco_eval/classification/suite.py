@@ -24,6 +24,7 @@ from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
 from moco_eval.features.stages import network
+from moco_eval.results import sanity
 from moco_eval.results.record import repeats
 from moco_eval.results.run_directory import finished, finished_as, holds
 from moco_eval.runtime.collectives import barrier
@@ -178,8 +179,12 @@ def run(
 HEADINGS = ("protocol", "metric", "value", "95 % interval", "seconds")
 
 
-def table(records: Sequence[dict[str, Any]], extraction: Extraction) -> str:
-    """The numbers of all records as text, deviations in footnotes."""
+def table(records: Sequence[dict[str, Any]], extraction: Extraction, runs: Path | None = None) -> str:
+    """The numbers of all records as text, deviations in footnotes; chance and raw pixels beside those of a small set.
+
+    Args:
+        runs: where a run of raw pixels may lie.
+    """
     data, footnotes = records[0]["dataset"], list[str]()
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in HEADINGS:
@@ -196,9 +201,21 @@ def table(records: Sequence[dict[str, Any]], extraction: Extraction) -> str:
         f"{records[0]['encoder']['path']} on {data['name']}, {data['images']:,} test images; in percent",
         grid,
         *(f"[{number}] not comparable with published numbers: {text}" for number, text in enumerate(footnotes, 1)),
+        *_beside(records, runs),
+        *(f"look: {sanity.disagreement(*apart)}" for apart in sanity.disagreements(records)),
         "interval: over test images; ±: over the repetitions named; seconds: without the extraction",
         extraction.line(),
     )
+
+
+def _beside(records: Sequence[dict[str, Any]], runs: Path | None) -> list[str]:
+    """Chance once, and raw pixels by each protocol that they were judged by, or how to judge them."""
+    lines = [
+        line if line.startswith("chance") or "not measured" in line else f"{record['protocol']} of {line}"
+        for record in records
+        for line in sanity.beside(record, runs, "suite")
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _cells(record: dict[str, Any], name: str) -> tuple[str, str, str]:

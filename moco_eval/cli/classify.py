@@ -100,6 +100,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     from moco_eval.api import judged
     from moco_eval.classification.judge import check, prepared
     from moco_eval.results.run_directory import default_output
+    from moco_eval.results.sanity import beside
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
@@ -116,7 +117,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     with processes(options.device) as device:
         result = judged(task, config, output, device)
         if is_main():
-            show(result.record, str(result), options)
+            show(result.record, "\n".join([str(result), *beside(result.record, output.parent)]), options)
     return 0
 
 
@@ -235,7 +236,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
-            show(records, suites.table(records, extraction), options)
+            show(records, suites.table(records, extraction, output.parent), options)
     return 0
 
 

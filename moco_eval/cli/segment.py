@@ -6,6 +6,7 @@ import click
 
 from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
 from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
 
@@ -60,8 +61,8 @@ def segment(
             "segment needs --dataset; for example: moco-eval segment runs/v2/checkpoints/last.pth --dataset voc-aug "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    require_named(dataset, DATASETS)
-    config = load_recipe(recipe or DEFAULTS.get(dataset, "linear"), "segment", SegmentConfig, options)
+    require_named(layout_of(dataset), DATASETS)
+    config = load_recipe(recipe or DEFAULTS.get(layout_of(dataset), "linear"), "segment", SegmentConfig, options)
     pixels_of(checkpoint, options)
 
     from moco_eval.results.run_directory import default_output

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moco_eval.cli.options import FOLDER, Options, data_option, split_options, with_options
+from moco_eval.cli.options import FOLDER, Options, folder_option, split_options, with_options
 from moco_eval.errors import InputError
 
 
@@ -30,13 +30,13 @@ def configs(action: str, name: str | None) -> None:
 
 @click.command()
 @click.argument("action", type=click.Choice(["list", "check"]), default="list")
-@click.argument("name", required=False)
+@click.argument("dataset", metavar="[NAME]", required=False)
 @with_options(
-    data_option,
+    folder_option,
     split_options,
     click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
 )
-def datasets(action: str, name: str | None, writes: bool, options: Options) -> None:
+def datasets(action: str, writes: bool, options: Options) -> None:
     """List the data sets, or check that a copy of one is whole.
 
     Example: moco-eval datasets check imagefolder --data my_images
@@ -49,6 +49,7 @@ def datasets(action: str, name: str | None, writes: bool, options: Options) -> N
         for line in catalogue.known() + boxes.known():
             click.echo(line)
         return
+    name = options.dataset
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
     where = (name, options.data, options.train_split, options.test_split)
@@ -73,4 +74,4 @@ def demo(output: Path, device: str) -> None:
     """
     from moco_eval.demo import run
 
-    run(output, device)
+    click.echo(run(output, device))

@@ -23,7 +23,7 @@ from moco_eval.config.data_name import is_called
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.boxes import cityscapes, coco, lvis, voc
-from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
+from moco_eval.data.catalogue import preprocessing_for
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
@@ -31,6 +31,7 @@ from moco_eval.encoders import zoo
 from moco_eval.encoders.architectures import architecture, build_backbone
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
+from moco_eval.papers.gpu_hours import images_of
 from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep
 from moco_eval.papers.tables import Row, Table
@@ -238,12 +239,6 @@ def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tup
     train, forward = (Probe(kind, arch, 0, batch, recipe.precision, step.name) for kind in ("train", "forward"))
     yield train, (recipe.schedule.iterations + recipe.precise_bn / 3) * recipe.batch_size
     yield forward, test
-
-
-def images_of(dataset: str, split: str) -> int:
-    """How many a published data set has; 0 where there is no such number."""
-    names = {"train": ("train", "trainval"), "test": ("test", "val")}[split]
-    return next((OFFICIAL[dataset, name] for name in names if (dataset, name) in OFFICIAL), 0)
 
 
 def _arch(step: ChainStep, row: Row) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -22,7 +23,7 @@ def curves(run: Run) -> dict[str, Any]:
     chance = next((line for line in run.metrics if "chance" in line), {})
     steps = [line for line in run.metrics if "loss" in line]
     epochs = [line for line in run.metrics if "knn_top1" in line]
-    full = [line for line in steps if line["step"] >= (chance.get("queue_full_step") or 0)]
+    full = [line for before, line in pairwise(steps) if before["step"] >= (chance.get("queue_full_step") or 0)]
     steps = full if len(full) > 1 else steps
     log = published(run)
     log_losses = in_steps(log, steps) if log else []

@@ -60,7 +60,7 @@ def _plot(column: Column, shown: Sequence[str], title: str) -> Markup:
     def at(value: float) -> float:
         return left + (value - low) * (WIDTH - left - 48) / (high - low)
 
-    every = 10 if high - low <= 60 else 20
+    every = _step(low, high)
     parts = [
         TICK.format(at(value), TOP, bottom, bottom + 14, "--rule", value, "none")
         for value in range(low, high + 1, every)
@@ -74,11 +74,17 @@ def _plot(column: Column, shown: Sequence[str], title: str) -> Markup:
 
 
 def _ends(column: Column) -> tuple[int, int]:
-    """Tens around all that is drawn."""
+    """Round numbers around all that is drawn."""
     bounds = [end for score in column.scores.values() for end in (score.interval or (score.value, score.value))]
     drawn = [*bounds, *([] if column.chance is None else [column.chance])]
-    low = max(0, 10 * int(min(drawn) // 10))
-    return low, min(100, max(low + 10, 10 * int(-(-max(drawn) // 10))))
+    every = _step(min(drawn), max(drawn))
+    low = max(0, every * int(min(drawn) // every))
+    return low, min(100, max(low + every, every * int(-(-max(drawn) // every))))
+
+
+def _step(low: float, high: float) -> int:
+    """Between ticks."""
+    return 10 if high - low <= 50 else 20
 
 
 def _row(number: int, name: str, column: Column, at: Callable[[float], float], left: float) -> Markup:

@@ -26,11 +26,12 @@ def is_small(record: dict[str, Any]) -> bool:
     return known and (record["dataset"].get("images") or SMALL + 1) <= SMALL
 
 
-def beside(record: dict[str, Any], runs: Path | None = None) -> list[str]:
+def beside(record: dict[str, Any], runs: Path | None = None, command: str = "") -> list[str]:
     """Chance and raw pixels on a small set, in lines; none for others.
 
     Args:
         runs: where a run of raw pixels may lie.
+        command: that would judge them; by default the protocol's own.
     """
     if not is_small(record):
         return []
@@ -41,8 +42,8 @@ def beside(record: dict[str, Any], runs: Path | None = None) -> list[str]:
     pixels = raw_pixels(record, runs) if runs else None
     if pixels:
         return [*lines, f"raw pixels: {metric} {pixels['metrics'][metric]:.2f}"]
-    kind, _ = kind_and_name(record["protocol"])
-    return [*lines, f"raw pixels: not measured there; moco-eval {kind} pixels with the same options measures them"]
+    command = command or kind_and_name(record["protocol"])[0]
+    return [*lines, f"raw pixels: not measured; moco-eval {command} pixels with the same options measures them"]
 
 
 def raw_pixels(record: dict[str, Any], runs: Path) -> dict[str, Any] | None:
