@@ -9,6 +9,7 @@ import click
 
 from moco_eval.classification.protocols import Protocol, feature_override, followed_by, kinds
 from moco_eval.cli.options import (
+    DATASETS,
     FOLDER,
     Options,
     data_option,
@@ -17,6 +18,7 @@ from moco_eval.cli.options import (
     extraction_options,
     feature_options,
     run_options,
+    split_options,
     trial_options,
     with_options,
 )
@@ -249,8 +251,14 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
 @click.command()
 @click.argument("checkpoint")
 @with_options(
-    click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True),
-    dataset_options("imagefolder"),
+    click.option("--split", type=click.Choice(["train", "test"]), help="Of sets with classes.  [default: test]"),
+    click.option(
+        "--dataset",
+        default="imagefolder",
+        show_default=True,
+        help=f"{DATASETS}; roxford5k or rparis6k, of landmarks, with their easy, medium and hard rules.",
+    ),
+    split_options,
     feature_options,
     data_option,
     encoder_options,
@@ -258,37 +266,66 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     extraction_options,
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
 )
-def retrieve(checkpoint: str, split: str, options: Options) -> int:
+def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
     """Each image of a split asks for the others of its class: mean average precision and recall at 1, 5 and 10."""
-    from moco_eval.classification.retrieval import PROTOCOL, Settings, check
-    from moco_eval.classification.retrieval import retrieve as judged
-    from moco_eval.classification.task import Task
-    from moco_eval.data.catalogue import open_splits
+    from moco_eval.classification.retrieval import Settings
+    from moco_eval.data.landmarks import COUNTS
     from moco_eval.results.result import lines
     from moco_eval.results.run_directory import default_output
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
     encoder, dataset = load_encoder(checkpoint, options, options.seed or 0), str(options.dataset)
-    splits = open_splits(dataset, options.data, options.train_split, options.test_split)
-    images = splits[0] if split == "train" else splits[1]
-    task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
+    if dataset in COUNTS and (split or options.train_split or options.test_split):
+        raise InputError(f"{dataset} is one database with queries of its own; leave --split away")
+    protocol, data, check, judged = (_landmarks if dataset in COUNTS else _by_class)(encoder, split or "test", options)
     usual = Settings()
     workers = usual.workers if options.workers is None else options.workers
     settings = Settings(options.precision or usual.precision, options.batch_size or usual.batch_size, workers)
-    output = options.output or default_output("retrieve", encoder, f"{dataset}-{split}", PROTOCOL)
+    part = dataset if dataset in COUNTS else f"{dataset}-{split or 'test'}"
+    output = options.output or default_output("retrieve", encoder, part, protocol)
     if options.dry_run:
-        check(task)
-        data = f"data: {images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"
-        click.echo(f"{PROTOCOL} of {encoder.source}\n{data}\noutput: {output}")
+        check()
+        click.echo(f"{protocol} of {encoder.source}\ndata: {data}\noutput: {output}")
         return 0
     if options.nproc > 1:
         return launch_again(options)
     with processes(options.device) as device:
-        record = judged(task, settings, output, device)
+        record = judged(settings, output, device)
         if is_main():
             click.echo("\n".join(lines(record)))
     return 0
+
+
+Retrieval = tuple[str, str, Callable[[], None], Callable[..., dict[str, Any]]]  # protocol, data, check, judgement
+
+
+def _by_class(encoder: Any, split: str, options: Options) -> Retrieval:
+    """Retrieval of images of a query's class."""
+    from moco_eval.classification.retrieval import PROTOCOL, check, retrieve
+    from moco_eval.classification.task import Task
+    from moco_eval.data.catalogue import open_splits
+
+    splits = open_splits(str(options.dataset), options.data, options.train_split, options.test_split)
+    images = splits[0] if split == "train" else splits[1]
+    task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
+    about = f"{images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"
+    return PROTOCOL, about, lambda: check(task), lambda *where: retrieve(task, *where)
+
+
+def _landmarks(encoder: Any, _split: str, options: Options) -> Retrieval:
+    """Retrieval of a query's landmark."""
+    from moco_eval.classification.landmarks import PROTOCOL, check, retrieve
+    from moco_eval.classification.task import Task
+    from moco_eval.data.catalogue import data_folder
+    from moco_eval.data.landmarks import open_landmarks
+
+    name = str(options.dataset)
+    landmarks = open_landmarks(name, data_folder(name, options.data))
+    images = landmarks.database
+    task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
+    about = f"{name}, {len(landmarks.queries)} queries in {len(images)} images"
+    return PROTOCOL, about, lambda: check(task), lambda *where: retrieve(task, landmarks, *where)
 
 
 COMMANDS = [command_of(kind, rows) for kind, rows in kinds().items()] + [suite, features, retrieve]
