@@ -10,6 +10,7 @@ import click
 from moco_eval.classification.protocols import USUAL_TASKS, Protocol, feature_override, followed_by, kinds
 from moco_eval.classification.protocols import tasks as tasks_named
 from moco_eval.cli.options import (
+    DATASETS,
     FOLDER,
     Options,
     data_option,
@@ -19,6 +20,7 @@ from moco_eval.cli.options import (
     feature_options,
     json_option,
     run_options,
+    split_options,
     trial_options,
     with_options,
 )
@@ -291,8 +293,14 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
 @click.command()
 @click.argument("checkpoint")
 @with_options(
-    click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True),
-    dataset_options("imagefolder"),
+    click.option("--split", type=click.Choice(["train", "test"]), help="Of sets with classes.  [default: test]"),
+    click.option(
+        "--dataset",
+        default="imagefolder",
+        show_default=True,
+        help=f"{DATASETS}; roxford5k or rparis6k, of landmarks, with their easy, medium and hard rules.",
+    ),
+    split_options,
     feature_options,
     data_option,
     encoder_options,
@@ -301,43 +309,89 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
     json_option,
 )
-def retrieve(checkpoint: str, split: str, options: Options) -> int:
+def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
     """Each image of a split asks for the others of its class: mean average precision and recall at 1, 5 and 10.
 
     Example: moco-eval retrieve my_encoder.pth --dataset imagefolder --data my_images
     """
-    splits = opened_early(checkpoint, options)
+    from moco_eval.data.landmarks import COUNTS
 
-    from moco_eval.classification.retrieval import PROTOCOL, Settings, check
-    from moco_eval.classification.retrieval import retrieve as judged
-    from moco_eval.classification.task import Task
-    from moco_eval.config.data_name import in_path
+    has_queries = options.dataset in COUNTS
+    if has_queries and (split or options.train_split or options.test_split):
+        raise InputError(f"{options.dataset} is one database with queries of its own; leave --split away")
+    pixels_of(checkpoint, options)
+    opened = _landmarks(options) if has_queries else _by_class(split or "test", options)
+
+    from moco_eval.classification.retrieval import Settings
     from moco_eval.results.result import lines
     from moco_eval.results.run_directory import default_output
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
     encoder = load_encoder(checkpoint, options, options.seed or 0)
-    images = splits[0] if split == "train" else splits[1]
-    task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
+    protocol, part, data, check, judged = opened(encoder)
     usual = Settings()
     workers = usual.workers if options.workers is None else options.workers
     settings = Settings(options.precision or usual.precision, options.batch_size or usual.batch_size, workers)
-    output = options.output or default_output(
-        "retrieve", encoder, f"{in_path(images.name, images.fingerprint)}-{split}", PROTOCOL
-    )
+    output = options.output or default_output("retrieve", encoder, part, protocol)
     if options.dry_run:
-        check(task)
-        data = f"data: {images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"
-        click.echo(f"{PROTOCOL} of {encoder.source}\n{data}\noutput: {output}")
+        check()
+        click.echo(f"{protocol} of {encoder.source}\ndata: {data}\noutput: {output}")
         return 0
     if options.nproc > 1:
         return launch_again(options)
     with processes(options.device) as device:
-        record = judged(task, settings, output, device)
+        record = judged(settings, output, device)
         if is_main():
             show(record, "\n".join(lines(record)), options)
     return 0
+
+
+# protocol, the data in a path and in words, check, judgement
+Retrieval = tuple[str, str, str, Callable[[], None], Callable[..., dict[str, Any]]]
+
+
+def _by_class(split: str, options: Options) -> Callable[[Any], Retrieval]:
+    """Retrieval of images of a query's class; the images are opened before torch is imported."""
+    from moco_eval.config.data_name import in_path
+    from moco_eval.data.catalogue import open_splits
+
+    splits = open_splits(options.called, options.data, options.train_split, options.test_split)
+    images = splits[0] if split == "train" else splits[1]
+
+    def opened(encoder: Any) -> Retrieval:
+        from moco_eval.classification.retrieval import PROTOCOL, check, retrieve
+
+        task, about = _searched(encoder, images, options), f"{len(images)} images of {len(images.classes)} classes"
+        part, data = f"{in_path(images.name, images.fingerprint)}-{split}", f"{images.name} {images.split}, {about}"
+        return PROTOCOL, part, data, lambda: check(task), lambda *where: retrieve(task, *where)
+
+    return opened
+
+
+def _landmarks(options: Options) -> Callable[[Any], Retrieval]:
+    """Retrieval of a query's landmark."""
+    from moco_eval.data.catalogue import data_folder
+    from moco_eval.data.landmarks import open_landmarks
+
+    name = str(options.dataset)
+    landmarks = open_landmarks(name, data_folder(name, options.data))
+
+    def opened(encoder: Any) -> Retrieval:
+        from moco_eval.classification.landmarks import PROTOCOL, check, retrieve
+
+        task = _searched(encoder, landmarks.database, options)
+        data = f"{name}, {len(landmarks.queries)} queries in {len(landmarks.database)} images"
+        return PROTOCOL, name, data, lambda: check(task), lambda *where: retrieve(task, landmarks, *where)
+
+    return opened
+
+
+def _searched(encoder: Any, images: Any, options: Options) -> Any:
+    """A task whose test images are searched in themselves."""
+    from moco_eval.classification.task import Task
+
+    return Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
 
 
 KINDS = [command_of(kind, rows) for kind, rows in kinds().items()]
