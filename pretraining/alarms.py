@@ -1,15 +1,19 @@
 """Alarms in words: what the last lines of metrics say when a run goes wrong quietly."""
 
+from statistics import median
 from typing import Any
 
-from moco_eval.encoders.architectures import VisionTransformer, architecture
+from pretraining import signs
 from pretraining.plan import Plan
+from pretraining.signs import is_vit
 
 PATIENCE = 10  # log lines that must agree
 CHANCE = 0.02  # nats below the chance level, for each loss that is summed
 SPREAD = 0.05  # of q; about 1 when spread
 LEAK = 99.9  # percent of pretext accuracy
 DIP = 2.0  # points of kNN below its best so far
+LEAP = 5.0  # times the median of the lines before
+SKIPPED = 0.5  # share of the steps
 
 
 def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str, str]:
@@ -42,12 +46,26 @@ def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str
             f"kNN dips from {max(knn):.1f} to {knn[-1]:.1f} %, as an unstable ViT's does (arXiv:2104.02057, Figures "
             f"1 to 3); {_steadier(run)}"
         )
+    return sounding | _of_signs(run, lines)
+
+
+def _of_signs(run: Plan, lines: list[dict[str, Any]]) -> dict[str, str]:
+    """A leap of a ViT's first gradient, and fp16 that overflows again and again."""
+    sounding = {}
+    *before, now = [line[signs.GRADIENT] for line in lines if signs.GRADIENT in line] or [0.0]
+    if len(before) == PATIENCE - 1 and now > LEAP * median(before):
+        layer = "the first block" if run.config.freeze_patches else "the patch projection"
+        sounding["leap"] = (
+            f"the gradient of {layer} leaps to {now:.3g}, {now / median(before):.0f} times its median, as an unstable "
+            f"ViT's does before its kNN dips (arXiv:2104.02057, Figure 4); {_steadier(run)}"
+        )
+    steps, skipped = lines[-1]["step"] - lines[0]["step"], sum(line.get(signs.SKIPPED, 0) for line in lines[1:])
+    if skipped > SKIPPED * steps:
+        sounding["overflow"] = (
+            f"fp16 overflows: {skipped:.0f} of the last {steps} steps were skipped, the loss scale is down to "
+            f"{lines[-1][signs.SCALE]:g}; take --precision bf16 or fp32 in a new run"
+        )
     return sounding
-
-
-def is_vit(run: Plan) -> bool:
-    """Whether a vision transformer is trained."""
-    return run.config.mechanism == "moco_v3" and isinstance(architecture(run.config.arch), VisionTransformer)
 
 
 def _steadier(run: Plan) -> str:

@@ -25,6 +25,7 @@ def save(
     run: Plan,
     model: Mechanism,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     step: int,
     rows: torch.Tensor,
     unreadable: set[int],
@@ -34,14 +35,14 @@ def save(
     Args:
         folder: the run's checkpoints/.
         run: what travels with the weights, for those who load them.
-        model, optimizer: the state.
+        model, optimizer, scaler: the state; the scaler's where it is in use.
         step: steps done so far.
-        rows: every rank's measurements since the last log line, (R, steps, 3).
+        rows: every rank's measurements since the last log line, (R, steps, columns).
         unreadable: indices of the images that could not be read so far.
     Returns:
         The file written.
     """
-    state = _state(run, model, optimizer, step, rows, unreadable)
+    state = _state(run, model, optimizer, scaler, step, rows, unreadable)
     epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
     last = folder / "last.pth"
     whole = step_in_epoch == 0
@@ -58,6 +59,7 @@ def _state(
     run: Plan,
     model: Mechanism,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     step: int,
     rows: torch.Tensor,
     unreadable: set[int],
@@ -70,6 +72,7 @@ def _state(
         "arch": about["arch"],
         "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
+        **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
         "step": step,
         "sampler": {"seed": run.config.seed, "step": step, "epoch": epoch, "step_in_epoch": step_in_epoch},
         "window": rows,
@@ -111,7 +114,9 @@ def there(folder: Path) -> bool:
     return True
 
 
-def load(folder: Path, model: Mechanism, optimizer: torch.optim.Optimizer) -> tuple[int, torch.Tensor, set[int]]:
+def load(
+    folder: Path, model: Mechanism, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, torch.Tensor, set[int]]:
     """Put the newest state back, whole.
 
     Returns:
@@ -124,6 +129,8 @@ def load(folder: Path, model: Mechanism, optimizer: torch.optim.Optimizer) -> tu
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
         optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
         return int(state["step"]), state["window"], set(state["unreadable"])
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = str(error).splitlines()[0]

@@ -362,7 +362,8 @@ def _canonical(config: PretrainConfig) -> PretrainConfig:
     if config.protocol not in CANONICAL:
         raise InputError(f"unknown protocol {config.protocol!r}.{configs.did_you_mean(config.protocol, CANONICAL)}")
     loaded = configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig)
-    published = {"precision": "fp32", "compile": False}
+    halved = config.mechanism == "moco_v3" and config.precision == "fp16"  # which it was published in
+    published = {"precision": "fp16" if halved else "fp32", "compile": False}
     if config.protocol == "pretrain/moco-v3-resnet@1" and config.schedule.epochs in BY_EPOCHS:
         settings = [f"{key}={value}" for key, value in BY_EPOCHS[config.schedule.epochs].items()]
         loaded = configs.load(CANONICAL[config.protocol], "pretrain", PretrainConfig, settings)

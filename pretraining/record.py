@@ -1,12 +1,14 @@
 """What a run writes down as it goes: measurements, metrics, TensorBoard events."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.tensorboard import SummaryWriter
 
 from moco_eval.errors import RunFailed
@@ -15,9 +17,12 @@ from moco_eval.runtime.collectives import all_sum, found_by_main, gather, union
 from moco_eval.runtime.console import log, tell, warn
 from moco_eval.runtime.device import to_host
 from moco_eval.runtime.rank import is_main, rank, world_size
+from pretraining import signs
 from pretraining.alarms import PATIENCE, alarms
 from pretraining.moco import Step
 from pretraining.plan import Plan
+
+MEANS = ("loss", "accuracy", "feature_std")  # of a step; its signs come after them
 
 
 class Waiting:
@@ -64,17 +69,18 @@ def _event() -> "torch.cuda.Event":
 
 
 class Measurements:
-    """Loss, accuracy and spread of each step since the last log line, this process's; and time spent waiting."""
+    """Loss, accuracy, spread and signs of each step since the last log line, this process's; and time spent waiting."""
 
     def __init__(self, run: Plan, device: torch.device):
-        self.run, self.waiting = run, Waiting(device)
+        self.run, self.waiting, self.signs = run, Waiting(device), signs.names(run)
         self.rows: list[torch.Tensor] = []
         self.unreadable: set[int] = set()
         self.known = 0  # of them, to every rank
         self.restart()
 
     def restore(self, rows: torch.Tensor, unreadable: set[int]) -> None:
-        """Go on from a checkpoint's, which holds every rank's."""
+        """Go on from a checkpoint's, which holds every rank's; one of before has no signs."""
+        rows = pad(rows, (0, len(MEANS) + len(self.signs) - rows.shape[2]), value=math.nan)
         self.rows, self.unreadable, self.known = list(rows[rank()]), unreadable, len(unreadable)
 
     def restart(self) -> None:
@@ -82,10 +88,14 @@ class Measurements:
         self.waiting.forget()
         self.started = time.perf_counter()
 
-    def add(self, parts: list[Step]) -> None:
-        """One step, done in parts where gradients are accumulated; nothing is read back from the device here."""
+    def add(self, parts: list[Step], shown: Sequence[torch.Tensor] = ()) -> None:
+        """One step, done in parts where gradients are accumulated; nothing is read back from the device here.
+
+        Args:
+            shown: the step's signs.
+        """
         rows = [torch.stack([part.loss.detach().float(), part.accuracy, part.feature_std.float()]) for part in parts]
-        self.rows.append(torch.stack(rows).mean(dim=0))
+        self.rows.append(torch.cat([torch.stack(rows).mean(dim=0), *(sign[None].float() for sign in shown)]))
 
     def note_unreadable(self, index: list[int]) -> None:
         """Name each unreadable image once, with the reason, from the rank that met it."""
@@ -94,14 +104,14 @@ class Measurements:
         self.unreadable |= set(index)
 
     def together(self, step: int) -> torch.Tensor:
-        """Every rank's rows, (R, steps, 3), and the unreadable images of all, on every rank; waits for the device.
+        """All ranks' rows, (R, steps, columns), and the unreadable images of all, on every rank; waits for the device.
 
         Raises:
             RunFailed: a loss among them is not finite, or more images were unreadable than bad_images allows.
         """
         self._require_few_unreadable()
         if not self.rows:
-            return torch.zeros(world_size(), 0, 3)
+            return torch.zeros(world_size(), 0, len(MEANS) + len(self.signs))
         values = gather(torch.stack(self.rows)[None]).cpu()
         self._require_finite(values, step)
         return values
@@ -124,13 +134,14 @@ class Measurements:
         self._require_finite(values, step)
         if self._too_many(self.known + int(unreadable.sum())):  # the same on every rank, if some are counted twice
             self._require_few_unreadable()
-        loss, accuracy, feature_std = values.double().mean(dim=(0, 1)).tolist()
+        loss, accuracy, feature_std = values[:, :, : len(MEANS)].double().mean(dim=(0, 1)).tolist()
         return {
             "step": step,
             "epoch": step / self.run.steps_per_epoch,
             "loss": loss,
             "accuracy": 100 * accuracy,
             "feature_std": feature_std,
+            **signs.of_line(self.signs, values[:, :, len(MEANS) :]),
             **({"queue_age": self.run.queue_age(step)} if self.run.config.mechanism == "moco" else {}),
             "lr": lr,
             "images_per_second": values.shape[1] * self.run.config.batch_size / seconds,
@@ -143,7 +154,8 @@ class Measurements:
             at = step - values.shape[1] + int(broken[0]) + 1
             loss = values[:, int(broken[0]), 0].mean().item()
             where = f"epoch {(at - 1) // self.run.steps_per_epoch}, step {at}"
-            raise RunFailed(f"the loss is {loss} in {where}; a smaller optimizer.lr may help")
+            other = ", or bf16 or fp32 in a new run" if self.run.config.precision == "fp16" else ""
+            raise RunFailed(f"the loss is {loss} in {where}; a smaller optimizer.lr may help{other}")
 
     def _too_many(self, unreadable: int) -> bool:
         return unreadable + len(self.run.images.damaged) > self.run.config.bad_images

@@ -25,6 +25,7 @@ from pretraining.moco import Step
 from pretraining.monitor import Monitor
 from pretraining.plan import Plan
 from pretraining.record import Measurements, Metrics
+from pretraining.signs import Signs
 from pretraining.views import Batch, two_views
 
 
@@ -53,10 +54,21 @@ def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
     return trainer.checkpoints / "last.pth"
 
 
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
+
+
 def algorithm_1(
-    model: Mechanism, ddp: nn.Module, optimizer: torch.optim.Optimizer, parts: list[Batch], order: torch.Generator
+    model: Mechanism,
+    ddp: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: list[Batch],
+    order: torch.Generator,
+    scaler: torch.amp.GradScaler = UNSCALED,
 ) -> list[Step]:
-    """One training step of Algorithm 1; gradients are accumulated where the batch comes in several parts."""
+    """One training step of Algorithm 1; gradients are accumulated where the batch comes in several parts.
+
+    Under fp16 `scaler` makes the loss large enough for its gradients; where one of them overflows, the weights stay.
+    """
     optimizer.zero_grad(set_to_none=True)
     model.move_encoder_k()  # Eqn. (2), before the keys are encoded
     steps = []
@@ -64,9 +76,11 @@ def algorithm_1(
         with nullcontext() if part is parts[-1] or ddp is model else ddp.no_sync():
             step = ddp(part, order)
             with torch.autocast(step.loss.device.type, enabled=False):
-                (step.loss / len(parts)).backward()
+                scaler.scale(step.loss / len(parts)).backward()
         steps.append(step)
-    optimizer.step()
+    scaler.unscale_(optimizer)  # gradients are themselves again, for whoever looks at them
+    scaler.step(optimizer)
+    scaler.update()
     for step in steps:
         model.push(step)  # last: a batch never meets its own keys
     return steps
@@ -82,6 +96,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)  # the same weights and dictionary on every rank
         self.model = prepare(build(run), run, device)
         self.optimizer = optimizer_for(self.model, self.config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
+        self.signs = Signs(run, self.model, self.scaler, device)
         self.ddp = parallel(self.model)
         settle(self.ddp, run, device)
         self.monitor, self.measured = Monitor(run), Measurements(run, device)
@@ -92,7 +108,7 @@ class Trainer:
     def restore(self) -> None:
         """From last.pth where there is one; otherwise note the start and keep the untrained network."""
         if checkpoint.there(self.checkpoints):
-            self.step, rows, unreadable = checkpoint.load(self.checkpoints, self.model, self.optimizer)
+            self.step, rows, unreadable = checkpoint.load(self.checkpoints, self.model, self.optimizer, self.scaler)
             self.measured.restore(rows.to(self.device), unreadable)
             log(f"resuming at step {self.step} of {self.run.steps}")
         for tensor in self.model.buffers(recurse=False):
@@ -127,8 +143,10 @@ class Trainer:
         parts = batch.parts(self.run.parts)
         if self.config.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # the step before is pushed: its outputs may be overwritten
+        self.signs.before_step()
         with autocast(self.device, self.config.precision):
-            self.measured.add(algorithm_1(self.model, self.ddp, self.optimizer, parts, order))
+            steps = algorithm_1(self.model, self.ddp, self.optimizer, parts, order, self.scaler)
+        self.measured.add(steps, self.signs.after_step())
         self.step += 1
 
     @property
@@ -193,7 +211,8 @@ class Trainer:
         require_finite_weights(self.model, self.step)
         if is_main():
             self.metrics.flush()
-            checkpoint.save(self.checkpoints, self.run, self.model, self.optimizer, self.step, rows, unreadable)
+            state = self.model, self.optimizer, self.scaler
+            checkpoint.save(self.checkpoints, self.run, *state, self.step, rows, unreadable)
             checkpoint.prune(self.checkpoints, self.config.checkpoints)
         barrier()
         self.saved, self.saved_at = self.step, time.monotonic()

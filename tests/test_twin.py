@@ -76,10 +76,13 @@ MECHANISMS: dict[str, tuple[str, ...]] = {
     "files": (),
     "accumulate": ("accumulate=2",),
     "bf16": ("precision=bf16",),
+    "moco v3": ("mechanism=moco_v3", "hidden_dim=32", "symmetric=true", "queue_size=16"),
 }
+# by SGD: AdamW asks the driver whether a graph is recorded, which the twin has not
+MECHANISMS["a ViT in parts"] = (*MECHANISMS["moco v3"], "arch=vit_narrow_patch8_32", "accumulate=2")
 # Copies to the device in a step: images or their numbers, parameters of the augmentation, the way of a shuffle.
 COPIES = {"moco": 3, "moco, symmetric": 4, "memory bank": 3, "end to end": 3, "reference views": 2, "files": 2}
-COPIES |= {"accumulate": 4, "bf16": 3}
+COPIES |= {"accumulate": 4, "bf16": 3, "moco v3": 2, "a ViT in parts": 2}
 
 
 def of(name: str, folder: Path, *settings: str) -> Plan:
@@ -141,8 +144,8 @@ def run_and_resume(folder: Path) -> dict[str, Callable[[], Any]]:
 
 CASES = {
     "one rank": (1, [*MECHANISMS], True),
-    "two ranks": (2, ["moco", "memory bank", "end to end", "reference views", "files"], False),
-    "two ranks, more": (2, ["moco, symmetric", "accumulate", "bf16"], True),
+    "two ranks": (2, ["moco", "memory bank", "end to end", "moco v3", "reference views", "files"], False),
+    "two ranks, more": (2, ["moco, symmetric", "accumulate", "bf16", "a ViT in parts"], True),
 }
 
 

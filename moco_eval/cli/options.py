@@ -96,22 +96,34 @@ def several(*wanted: click.Option | Callable) -> Callable:
     return decorate
 
 
-machine_options = several(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."),
-    click.option(
-        "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Arithmetic; the config's where not given."
-    ),
-    click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
-    click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
-)
-run_options = several(
-    click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
-    machine_options,
-    click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any config key; may be repeated."),
-    click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
-)
+def on_machine(*precisions: str) -> Callable:
+    """Where and in which of these precisions a command computes."""
+    arithmetic = "Arithmetic; the config's where not given."
+    return several(
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."
+        ),
+        click.option("--precision", type=click.Choice(precisions), help=arithmetic),
+        click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
+        click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
+    )
+
+
+def of_a_run(machine: Callable) -> Callable:
+    """What a command takes that has a config and a run directory."""
+    return several(
+        click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
+        machine,
+        click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any config key; may be repeated."),
+        click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+    )
+
+
+machine_options = on_machine("fp32", "tf32", "bf16")
+run_options = of_a_run(machine_options)
+pretraining_options = of_a_run(on_machine("fp32", "tf32", "bf16", "fp16"))
 extraction_options = several(
     machine_options,
     click.option(

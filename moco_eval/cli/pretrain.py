@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from moco_eval.cli.options import DATASETS, Options, data_option, run_options, with_options
+from moco_eval.cli.options import DATASETS, Options, data_option, pretraining_options, with_options
 from moco_eval.cli.shared import launch_again, load_config
 from moco_eval.errors import InputError
 
@@ -15,7 +15,7 @@ from moco_eval.errors import InputError
 @with_options(
     click.option("--dataset", help=f"{DATASETS}, flat or webdataset."),
     data_option,
-    run_options,
+    pretraining_options,
     click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died."),
     click.option(
         "--profile", "profiled", type=click.IntRange(1), help="Run so many steps, say what limits, keep nothing."

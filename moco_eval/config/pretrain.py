@@ -107,7 +107,7 @@ class PretrainConfig(Extended):
     accumulate: int = Field(1, gt=0)
     optimizer: Optimizer
     schedule: PretrainSchedule
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "reduce-overhead"] | bool = "auto"
     deterministic: bool = False
     knn: KnnMonitor | None = None

@@ -15,6 +15,7 @@ from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.runtime.console import warn
 
 LARGEST_PINNED = 64 << 20  # bytes
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AMPERE = (8, 0)  # the first compute capability with bf16 and TF32
 
 
@@ -87,9 +88,9 @@ def place(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bf16 arithmetic where the precision says so, or `convolutions` in TF32; see `exact_arithmetic` for the rest."""
-    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-    with convolutions(device, precision), bf16:
+    """bf16 or fp16 arithmetic where the precision says so, or `convolutions` in TF32; see `exact_arithmetic`."""
+    half = torch.autocast(device.type, dtype=HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+    with convolutions(device, precision), half:
         yield
 
 

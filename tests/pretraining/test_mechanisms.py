@@ -1,4 +1,4 @@
-"""The three mechanisms against a plain re-statement of Algorithm 1: naive loops, float64, two simulated ranks."""
+"""Every mechanism against a plain re-statement of Algorithm 1: naive loops, float64, two simulated ranks."""
 
 import math
 
@@ -11,12 +11,16 @@ from moco_eval.runtime.collectives import gather_with_gradient, parallel
 from moco_eval.runtime.rank import rank
 from pretraining.mechanisms import EndToEnd, MemoryBank, draw_outside
 from pretraining.moco import MoCo
+from pretraining.moco_v3 import MoCoV3, synchronised
 from pretraining.train import algorithm_1
 from pretraining.views import Batch
 
 RANKS, N, C, K, IMAGES, STEPS = 2, 4, 6, 24, 40, 20
 TAU, M, LR, BETA, DECAY, EPS = 0.2, 0.9, 0.05, 0.9, 1e-3, 1e-5
-CASES = ("v1", "v2", "symmetric", "memory_bank", "end_to_end")
+CASES = ("v1", "v2", "symmetric", "memory_bank", "end_to_end", "v3")
+
+
+NAMES = dict.fromkeys(CASES, ("encoder_q", "encoder_k")) | {"v3": ("base_encoder", "momentum_encoder")}
 
 
 def network(head: str) -> nn.Module:
@@ -28,6 +32,9 @@ def network(head: str) -> nn.Module:
 def model_of(case: str) -> nn.Module:
     torch.manual_seed(0)
     nets = [network(case) for _ in range(2)]
+    if case == "v3":
+        shared = [synchronised(net, "sync") for net in (*nets, nn.Sequential(nn.Linear(C, C, bias=False)))]
+        return MoCoV3(*shared, momentum=M, temperature=TAU).double()
     if case == "memory_bank":
         return MemoryBank(nets[0], images=IMAGES, dim=C, queue_size=K, temperature=TAU).double()
     if case == "end_to_end":
@@ -80,9 +87,12 @@ class Naive:
 
     def __init__(self, case: str):
         self.case, state = case, model_of(case).state_dict()
-        learnt = [name for name in state if name.startswith("encoder") and "running" not in name and "num" not in name]
-        self.q = {n.removeprefix("encoder_q."): state[n].clone() for n in learnt if n.startswith("encoder_q")}
-        self.k = {n.removeprefix("encoder_k."): state[n].clone() for n in learnt if n.startswith("encoder_k")}
+        learnt = [name for name in state if "running" not in name and "num" not in name]
+        self.q, self.k = (
+            {n.removeprefix(f"{net}."): state[n].clone() for n in learnt if n.startswith(net)} for net in NAMES[case]
+        )
+        if case == "v3":
+            self.q["predictor"] = state["predictor.0.weight"].clone()
         self.velocity = {n: {name: torch.zeros_like(w) for name, w in self.q.items()} for n in "qk"}
         self.pointer = 0
         self.queue = [column.clone() for column in state["queue"].T] if "queue" in state else []
@@ -92,13 +102,13 @@ class Naive:
         """The loss of each rank; weights and dictionary move."""
         view_q, view_k, index = global_batch(number)
         generator = torch.Generator().manual_seed(number)
-        if self.case in ("v1", "v2", "symmetric"):
+        if self.case in ("v1", "v2", "symmetric", "v3"):
             self.k = {name: M * self.k[name] + (1 - M) * self.q[name] for name in self.k}
         for weights in (self.q, self.k):
             for name in weights:
                 weights[name] = weights[name].detach().requires_grad_()
         losses, keys = self.losses(view_q, view_k, index, generator)
-        if self.case == "symmetric":
+        if self.case in ("symmetric", "v3"):
             others, other_keys = self.losses(view_k, view_q, index, generator)
             losses, keys = [a + b for a, b in zip(losses, others)], other_keys + keys
         (sum(losses) / RANKS).backward()
@@ -107,6 +117,8 @@ class Naive:
         return [loss.item() for loss in losses]
 
     def losses(self, view_q, view_k, index, generator):
+        if self.case == "v3":
+            return self.losses_v3(view_q, view_k)
         queries = encode_in_groups(self.q, list(view_q), list(range(RANKS * N)))
         if self.case == "memory_bank":
             others = [slot for image, slot in enumerate(self.bank) if image not in index.tolist()]
@@ -121,6 +133,15 @@ class Naive:
             keys = [key.detach() for key in keys]
             terms = [cross_entropy_of(q, k, self.queue) for q, k in zip(queries, keys)]
         return self.by_rank(terms), keys
+
+    def losses_v3(self, view_q, view_k):
+        """One batch norm over all ranks; 2 tau times the loss of picking a query's key among the other view's."""
+        projected = encode(self.q, list(view_q))
+        queries = [self.q["predictor"] @ feature for feature in projected]
+        queries = [query / query.norm() for query in queries]
+        keys = [key.detach() for key in encode(self.k, list(view_k))]
+        terms = [cross_entropy_of(q, keys[i], keys[:i] + keys[i + 1 :]) for i, q in enumerate(queries)]
+        return [2 * TAU * loss for loss in self.by_rank(terms)], keys
 
     @staticmethod
     def by_rank(terms):
@@ -140,7 +161,7 @@ class Naive:
             for image, feature in zip(index, keys):
                 slot = 0.5 * self.bank[image] + 0.5 * feature
                 self.bank[image] = slot / slot.norm()
-        elif self.case != "end_to_end":
+        elif self.case not in ("end_to_end", "v3"):
             for key in keys:
                 self.queue[self.pointer] = key
                 self.pointer = (self.pointer + 1) % K
@@ -190,9 +211,10 @@ def test_twenty_steps_of_two_ranks_against_algorithm_1_in_plain_loops(ranks, cas
             assert ranks[r][case]["losses"][number] == pytest.approx(expected[r], abs=1e-10)
     for each in ranks:
         state = each[case]["state"]
-        for prefix, weights in (("encoder_q", naive.q), ("encoder_k", naive.k)):
+        for prefix, weights in zip(NAMES[case], (naive.q, naive.k)):
             for name, weight in weights.items():
-                assert torch.allclose(state[f"{prefix}.{name}"], weight, atol=1e-10), f"{prefix}.{name}"
+                place = f"{prefix}.{name}" if name != "predictor" else "predictor.0.weight"
+                assert torch.allclose(state[place], weight, atol=1e-10), place
         if naive.queue:
             assert torch.allclose(state["queue"].T, torch.stack(naive.queue), atol=1e-10)
         if naive.bank:
@@ -278,3 +300,4 @@ def test_state_has_the_official_names():
     tops = {case: {name.split(".")[0] for name in model_of(case).state_dict()} for case in CASES}
     assert tops["v2"] == {"encoder_q", "encoder_k", "queue", "queue_ptr"}
     assert tops["memory_bank"] == {"encoder_q", "bank"} and tops["end_to_end"] == {"encoder_q", "encoder_k"}
+    assert tops["v3"] == {"base_encoder", "momentum_encoder", "predictor"}

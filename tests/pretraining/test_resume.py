@@ -23,12 +23,26 @@ SETTINGS = [
     *("arch=resnet18_quarter", "views.size=32", "workers=0", "symmetric=false", "queue_size=200", "knn=null"),
     *("log_every=4", "checkpoints.steps=3", "schedule.epochs=2"),  # 40 steps
 ]
+V3 = [
+    *("views.size=32", "workers=0", "hidden_dim=32", "dim=16", "knn=null", "log_every=4", "checkpoints.steps=3"),
+    *("schedule.epochs=2", "schedule.warmup_epochs=1"),
+]
+RECIPES = {  # what they are called with, and how many moments of a kill are drawn
+    "v2": ("digits", SETTINGS, 10),
+    "v3 ViT": ("digits_v3", [*V3, "arch=vit_narrow_12h_patch8_32"], 3),
+    "v3 ResNet": (
+        "digits_v3",
+        [*V3, "arch=resnet18_quarter", "freeze_patches=false", "optimizer={kind: lars, lr: 1, weight_decay: 1.0e-6}"],
+        3,
+    ),
+}
 TIMINGS = {"images_per_second", "data_wait"}
 
 
-def command(output: Path, *more: str) -> list:
-    settings = [f"--set={setting}" for setting in SETTINGS]
-    return ["pretrain", "digits", "--dataset", "digits", "--output", output, *settings, *more]
+def command(output: Path, *more: str, recipe: str = "v2") -> list:
+    config, settings, _ = RECIPES[recipe]
+    given = [f"--set={setting}" for setting in settings]
+    return ["pretrain", config, "--dataset", "digits", "--output", output, *given, *more]
 
 
 def end_of(output: Path) -> tuple[dict, list[dict]]:
@@ -44,21 +58,27 @@ def assert_same_end(one: Path, other: Path) -> None:
     for name, tensor in expected["state_dict"].items():
         assert torch.equal(state["state_dict"][name], tensor), name
     for number, values in expected["optimizer"]["state"].items():
-        assert torch.equal(state["optimizer"]["state"][number]["momentum_buffer"], values["momentum_buffer"])
+        for name, value in values.items():
+            assert torch.equal(state["optimizer"]["state"][number][name], value), f"{number} {name}"
     assert lines == expected_lines
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def whole(request, tmp_path_factory) -> tuple[list[str], Path, float]:
-    """How to launch, an uninterrupted run, and the seconds from its first checkpoint to its end."""
-    launch = ["--nproc", str(request.param)]
+V2, *V3S = [[pytest.param((name, ranks), id=f"{name}, {ranks} ranks") for ranks in (1, 2)] for name in RECIPES]
+EVERY_RECIPE = pytest.mark.parametrize("whole", [*V2, *V3S[0], *V3S[1]], indirect=True)
+
+
+@pytest.fixture(scope="module", params=V2)
+def whole(request, tmp_path_factory) -> tuple[list[str], Path, float, str]:
+    """How to launch, an uninterrupted run, the seconds from its first checkpoint to its end, and its recipe."""
+    recipe, ranks = request.param
+    launch = ["--nproc", str(ranks)]
     output = tmp_path_factory.mktemp("whole") / "run"
-    process = start(*command(output, *launch))
+    process = start(*command(output, *launch, recipe=recipe))
     wait_for(output / "checkpoints" / "last.pth", process)
     began = time.monotonic()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return launch, output, time.monotonic() - began
+    return launch, output, time.monotonic() - began, recipe
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
@@ -83,38 +103,42 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [pid for pid in descendants(process.pid) if b"--output" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def killed_at(moment: float, launch: list[str], output: Path) -> None:
+def killed_at(moment: float, launch: list[str], output: Path, recipe: str) -> None:
     """Kill a run, all its processes, `moment` seconds after its first checkpoint; then run it to its end."""
-    process = start(*command(output, *launch))
+    process = start(*command(output, *launch, recipe=recipe))
     wait_for(output / "checkpoints" / "last.pth", process)
     time.sleep(moment)
     kill_all(process)
-    moco_eval(*command(output, *launch))
+    moco_eval(*command(output, *launch, recipe=recipe))
 
 
+@EVERY_RECIPE
 def test_killed_in_the_middle_it_ends_the_same(whole, tmp_path):
-    launch, expected, seconds = whole
-    killed_at(seconds / 2, launch, tmp_path / "run")
+    launch, expected, seconds, recipe = whole
+    killed_at(seconds / 2, launch, tmp_path / "run", recipe)
     assert_same_end(tmp_path / "run", expected)
 
 
-def test_killed_at_ten_random_moments_it_ends_the_same(whole, tmp_path):
-    launch, expected, seconds = whole
+@EVERY_RECIPE
+def test_killed_at_random_moments_it_ends_the_same(whole, tmp_path):
+    launch, expected, seconds, recipe = whole
     draw = random.Random(0)
-    for trial in range(10):
-        killed_at(draw.uniform(0, seconds), launch, tmp_path / str(trial))
+    for trial in range(RECIPES[recipe][2]):
+        killed_at(draw.uniform(0, seconds), launch, tmp_path / str(trial), recipe)
         assert_same_end(tmp_path / str(trial), expected)
 
 
+@EVERY_RECIPE
 def test_stopped_between_two_log_lines_it_ends_the_same(whole, tmp_path):
-    launch, expected, _ = whole
-    moco_eval(*command(tmp_path / "run", *launch, "--set=max_steps=17", "--set=checkpoints.steps=null"), code=3)
-    moco_eval(*command(tmp_path / "run", *launch))
+    launch, expected, _, recipe = whole
+    stop = "--set=max_steps=17", "--set=checkpoints.steps=null"
+    moco_eval(*command(tmp_path / "run", *launch, *stop, recipe=recipe), code=3)
+    moco_eval(*command(tmp_path / "run", *launch, recipe=recipe))
     assert_same_end(tmp_path / "run", expected)
 
 
 def test_sigterm_saves_and_exits_3_within_ten_seconds(whole, tmp_path):
-    launch, _, _ = whole
+    launch, *_ = whole
     settings = ("--set=checkpoints.steps=null", "--set=schedule.epochs=500", "--set=workers=2")
     process = start(*command(tmp_path / "run", *launch, *settings))
     wait_for(tmp_path / "run" / "checkpoints" / "epoch_0001.pth", process)
@@ -130,7 +154,7 @@ def test_sigterm_saves_and_exits_3_within_ten_seconds(whole, tmp_path):
 
 
 def test_a_killed_worker_leads_to_a_restart_with_the_same_end(whole, tmp_path):
-    launch, expected, _ = whole
+    launch, expected, *_ = whole
     if launch[-1] == "1":
         pytest.skip("one process has no other to restart it")
     process = start(*command(tmp_path / "run", *launch, "--max-restarts", "2"))
@@ -144,7 +168,7 @@ def test_a_killed_worker_leads_to_a_restart_with_the_same_end(whole, tmp_path):
 
 
 def test_torchrun_restarts_a_killed_worker(whole, tmp_path):
-    launch, expected, _ = whole
+    launch, expected, *_ = whole
     if launch[-1] == "1":
         pytest.skip("one process has no other to restart it")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
@@ -242,13 +266,13 @@ def test_three_ranks_go_on_to_the_bit_too(tmp_path):
 
 
 def test_several_processes_are_on_record(whole):
-    launch, output, _ = whole
+    launch, output, *_ = whole
     ours, number = end_of(output)[0]["pretraining"], int(launch[-1])
     assert (ours["bn"], ours["processes"]) == ({1: "split", 2: "shuffle"}[number], number)
 
 
 def test_another_number_of_processes_is_refused_with_the_reason(whole, capfd, monkeypatch):
-    launch, output, _ = whole
+    launch, output, *_ = whole
     if launch[-1] == "2":
         words = error_line(capfd, monkeypatch, *command(output))
         assert "processes is 2 there and 1 now (the BN groups" in words
