@@ -137,7 +137,8 @@ def opened_early(checkpoint: str, options: Options) -> Splits:
 
     pixels_of(checkpoint, options)
     parse_labels(options.labels)
-    return open_splits(options.called, options.data, options.train_split, options.test_split)
+    where = (options.data, options.train_split, options.test_split, options.val_fraction)
+    return open_splits(options.called, *where)
 
 
 def open_task(checkpoint: str, options: Options, seed: int, splits: Splits) -> tuple[Any, str]:

@@ -31,6 +31,7 @@ class Options:
     data: Path | None = None
     train_split: str | None = None
     test_split: str | None = None
+    val_fraction: float | None = None
     arch: str | None = None
     encoder: str | None = None
     key: str | None = None
@@ -105,7 +106,11 @@ def on_machine(*precisions: str) -> Callable:
             "--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."
         ),
         click.option("--precision", type=click.Choice(precisions), help=arithmetic),
-        click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
+        click.option(
+            "--workers",
+            type=click.IntRange(0),
+            help="Loader processes of each process.  [default: its cores, at most 8]",
+        ),
         click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
     )
 
@@ -155,6 +160,12 @@ encoder_options = several(
     ),
 )
 split_options = several(
+    click.option(
+        "--val-fraction",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        metavar="SHARE",
+        help="Of an imagefolder with a single folder: test on so much of each class, drawn from seed 0.",
+    ),
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
     click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
 )

@@ -34,9 +34,10 @@ def configs(action: str, name: str | None) -> None:
 @with_options(
     folder_option,
     split_options,
+    click.option("--quick", is_flag=True, help="Look at the images' headers alone; else every image is decoded."),
     click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
 )
-def datasets(action: str, writes: bool, options: Options) -> None:
+def datasets(action: str, writes: bool, quick: bool, options: Options) -> None:
     """List the data sets, or check that a copy of one is whole.
 
     Example: moco-eval datasets check imagefolder --data my_images
@@ -57,7 +58,7 @@ def datasets(action: str, writes: bool, options: Options) -> None:
         lines, refusal = boxes.check(*where)
         lines += catalogue.check_too(*where)
     else:
-        lines, refusal = catalogue.check(*where, writes), None
+        lines, refusal = catalogue.check(*where, writes, options.val_fraction, quick), None
     for line in lines:
         click.echo(line)
     if refusal:
