@@ -446,11 +446,9 @@ def _device(encoder: Encoder, device: str) -> torch.device:
     there = wrapping.device_of(encoder.backbone)
     wanted = there if device == "auto" else choose_device(device)
     if wanted != there and (wanted.type, wanted.index or 0) != (there.type, there.index or 0):
-        raise InputError(
-            f"device {device!r}: {encoder.source} lies on {there}; move it there first, or leave device away"
-        )
+        raise InputError(f"device {device!r}: {encoder.source} is on {there}; move it there first, or leave out device")
     if there.type not in ("cpu", "cuda"):
-        raise InputError(f"{encoder.source} lies on {there}; move it to the CPU or to a GPU first")
+        raise InputError(f"{encoder.source} is on {there}; move it to the CPU or to a GPU first")
     return there
 
 
@@ -507,5 +505,5 @@ def _require_same_classes(train: ImageSet, test: ImageSet) -> None:
             raise InputError(f"{name} ({images.name}) has no labels; it is for pretraining only")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        first = f"{odd[0]!r} is in one of them only" if odd else "they are in another order"
-        raise InputError(f"train and test have other classes: {first}; give both the same classes=[...]")
+        first = f"{odd[0]!r} is only in one of them" if odd else "they are in another order"
+        raise InputError(f"train and test have different classes: {first}; give both the same classes=[...]")

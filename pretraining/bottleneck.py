@@ -138,12 +138,12 @@ class Parts:
         work = f"decoding ({100 * share:.0f} % of it)" if share > 0.5 else "cutting and augmenting"
         if self.workers < self.cores:
             return [
-                f"The loader limits, mostly {work}: the device waits. Take --workers {self.cores} where there are the "
-                "cores; photos stored at 256 to 400 pixels on their shorter side decode faster."
+                f"The loader is the bottleneck, mostly {work}: the device waits. Take --workers {self.cores} if "
+                "there are as many cores; photos stored at 256 to 400 pixels on their shorter side decode faster."
             ]
         return [
-            f"The loader limits although {self.workers} processes should do: the cores are shared, or the disk is "
-            "slower than they are. Tar shards (--dataset webdataset) read better than single files."
+            f"The loader is the bottleneck although {self.workers} processes should be enough: the cores are shared, "
+            "or the disk is slower than they are. Tar shards (--dataset webdataset) read better than single files."
         ]
 
     def _busy(self) -> list[str]:
@@ -158,7 +158,11 @@ class Parts:
         if self.launching > LAUNCH_BOUND * self.busy:
             return [
                 *sentences,
-                f"Launching limits: the host takes {1000 * self.launching:.1f} ms to give the device what it does in "
-                f"{1000 * self.busy:.1f} ms. compile=true launches less; a larger --batch-size does more each time.",
+                f"Launching is the bottleneck: the host takes {1000 * self.launching:.1f} ms to give the device "
+                f"what it does in {1000 * self.busy:.1f} ms. compile=true launches less; a larger --batch-size does "
+                "more each time.",
             ]
-        return [*sentences, "The model limits: its arithmetic. --precision bf16 and compile=true are the ways to less."]
+        return [
+            *sentences,
+            "The model is the bottleneck: its arithmetic. --precision bf16 and compile=true are the ways to less.",
+        ]

@@ -106,7 +106,7 @@ def there(folder: Path) -> bool:
             half.unlink()
     epochs, last = sorted(folder.glob("epoch_*.pth")), (folder / "last.pth").is_file()
     if len(union({last})) > 1:
-        raise InputError(f"not every machine finds {folder / 'last.pth'}; take an --output that all share")
+        raise InputError(f"not every machine can see {folder / 'last.pth'}; take an --output that all machines share")
     if not last:
         if not epochs or epochs[-1].stem == "epoch_0000":
             return False

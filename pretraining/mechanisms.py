@@ -194,7 +194,7 @@ def _may_record(run: Plan) -> bool:
     """Whether the encoders may run as CUDA graphs: asked for, and nothing in them exchanges with other processes."""
     asked = run.config.compile == "reduce-overhead"
     if asked and run.bn == "sync" and world_size() > 1:
-        warn("bn sync exchanges statistics inside the encoder, which no CUDA graph holds; going on without graphs")
+        warn("bn sync exchanges statistics inside the encoder, which no CUDA graph holds; continuing without graphs")
         return False
     if asked and run.config.mechanism == "moco_v3" and run.config.accumulate > 1:
         warn("accumulate encodes again in the backward pass, which no CUDA graph holds; going on without graphs")

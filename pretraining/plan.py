@@ -321,7 +321,7 @@ def _warnings(run: Plan) -> list[str]:
         )
     if config.mechanism == "moco" and keys % config.pushed:
         warnings.append(
-            f"queue_size {keys} is no multiple of the {config.pushed} keys of a step: the queue wraps round"
+            f"queue_size {keys} is not a multiple of the {config.pushed} keys of a step: the queue wraps around"
         )
     if config.mechanism == "moco" and run.full_step > run.steps:
         warnings.append(f"the {run.steps} steps of the schedule never fill the queue of {keys}: random keys stay in it")

@@ -100,7 +100,7 @@ class Measurements:
     def note_unreadable(self, index: list[int]) -> None:
         """Name each unreadable image once, with the reason, from the rank that met it."""
         for bad in set(index) - self.unreadable:
-            tell(f"warning: {self.run.images.trouble_with(bad)}; another image takes its place", "warnings")
+            tell(f"warning: {self.run.images.trouble_with(bad)}; another image is used in its place", "warnings")
         self.unreadable |= set(index)
 
     def together(self, step: int) -> torch.Tensor:

@@ -199,7 +199,7 @@ class Trainer:
         if signalled:
             stop.check(f"{where}: run the same command to go on")
         if reached:
-            raise Interrupted(f"max_steps reached and {where}; without max_steps it goes on")
+            raise Interrupted(f"max_steps reached and {where}; run it without max_steps to go on")
 
     def save(self) -> None:
         """Rank 0's state, once all ranks are shown to hold the same dictionary and a finite loss."""

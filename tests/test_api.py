@@ -150,7 +150,7 @@ def test_labels_per_class_are_drawn_anew_in_each_trial(few_digits):
     ("settings", "words"),
     [
         ({"temprature": 0.1}, "unknown key 'temprature' in temprature=0.1. Did you mean 'temperature'?"),
-        ({"k": object()}, "of type object, which no config holds"),
+        ({"k": object()}, "of type object, which a config cannot hold"),
         ({"temperature": float("nan")}, "temperature is nan in temperature=.nan: input should be a finite number"),
         ({"k": 0}, "k is 0 in k=0: input should be greater than 0"),
         ({"k": 1000}, "take k=150 or less"),
@@ -159,10 +159,10 @@ def test_labels_per_class_are_drawn_anew_in_each_trial(few_digits):
         ({"trials": True}, "trials is True"),
         ({"labels": "ten"}, "labels 'ten' is not N-per-class"),
         ({"labels": "90-per-class"}, "labels 90-per-class: class"),
-        ({"labels": "1%"}, "labels 1% is a list of ImageNet's file names, which digits has not"),
+        ({"labels": "1%"}, "labels 1% is a list of ImageNet's file names, which digits does not have"),
         ({"feature": "head"}, "network has no projection head"),
-        ({"feature": "layer3"}, "feature 'layer3' is no stage of Net"),
-        ({"device": "tpu"}, "device 'tpu' is no device; take auto, cpu, cuda or cuda:N"),
+        ({"feature": "layer3"}, "feature 'layer3' is not a stage of Net"),
+        ({"device": "tpu"}, "device 'tpu' is not a device; take auto, cpu, cuda or cuda:N"),
         ({"protocol": "knn/instdsc@1"}, "protocol: no protocol 'knn/instdsc@1'. Did you mean 'knn/instdisc@1'?"),
         ({"protocol": None}, "protocol is a NoneType"),
         ({"protocol": "mine.yaml"}, "mine.yaml"),
@@ -206,7 +206,9 @@ def test_what_is_no_encoder_and_no_image_set(few_digits):
         assert "encoder is a str" in refusal(call, "x.pth", *arguments)
     assert "test is a ndarray; give an ImageSet" in refusal(me.judge, encoder(), train, test.pixels)
     other = me.ImageSet.from_arrays(test.pixels, test.labels, classes=[*"abcdefghij"])
-    assert "train and test have other classes: '0' is in one of them only" in refusal(me.judge, encoder(), train, other)
+    assert "train and test have different classes: '0' is only in one of them" in refusal(
+        me.judge, encoder(), train, other
+    )
     turned = me.ImageSet.from_arrays(test.pixels, test.labels, classes=[*"1023456789"])
     assert "they are in another order" in refusal(me.judge, encoder(), train, turned)
     bare = me.ImageSet("bare", "test", (), None, "0" * 64, pixels=test.pixels)

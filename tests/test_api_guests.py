@@ -76,9 +76,9 @@ class Counts(Net):
         (Gives(lambda z: z / 0), "not finite"),
         (Gives(lambda z: z.argmax(1, keepdim=True)), "torch.int64; features are floating-point numbers"),
         (OtherWidth(), "6 numbers an image in evaluation mode and 2 x 3 in training mode"),
-        (Net().to("meta"), "net lies on meta"),
+        (Net().to("meta"), "net is on the meta device"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "lazy module (1.weight has no shape yet)"),
-        (Net().bfloat16(), "net takes no images of 3 x 32 x 32 pixels (RuntimeError"),
+        (Net().bfloat16(), "net does not take images of 3 x 32 x 32 pixels (RuntimeError"),
         ("net.pth", "net is a str; give a torch.nn.Module"),
         (Net, "net is a type"),
     ],
@@ -91,7 +91,7 @@ def test_a_vit_of_another_size():
     timm = pytest.importorskip("timm")
     shape = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
     net = timm.models.vision_transformer.VisionTransformer(img_size=32, **shape)
-    assert "net takes no images of 3 x 64 x 64 pixels" in refusal(me.wrap, net, me.Preprocessing(size=64))
+    assert "net does not take images of 3 x 64 x 64 pixels" in refusal(me.wrap, net, me.Preprocessing(size=64))
     assert me.wrap(net, SIZE).feature_dim == 32
 
 
@@ -115,10 +115,8 @@ def test_a_preprocessing_that_makes_no_sense(values, words):
 def test_a_network_that_moved_is_refused(few_digits):
     mine = encoder()
     mine.backbone.to("meta")
-    assert "device 'cpu': network lies on meta; move it there first" in refusal(
-        me.judge, mine, *few_digits, device="cpu"
-    )
-    assert "network lies on meta; move it to the CPU or to a GPU" in refusal(me.judge, mine, *few_digits)
+    assert "device 'cpu': network is on meta; move it there first" in refusal(me.judge, mine, *few_digits, device="cpu")
+    assert "network is on meta; move it to the CPU or to a GPU" in refusal(me.judge, mine, *few_digits)
 
 
 # The network is as it was

@@ -62,7 +62,7 @@ def parse(given: Sequence[str]) -> dict[str, Path]:
         if name in folders:
             raise InputError(f"--also names {name!r} twice; give each set a name of its own")
         if not Path(folder).is_dir():
-            raise InputError(f"--also {pair}: {folder} is no folder; give one that holds class folders")
+            raise InputError(f"--also {pair}: {folder} is not a folder; give one that holds class folders")
         folders[name] = Path(folder)
     return folders
 
@@ -107,9 +107,12 @@ def _roots(name: str, folder: Path, classes: Sequence[str], depth: int = 0) -> I
         raise InputError(f"--also {name}={folder} holds splits; give the one to test on: {name}={folder / splits[-1]}")
     if not below or 0 < len(strange) < len(below) or depth == 2:
         first = strange[0] if strange else None
-        what = f"has a folder {first!r}, which is none of the {len(classes)} training classes" if first else "is empty"
+        what = (
+            f"has a folder {first!r}, which is not one of the {len(classes)} training classes" if first else "is empty"
+        )
         raise InputError(
-            f"--also {name}: {folder} {what}; it must hold class folders, or such folders for each severity."
+            f"--also {name}: {folder} {what}; it must hold class folders, or one folder of class folders for each "
+            "severity."
             f"{did_you_mean(first, classes) if first else ''}"
         )
     for path in below:

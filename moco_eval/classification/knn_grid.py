@@ -32,7 +32,7 @@ def run_trial(task: Task, config: KnnGridConfig, seed: int, _state: Path | None,
     bank, queries = (task.features(part, config, device) for part in (images, task.test))
     chosen = choose(bank, torch.as_tensor(images.labels), len(images.classes), config, seed, device)
     if chosen.left_out:
-        log(f"k {', '.join(map(str, chosen.left_out))} left out: an image has {len(images) - 1} others")
+        log(f"k {', '.join(map(str, chosen.left_out))} left out: each image has only {len(images) - 1} others")
     best = chosen.best
     search: dict[str, Any] = {"distance": best.distance, "memory": in_bytes(config.memory), "device": device}
     neighbours = nearest_by_ranks(queries, bank, best.k, **search)

@@ -41,7 +41,7 @@ def run_trial(task: Task, config: SweepConfig, seed: int, state: Path | None, de
     kept, held = (images.take(rows) for rows in held_out(images.labels, config.held_out, seed))
     if not len(held):
         raise InputError(
-            "every class has one training image, none to spare for the choice of a head; take more --labels"
+            "every class has only one training image, so none can be held out to choose a head; take more --labels"
         )
     held_features, test_features = (_clean(task, part, config, device) for part in (held, task.test))
     backbone = freeze(placed(Several(task.encoder, config.features), task.encoder, device))

@@ -137,8 +137,8 @@ def _points(
 def _require_some(held: np.ndarray) -> None:
     if not len(held):
         raise InputError(
-            "every class has one training image, none to spare for the choice of C; take more labels, or one C alone: "
-            "--set path.count=1 --set path.low=1.0"
+            "every class has only one training image, so none can be held out to choose C; take more labels, or "
+            "one C alone: --set path.count=1 --set path.low=1.0"
         )
 
 
@@ -148,8 +148,8 @@ def _require_size(features: "Rows") -> None:
     deviation = float(np.sqrt(rows.var(axis=0).mean()))
     if deviation and not SIZES[0] <= deviation <= SIZES[1]:
         raise InputError(
-            f"the features have a standard deviation of {deviation:.1e}: at that size every C regularises as much as "
-            "any other; take another --feature, or divide the network's output by that number (moco_eval.wrap)"
+            f"the features have a standard deviation of {deviation:.1e}: at that size every C regularises alike; "
+            "take another --feature, or divide the network's output by that number (moco_eval.wrap)"
         )
 
 
@@ -160,7 +160,7 @@ def _troubles(points: Sequence["PathPoint"], best: "PathPoint", fit: "Fit", sett
     troubles = [f"{late} of {len(points)} fits of the path over C {ends}"] if late else []
     troubles += [] if fit.converged else [f"the fit at the chosen C {fit.C:.3g} {ends}"]
     for trouble in troubles:
-        warn(f"{trouble}; --set max_iterations={10 * settings.max_iterations} lets it go on")
+        warn(f"{trouble}; --set max_iterations={10 * settings.max_iterations} allows more")
     if best.C in (points[0].C, points[-1].C) and len(points) > 1:
         warn(f"the chosen C {best.C:.3g} is at the end of its path; widen --set path.low=... or path.high=...")
     return troubles

@@ -261,7 +261,7 @@ def _squares(rows: torch.Tensor) -> torch.Tensor:
     if not squares.isfinite().all():
         raise RunFailed(
             "features differ by more than float32 can square, so they have no Euclidean distances; are the BN "
-            "statistics damaged? Cosine similarities exist all the same: --set distance=[cosine]"
+            "statistics damaged? Cosine similarities can still be computed: --set distance=[cosine]"
         )
     return squares
 

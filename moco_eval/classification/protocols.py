@@ -343,8 +343,8 @@ def tasks(names: str) -> list[Protocol]:
     for name in (part.strip() for part in names.split(",")):
         if name not in known:
             meant = configs.did_you_mean(name, known)
-            raise InputError(f"--tasks {names!r}: {name!r} judges no extracted features.{meant}")
+            raise InputError(f"--tasks {names!r}: {name!r} does not work on extracted features.{meant}")
         if known[name] in chosen:
-            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; take one of them away")
+            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; remove one of them")
         chosen.append(known[name])
     return chosen

@@ -84,7 +84,9 @@ def _queries(labels: np.ndarray) -> np.ndarray:
     """The images of which there is another one of their class. Raises InputError where there are none."""
     queries = np.flatnonzero(np.bincount(labels)[labels] > 1)
     if not len(queries):
-        raise InputError("no class has two images, so that no query has an answer; give a set with several of each")
+        raise InputError(
+            "no class has two images, so no query has an answer; give a set with several images of each class"
+        )
     return queries
 
 
@@ -147,7 +149,7 @@ def check(task: Task) -> None:
     """Raises InputError for images without labels or of several classes, and where no class has two of them."""
     require_single_label(task.test)
     if task.test.labels is None or not len(task.test):
-        raise InputError(f"{task.test.name} {task.test.split} has no labels, so that no answer is right or wrong")
+        raise InputError(f"{task.test.name} {task.test.split} has no labels, so no answer can be checked")
     _queries(task.test.labels)
     network(task.encoder, task.feature)
     assert task.preprocessing  # raises where the channels differ

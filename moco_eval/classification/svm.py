@@ -73,8 +73,8 @@ def repeated(task: Task, config: SvmConfig) -> Task:
     """
     if task.trials != 1 or task.labels_per_class:
         raise InputError(
-            "low-shot draws its own labels: --set shots=[...] says how many, --set samples=N how often; leave --labels "
-            "and --trials away"
+            "low-shot draws its own labels: --set shots=[...] says how many, --set samples=N how often; leave out "
+            "--labels and --trials"
         )
     return replace(task, trials=config.samples)
 
@@ -350,7 +350,7 @@ def draw(labels: np.ndarray, shots: int, seed: int, names: Sequence[str] = ()) -
     drawn = np.full_like(labels, -1)
     classes = labels.shape[1]
     if classes < 2:
-        raise InputError("there is one class alone, so nothing to tell it from")
+        raise InputError("there is only one class, so there is nothing to tell it from")
     for column in range(classes):
         for value, wanted in ((1, shots), (0, (classes - 1) * shots)):
             images = np.flatnonzero(labels[:, column] == value)

@@ -98,7 +98,7 @@ def _signs_of_life(path: Path) -> Iterator[None]:
 
 
 def _wait_for(path: Path, alive: Path) -> None:
-    """Raises RunFailed where a trial does not appear, and the process that works on it has shown no life for long."""
+    """Raises RunFailed where a trial does not appear, and the process that works on it has not responded for long."""
     sign, since = None, time.monotonic()
     while not path.is_file():
         newest = _changed(alive)
@@ -106,7 +106,7 @@ def _wait_for(path: Path, alive: Path) -> None:
             sign, since = newest, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             raise RunFailed(
-                f"{path} is not there: the process that works on it has shown no life for {PATIENCE:.0f} s; is "
+                f"{path} is not there: the process that works on it has not responded for {PATIENCE:.0f} s; is "
                 f"{path.parent} a folder that all processes share? Run the same command to go on"
             )
         time.sleep(0.2)
@@ -144,7 +144,7 @@ def _is_whole(path: Path) -> bool:
             json.loads(str(arrays["notes"]))
             return bool(arrays["scores"].size) and "cached" in arrays.headers
     except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
-        warn(f"{path} cannot be read ({error}); this trial is done again")
+        warn(f"{path} cannot be read ({error}); this trial is repeated")
         path.unlink()
         return False
 

@@ -92,7 +92,9 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
         try:
             text = yaml.safe_dump(_plain(value), default_flow_style=True, width=sys.maxsize)
         except yaml.YAMLError:
-            raise InputError(f"{key} is {value!r}, of type {type(value).__name__}, which no config holds") from None
+            raise InputError(
+                f"{key} is {value!r}, of type {type(value).__name__}, which a config cannot hold"
+            ) from None
         overrides.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
     return overrides
 
@@ -125,11 +127,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     node, values = yaml_read.read(path)
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no mapping of keys to values")
+        raise InputError(f"{path} does not hold keys and values")
     lines: dict[str, str] = {}
     for key, line in _keys(node, ""):
         if key in lines:
-            raise InputError(f"key {key!r} stands twice in {path.name}, {lines[key]} and line {line}")
+            raise InputError(f"key {key!r} appears twice in {path.name}, {lines[key]} and line {line}")
         lines[key] = f"line {line}"
     return values, lines
 

@@ -33,7 +33,9 @@ class Optimizer(Extended, Sgd):
     @model_validator(mode="after")
     def _adamw_has_betas(self):
         if self.kind == "adamw" and self.sgd_momentum != type(self).model_fields["sgd_momentum"].default:
-            raise ValueError(f"sgd_momentum {self.sgd_momentum:g} is not AdamW's, which has betas; leave it out")
+            raise ValueError(
+                f"sgd_momentum {self.sgd_momentum:g} does not apply to AdamW, which has betas; leave it out"
+            )
         return self
 
 
@@ -147,11 +149,11 @@ class PretrainConfig(Extended):
     def _what_is_of_moco_v3_alone(self):
         if self.mechanism != "moco_v3":
             if self.hidden_dim is not None:
-                raise ValueError(f"hidden_dim is of mechanism moco_v3; mechanism {self.mechanism} takes none")
+                raise ValueError(f"hidden_dim is only for mechanism moco_v3, not for {self.mechanism}")
             if self.freeze_patches:
-                raise ValueError(f"freeze_patches is of a ViT in mechanism moco_v3, not of {self.mechanism}")
+                raise ValueError(f"freeze_patches is only for a ViT in mechanism moco_v3, not for {self.mechanism}")
             if self.momentum_schedule == "cosine" and self.mechanism != "moco":
-                raise ValueError(f"momentum_schedule is of a momentum encoder; mechanism {self.mechanism} has none")
+                raise ValueError(f"momentum_schedule needs a momentum encoder; mechanism {self.mechanism} has none")
             return self
         if not self.symmetric:
             raise ValueError("mechanism moco_v3 sums the losses of both directions; take --set symmetric=true")

@@ -26,7 +26,7 @@ class ProtocolName:
         """Raises InputError where the text has not the form of a protocol's name."""
         match = PATTERN.fullmatch(text)
         if match is None:
-            raise InputError(f"{text!r} is no protocol; the form is kind/name@version, such as knn/instdisc@1")
+            raise InputError(f"{text!r} is not a protocol; the form is kind/name@version, such as knn/instdisc@1")
         return cls(match[1], match[2], int(match[3]))
 
     def __str__(self) -> str:

@@ -144,7 +144,7 @@ class SegmentConfig(Model):
     @model_validator(mode="after")
     def _parts_fit(self):
         if self.sweep and self.model != "linear":
-            raise ValueError(f"sweep is of frozen encoders, model linear; got {self.model}")
+            raise ValueError(f"sweep is only for frozen encoders (model linear), got {self.model}")
         if self.auxiliary and self.model != "fcn_d8":
-            raise ValueError(f"auxiliary is of model fcn_d8; got {self.model}")
+            raise ValueError(f"auxiliary is only for model fcn_d8, got {self.model}")
         return self

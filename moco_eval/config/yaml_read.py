@@ -90,7 +90,7 @@ def _require_bounded(events: Iterable[yaml.Event], name: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             size = anchors.get(str(event.anchor), (1, 0))  # of an unknown anchor the composer says so
             if size is None:
-                raise InputError(f"{name}: the alias *{event.anchor} stands within what it stands for; write it out")
+                raise InputError(f"{name}: the alias *{event.anchor} contains itself; write it out")
             opened[-1].add(*size)
         if len(opened) > most_levels or opened[-1].levels > most_levels:
             limits.require(name, "depth", max(len(opened), opened[-1].levels))

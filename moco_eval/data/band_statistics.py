@@ -58,7 +58,7 @@ def table(bands: Bands) -> list[str]:
     """A line for each stored band: its number, name, mean and standard deviation."""
     taken = set(bands.order)
     return [
-        f"{bands.title(place)}: mean {mean:.6g}, std {std:.6g}{'' if place in taken else ' (not taken)'}"
+        f"{bands.title(place)}: mean {mean:.6g}, std {std:.6g}{'' if place in taken else ' (not used)'}"
         for place, (mean, std) in enumerate(zip(bands.mean, bands.std))
     ]
 

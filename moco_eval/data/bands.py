@@ -139,7 +139,9 @@ def _channels_first(values: np.ndarray, name: str, stored: int) -> np.ndarray:
     if (first == stored) != (last == stored):
         is_first = first == stored
     elif first == last:
-        raise InputError(f"{name} of shape {values.shape}: its first and last sides are equal, so which are channels?")
+        raise InputError(
+            f"{name} of shape {values.shape}: its first and last sides are equal, so it is not clear which are channels"
+        )
     else:
         is_first = first < last
     values = values if is_first else values.transpose(2, 0, 1)
@@ -157,7 +159,7 @@ def _of_pillow(data: bytes, name: str) -> np.ndarray:
     try:
         with open_image(io.BytesIO(data), name) as image:
             if image.mode not in FEW_BANDS:
-                raise InputError(f"{name} has pixels of the kind {image.mode}, which are no bands; save it in 8 bits")
+                raise InputError(f"{name} has pixels of the kind {image.mode}, which are not bands; save it in 8 bits")
             require_sides(name, (image.height, image.width, len(image.getbands())))
             values = np.asarray(image)
     except InputError:
@@ -233,7 +235,7 @@ def _names(path: Path, given: Any) -> list[str]:
     names = [str(name) for name in _list(path, "names", given)]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{path}: the name {name!r} stands there for several bands")
+            raise InputError(f"{path}: the name {name!r} is given to several bands")
     return names
 
 
@@ -242,7 +244,7 @@ def _count(path: Path, lists: dict[str, tuple]) -> int:
     counts = {key: len(values) for key, values in lists.items() if values}
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{count} in {key}" for key, count in counts.items())
-        raise InputError(f"{path}: as many entries are needed in each list, one a band, but there are {each}")
+        raise InputError(f"{path}: each list needs one entry per band, but there are {each}")
     count = max(counts.values(), default=0)
     if count > MOST_BANDS:
         raise InputError(f"{path} describes {count} bands, and {MOST_BANDS} are the most")

@@ -107,7 +107,7 @@ def read_benchmark(name: str, folder: Path, split: str) -> ImageSet:
     parts = [_read_part(name, root, part) for part in benchmark.splits[split]]
     classes = parts[0][2]
     if any(part[2] != classes for part in parts):
-        raise InputError(f"{name}: its {' and '.join(benchmark.splits[split])} lists have not the same classes")
+        raise InputError(f"{name}: its {' and '.join(benchmark.splits[split])} lists do not have the same classes")
     paths, labels = [path for part in parts for path in part[0]], [label for part in parts for label in part[1]]
     if not paths or not 0 <= min(labels) <= max(labels) < len(classes):
         raise InputError(

@@ -163,8 +163,8 @@ def _refuse_spellings(name: str, odd: list[str]) -> None:
         other = seen.setdefault(unicodedata.normalize("NFC", spelling).casefold(), spelling)
         if other != spelling:
             raise InputError(
-                f"{name}: class {other!a} of one split and {spelling!a} of the other differ in capitals or in the "
-                "Unicode form of a letter alone; rename one of them"
+                f"{name}: class {other!a} of one split and {spelling!a} of the other differ only in capitals or in the "
+                "Unicode form of a letter; rename one of them"
             )
 
 
@@ -260,7 +260,7 @@ def _check_bands(name: str, data: Path | None, writes: bool) -> list[str]:
     if bands is None:
         return []
     if writes and bands.mean:
-        raise InputError(f"{bands.path} has mean and std already; remove both lines to have them measured anew")
+        raise InputError(f"{bands.path} has mean and std already; remove both lines to have them measured again")
     listing = list_images(folder, None if name == "flat" else "train", BAND_FILES)
     images = ImageSet(name, "train", listing.classes, None, listing.fingerprint, **_files(listing))
     images = of_bands(images, bands, measured=False)
@@ -304,7 +304,7 @@ def require_whole(images: ImageSet, limit: int) -> list[str]:
     several = ", ..." if len(images.damaged) > 5 else ""
     message = f"{len(images.damaged)} damaged in {images.name}: {', '.join(images.damaged[:5])}{several}"
     if len(images.damaged) > limit:
-        raise InputError(f"{message}; mend them, or allow for them by --set bad_images={len(images.damaged)}")
+        raise InputError(f"{message}; mend them, or allow them with --set bad_images={len(images.damaged)}")
     return [f"{message}; the images before each damage are used"]
 
 

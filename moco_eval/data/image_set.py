@@ -290,8 +290,8 @@ def require_single_label(images: ImageSet) -> None:
     """Raises InputError where an image may show several classes, for protocols that take one."""
     if images.multi_label:
         raise InputError(
-            f"{images.name} has images of several classes at once, and this protocol takes one class an image; "
-            "evaluate it by moco-eval svm"
+            f"{images.name} has images of several classes at once, and this protocol needs one class per image; "
+            "evaluate it with moco-eval svm"
         )
 
 
@@ -317,7 +317,7 @@ def require_judgeable(train: ImageSet, test: ImageSet) -> None:
         return
     if len(train.classes) < 2:
         raise InputError(
-            f"{train.name} has one class only, {train.classes[0]!r}: every answer would be right; give images of two "
+            f"{train.name} has only one class, {train.classes[0]!r}: every answer would be right; give images of two "
             "classes or more"
         )
     missing = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)

@@ -93,7 +93,7 @@ class ImageFiles:
         if len(data) != size:
             there = len(data) if len(data) < size else os.stat(path).st_size  # noqa: PTH116
             raise InputError(
-                f"{path} has {there} bytes, but {size} when it was listed; touch its folder to have it listed anew"
+                f"{path} has {there} bytes, but {size} when it was listed; touch its folder to have it listed again"
             )
         return data
 
@@ -170,7 +170,7 @@ def _listed(path: Path, folder: Path, split: str | None, endings: tuple[str, ...
 @functools.cache
 def say_not_kept(reason: str) -> None:
     """Once, that the next start takes as long as this one."""
-    warn(f"no index of the images is kept ({reason.partition(';')[0]}); MOCO_EVAL_CACHE may name another folder")
+    warn(f"no index of the images is kept ({reason.partition(';')[0]}); set MOCO_EVAL_CACHE to another folder")
 
 
 # Looking

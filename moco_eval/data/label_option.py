@@ -47,7 +47,9 @@ class Labels:
         assert self.share is not None
         name = SHARES[self.share]
         if not isinstance(images.files, ImageFiles):
-            raise InputError(f"--labels {self.share} is a list of ImageNet's file names, which {images.name} has not")
+            raise InputError(
+                f"--labels {self.share} is a list of ImageNet's file names, which {images.name} does not have"
+            )
         path = Path(images.files.root) / name
         if not path.is_file():
             raise InputError(

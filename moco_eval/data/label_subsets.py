@@ -74,10 +74,10 @@ def read_list(path: Path) -> tuple[list[str], str]:
     except InputError as error:
         raise InputError(f"cannot read --labels {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8; save it as such"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text; save it as UTF-8"
         raise InputError(f"cannot read --labels {path}: {reason}") from None
     if not names:
-        raise InputError(f"--labels {path} names no images; it takes one a line, such as n01440764_10026.JPEG")
+        raise InputError(f"--labels {path} names no images; it needs one per line, such as n01440764_10026.JPEG")
     digest = hashlib.sha256(data).hexdigest()
     return names, PUBLISHED.get(digest, f"the {len(names)} images of an unpublished list, sha256 {digest}")
 

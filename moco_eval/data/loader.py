@@ -190,7 +190,7 @@ class Examples(Dataset):
         except InputError as error:
             if not self.tolerant:
                 raise
-            tell(f"warning: {error}; here a grey image takes its place", "warnings")
+            tell(f"warning: {error}; a grey image is used in its place", "warnings")
             return _grey(self.images)
 
     def __len__(self) -> int:

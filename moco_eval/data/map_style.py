@@ -247,7 +247,7 @@ class Columns:
             )
         for argument, name in (("image", image), ("label", label)):
             if name not in columns:
-                raise InputError(f"{argument} {name!r} is no column; there are {', '.join(columns)}")
+                raise InputError(f"{argument} {name!r} is not a column; there are {', '.join(columns)}")
         return cls(dataset, image, label, list(dataset[label]))
 
     def __len__(self) -> int:

@@ -159,13 +159,13 @@ def as_rgb(image: Image.Image, name: str, form: str | None = None) -> Image.Imag
     """
     if image.mode == "F":
         raise InputError(
-            f"{name} holds floating-point pixels{_span(image)}, of no known scale; save it in 8 or 16 bits"
+            f"{name} holds floating-point pixels{_span(image)}, whose scale is unknown; save it in 8 or 16 bits"
         )
     if image.mode == "I" and (form or image.format) not in SIXTEEN_BITS:
         low, high = (int(end(np.asarray(image))) for end in (np.min, np.max))
         if not 0 <= low <= high <= 255:
             raise InputError(
-                f"{name} holds 32-bit integers, {low} to {high}, which are no 0 to 255; save it in 8 or 16 bits"
+                f"{name} holds 32-bit integers, {low} to {high}, which are not within 0 to 255; save it in 8 or 16 bits"
             )
         return image.convert("L").convert("RGB")
     if image.mode.startswith("I"):

@@ -114,7 +114,7 @@ class Shards:
         except OSError as error:
             raise InputError(f"{shard.path} cannot be read ({error.strerror}); mend or remove it") from None
         if len(data) != size:
-            raise InputError(f"{shard.path} has become shorter while it was read; give it back and start again")
+            raise InputError(f"{shard.path} has become shorter while it was read; restore it and start again")
         return data
 
     def _find(self, index: int) -> tuple[Shard, int]:

@@ -208,7 +208,7 @@ def explanation(error: str, reason: str = "") -> str | None:
         if re.search(pattern, f"{reason} {error}"):
             return message.format(shm=SHARED_MEMORY, files=files)
     if reason:
-        return f"a loader process could not send its batch ({reason}); --workers 0 does without them"
+        return f"a loader process could not send its batch ({reason}); --workers 0 works without them"
     assert lost
     how = f"was ended by signal {lost[2].strip()!r}" if lost[2] else "has ended"
     return (

@@ -51,7 +51,7 @@ def _torch(machine: Machine) -> Check:
         return Check("torch", built)
     if machine.cuda is None:
         way_out = (
-            "this machine has an NVIDIA driver, and this torch is for CPUs alone; install one with CUDA "
+            "this machine has an NVIDIA driver, but this torch is for CPUs only; install one with CUDA "
             "(pytorch.org/get-started)"
         )
     else:
@@ -72,7 +72,7 @@ def _gpus(machine: Machine) -> list[Check]:
         *(_broken(index, gpu.failure) for index, gpu in enumerate(machine.gpus) if gpu.failure),
     ]
     new = all(gpu.capability >= AMPERE for gpu in machine.gpus)
-    known = Check("bf16, TF32", "yes, both") if new else Check("bf16, TF32", "no: --precision fp32 is taken")
+    known = Check("bf16, TF32", "yes, both") if new else Check("bf16, TF32", "no: --precision fp32 is used")
     links = [Check("links", ", ".join(machine.links) or "unknown")] if len(machine.gpus) > 1 else []
     return [*lines, *links, known]
 
@@ -91,8 +91,8 @@ def _names(machine: Machine) -> list[str]:
 def _exchange(machine: Machine) -> list[Check]:
     if machine.exchange_failure:
         way_out = (
-            "run with NCCL_DEBUG=INFO to see why; NCCL_P2P_DISABLE=1 helps where GPUs cannot reach each other, and "
-            "--nproc 1 does without"
+            "run with NCCL_DEBUG=INFO to see why; NCCL_P2P_DISABLE=1 helps if GPUs cannot reach each other, and "
+            "--nproc 1 works without it"
         )
         return [Check("NCCL all_reduce", machine.exchange_failure, "broken", way_out)]
     if machine.exchange is None:
@@ -105,8 +105,10 @@ def _compiler(machine: Machine) -> Check:
         return Check("torch.compile", "works")
     way_out = "install a C++ compiler (apt-get install g++), or take --set compile=false"
     if machine.gpus:
-        return Check("torch.compile", machine.compiler, "broken", f"pretraining goes on without it, slower; {way_out}")
-    return Check("torch.compile", machine.compiler, "note", "on a CPU it is used with --set compile=true alone")
+        return Check(
+            "torch.compile", machine.compiler, "broken", f"pretraining works without it, but more slowly; {way_out}"
+        )
+    return Check("torch.compile", machine.compiler, "note", "on a CPU it is used only with --set compile=true")
 
 
 def _shared(machine: Machine) -> Check:
@@ -119,7 +121,7 @@ def _shared(machine: Machine) -> Check:
     use = f"{WORKERS} loader processes of a recipe of 256 photos"
     way_out = "start the container with docker run --shm-size=8g (or --ipc=host)"
     if machine.shared_free >= needed:
-        wanted = f"{use} use {workers.PREFETCH * needed / 1e6:,.0f} MB where it is there"
+        wanted = f"{use} use {workers.PREFETCH * needed / 1e6:,.0f} MB if there is room"
         return Check(name, value, "note", f"{wanted}; {way_out}")
     return Check(name, value, "broken", f"{use} need {needed / 1e6:,.0f} MB; {way_out}, or take --workers 0")
 

@@ -82,7 +82,7 @@ def exchange_rate(ranks: int, device: str = "cuda", count: int = EXCHANGED_BYTES
             deadline = time.monotonic() + EXCHANGE_SECONDS
             while not started.join(timeout=max(0.1, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
-                    raise RunFailed(f"it did not end in {EXCHANGE_SECONDS} s")
+                    raise RunFailed(f"it did not end within {EXCHANGE_SECONDS} s")
         except RunFailed:
             raise
         except Exception as error:  # of whatever a rank raised

@@ -236,7 +236,7 @@ def _arguments(name: str, given: list[str], known: tuple[str, ...]) -> tuple[tup
     for pair in given:
         key, equals, text = pair.partition("=")
         if key not in known or not equals or not text or key in arguments:
-            raise InputError(f"architecture {name!r}: {pair!r} is no argument of it.{did_you_mean(key, known)}")
+            raise InputError(f"architecture {name!r}: {pair!r} is not an argument of it.{did_you_mean(key, known)}")
         value, most, least = _value(text), MOST.get(key, LARGEST), 0 if key == "reg_tokens" else 1
         counts = key in MOST or type(value) is int
         if counts and not (type(value) is int and least <= value <= most):
@@ -275,7 +275,7 @@ def resnet(name: str) -> Architecture:
     """Raises InputError where the name is no ResNet's."""
     arch = architecture(name)
     if not isinstance(arch, Architecture):
-        raise InputError(f"{name} is no ResNet; this takes one of {', '.join(ARCHITECTURES)}")
+        raise InputError(f"{name} is not a ResNet; this takes one of {', '.join(ARCHITECTURES)}")
     return arch
 
 
@@ -341,7 +341,7 @@ def build_transformer(name: str, num_classes: int = 0) -> nn.Module:
 
     arch = architecture(name)
     if not isinstance(arch, VisionTransformer):
-        raise InputError(f"{name} is no vision transformer")
+        raise InputError(f"{name} is not a vision transformer")
     return TimmTransformer(
         img_size=arch.size,
         patch_size=arch.patch,

@@ -204,7 +204,7 @@ def _joined(path: Path, named: dict[str, dict]) -> dict[str, Any]:
     """
     for name in (str(name) for inner in named.values() for name in inner):
         if len(name) > LONGEST or not name.isprintable():
-            raise InputError(f"{path} has a tensor by the name of {shown(name)!r}, as no network has")
+            raise InputError(f"{path} has a tensor named {shown(name)!r}, which no network has")
     plain = {part + unwrapped(str(name)): value for part, inner in named.items() for name, value in inner.items()}
     if len(plain) != sum(len(inner) for inner in named.values()):
         raise InputError(f"{path} holds the same tensors twice, with and without a leading 'module.'")

@@ -249,7 +249,7 @@ def _in_time(ask: Callable[[], http.client.HTTPResponse]) -> http.client.HTTPRes
     try:
         answer = answers.get(timeout=ANSWER)
     except queue.Empty:
-        raise TimeoutError(f"no whole answer in {ANSWER:.0f} s") from None
+        raise TimeoutError(f"no complete answer in {ANSWER:.0f} s") from None
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -273,7 +273,7 @@ def _start(place: Place, response: http.client.HTTPResponse, have: int) -> tuple
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != have:
             _forget(place)
-            raise RunFailed(f"{place.host} sends another part than was asked for; run the same command to start anew")
+            raise RunFailed(f"{place.host} sent another part than was asked for; run the same command to start again")
         total = int(match[2])
     else:
         have = 0
@@ -328,10 +328,10 @@ def _blocks(place: Place, response: http.client.HTTPResponse) -> Iterator[bytes]
             yield block
             now, arrived = time.monotonic(), arrived + len(block)
             if now - began > DEADLINE:
-                raise RunFailed(_cut(place, f"not all has arrived in {DEADLINE / 3600:.3g} hours"))
+                raise RunFailed(_cut(place, f"the download was not complete in {DEADLINE / 3600:.3g} hours"))
             if now - since > WINDOW:
                 if arrived < SLOWEST * WINDOW:
-                    raise RunFailed(_cut(place, f"fewer than {SLOWEST / 1000:.0f} kB a second in {WINDOW:.0f} s"))
+                    raise RunFailed(_cut(place, f"less than {SLOWEST / 1000:.0f} kB a second in {WINDOW:.0f} s"))
                 since, arrived = now, 0
     except (OSError, http.client.HTTPException) as error:
         raise RunFailed(_cut(place, _reason(error))) from None

@@ -95,9 +95,9 @@ def _known(kind: str, transformer: bool) -> Processor:
 def _require_built(values: dict[str, Any]) -> None:
     """Raises ValueError where images are not resized, or are padded."""
     if values.get("do_resize") is False:
-        raise ValueError("its do_resize is False: it takes images as large as they come, and here all get one size")
+        raise ValueError("its do_resize is False: it takes images of any size, and here all are resized to one size")
     if values.get("do_pad") is True:
-        raise ValueError("its do_pad is True, and no image is padded here")
+        raise ValueError("its do_pad is True, and images are not padded here")
 
 
 def _cut(values: dict[str, Any], processor: Processor, kind: Any) -> tuple[int, int, bool]:
@@ -128,7 +128,7 @@ def _side(value: Any) -> int:
         if "shortest_edge" not in value and value.get("width", side) != side:
             raise ValueError(f"its size {value!r} is not square, and only square images are cut here")
     if type(side) is not int:
-        raise ValueError(f"its size {value!r} is neither a number nor has it a shortest_edge or a height")
+        raise ValueError(f"its size {value!r} is not a number and has neither a shortest_edge nor a height")
     return side
 
 

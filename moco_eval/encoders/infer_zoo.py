@@ -27,11 +27,11 @@ def zoo_architectures(tensors: Mapping[str, Tensor], prefer: str | None = None) 
 
 
 def require_one(source: str, names: list[str]) -> str:
-    """The only one. Raises InputError where several have these tensors and compute differently."""
+    """The only one. Raises InputError where several have these tensors but compute differently."""
     if len(names) > 1:
         raise InputError(
-            f"{source}: {_listed(names)} have these tensors and compute differently (padding, epsilon, activation, "
-            f"blur or windows), which no tensor tells; choose one: --arch {names[0]}"
+            f"{source}: {_listed(names)} have these tensors but compute differently (padding, epsilon, activation, "
+            f"blur or windows), which the tensors do not show; choose one: --arch {names[0]}"
         )
     return names[0]
 

@@ -75,7 +75,7 @@ def format_description(facts: dict[str, Any]) -> str:
 
 def _preprocessing(values: dict[str, Any] | None) -> str:
     if values is None:
-        return "not said; the data set's own is taken"
+        return "not said; the data set's own is used"
     numbers = {name: ", ".join(f"{value:g}" for value in values[name]) for name in ("mean", "std")}
     if values["channels"] == BANDS:
         pixels = f"{len(values['mean'])} bands in the units in which they are stored"

@@ -125,7 +125,7 @@ def _row(source: str, tensors: dict[str, Tensor]) -> Layout:
     for row in LAYOUTS:
         if "torchvision" in row.origin and fits(row, tensors, None):
             return row
-    raise InputError(f"{source} is no network that is built here; moco_eval.wrap judges torchvision's own")
+    raise InputError(f"{source} is a network that is not built here; moco_eval.wrap judges torchvision's own")
 
 
 def _theirs(arch: str, tensors: dict[str, Tensor]) -> nn.Module:

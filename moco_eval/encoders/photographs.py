@@ -16,7 +16,7 @@ def require_photographs(encoder: Encoder, command: str) -> None:
         kind = f"images of {channels} channels" if channels != 3 else "three bands in units of their own"
         raise InputError(
             f"{command} trains on photographs of 3 channels, RGB of 8 bits, and {encoder.source} takes {kind}; judge "
-            "it by the classification protocols, or take an encoder of RGB images"
+            "it with the classification protocols, or take an encoder of RGB images"
         )
 
 

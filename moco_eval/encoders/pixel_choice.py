@@ -80,7 +80,7 @@ def _read(key: str, value: str) -> Any:
         return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
         wanted = {tuple: "numbers between commas", bool: "true or false", int: "a whole number"}[kind]
-        raise InputError(f"--pixels {key}={value}: {wanted} must stand there") from None
+        raise InputError(f"--pixels {key}={value}: give {wanted}") from None
 
 
 def with_pixels(encoder: "Encoder", given: Mapping[str, Any]) -> "Encoder":
@@ -98,7 +98,7 @@ def with_pixels(encoder: "Encoder", given: Mapping[str, Any]) -> "Encoder":
     own = encoder.preprocessing
     if own is None and (missing := [key for key in WHOLE if key not in given]):
         raise InputError(
-            f"--pixels: {encoder.source} does not say its pixels, so that {', '.join(WHOLE)} belong together; "
+            f"--pixels: {encoder.source} does not say its pixels, so that {', '.join(WHOLE)} must be given together; "
             f"{', '.join(missing)} missing"
         )
     chosen = _applied(own or Preprocessing(), given)
@@ -135,7 +135,7 @@ def _for_channels(key: str, value: Any, own: Preprocessing) -> tuple[float, ...]
     """One number for each channel. Raises InputError for what is no numbers."""
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not numbers or any(type(number) not in (int, float) for number in numbers):
-        raise InputError(f"--pixels {key}={value!r}: numbers must stand there")
+        raise InputError(f"--pixels {key}={value!r}: give numbers")
     return numbers * own.in_channels if len(numbers) == 1 else numbers
 
 

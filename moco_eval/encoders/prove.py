@@ -118,7 +118,7 @@ def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, l
         stem = " (CIFAR stem)" if _cifar_stem(best) and not _cifar_stem(arch) else ""
         return f"This looks like {best}{stem}: try --arch {best}."
     if wrong.keys() == {"are missing"} and _is_cut(wrong["are missing"], expected(arch)):
-        return f"The rest is a {arch}: the file is incomplete; write it again from where it was trained."
+        return f"The rest is a {arch}: the file is incomplete; save it again where it was trained."
     if kind := kind_of(tensors):
         return f"It is {kind.sentence}: {kind.way_out}."
     if structure(tensors) != structure(expected(arch)):
@@ -129,9 +129,9 @@ def _explanation(tensors: Mapping[str, Tensor], arch: str, wrong: Mapping[str, l
     if wrong.keys() == {"are unexpected"}:
         return (
             f"The rest is a {arch}: a network with more to compute than that is not built here (moco_eval.wrap judges "
-            "any); have a head of your own saved apart."
+            "any); save a head of your own in another file."
         )
-    return f"The rest is a {arch}: the file is incomplete or was altered; write it again from where it was trained."
+    return f"The rest is a {arch}: the file is incomplete or was altered; save it again where it was trained."
 
 
 def _is_cut(missing: list[str], wanted: Mapping[str, Tensor]) -> bool:

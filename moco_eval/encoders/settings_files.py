@@ -92,7 +92,7 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str, arch: str) -> Fi
                 "moco_eval.wrap"
             ) from None
         except (InputError, KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
-            raise InputError(f"{path}: {error}; correct it, or move it away to go without") from None
+            raise InputError(f"{path}: {error}; correct it, or move it away to do without it") from None
         if settings:
             doubts = settings.pop("warnings", ())
             return FileSettings(name, **settings, warnings=(*_left_aside(aside, arch), *doubts))
@@ -100,7 +100,7 @@ def settings_beside(checkpoint: Path, sha256: str, origin: str, arch: str) -> Fi
 
 
 def _left_aside(aside: dict[str, str], arch: str) -> tuple[str, ...]:
-    return tuple(f"{name} beside it is {why}, and this a {arch}: it was left aside" for name, why in aside.items())
+    return tuple(f"{name} beside it is {why}, and this a {arch}: it was ignored" for name, why in aside.items())
 
 
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # transformers looks into the first one first

@@ -94,7 +94,7 @@ def _way_out(checkpoint: Checkpoint) -> str:
 
 
 def _none_at_all(checkpoint: Checkpoint) -> str:
-    return f"checkpoints of {checkpoint.layout.origin} have one encoder only; leave it out"
+    return f"checkpoints of {checkpoint.layout.origin} have only one encoder; leave it out"
 
 
 def _absent(checkpoint: Checkpoint, encoder: str) -> str:
@@ -105,7 +105,7 @@ def _absent(checkpoint: Checkpoint, encoder: str) -> str:
     there = checkpoint.layout.prefixes(other)[0]
     if there is not None and any(re.match(there, name) for name in checkpoint.tensors):
         return f"only the {other} encoder is in this file: --encoder {other}"
-    return "no backbone is in this file, only what stands on one; save the whole network"
+    return "this file has no backbone, only what belongs on top of one; save the whole network"
 
 
 def _other(names: list[str], encoder: str) -> list[tuple[str, str]]:

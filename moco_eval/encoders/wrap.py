@@ -102,7 +102,7 @@ def _given_back(encoder: Encoder) -> Iterator[None]:
                 tensor.requires_grad_(wanted)
     if encoder.wrapped and digest_of(net) != before:
         raise RunFailed(
-            f"{encoder.source}: a tensor of the network changed while it was judged; does its forward do it?"
+            f"{encoder.source}: a tensor of the network changed while it was judged; does its forward change it?"
         )
 
 
@@ -120,9 +120,11 @@ def _require_tensors(net: nn.Module) -> None:
     """Raises InputError where a tensor has no values yet."""
     for name, tensor in tensors_of(net).items():
         if is_lazy(tensor):
-            raise InputError(f"net has a lazy module ({name} has no shape yet); let one batch pass first")
+            raise InputError(f"net has a lazy module ({name} has no shape yet); run one batch through it first")
         if tensor.is_meta:
-            raise InputError(f"net lies on meta, where tensors have no values ({name}); load its weights first")
+            raise InputError(
+                f"net is on the meta device, where tensors have no values ({name}); load its weights first"
+            )
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -154,8 +156,8 @@ def _features(net: nn.Module, images: Tensor, size: int) -> object:
     except Exception as error:  # whatever somebody's forward raises
         reason = (message_of(error).splitlines() or [""])[0]
         raise InputError(
-            f"net takes no images of 3 x {size} x {size} pixels ({type(error).__name__}: {reason}); give the "
-            "preprocessing of the size that it takes"
+            f"net does not take images of 3 x {size} x {size} pixels ({type(error).__name__}: {reason}); give a "
+            "preprocessing with the size that it takes"
         ) from None
 
 
@@ -168,7 +170,7 @@ def _width(features: object) -> int:
         )
     shape = " x ".join(map(str, features.shape))
     if features.dim() == 4:
-        raise InputError(f"net gives maps, {shape}: pooling is missing; wrap a module that averages over their places")
+        raise InputError(f"net gives maps, {shape}: pooling is missing; wrap a module that averages over positions")
     if features.dim() != 2 or len(features) != 2:
         raise InputError(f"net gives {shape} for 2 images; it must give one row of features for each, (N, D)")
     if not features.is_floating_point():

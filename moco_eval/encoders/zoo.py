@@ -124,7 +124,7 @@ class Manifest(Model):
     def _names_are_file_names(cls, entries: dict[str, Entry]) -> dict[str, Entry]:
         for name in entries:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-                raise ValueError(f"name {name!r} is not of small letters, digits, _ and -")
+                raise ValueError(f"name {name!r} may hold only small letters, digits, _ and -")
         return entries
 
 
@@ -155,7 +155,7 @@ def _shipped() -> dict[str, Entry]:
 
 def _read(path: Path) -> dict[str, Entry]:
     if path.suffix not in (".yaml", ".yml"):
-        raise InputError(f"MOCO_EVAL_ZOO={path} is no YAML file; see docs/zoo.md for what it holds")
+        raise InputError(f"MOCO_EVAL_ZOO={path} is not a YAML file; see docs/zoo.md for its format")
     return configs.load(str(path), "zoo", Manifest).entries
 
 

@@ -250,7 +250,7 @@ def open_folder(folder: Path) -> Features:
     shards, images = _shards(folder, known), (key.get("data") or {}).get("images")
     for path in shards.values():
         if not _is_sound(path):
-            raise InputError(f"{path} is damaged: its bytes are not those that were written; extract it anew")
+            raise InputError(f"{path} is damaged: its bytes are not those that were written; extract it again")
     parts = [_mapped(path, key.get("precision")) for _, path in sorted(shards.items())]
     if (held := sum(map(len, parts))) != images or not parts:
         raise InputError(f"{folder} holds features of {held} of {images} images; run the extraction to its end")
@@ -327,14 +327,14 @@ class _Entry:
         except InputError as error:
             raise InputError(f"{error}; remove that folder of features") from None
         if kept != key:
-            raise InputError(f"{path} does not say what this folder's name says; remove the folder")
+            raise InputError(f"{path} does not agree with this folder's name; remove the folder")
         _say_whose(self.folder)
         self._require_manifest()
         named, shards = self.shards(), _shards(self.folder)
         for number in sorted(shards.keys() - named.keys()):
-            warn(f"{shards[number]} is not named in {MANIFEST} and is not read; shard {number} is extracted anew")
+            warn(f"{shards[number]} is not named in {MANIFEST} and is not read; shard {number} is extracted again")
         for number, shard in _damaged(named):
-            warn(f"{shard} is damaged: its bytes are not those that were written; shard {number} is extracted anew")
+            warn(f"{shard} is damaged: its bytes are not those that were written; shard {number} is extracted again")
             _remove(shard)
 
     def _require_manifest(self) -> None:
@@ -458,7 +458,7 @@ def _shards(folder: Path, known: dict[int, list[str]] | None = None) -> dict[int
     shards = {}
     for path in sorted(folder.glob("[!.]*.npy")):
         if not SHARD_NAME.fullmatch(path.name) or not path.is_file():
-            raise InputError(f"{path} is no shard of features, and is not read; move it away")
+            raise InputError(f"{path} is not a shard of features, and is not read; move it away")
         if known is None or _is_named(path, known):
             shards[_number_of(path)] = path
     return shards
@@ -483,12 +483,12 @@ def _mapped(path: Path, precision: Any) -> np.ndarray:
         if not isinstance(part, np.ndarray):
             raise ValueError("an archive")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is no array of features: {error}; remove it, and it is extracted anew") from None
+        raise InputError(f"{path} is not an array of features: {error}; remove it, and it is extracted again") from None
     wanted = np.dtype(np.int16 if precision == "bf16" else np.float32)
     if part.ndim != 2 or part.dtype != wanted or not part.shape[1]:
         raise InputError(
-            f"{path} is no array of features: of type {part.dtype} and shape {part.shape}, not {wanted} and (images, "
-            "dimensions); remove it, and it is extracted anew"
+            f"{path} is not an array of features: of type {part.dtype} and shape {part.shape}, not {wanted} and "
+            "(images, dimensions); remove it, and it is extracted again"
         )
     return part
 

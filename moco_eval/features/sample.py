@@ -113,7 +113,7 @@ def _trouble(sample: Sample) -> str | None:
     if not ((variance >= 0) & (variance < 1.001)).all():  # but for rounding
         return "a share of the variance is not between 0 and 1"
     if label.ndim == 1 and not ((label >= 0) & (label < classes)).all():
-        return f"a label is none of its {classes} classes"
+        return f"a label is not one of its {classes} classes"
     if label.ndim == 2 and not np.isin(label, (-1, 0, 1)).all():
-        return "a label is none of 1, 0 and -1"
+        return "a label is not 1, 0 or -1"
     return None

@@ -52,7 +52,7 @@ def _require_stage(encoder: Encoder, stage: str) -> None:
     stages = [known.name for known in encoder.network.stages]
     if stage not in stages:
         has = f"it has pooled, head and {', '.join(stages)}" if stages else "it has pooled alone"
-        raise InputError(f"--feature {stage!r} is no stage of {encoder.arch}; {has}")
+        raise InputError(f"--feature {stage!r} is not a stage of {encoder.arch}; {has}")
 
 
 class Several(nn.Module):

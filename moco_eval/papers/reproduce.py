@@ -94,7 +94,7 @@ def choose(table: Table, asked: Sequence[str]) -> tuple[list[Row], list[tuple[st
     reasons = {row.label: why for row in chosen if (why := chain.why_none(table, row))}
     refused = [row for part in parts if all(row.label in reasons for row in part) for row in part]
     if refused:
-        raise InputError(f"cannot be had of {table.id}: {_with_reasons(refused, reasons)}")
+        raise InputError(f"cannot be reproduced of {table.id}: {_with_reasons(refused, reasons)}")
     return [row for row in chosen if row.label not in reasons], list(reasons.items())
 
 
@@ -244,7 +244,7 @@ def alone(runs: Path) -> Iterator[IO[Any]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another reproduce, or a step that one has left, is at work in {runs}; wait, or take other --runs"
+                f"another reproduce, or a step that it left running, is at work in {runs}; wait, or take another --runs"
             ) from None
         except OSError:  # a file system without locks
             pass

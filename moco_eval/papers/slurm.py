@@ -106,7 +106,7 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
         if key in OURS or not key:
             raise InputError(f"--sbatch {option!r}: reproduce sets that itself; for example --sbatch partition=gpu")
         if key in ONE_TASK:
-            raise InputError(f"--sbatch {option!r}: a step is one task on one machine; --nproc says its processes")
+            raise InputError(f"--sbatch {option!r}: a step is one task on one machine; --nproc sets its processes")
         parameters[key] = value if equals else True
     return parameters
 
@@ -156,5 +156,5 @@ def _remembered(runs: Path) -> dict[str, str]:
     path = _jobs(runs)
     jobs = files.read_json(path) if path.is_file() else {}
     if not isinstance(jobs, dict) or not all(isinstance(job, str) and JOB.fullmatch(job) for job in jobs.values()):
-        raise InputError(f"{path} does not hold the number of a job for each output; move it away to submit anew")
+        raise InputError(f"{path} does not hold the number of a job for each output; move it away to submit again")
     return jobs

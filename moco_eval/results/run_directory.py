@@ -105,7 +105,7 @@ def _require_ours(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a folder")
     if output.is_dir() and not _names(output) <= BEGUN and not (output / "config.yaml").is_file():
-        raise InputError(f"--output {output} holds files that are no run of ours; choose another or empty it")
+        raise InputError(f"--output {output} holds files that are not one of our runs; choose another or empty it")
 
 
 def _names(folder: Path) -> set[str]:
@@ -121,7 +121,9 @@ def finished(output: Path) -> dict[str, Any] | None:
     """The record of a run that is already done. Raises InputError where it is damaged, or something else."""
     record = run_files.read_record(output)
     if record is None and run_files.is_there(output / "result.json"):
-        raise InputError(f"{output / 'result.json'} is no result record of ours; remove it, or choose another --output")
+        raise InputError(
+            f"{output / 'result.json'} is not one of our result records; remove it, or choose another --output"
+        )
     return record
 
 

@@ -58,5 +58,5 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, cost: C
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not readable ({reason}); delete it to start this run again") from None
-    console.log(f"going on from iteration {done} of {path}")
+    console.log(f"resuming from iteration {done} of {path}")
     return done, finished

@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name!r} is no device; take auto, cpu, cuda or cuda:N") from None
+        raise InputError(f"--device {name!r} is not a device; take auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {name}: no CUDA device is visible here; take --device cpu")
@@ -250,7 +250,7 @@ def compile_failure(device: torch.device) -> str:
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here; where it does not, that is said once."""
     if reason := compile_failure(device):
-        warn(f"torch.compile does not work here ({reason}); going on without it")
+        warn(f"torch.compile does not work here ({reason}); continuing without it")
     return not reason
 
 
@@ -258,7 +258,7 @@ def can_compile(device: torch.device) -> bool:
 def can_record(device: torch.device) -> bool:
     """Whether compiled networks run as CUDA graphs here: tried on one small network; where not, that is said once."""
     if device.type != "cuda":
-        warn(f"compile reduce-overhead records CUDA graphs, which {device} has not; going on without graphs")
+        warn(f"compile reduce-overhead records CUDA graphs, which {device} does not have; continuing without graphs")
         return False
     try:
         with borrowed_generator(0):
@@ -271,7 +271,7 @@ def can_record(device: torch.device) -> bool:
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever a driver, a compiler or an allocator raises
         reason = " ".join(message_of(error).splitlines()[:2])
-        warn(f"CUDA graphs do not work here ({reason}); going on without graphs")
+        warn(f"CUDA graphs do not work here ({reason}); continuing without graphs")
         return False
     return True
 

@@ -27,7 +27,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
     Raises:
         InputError: the folder cannot be written, or a folder, a pipe, a socket or a device has this name.
-        RunFailed: the disk is full or fails; what was there is as before.
+        RunFailed: the disk is full or fails; the old file is unchanged.
     """
     path = Path(path)
     try:
@@ -106,11 +106,11 @@ def disk_errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror or error}; what was there is as before") from None
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}; the old file is unchanged") from None
     except RuntimeError as error:
         if "unexpected pos" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
-        raise RunFailed(f"cannot write {path}: is the disk full? What was there is as before") from None
+        raise RunFailed(f"cannot write {path}: is the disk full? The old file is unchanged") from None
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -245,7 +245,7 @@ def _line(path: Path, number: int, data: bytes, key: str) -> tuple[str, dict[str
     except (KeyError, TypeError, IndexError):
         trouble = f"it has no {key}"
     raise InputError(
-        f"{path} line {number} is damaged: {trouble}. The file is as it was: mend or remove that line, or move the "
+        f"{path} line {number} is damaged: {trouble}. The file was not changed: mend or remove that line, or move the "
         "file away to go on without its earlier lines"
     )
 

@@ -104,7 +104,8 @@ def _tell_of_first(error: "ChildFailedError") -> None:
     if first is None:
         rank, failure = error.get_first_failure()
         tell(
-            f"rank {rank} (process {failure.pid}) ended first, with exit code {failure.exitcode}; what it said is above"
+            f"rank {rank} (process {failure.pid}) ended first, with exit code {failure.exitcode}; its "
+            "messages are above"
         )
         return
     name = signal.Signals(-killed[first].exitcode).name  # SIGTERM: how the launcher ends the others
@@ -120,9 +121,9 @@ def _require_whole_environment() -> None:
     alone = values["WORLD_SIZE"] == "1" or not (values["WORLD_SIZE"] or values["RANK"].strip("0"))
     if not values["RANK"] or alone:
         return
-    way_out = "start by torchrun, which sets them all, or with --nproc, or unset RANK"
+    way_out = "start with torchrun, which sets them all, or with --nproc, or unset RANK"
     if missing := [name for name, value in values.items() if not value]:
         raise InputError(f"RANK is {values['RANK']} and {' and '.join(missing)} not set; {way_out}")
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not values[name].isdecimal():
-            raise InputError(f"{name} is {values[name]!r}, which is no number; {way_out}")
+            raise InputError(f"{name} is {values[name]!r}, which is not a number; {way_out}")

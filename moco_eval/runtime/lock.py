@@ -77,8 +77,8 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise InputError(f"--output {folder} is in use by {_holder(descriptor)}; {_way_out()}") from None
     except OSError as error:
         warn(
-            f"the file system of {folder} has no locks ({error.strerror}): nothing will notice a second command there, "
-            "so start none"
+            f"the file system of {folder} has no locks ({error.strerror}): a second command there would not be "
+            "noticed, so do not start one"
         )
 
 
@@ -88,8 +88,8 @@ def _way_out() -> str:
     if tasks == "1" or os.environ.get("RANK"):
         return "wait until that ends, or choose another --output"
     return (
-        f"srun has started {tasks} such commands, each for itself: take --ntasks-per-node=1 and --nproc N, or torchrun "
-        "as in tools/pretrain.sbatch; or give each an --output of its own"
+        f"srun has started {tasks} separate commands: take --ntasks-per-node=1 and --nproc N, or torchrun "
+        "as in tools/pretrain.sbatch; or give each its own --output"
     )
 
 

@@ -32,7 +32,7 @@ def read_npy(data: bytes, name: str) -> np.ndarray:
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, columns_first, dtype = header(file)
     except Exception as error:  # whatever a damaged header makes numpy raise
-        raise InputError(f"{name} is no .npy array ({_line(error)}); remove or replace it") from None
+        raise InputError(f"{name} is not a .npy array ({_line(error)}); remove or replace it") from None
     require_numbers(name, dtype)
     require_sides(name, shape)
     count = math.prod(shape)
@@ -74,9 +74,9 @@ def _band_pages(file: Any, name: str) -> list[Any]:
         if not page.subfiletype & 5:
             pages.append(page)
     if len(pages) > 1 and (len(pages) > MOST_PAGES or any(_facts(page) != _facts(first) for page in pages)):
-        raise InputError(f"{name} has several pages that are no bands of one image; save the bands in one page")
+        raise InputError(f"{name} has several pages that are not bands of one image; save the bands in one page")
     if len(pages) > 1 and first.samplesperpixel > 1:
-        raise InputError(f"{name} has {len(pages)} pages of {first.samplesperpixel} channels; save one image a file")
+        raise InputError(f"{name} has {len(pages)} pages of {first.samplesperpixel} channels; save one image per file")
     require_sides(name, (len(pages) * first.samplesperpixel, first.imagelength, first.imagewidth))
     return pages
 
@@ -88,15 +88,15 @@ def _facts(page: Any) -> tuple:
 def _page(page: Any, name: str, data: bytes) -> np.ndarray:
     """(C, H, W) of one page."""
     if page.dtype is None or page.bitspersample != page.dtype.itemsize * 8:
-        raise InputError(f"{name} has {page.bitspersample} bits a sample; save it in 8 or 16 bits, or as float32")
+        raise InputError(f"{name} has {page.bitspersample} bits per sample; save it in 8 or 16 bits, or as float32")
     require_numbers(name, page.dtype)
     if page.imagedepth != 1:
-        raise InputError(f"{name} is a volume of {page.imagedepth} layers; save one image a file")
+        raise InputError(f"{name} is a volume of {page.imagedepth} layers; save one image per file")
     if page.photometric == 3:
-        raise InputError(f"{name} has a palette, so its values are no bands; save it without")
+        raise InputError(f"{name} has a palette, so its values are not bands; save it without one")
     require_sides(name, page.chunks)
     if sum(page.databytecounts) > len(data):
-        raise InputError(f"{name} is of parts that are longer than the file, {len(data):,} bytes; remove or replace it")
+        raise InputError(f"{name} has parts that are longer than the file, {len(data):,} bytes; remove or replace it")
     if page.compression in DEFLATE:
         _require_bounded(page, name, data)
     elif page.compression != 1:

@@ -81,7 +81,9 @@ def _values(path: Path, start: bytes, size: int) -> Any:
         return pickle_read.read(path, encoding="latin1")
     if _is_text(start):
         raise Refused("is a text file, not a checkpoint: give the checkpoint's own path")
-    raise Refused(f"is no checkpoint that can be read: neither PyTorch's nor safetensors nor detectron2's; {DAMAGED}")
+    raise Refused(
+        f"is not a checkpoint that can be read: neither PyTorch's nor safetensors nor detectron2's; {DAMAGED}"
+    )
 
 
 def _date(file: Path) -> tuple[int, int]:
@@ -99,7 +101,7 @@ def _require_memory(path: Path, need: int, why: str, way_out: str) -> None:
     message, free = f"{why}, which cannot be mapped: to read it takes {need / 1e9:.1f} GB of memory", _free_memory()
     if free is not None and need > free:
         raise Refused(f"{message}, and {free / 1e9:.1f} GB are free; {way_out}")
-    warn(f"{path} {message}; to spare that, {way_out}")
+    warn(f"{path} {message}; to avoid that, {way_out}")
 
 
 def _free_memory() -> int | None:
@@ -269,14 +271,14 @@ LOOKS = (
     (rb"\x93NUMPY", "is a numpy array (.npy), not a checkpoint: write a dict of named tensors with torch.save"),
     (
         rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]",
-        "is an ONNX or TensorFlow graph, no PyTorch checkpoint: give the network's state_dict() instead",
+        "is an ONNX or TensorFlow graph, not a PyTorch checkpoint: give the network's state_dict() instead",
     ),
     (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", "is a picture, not a checkpoint: give the checkpoint's own path"),
-    (rb".{4}TFL3", "is a TensorFlow Lite model, no PyTorch checkpoint: have its weights converted to PyTorch"),
-    (rb"GGUF", "is GGUF, as language models are kept in, no PyTorch checkpoint: give an encoder of images"),
+    (rb".{4}TFL3", "is a TensorFlow Lite model, not a PyTorch checkpoint: have its weights converted to PyTorch"),
+    (rb"GGUF", "is GGUF, as language models are kept in, not a PyTorch checkpoint: give an encoder of images"),
     (
         rb"model_checkpoint_path:",
-        "is TensorFlow's list of checkpoints, no PyTorch checkpoint: have its weights converted to PyTorch",
+        "is TensorFlow's list of checkpoints, not a PyTorch checkpoint: have its weights converted to PyTorch",
     ),
     (rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", "is msgpack such as Flax writes: have its weights converted"),
 )

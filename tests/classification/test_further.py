@@ -133,9 +133,9 @@ def test_folders_may_be_numbers_of_the_classes(tmp_path):
     [
         ("imagenet-a", "'imagenet-a' is not NAME=FOLDER; for example"),
         ("a=", "is not NAME=FOLDER"),
-        ("a=/nowhere", "/nowhere is no folder"),
+        ("a=/nowhere", "/nowhere is not a folder"),
         ("a={0},a={0}", "names 'a' twice"),
-        ("a={0}/odd", "has a folder 'seven', which is none of the 10 training classes"),
+        ("a={0}/odd", "has a folder 'seven', which is not one of the 10 training classes"),
         ("a={0}/empty", "is empty"),
         ("a={0}/whole", "holds splits; give the one to test on: a={0}/whole/val"),
     ],

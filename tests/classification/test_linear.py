@@ -226,14 +226,14 @@ def test_a_damaged_trial_is_done_again(tmp_path, capfd):
             judge(work, recipe(), tmp_path / "run", CPU)
     kept.write_bytes(kept.read_bytes()[:200])
     again = judge(work, recipe(), tmp_path / "run", CPU)
-    assert "this trial is done again" in " ".join(capfd.readouterr().err.split())
+    assert "this trial is repeated" in " ".join(capfd.readouterr().err.split())
     assert again["trials"] == whole["trials"] and not kept.exists()
 
 
 def test_a_record_that_is_none_of_ours_is_refused(tmp_path):
     judge(task(), recipe(), tmp_path, CPU)
     (tmp_path / "result.json").write_text('{"a": 1}')
-    with pytest.raises(InputError, match="is no result record of ours"):
+    with pytest.raises(InputError, match="is not one of our result records"):
         judge(task(), recipe(), tmp_path, CPU)
 
 

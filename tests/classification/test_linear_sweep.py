@@ -130,7 +130,7 @@ def test_all_heads_lost_is_a_failure(tmp_path):
 
 
 def test_one_label_per_class_leaves_none_to_choose_by(tmp_path):
-    with pytest.raises(InputError, match="none to spare for the choice of a head"):
+    with pytest.raises(InputError, match="none can be held out to choose a head"):
         judge(task(labels_per_class=1), recipe(), tmp_path, CPU)
 
 
@@ -142,7 +142,7 @@ def test_a_choice_at_the_edge_of_the_grid_is_said(tmp_path, capfd):
 def test_several_features_in_one_sweep(tmp_path):
     record = judge(task(), recipe("features=[layer3,pooled]"), tmp_path, CPU)
     assert {head["feature"] for head in record["trials"][0]["heads"]} == {"layer3", "pooled"}
-    with pytest.raises(InputError, match="no stage of resnet18_quarter"):
+    with pytest.raises(InputError, match="not a stage of resnet18_quarter"):
         judge(task(), recipe("features=[blocks.1]"), tmp_path / "other", CPU)
 
 

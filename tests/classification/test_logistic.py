@@ -206,11 +206,11 @@ def test_a_record_says_what_did_not_converge(tmp_path, one_process, capsys):
     ends = "stopped after 4 iterations, before the tolerance 1e-05"
     assert f"3 of 3 fits of the path over C {ends}" in record["deviations"]
     assert f"the fit at the chosen C {record['trials'][0]['chosen']['C']:.3g} {ends}" in record["deviations"]
-    assert "--set max_iterations=40 lets it go on" in capsys.readouterr().err
+    assert "--set max_iterations=40 allows more" in capsys.readouterr().err
 
 
 def test_one_label_per_class_leaves_none_to_choose_by(tmp_path, one_process):
-    with pytest.raises(InputError, match=r"none to spare for the choice of C.*--set path.count=1"):
+    with pytest.raises(InputError, match=r"none can be held out to choose C.*--set path.count=1"):
         evaluate(tmp_path / "a", per_class=1)
     record = evaluate(tmp_path / "b", "path.count=1", "path.low=1.0", per_class=1)
     assert record["trials"][0]["chosen"] == {"C": 1.0} and record["over"] == "labels"

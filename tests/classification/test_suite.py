@@ -142,16 +142,19 @@ def test_one_footnote_for_what_several_protocols_deviate_in(capfd, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--tasks", "kn"), "'kn' judges no extracted features. Did you mean 'knn'?"),
-        (("--tasks", "knn,quick,"), "'' judges no extracted features"),
-        (("--tasks", "linear/moco-lincls@1"), "judges no extracted features"),
+        (("--tasks", "kn"), "'kn' does not work on extracted features. Did you mean 'knn'?"),
+        (("--tasks", "knn,quick,"), "'' does not work on extracted features"),
+        (("--tasks", "linear/moco-lincls@1"), "does not work on extracted features"),
         (("--tasks", "knn,knn/instdisc@1"), "names knn/instdisc@1 twice"),
         (("--tasks", "quick,knn", "--labels", "6-per-class"), "knn/instdisc@1: k 200 is more than the 60 images"),
-        (("--tasks", "quick,logistic", "--labels", "1-per-class"), "logistic/lbfgs@1: every class has one training"),
+        (
+            ("--tasks", "quick,logistic", "--labels", "1-per-class"),
+            "logistic/lbfgs@1: every class has only one training",
+        ),
         (("--tasks", "quick", "--labels", "500-per-class"), "linear/quick@1: --labels 500-per-class: class"),
         (("--tasks", "quick,low-shot", "--trials", "2"), "svm/voc07-low-shot@1: low-shot draws its own labels"),
         (("--tasks", "quick,low-shot"), "svm/voc07-low-shot@1: 32 low-shot images per class"),
-        (("--tasks", "quick", "--feature", "layer9"), "'layer9' is no stage of resnet18_quarter"),
+        (("--tasks", "quick", "--feature", "layer9"), "'layer9' is not a stage of resnet18_quarter"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(arguments, words, capfd, monkeypatch, in_tmp, passed):

@@ -13,11 +13,11 @@ from moco_eval.errors import RunFailed
 def test_a_process_that_shows_no_life_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "PATIENCE", 0.3)
     began = time.monotonic()
-    with pytest.raises(RunFailed, match=r"trial_0.npz is not there: .* no life for 0 s; .*same command to go on"):
+    with pytest.raises(RunFailed, match=r"trial_0.npz is not there: .* not responded for 0 s; .*same command to go on"):
         trials._wait_for(tmp_path / "trial_0.npz", tmp_path / "trial_0.alive")
     assert 0.3 <= time.monotonic() - began < 5
     (tmp_path / "trial_0.alive").touch()  # and never again
-    with pytest.raises(RunFailed, match="shown no life"):
+    with pytest.raises(RunFailed, match="has not responded"):
         trials._wait_for(tmp_path / "trial_0.npz", tmp_path / "trial_0.alive")
 
 

@@ -19,7 +19,7 @@ REFUSED = {
     "knn nowhere.pth --dataset digits": "nowhere.pth does not exist",
     "knn zoo:moco_v2_800 --dataset digits": "Did you mean 'moco_v2_800ep'?",
     "knn random:resnet18 --pixels sise=3": "Did you mean 'size'?",
-    "suite x --tasks nosuch": "'nosuch' judges no extracted features",
+    "suite x --tasks nosuch": "'nosuch' does not work on extracted features",
     "features x --crops 2 --split test": "--crops are of training images",
     "inspect resnet50": "random:resnet50 (random weights) or torchvision:resnet50",
     "convert x y --to timm": "x does not exist",

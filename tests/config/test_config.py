@@ -55,7 +55,7 @@ def test_errors_in_a_file_name_its_line(tmp_path):
     with pytest.raises(InputError, match=rf"'optimizer.lrr' in mine.yaml line {line}. Did you mean 'optimizer.lr'"):
         configs.load(str(mine), "pretrain", PretrainConfig)
     mine.write_text(text + "arch: resnet18\n")
-    with pytest.raises(InputError, match="'arch' stands twice"):
+    with pytest.raises(InputError, match="'arch' appears twice"):
         configs.load(str(mine), "pretrain", PretrainConfig)
     mine.write_text("arch: [")
     with pytest.raises(InputError, match="is not YAML"):

@@ -22,7 +22,7 @@ def test_versions_are_numbers():
     "text", ["", "knn", "knn/instdisc", "knn/instdisc@", "knn/instdisc@0", "knn@1", "knn/a/b@1", "knn/instdisc@1 "]
 )
 def test_another_form_is_refused_with_the_value(text):
-    with pytest.raises(InputError, match="no protocol; the form is kind/name@version"):
+    with pytest.raises(InputError, match="not a protocol; the form is kind/name@version"):
         ProtocolName.parse(text)
 
 

@@ -94,7 +94,7 @@ def test_images_of_other_formats_are_read_as_stored():
         (npy(np.zeros((2, 4, 4, 3))), r"the shape \(2, 4, 4, 3\)"),
         (npy(np.zeros((65, 80, 90), np.uint8)), "65 channels, and 64 are the most"),
         (npy(np.zeros((4, 9, 9)))[:-8], "has 2,584 bytes instead of 2,592"),
-        (b"\x93NUMPY\x01\x00\x10\x00nonsense", "no .npy array"),
+        (b"\x93NUMPY\x01\x00\x10\x00nonsense", "not a .npy array"),
         (tiff(np.zeros((4, 9, 9), np.uint8))[:60], "cannot be decoded"),
         (tiff(np.zeros((4, 9, 9), np.complex64)), "type complex64"),
         (pages(np.zeros((2, 9, 9, 3), np.uint8), photometric="rgb"), "2 pages of 3 channels"),
@@ -161,7 +161,7 @@ def test_a_packed_part_that_is_larger_than_it_says_is_refused():
         ("means: [1, 2, 3, 4]", "unknown key 'means' in .* Did you mean 'mean'?"),
         ("mean: [1, 2, 3]\nstd: [1, 2, 3]", "3 means for the 4 channels of .*0.tif"),
         ("names: [A, B]", "2 names for the 4 channels"),
-        ("names: [A, A]", "'A' stands there for several"),
+        ("names: [A, A]", "'A' is given to several"),
         ("bands: [0, 1]", "bands has 0; bands are counted from 1"),
         ("bands: [5]", "bands has 5, but .*0.tif has 4 channels"),
         ("bands: [1, 1]", "bands has 1 more than once"),
@@ -260,7 +260,7 @@ def test_check_keeps_what_a_bands_yaml_says_and_doubts_other_numbers(tmp_path):
     folder = described(draw_set(tmp_path, 4, ".tif", 4, 2), "names: [B, G, R, N]\nbands: [3, 2, 1]")
     assert any("no mean and std yet; --write" in line for line in catalogue.check("imagefolder", folder))
     lines = catalogue.check("imagefolder", folder, writes=True)
-    assert any(line.startswith("band 4 (N): mean") and line.endswith("(not taken)") for line in lines)
+    assert any(line.startswith("band 4 (N): mean") and line.endswith("(not used)") for line in lines)
     written = bands_of(folder)
     assert written.names == ("B", "G", "R", "N") and written.taken == (2, 1, 0) and len(written.mean) == 4
     described(folder, FOUR)

@@ -360,7 +360,7 @@ def test_knn_and_linear_refuse_images_of_several_classes(tmp_path, capfd, monkey
     for command in (["knn", "--protocol", "digits", "--set", "k=1"], ["linear", "--protocol", "digits"]):
         arguments = [command[0], "pixels", "--dataset", "voc-folder", "--data", root, *command[1:]]
         line = error_line(capfd, monkeypatch, *arguments, "--output", tmp_path / "run")
-        assert "evaluate it by moco-eval svm" in line
+        assert "evaluate it with moco-eval svm" in line
         assert not (tmp_path / "run").exists()
 
 

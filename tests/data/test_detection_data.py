@@ -176,7 +176,10 @@ SPLIT = "ImageSets/Main/test.txt"
             lambda r: write_xml(r, "b", "", "<size><width>30</width><height>40</height></size>"),
             "says 30x40 and b.png has 40x30",
         ),
-        (lambda r: write_xml(r, "b", "", "<size><width>x</width><height>4</height></size>"), "its size is no number"),
+        (
+            lambda r: write_xml(r, "b", "", "<size><width>x</width><height>4</height></size>"),
+            "its size is not a number",
+        ),
         (lambda r: (r / "Annotations/b.xml").write_text("<annotation><obj"), "not readable XML"),
         (lambda r: (r / "Annotations/b.xml").write_text(""), "not readable XML"),
         (
@@ -193,9 +196,9 @@ SPLIT = "ImageSets/Main/test.txt"
         (lambda r: shutil.copy(r / "JPEGImages/b.png", r / "JPEGImages/b.jpg"), "has b.jpg and b.png"),
         (lambda r: (r / SPLIT).write_text("\n"), "lists no images"),
         (lambda r: write_bytes(r / SPLIT, b"\xff\xfe\xfac"), "save it as UTF-8"),
-        (lambda r: (r / SPLIT).write_text("c\nc\n"), "stands there 2 times"),
-        (lambda r: (r / SPLIT).write_text("c\n../a\n"), "'../a', which is no name inside"),
-        (lambda r: (r / SPLIT).write_text("c\n/etc/a\n"), "'/etc/a', which is no name inside"),
+        (lambda r: (r / SPLIT).write_text("c\nc\n"), "is listed 2 times"),
+        (lambda r: (r / SPLIT).write_text("c\n../a\n"), "'../a', which is not a name inside"),
+        (lambda r: (r / SPLIT).write_text("c\n/etc/a\n"), "'/etc/a', which is not a name inside"),
         (lambda r: (r / SPLIT).unlink(), "val.txt does not exist"),
         (lambda r: write_xml(r, "c", voc_object(box=(0.1, 0.2, 0.5, 0.9))), "all boxes of test lie between 0 and 1"),
         (lambda r: [write_xml(r, n, "") for n in "ab"], "none of the 2 training images has an object"),
@@ -214,7 +217,7 @@ SPLIT = "ImageSets/Main/test.txt"
             lambda r: write_xml(r, "b", "", "<size><width>40</width><height>0</height></size>"),
             "says 40x0 and b.png has",
         ),
-        (lambda r: (r / SPLIT).write_text("c\n./c\n"), "'c' stands there 2 times"),
+        (lambda r: (r / SPLIT).write_text("c\n./c\n"), "'c' is listed 2 times"),
         (lambda r: (r / SPLIT).write_text("c\nb (1)\n"), r"has no image b \(1\) \(any suffix\)"),
         (lambda r: (r / SPLIT).write_text("c\nb 1\n"), "has no image b 1 "),
         (lambda r: (r / SPLIT).write_text("c 1\nb 2\n"), "has no image b 2 "),
@@ -255,7 +258,7 @@ def test_check_lists_all_that_is_wrong_at_once(voc, capfd, monkeypatch):
     assert "refused: trainval: 1 inverted boxes: Annotations/b.xml" in lines
     assert "refused: test: 1 objects of classes that are not trained on: cow in Annotations/c.xml" in lines
     assert "note: trainval: 2 difficult objects: b" in lines
-    assert "note: trainval: 1 objects that stand there twice, with the same box: b" in lines
+    assert "note: trainval: 1 objects that are listed twice, with the same box: b" in lines
     assert "note: test: 1 images without objects: c" in lines
     assert err.startswith(f"Error: detect refuses these data: {voc}/Annotations/a.xml: box (1, 1, 60, 10) lies outside")
 
@@ -473,25 +476,25 @@ BAD_COCO = [
     (image(width="40"), "image 7: its width is '40' and must be a number"),
     (image(height=True), "image 7: its height is True and must be a number"),
     (image(height=0), "says 40x0 for"),
-    (image(file_name="../val2017/x.jpg"), "is no name inside the folder of images"),
-    (image(file_name="/etc/hostname"), "is no name inside the folder of images"),
-    (image(file_name="C:\\x.jpg"), "is no name inside the folder of images"),
-    (image(file_name=None), "is no name inside the folder of images"),
-    (image(id=1.5), "is no COCO annotation file"),
-    (image(id=None), "is no COCO annotation file"),
-    (lambda r: write_json(r, "val2017", [annotation(1, 3), annotation(1, 3)]), "ids of annotations: 1 stands there 2"),
-    (lambda r: rewrite(r, "images", lambda items: items * 2), "ids of images: 7 stands there 2 times"),
+    (image(file_name="../val2017/x.jpg"), "is not a name inside the folder of images"),
+    (image(file_name="/etc/hostname"), "is not a name inside the folder of images"),
+    (image(file_name="C:\\x.jpg"), "is not a name inside the folder of images"),
+    (image(file_name=None), "is not a name inside the folder of images"),
+    (image(id=1.5), "is not a COCO annotation file"),
+    (image(id=None), "is not a COCO annotation file"),
+    (lambda r: write_json(r, "val2017", [annotation(1, 3), annotation(1, 3)]), "ids of annotations: 1 is listed 2"),
+    (lambda r: rewrite(r, "images", lambda items: items * 2), "ids of images: 7 is listed 2 times"),
     (lambda r: rewrite(r, "categories", lambda items: items * 2, "train2017"), "ids of categories"),
     (
         lambda r: rewrite(r, "categories", lambda items: [i | {"name": "cat"} for i in items], "train2017"),
-        "names of categories: 'cat' stands there 2 times",
+        "names of categories: 'cat' is listed 2 times",
     ),
     (lambda r: rewrite(r, "categories", lambda _: [], "train2017"), "has no categories"),
     (
         lambda r: rewrite(r, "categories", lambda _: [{"id": 3}], "train2017"),
         "category 3 has no name of one",
     ),
-    (lambda r: rewrite(r, "categories", lambda _: [3], "train2017"), "is no COCO annotation file"),
+    (lambda r: rewrite(r, "categories", lambda _: [3], "train2017"), "is not a COCO annotation file"),
     (lambda r: rewrite(r, "images", lambda _: []), "lists no images"),
     (lambda r: rewrite(r, "annotations", lambda _: [], "train2017"), "none of the 1 training images"),
     (lambda r: write_json(r, "train2017", [annotation(1, 3, iscrowd=1)]), "none of the 1 training images"),
@@ -501,7 +504,7 @@ BAD_COCO = [
     (val(1, 3, float("nan"), 2, 5, 8), "not finite"),
     (val(1, 3, 1, 2, 3), "bbox with four numbers"),
     (val(bbox=None), "bbox with four numbers"),
-    (val(area="big"), "no area but a number"),
+    (val(area="big"), "an area, if any, that is a number"),
     (val(category=4), r"annotation 1: its category_id 4 is not among the file's 2 categories \(3, 90\)"),
     (val(category=[3]), "it needs image_id, category_id"),
     (val(category="3"), "its category_id is '3'; correct it"),
@@ -523,10 +526,13 @@ BAD_COCO = [
     (val(bbox=[1, 2, 10, float("inf")]), "not finite"),
     (lambda r: write_json(r, "train2017", [annotation(1, 3, iscrowd="1")]), "its iscrowd is '1'"),
     (lambda r: rewrite(r, "categories", lambda items: [i | {"name": ""} for i in items]), "has no name of one line"),
-    (lambda r: rewrite(r, "images", lambda items: [*items, items[0] | {"id": 8}]), "file names of images: .*x.jpg' st"),
+    (
+        lambda r: rewrite(r, "images", lambda items: [*items, items[0] | {"id": 8}]),
+        "file names of images: .*x.jpg' is listed",
+    ),
     (
         lambda r: rewrite(r, "images", lambda items: [*items, items[0] | {"id": 8, "file_name": "./x.jpg"}]),
-        "file names of images: .*x.jpg' stands there 2 times; keep one",
+        "file names of images: .*x.jpg' is listed 2 times; keep one",
     ),
     (val(iscrowd=1), r"none of the 1 test images of val2017 has an object that counts \(0 are difficult, 1 crowd"),
     (lambda r: rewrite(r, "annotations", lambda _: []), "none of the 1 test images of val2017 has an object that"),
@@ -538,16 +544,16 @@ BAD_COCO = [
     (val(segmentation=[["a", "b", "c", "d", "e", "f"]]), "its segmentation is neither polygons nor"),
     (val(segmentation=[[1, 1, float("inf"), 1, 5, 6]]), "a number that is not finite"),
     (val(segmentation={"size": [40, 30], "counts": [1200]}), "its mask has size"),
-    (val(segmentation={"size": [30, 40], "counts": [1, 2]}), "no runs that fill 40x30 pixels"),
-    (val(segmentation={"size": [30, 40], "counts": [1300, -100]}), "no runs that fill 40x30 pixels"),
-    (val(segmentation={"size": [30, 40], "counts": "oooo"}), "no runs that fill 40x30 pixels"),
-    (val(segmentation={"size": [30, 40], "counts": "é"}), "no runs that fill 40x30 pixels"),
-    (val(segmentation={"size": [30, 40]}), "no runs that fill 40x30 pixels"),
+    (val(segmentation={"size": [30, 40], "counts": [1, 2]}), "not runs that fill 40x30 pixels"),
+    (val(segmentation={"size": [30, 40], "counts": [1300, -100]}), "not runs that fill 40x30 pixels"),
+    (val(segmentation={"size": [30, 40], "counts": "oooo"}), "not runs that fill 40x30 pixels"),
+    (val(segmentation={"size": [30, 40], "counts": "é"}), "not runs that fill 40x30 pixels"),
+    (val(segmentation={"size": [30, 40]}), "not runs that fill 40x30 pixels"),
     (lambda r: val_json(r).write_text(val_json(r).read_text()[:99]), "not readable JSON"),
     (lambda r: val_json(r).write_bytes(b"\xff{}"), "not readable JSON"),
     (lambda r: val_json(r).write_text("[" * 100_000 + "]" * 100_000), "nested too deeply"),
-    (lambda r: val_json(r).write_text("[]"), "is no COCO annotation file"),
-    (lambda r: val_json(r).write_text('{"images": {}, "annotations": [], "categories": []}'), "no COCO annotation"),
+    (lambda r: val_json(r).write_text("[]"), "is not a COCO annotation file"),
+    (lambda r: val_json(r).write_text('{"images": {}, "annotations": [], "categories": []}'), "not a COCO annotation"),
     (lambda r: val_json(r).unlink(), "the splits there are train2017"),
 ]
 
@@ -708,7 +714,7 @@ def test_keypoints_are_on_the_scale_of_the_boxes_and_know_their_mirror(people):
         ("annotations", {"keypoints": "342342342342"}, "keypoints are not 4 times x, y and 0, 1 or 2"),
         ("categories", {"keypoints": POINTS[::-1]}, "are not those trained on"),
         ("categories", {"keypoints": []}, "no category has keypoints"),
-        ("categories", {"keypoints": "nose"}, "no list of names"),
+        ("categories", {"keypoints": "nose"}, "not a list of names"),
     ],
 )
 def test_bad_keypoints_are_refused_in_one_line(people, key, change, words):

@@ -299,7 +299,7 @@ def test_many_nested_elements_are_no_crash(tmp_path):
     ids=["to the same sum", "and again", "beyond 64 bits", "beyond all", "a float", "a truth"],
 )
 def test_counts_that_wrap_to_the_right_sum_are_refused(counts):
-    with pytest.raises(InputError, match="the counts of its mask are no runs that fill 20x20 pixels"):
+    with pytest.raises(InputError, match="the counts of its mask are not runs that fill 20x20 pixels"):
         read_mask({"size": [20, 20], "counts": counts}, (20, 20), "x")
 
 

@@ -195,7 +195,7 @@ def test_splits_whose_classes_are_spelled_in_two_ways_say_so(tmp_path, one, othe
         for below in (name, "dog"):
             (tmp_path / split / below).mkdir(parents=True)
             (tmp_path / split / below / "0.png").write_bytes(b"1")
-    with pytest.raises(InputError, match="differ in capitals or in the Unicode form of a letter alone; rename one"):
+    with pytest.raises(InputError, match="differ only in capitals or in the Unicode form of a letter; rename one"):
         open_splits("imagefolder", tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_lists_that_cannot_be_read_are_refused(folder):
     with pytest.raises(InputError, match=r"cannot read .*No such file"):
         images.listed(folder / "nowhere.txt")
     (folder / "list.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="it is no text"):
+    with pytest.raises(InputError, match="it is not UTF-8 text"):
         images.listed(folder / "list.txt")
     with pytest.raises(InputError, match="the images of digits have no file names"):
         open_images("digits", None, "train").listed(folder / "list.txt")
@@ -166,7 +166,7 @@ def test_labels_are_parsed(folder):
 def test_a_missing_published_list_says_where_it_is_published(folder):
     with pytest.raises(InputError, match=r"10percent.txt, which does not exist; .* published at https://github.com/"):
         parse_labels("10%").of(open_images("imagefolder", folder, "train"), 0)
-    with pytest.raises(InputError, match="which digits has not"):
+    with pytest.raises(InputError, match="which digits does not have"):
         parse_labels("1%").of(open_images("digits", None, "train"), 0)
 
 

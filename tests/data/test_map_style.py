@@ -277,8 +277,8 @@ def test_a_data_set_of_hugging_face():
 
 def test_what_is_no_data_set_of_hugging_face():
     of, quacks = me.ImageSet.from_huggingface, Quacks(photos(8, 8), [0, 1])
-    assert "image 'image' is no column; there are img, label" in refusal(of, quacks)
-    assert "label 'fine' is no column" in refusal(of, quacks, image="img", label="fine")
+    assert "image 'image' is not a column; there are img, label" in refusal(of, quacks)
+    assert "label 'fine' is not a column" in refusal(of, quacks, image="img", label="fine")
     assert "dataset is a dict; give one split of a datasets.Dataset" in refusal(of, {"train": quacks})
     assert "dataset[1] has the label 'dog'" in refusal(of, Quacks(photos(8, 8), [0, "dog"]), image="img")
 

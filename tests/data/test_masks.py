@@ -93,7 +93,7 @@ def test_a_wrong_mask_is_refused_by_its_name(tmp_path, mask, mode, words):
 
 def test_a_mask_is_no_jpeg(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.jpg")
-    with pytest.raises(InputError, match=r"a\.jpg is a JPEG, whose compression invents values"):
+    with pytest.raises(InputError, match=r"a\.jpg is a JPEG, whose compression changes values"):
         read_values(tmp_path / "a.jpg")
 
 
@@ -114,7 +114,7 @@ def test_a_foreground_of_255_is_explained(tmp_path):
     root = folder(tmp_path, mask=np.zeros((4, 6)))
     for name in "ab":
         save(root / "train_masks" / f"{name}.png", (GREY > 1) * 255, "L")
-    with pytest.raises(InputError, match="a foreground of 255 is to be written as 1"):
+    with pytest.raises(InputError, match="write a foreground of 255 as 1"):
         read_mask_folder(root)
 
 

@@ -547,7 +547,7 @@ def test_a_run_over_damaged_shards_names_each_thing_once_and_ends(folder, tmp_pa
     said = capsys.readouterr().err + run.describe()
     for name in (broken, "bad.tar/00101.jpg", "bad.tar/text.jpg"):
         assert said.count(name) == 1
-    assert said.count("another image takes its place") == 2
+    assert said.count("another image is used in its place") == 2
     first = next(Trainer(run, tmp_path / "order", torch.device("cpu")).batches()).index.tolist()
     assert first == [i for _, i in next(iter(batches(run.images.shards, batch_size=8, seed=run.config.seed)))]
     with pytest.raises(RunFailed, match="more than 2 images cannot be read"):

@@ -79,7 +79,7 @@ def test_eight_gpus_are_named_with_their_links_and_their_exchange():
         (replace(CPU, open_files=256), "open files", "ulimit -n 4096"),
         (replace(GPUS, exchange=None, exchange_failure="it did not end"), "NCCL all_reduce", "NCCL_P2P_DISABLE=1"),
         (replace(GPUS, gpus=(replace(H200, failure="no kernel image"),)), "GPU 0", "CUDA_VISIBLE_DEVICES"),
-        (replace(CPU, driver="570.1"), "torch", "this torch is for CPUs alone"),
+        (replace(CPU, driver="570.1"), "torch", "this torch is for CPUs only"),
         (replace(CPU, driver="470.1", cuda="13.0"), "torch", "may be too old for CUDA 13.0"),
     ],
 )

@@ -78,7 +78,7 @@ def test_torchvisions_networks_that_are_not_built(monkeypatch):
     weights = torchvision.models.get_model_weights("squeezenet1_0")
     state = torchvision.models.squeezenet1_0(weights=None).state_dict()
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: dict(state))
-    assert "torchvision:squeezenet1_0 is no network that is built here; moco_eval.wrap" in error(
+    assert "torchvision:squeezenet1_0 is a network that is not built here; moco_eval.wrap" in error(
         "torchvision:squeezenet1_0"
     )
 
@@ -104,7 +104,7 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
     path = written(tmp_path, timm.create_model("efficientnet_lite0").state_dict())
     message = error(path)
     assert (
-        "timm:efficientnet_lite0 and timm:tf_efficientnet_lite0 have these tensors and compute differently" in message
+        "timm:efficientnet_lite0 and timm:tf_efficientnet_lite0 have these tensors but compute differently" in message
     )
     assert message.endswith("choose one: --arch timm:efficientnet_lite0")
     assert load(path, arch="timm:tf_efficientnet_lite0").arch == "timm:tf_efficientnet_lite0"

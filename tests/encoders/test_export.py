@@ -384,7 +384,7 @@ def test_settings_of_another_file_are_not_taken(tmp_path):
 @pytest.mark.slow
 def test_convert_says_what_the_copy_cannot(arch, tmp_path):
     said = convert(f"random:{arch}", tmp_path / "copy.pth", "torchvision")
-    assert f"no tensor tells that it is {arch}: keep copy.pth.json with it" in said
+    assert f"the tensors do not show that it is {arch}: keep copy.pth.json with it" in said
     assert load(str(tmp_path / "copy.pth")).arch == arch
 
 
@@ -404,7 +404,7 @@ def test_nothing_beside_a_copy_tells_of_an_earlier_one(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_none(tmp_path):
-    with pytest.raises(InputError, match="is no name for a file"):
+    with pytest.raises(InputError, match="is not a valid name for a file"):
         convert(f"random:{ARCH}", tmp_path / ("x" * 300 + ".pth"), "torchvision")
 
 

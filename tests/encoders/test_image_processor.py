@@ -117,8 +117,8 @@ def test_statistics_follow_the_scale():
         ({"resample": 1}, r"resample is 1 \(lanczos\); 2 \(bilinear\) and 3 \(bicubic\) are built here"),
         ({"resample": 9}, "resample is 9"),
         ({"size": {"height": 224, "width": 336}}, "is not square"),
-        ({"size": {"longest_edge": 224}}, "neither a number"),
-        ({"size": True}, "neither a number"),
+        ({"size": {"longest_edge": 224}}, "not a number"),
+        ({"size": True}, "not a number"),
     ],
 )
 def test_what_a_processor_does_that_is_not_built_here(change, words):

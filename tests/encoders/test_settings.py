@@ -53,9 +53,7 @@ def test_settings_of_another_network_are_left_aside(config, arch, tmp_path):
     assert (encoder.arch, encoder.norm_eps, encoder.preprocessing) == (alone.arch, None, alone.preprocessing)
     assert computes_the_same(encoder, alone) and encoder.settings is None
     assert len(encoder.warnings) == len(alone.warnings) + 1
-    assert (
-        encoder.warnings[0].startswith("config.json beside it is of a") and "it was left aside" in encoder.warnings[0]
-    )
+    assert encoder.warnings[0].startswith("config.json beside it is of a") and "it was ignored" in encoder.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_pixels_of_another_kind_of_model_are_left_aside(tmp_path):
     )
     assert encoder.preprocessing == Preprocessing()
     assert encoder.warnings == [
-        f"preprocessor_config.json beside it is a CLIPImageProcessor's, and this a {ARCH}: it was left aside"
+        f"preprocessor_config.json beside it is a CLIPImageProcessor's, and this a {ARCH}: it was ignored"
     ]
 
 

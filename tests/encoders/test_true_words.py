@@ -10,7 +10,14 @@ from moco_eval.encoders.inspect import describe, format_description
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError
 
-FALSE = ("incomplete", "altered", "write it again", "holds no tensors", "save the whole network", "nearest is resnet")
+FALSE = (
+    "incomplete",
+    "altered",
+    "save it again where",
+    "holds no tensors",
+    "save the whole network",
+    "nearest is resnet",
+)
 
 
 def named(*names: str, size: tuple[int, ...] = (8, 8)) -> dict[str, Tensor]:

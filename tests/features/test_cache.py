@@ -142,7 +142,7 @@ def test_a_folder_that_says_something_else_is_refused(tmp_path):
     features_of(asked, tmp_path, CPU)
     key = asked.folder(tmp_path) / "key.json"
     key.write_text(key.read_text().replace("pooled", "head"))
-    with pytest.raises(InputError, match="does not say what this folder's name says"):
+    with pytest.raises(InputError, match="does not agree with this folder's name"):
         features_of(asked, tmp_path, CPU)
 
 
@@ -329,7 +329,7 @@ def test_a_shard_that_certifies_itself_is_not_believed(kind, tmp_path, capfd):
     assert torch.equal(features_of(asked, tmp_path, CPU).tensor(), whole)
     assert torch.equal(cache.open_folder(shard.parent).tensor(), whole)
     said = capfd.readouterr().err
-    assert f"{other.name} is not named in manifest.json and is not read; shard 1 is extracted anew" in said
+    assert f"{other.name} is not named in manifest.json and is not read; shard 1 is extracted again" in said
 
 
 def adopted(folder, array, number=0):
@@ -343,7 +343,7 @@ def adopted(folder, array, number=0):
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.array([None] * 100), "is no array of features: .*remove it"),
+        (np.array([None] * 100), "is not an array of features: .*remove it"),
         (np.ones((100, 3)), "of type float64 and shape"),
         (np.ones(100, np.float32), r"shape \(100,\)"),
         (np.ones((100, 3), np.float32), "holds features of 3 and of 128 dimensions"),
@@ -364,7 +364,7 @@ def test_a_stray_file_is_refused_in_a_line(name, tmp_path):
     asked = source()
     features_of(asked, tmp_path, CPU)
     (asked.folder(tmp_path) / name).write_bytes(b"")
-    with pytest.raises(InputError, match=f"{name} is no shard of features, and is not read; move it away"):
+    with pytest.raises(InputError, match=f"{name} is not a shard of features, and is not read; move it away"):
         features_of(asked, tmp_path, CPU)
 
 
@@ -374,7 +374,7 @@ def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(tmp_path):
     shard = sorted(tmp_path.rglob("0*.npy"))[0]
     shard.unlink()
     os.mkfifo(shard)
-    with pytest.raises(InputError, match="is no shard of features"):
+    with pytest.raises(InputError, match="is not a shard of features"):
         features_of(asked, tmp_path, CPU)
 
 

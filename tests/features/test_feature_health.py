@@ -152,7 +152,7 @@ def test_a_sample_is_read_as_it_was_written(labels, tmp_path):
     ("change", "words"),
     [
         ({"label": np.array([0, 1])}, "label (2,)"),
-        ({"label": np.array([0, 1, 2])}, "a label is none of its 2 classes"),
+        ({"label": np.array([0, 1, 2])}, "a label is not one of its 2 classes"),
         ({"label": np.array([0.0, 1, 1])}, "label of type float64"),
         ({"components": np.full((3, 2), np.nan, np.float32)}, "a component is not finite"),
         ({"components": np.zeros((3, 3))}, "components (3, 3)"),

@@ -66,7 +66,7 @@ def test_a_block_of_a_vit_is_its_normalised_class_token(tmp_path):
     ("source", "feature", "words"),
     [
         ("random:resnet18_quarter", "layer5", "it has pooled, head and layer1, layer2, layer3, layer4"),
-        ("random:resnet18_quarter", "blocks.0", "is no stage of resnet18_quarter"),
+        ("random:resnet18_quarter", "blocks.0", "is not a stage of resnet18_quarter"),
         (f"random:{VIT}", "blocks.2", "it has pooled, head and blocks.0, blocks.1"),
         ("pixels", "layer1", "it has pooled alone"),
         ("random:resnet18_quarter", "head", "has no projection head"),
@@ -93,7 +93,7 @@ def test_a_wrong_feature_leaves_nothing_behind(moco_file, capfd, monkeypatch, tm
     for command in ("knn", "linear"):
         given = [command, moco_file, "--dataset", "digits", "--protocol", "digits", "--feature", "layer9"]
         _, err = in_process(capfd, monkeypatch, *given, "--output", tmp_path / command, code=2)
-        assert "is no stage of" in err and not (tmp_path / command).exists()
+        assert "is not a stage of" in err and not (tmp_path / command).exists()
 
 
 def test_a_vit_is_evaluated_at_its_own_size(capfd, monkeypatch, tmp_path):
@@ -158,7 +158,7 @@ def test_pretraining_takes_resnets():
     from pretraining.plan import plan
 
     vit = configs.load("digits", "pretrain", PretrainConfig, [f"arch={VIT}"])
-    with pytest.raises(InputError, match=f"{VIT} is no ResNet; this takes one of"):
+    with pytest.raises(InputError, match=f"{VIT} is not a ResNet; this takes one of"):
         plan(vit, "digits", None, 1)
 
 

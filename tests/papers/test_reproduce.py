@@ -203,7 +203,7 @@ def test_rows_by_their_labels_or_parts_of_them():
 
 
 def test_rows_that_are_refused():
-    with pytest.raises(InputError, match=r"cannot be had of moco-v1-2b: 'MoCo, IG-1B' \(data never public\)"):
+    with pytest.raises(InputError, match=r"cannot be reproduced of moco-v1-2b: 'MoCo, IG-1B' \(data never public\)"):
         labels("IG-1B")
     with pytest.raises(InputError, match=r"has 'MoCo, IN-1N' in its label. Did you mean 'MoCo, IN-1M'\?"):
         labels("MoCo, IN-1N")
@@ -457,7 +457,7 @@ def test_a_key_typed_in_the_terminal_is_not_passed_on(in_tmp, monkeypatch):
 
 
 def refused_as_another_is_at_work():
-    with pytest.raises(InputError, match="another reproduce, or a step that one has left, is at work in runs"):
+    with pytest.raises(InputError, match="another reproduce, or a step that it left running, is at work in runs"):
         run_planned("digits")
 
 

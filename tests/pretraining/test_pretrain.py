@@ -169,7 +169,7 @@ def test_another_run_in_the_same_place_is_refused(two_epochs, tmp_path):
     with pytest.raises(InputError, match=r"config.optimizer.lr is 0.01 there and 0.5 now"):
         run(two_epochs, "schedule.epochs=2", "knn={every: 2, k: 20}", "optimizer.lr=0.5")
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="no run of ours"):
+    with pytest.raises(InputError, match="not one of our runs"):
         run(tmp_path, "schedule.epochs=1")
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
@@ -370,7 +370,7 @@ def test_settings_that_do_not_fit_each_other_are_refused(settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("queue_size=200",), "queue_size 200 is no multiple of the 64 keys of a step: the queue wraps round"),
+        (("queue_size=200",), "queue_size 200 is not a multiple of the 64 keys of a step: the queue wraps around"),
         (("queue_size=65536",), "the 400 steps of the schedule never fill the queue of 65536"),
         (("mechanism=end_to_end", "accumulate=2", "queue_size=32"), "a query meets the 31 other keys of its part"),
         (("bn=shuffle",), "bn: shuffle on one process protects nothing"),

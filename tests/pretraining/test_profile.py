@@ -47,14 +47,20 @@ def test_the_cores_a_device_needs_are_its_rate_times_the_seconds_of_an_image():
 
 def test_a_busy_device_is_limited_by_the_model():
     said = parts().advice()
-    assert said[-1].startswith("The model limits") and not any("loader limits" in words for words in said)
+    assert said[-1].startswith("The model is the bottleneck") and not any(
+        "loader is the bottleneck" in words for words in said
+    )
     assert said[0] == "2438 images/s; the training device alone would take 2560."
 
 
 def test_a_device_that_is_done_as_soon_as_the_host_is_waits_for_launches():
-    assert parts(launching=0.09).advice()[-1].startswith("Launching limits: the host takes 90.0 ms to give the device")
+    assert (
+        parts(launching=0.09)
+        .advice()[-1]
+        .startswith("Launching is the bottleneck: the host takes 90.0 ms to give the device")
+    )
     assert not any("Launching" in sentence for sentence in parts(launching=0.09, loop=0.3, waiting=0.2).advice())
-    assert parts(launching=0.0).advice()[-1].startswith("The model limits")  # a CPU
+    assert parts(launching=0.0).advice()[-1].startswith("The model is the bottleneck")  # a CPU
 
 
 def test_a_starved_device_names_the_loader_and_what_it_needs():

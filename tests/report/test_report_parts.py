@@ -142,8 +142,8 @@ def damage_sample(folder, **arrays):
         ({"index": np.zeros((60, 1), int)}, r"is damaged: index \(60, 1\)"),
         ({"index": np.zeros(60)}, "index of type float64"),
         ({"label": np.zeros(60, np.uint64)}, "label of type uint64"),
-        ({"label": np.full((60, 3), 7)}, "a label is none of 1, 0 and -1"),
-        ({"label": np.full(60, 3)}, "a label is none of its 3 classes"),
+        ({"label": np.full((60, 3), 7)}, "a label is not 1, 0 or -1"),
+        ({"label": np.full(60, 3)}, "a label is not one of its 3 classes"),
         ({"classes": np.array([2**31 - 1] * 3, np.uint32).view("U1")}, "cannot be read"),  # no characters
     ],
 )

@@ -124,7 +124,7 @@ RECORDS = {
     "record is a device": (link("result.json"), "result.json is a device"),
     "config is a pipe": (pipe("config.yaml"), "config.yaml is a named pipe"),
     "config is a device": (link("config.yaml"), "config.yaml is a device"),
-    "alias of itself": (put("config.yaml", "command: linear\na: &a\n  b: *a\n"), "the alias *a stands within"),
+    "alias of itself": (put("config.yaml", "command: linear\na: &a\n  b: *a\n"), "the alias *a contains itself"),
     "aliases of aliases": (put("config.yaml", f"command: linear\n{LAUGHS}"), "100,000 are the most that one YAML file"),
     "YAML in YAML": (
         put("config.yaml", "command: linear\na: " + "[" * 500 + "]" * 500),

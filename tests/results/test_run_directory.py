@@ -74,7 +74,7 @@ def test_a_kill_leaves_no_lock_behind_though_a_fork_lives_on(tmp_path):
 def test_tasks_of_one_srun_are_told_how_to_be_one_run(holder, monkeypatch):
     _, folder = holder
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    refused = pytest.raises(InputError, match=r"srun has started 8 such commands, each for itself: take .*--nproc N")
+    refused = pytest.raises(InputError, match=r"srun has started 8 separate commands: take .*--nproc N")
     with refused, lock.alone(folder):
         pass
 

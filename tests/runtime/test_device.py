@@ -201,7 +201,7 @@ def test_graphs_are_left_with_a_word_on_a_cpu(modes, capfd):
         devices.compile_([torch.nn.Linear(1, 1)], torch.device("cpu"), graphs=True)
     assert modes == [None, None]
     assert capfd.readouterr().err == (
-        "warning: compile reduce-overhead records CUDA graphs, which cpu has not; going on without graphs\n"
+        "warning: compile reduce-overhead records CUDA graphs, which cpu does not have; continuing without graphs\n"
     )
 
 

@@ -143,7 +143,7 @@ WRITERS = {
 def test_a_full_disk_leaves_what_was_there(ending, tmp_path):
     path = tmp_path / f"file.{ending}"
     path.write_text("before")
-    refused = pytest.raises(RunFailed, match=r"cannot write .*hat was there is as before")
+    refused = pytest.raises(RunFailed, match=r"cannot write .*he old file is unchanged")
     with full_disk(), refused, files.atomic(path) as temporary:
         WRITERS[ending](temporary)
     assert path.read_text() == "before" and [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -68,8 +68,8 @@ def test_deviations_are_named():
         ("test.window=64", "test.window and test.stride belong together"),
         ("test={window: 64, stride: 65}", "would leave gaps"),
         ("views.scales=[2, 1]", "smallest and the largest"),
-        ("auxiliary=0.4", "auxiliary is of model fcn_d8"),
-        ("sweep={lr: [1], weight_decay: [0]}", "sweep is of frozen encoders"),
+        ("auxiliary=0.4", "auxiliary is only for model fcn_d8"),
+        ("sweep={lr: [1], weight_decay: [0]}", "sweep is only for frozen encoders"),
         ("schedule={kind: poly, iterations: 9, steps: [3]}", "takes no steps"),
     ],
 )

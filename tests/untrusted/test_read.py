@@ -490,8 +490,8 @@ BROKEN: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "pickle of protocol 9": (b"\x80\x09N.", "not a pickle of arrays"),
     "empty": (b"", "is empty"),
     "text": (b"hello world, these are my weights\n" * 30, "is a text file"),
-    "noise": (np.random.default_rng(0).bytes(5000), "is no checkpoint that can be read"),
-    "zeros": (bytes(5000), "is no checkpoint that can be read"),
+    "noise": (np.random.default_rng(0).bytes(5000), "is not a checkpoint that can be read"),
+    "zeros": (bytes(5000), "is not a checkpoint that can be read"),
     "web page": (b"\n<!DOCTYPE html><html><body>404 not found</body></html>", "is a web page"),
     "JSON": (b'{"error": "rate limit exceeded", "code": 429}\n', "is JSON, such as a server's error"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer"),
@@ -687,7 +687,7 @@ def test_memory_is_announced_before_it_is_taken(kind, tmp_path, monkeypatch, cap
     monkeypatch.setattr(reader, "LARGE", 10)
     read(path)
     said = capfd.readouterr().err
-    assert said.startswith(f"warning: {path} is ") and said.count("\n") == 1 and "GB of memory; to spare that" in said
+    assert said.startswith(f"warning: {path} is ") and said.count("\n") == 1 and "GB of memory; to avoid that" in said
     monkeypatch.setattr(reader, "_free_memory", lambda: 20)
     assert "0.0 GB are free" in refused(path)
     monkeypatch.setattr(reader, "_free_memory", lambda: None)

@@ -111,7 +111,7 @@ def _note_samples(samples: list[Sample], classes: tuple[str, ...], findings: Fin
             findings.note(f"images more than {OBLONG} times as long as wide, which a recipe may refuse", name)
         rows = np.column_stack([sample.boxes, sample.labels])
         for _ in range(len(rows) - len(np.unique(rows, axis=0))):
-            findings.note("objects that stand there twice, with the same box", name)
+            findings.note("objects that are listed twice, with the same box", name)
         for mask in sample.masks:
             if mask is None:
                 findings.note("objects without a mask, in images that have some", name)

@@ -214,8 +214,8 @@ def _parse(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is JSON nested too deeply for an annotation file; export it again") from None
     if not isinstance(values, dict) or not all(_have_ids(values.get(key), key) for key in KEYS):
         raise InputError(
-            f"{path} is no COCO annotation file: it needs lists of images, annotations and categories, with ids that "
-            "are numbers of at most 15 digits; export it again"
+            f"{path} is not a COCO annotation file: it needs lists of images, annotations and categories, with ids "
+            "that are numbers of at most 15 digits; export it again"
         )
     return {key: values[key] for key in KEYS}
 
@@ -290,7 +290,7 @@ def _keypoint_names(file: File) -> tuple[str, ...]:
     if not lists:
         raise InputError(f"{path}: no category has keypoints; take a recipe without keypoints, or other data")
     if not isinstance(lists[0], list) or not all(isinstance(name, str) for name in lists[0]):
-        raise InputError(f"{path}: the keypoints of a category are no list of names; correct the file")
+        raise InputError(f"{path}: the keypoints of a category are not a list of names; correct the file")
     if any(other != lists[0] for other in lists):
         raise InputError(f"{path}: its categories have different keypoints; keep those of one category")
     return tuple(lists[0])
@@ -357,8 +357,8 @@ def _annotated(item: dict[str, Any], part: Part) -> Annotated | None:
     if field := _wrong_field(item):
         value = f"{field} is {repr(item.get(field))[:60]}"
         message = (
-            f"{where}: it needs image_id, category_id, bbox with four numbers, iscrowd 0 or 1, and no area but a "
-            f"number from 0 on; its {value}; correct it"
+            f"{where}: it needs image_id, category_id, bbox with four numbers, iscrowd 0 or 1, and an area, if any, "
+            f"that is a number from 0 on; its {value}; correct it"
         )
         findings.refuse(
             "annotations with a field that is missing, text or out of range", f"{value} in {where}", message
@@ -404,11 +404,11 @@ def _label(category: int, part: Part, where: str) -> int | None:
         return None if name is None else part.objects.label(name, where)
     place = f"category_id {category} in {where}"
     if part.objects.clip:
-        part.objects.findings.note("objects of unknown classes passed over", place)
+        part.objects.findings.note("objects of unknown classes skipped", place)
     else:
         message = (
             f"{where}: its category_id {category} is not among the file's {len(part.names)} categories "
-            f"({', '.join(map(str, list(part.names)[:25]))}); correct it, or --set data.clip=true passes over it"
+            f"({', '.join(map(str, list(part.names)[:25]))}); correct it, or --set data.clip=true skips it"
         )
         part.objects.findings.refuse("objects of categories that are not listed", place, message)
     return None
@@ -534,7 +534,7 @@ def _size_is_number(item: dict[str, Any], json_path: Path, findings: Findings) -
     for side in wrong:
         said = f"{side} is {repr(item[side])[:60]}"
         message = f"{json_path} image {item['id']}: its {said} and must be a number, without quotes; correct it"
-        findings.refuse("images whose size is no number", f"{said} in image {item['id']}", message)
+        findings.refuse("images whose size is not a number", f"{said} in image {item['id']}", message)
     return not wrong
 
 
@@ -543,9 +543,9 @@ def _inside(name: object, image_id: Any, json_path: Path, findings: Findings) ->
     if isinstance(name, str) and name and inside(name):
         return True
     findings.refuse(
-        "file names that are none, or lead out of the folder",
+        "file names that are missing, or lead out of the folder",
         f"image {image_id}",
-        f"{json_path} image {image_id}: its file_name {name!r} is no name inside the folder of images; correct it",
+        f"{json_path} image {image_id}: its file_name {name!r} is not a name inside the folder of images; correct it",
     )
     return False
 

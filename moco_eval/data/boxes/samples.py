@@ -140,8 +140,8 @@ class Findings:
         """Refuse names that stand there more than once."""
         for name, times in Counter(names).items():
             if times > 1:
-                message = f"{place}, {kind}: {name!r} stands there {times} times; keep one"
-                self.refuse(f"{kind} that stand there twice", f"{name} in {place}", message)
+                message = f"{place}, {kind}: {name!r} is listed {times} times; keep one"
+                self.refuse(f"{kind} that are listed twice", f"{name} in {place}", message)
 
     def note(self, kind: str, place: str) -> None:
         """Keep what does not stop `detect`."""
@@ -185,13 +185,13 @@ class Objects:
         if name in self._index:
             return self._index[name]
         if self.clip:
-            self.findings.note("objects of unknown classes passed over", f"{name} in {where}")
+            self.findings.note("objects of unknown classes skipped", f"{name} in {where}")
         else:
             self.findings.refuse(
                 "objects of classes that are not trained on",
                 f"{name} in {where}",
                 f"{where}: class {name!r} is not among the {len(self._index)} classes trained on "
-                f"({', '.join(sorted(self._index)[:25])}); --set data.clip=true passes over such objects",
+                f"({', '.join(sorted(self._index)[:25])}); --set data.clip=true skips such objects",
             )
         return None
 
@@ -219,7 +219,7 @@ class Objects:
         if x0 < -slack or y0 < -slack or x1 > width + slack or y1 > height + slack:
             if not self.clip:
                 out = f"lies outside its {width}x{height} image; "
-                way = "correct the file, or --set data.clip=true cuts such boxes"
+                way = "correct the file, or --set data.clip=true clips such boxes"
                 self._refuse("boxes outside their image", corners, where, out + way)
                 return None
             self.findings.note("boxes cut to their image", where)

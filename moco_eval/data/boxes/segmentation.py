@@ -70,7 +70,7 @@ def _check_runs(value: dict[str, Any], size: tuple[int, int], where: str) -> Non
     whole = runs.ndim == 1 and runs.dtype.kind == "i" and len(runs) > 0
     if not whole or runs.min() < 0 or runs.max() > width * height or runs.sum() != width * height:
         raise InputError(
-            f"{where}: the counts of its mask are no runs that fill {width}x{height} pixels; correct or remove it"
+            f"{where}: the counts of its mask are not runs that fill {width}x{height} pixels; correct or remove it"
         )
 
 

@@ -270,13 +270,13 @@ def _lines(path: Path, findings: Findings) -> list[str]:
         findings.refuse("lists that cannot be read", str(path), f"cannot read {path}: {error}; save it as UTF-8 text")
         return []
     if not lines:
-        findings.refuse("lists without images", str(path), f"{path} lists no images; name one in each line")
+        findings.refuse("lists without images", str(path), f"{path} lists no images; name one per line")
     return lines
 
 
 def _image(images: dict[str, list[Path]], name: str, root: Path, split: Path) -> Path:
     if not inside(name):
-        raise InputError(f"{split} lists {name!r}, which is no name inside {root / 'JPEGImages'}; correct the list")
+        raise InputError(f"{split} lists {name!r}, which is not a name inside {root / 'JPEGImages'}; correct the list")
     paths = images.get(name, [])
     if not paths:
         raise InputError(
@@ -437,7 +437,7 @@ def _size(tree: ElementTree.Element, path: Path) -> tuple[int, int] | None:
     try:
         width, height = (round(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (ValueError, OverflowError):
-        raise InputError(f"{path}: its size is no number; correct it, or take it out") from None
+        raise InputError(f"{path}: its size is not a number; correct it, or take it out") from None
     return (width, height) if width or height else None
 
 

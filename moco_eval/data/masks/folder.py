@@ -62,7 +62,7 @@ def _samples(root: Path, split: str) -> list[MaskSample]:
         raise InputError(f"{root} has no images and masks of split {split!r}; {LAYOUT}")
     images, masks = (files_by_stem(place) for place in places)
     if odd := sorted(set(masks) - set(images)):
-        raise InputError(f"{masks[odd[0]]} has no image in {places[0]}; put it there, or take the mask away")
+        raise InputError(f"{masks[odd[0]]} has no image in {places[0]}; put it there, or remove the mask")
     missing = places[1]
     return [MaskSample(stem, path, masks.get(stem, missing / f"{stem}.png")) for stem, path in images.items()]
 
@@ -75,7 +75,7 @@ def _numbered(root: Path, samples: Sequence[MaskSample], ignored: Sequence[int])
     if values[-1] >= MOST_CLASSES:
         raise InputError(
             f"{root}: the training masks have values up to {values[-1]}, and there are at most {MOST_CLASSES} classes; "
-            "number the classes from 0, or say with --ignore which values are none"
+            "number the classes from 0, or name with --ignore the values that are no class"
         )
     return [str(value) for value in range(values[-1] + 1)]
 
@@ -89,10 +89,10 @@ def read_class_names(path: Path) -> list[str]:
     try:
         lines = limits.read_bytes(path, "list").decode("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"--classes {path} is no text in UTF-8; give one class name a line") from None
+        raise InputError(f"--classes {path} is not UTF-8 text; give one class name per line") from None
     except OSError as error:
         raise InputError(
-            f"--classes {path}: {error.strerror or error}; give a file with one class name a line"
+            f"--classes {path}: {error.strerror or error}; give a file with one class name per line"
         ) from None
     while lines and not lines[-1].strip():
         lines.pop()

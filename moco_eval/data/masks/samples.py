@@ -17,7 +17,7 @@ from moco_eval.errors import InputError
 
 IGNORED = 255  # what we call a pixel without a class, whatever its file says
 MOST_CLASSES = 255
-ONE_CLASS = "a foreground of 255 is to be written as 1, as 255 is ignored unless --ignore says otherwise"
+ONE_CLASS = "write a foreground of 255 as 1: 255 is ignored unless --ignore says otherwise"
 SINGLE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
@@ -168,7 +168,7 @@ def read_values(path: Path) -> np.ndarray:
     try:
         with open_image(io.BytesIO(limits.read_bytes(path, "image")), str(path)) as opened:
             if opened.format == "JPEG":
-                raise InputError(f"{path} is a JPEG, whose compression invents values; save masks as PNG")
+                raise InputError(f"{path} is a JPEG, whose compression changes values; save masks as PNG")
             if opened.mode not in SINGLE_CHANNEL:
                 raise InputError(
                     f"{path} is a mask of {len(opened.getbands())} channels ({opened.mode}) and must have one: class "

@@ -67,5 +67,5 @@ def _names(path: Path) -> list[str]:
             raise InputError(f"{path} lists {name[:60]!r}, which is no image's name; correct it")
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{path} lists {double!r} twice; leave one")
+        raise InputError(f"{path} lists {double!r} twice; keep one")
     return names

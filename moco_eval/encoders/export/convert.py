@@ -54,7 +54,7 @@ def convert(
     if to not in WRITERS:
         raise InputError(f"--to {to!r} is not built yet.{did_you_mean(to, WRITERS)}")
     if to == "detectron2" and output.suffix != ".pkl":
-        raise InputError(f"{output} must end in .pkl: by that detectron2 knows how to read it")
+        raise InputError(f"{output} must end in .pkl: from this detectron2 knows how to read it")
     about, settings_file = output.with_name(f"{output.name}.json"), output.with_suffix(".yaml")
     beside = [about, settings_file] if to == "detectron2" else [about]
     _require_free(source, [output, *beside], force)
@@ -98,7 +98,7 @@ def _write(
     except OSError as error:
         raise RunFailed(f"cannot write {output}: {error.strerror}") from None
     except SafetensorError as error:  # a full disk too
-        raise RunFailed(f"cannot write {output}: {error}; what was there is as before") from None
+        raise RunFailed(f"cannot write {output}: {error}; the old file is unchanged") from None
     return copied, shown
 
 
@@ -107,7 +107,9 @@ def _only_beside(encoder: Encoder, to: str, about: Path) -> list[str]:
     unsaid = re.search(r"_msra$|_pad2$|_12h_", encoder.arch)
     if to == "safetensors" or not unsaid:
         return []
-    return [f"no tensor tells that it is {encoder.arch}: keep {about.name} with it, or give --arch where it is read"]
+    return [
+        f"the tensors do not show that it is {encoder.arch}: keep {about.name} with it, or give --arch when you read it"
+    ]
 
 
 def _require_free(source: str, outputs: list[Path], force: bool) -> None:
@@ -115,7 +117,7 @@ def _require_free(source: str, outputs: list[Path], force: bool) -> None:
         try:
             folder = output.is_dir()
         except OSError as error:  # a name that the file system does not take
-            raise InputError(f"{output} is no name for a file: {error.strerror}") from None
+            raise InputError(f"{output} is not a valid name for a file: {error.strerror}") from None
         if folder:
             raise InputError(f"{output} is a folder; give the name of a file")
         files.output_file(output)
