@@ -267,8 +267,8 @@ def require_whole_groups(key: str, groups: int) -> None:
     """Raises InputError for processes that do not make up whole groups of a batch."""
     if groups % (processes := world_size()):
         raise InputError(
-            f"{key} {groups} cannot be divided among {processes} processes; take a number of processes that divides it, "
-            f"or --set {key}={processes}"
+            f"{key} {groups} cannot be divided among {processes} processes; take a number of processes that "
+            f"divides it, or --set {key}={processes}"
         )
 
 
@@ -290,8 +290,8 @@ def epoch_batches(images: int, config: FinetuneConfig, seed: int) -> Batches:
     whole, rest = divmod(batches.shown, config.batch_size)
     if config.drop_last and not whole:
         raise InputError(
-            f"{images} training images do not fill one batch of {config.batch_size}; take --batch-size {batches.shown} or "
-            "smaller"
+            f"{images} training images do not fill one batch of {config.batch_size}; take --batch-size "
+            f"{batches.shown} or smaller"
         )
     alone = rest == 1 and not config.drop_last
     if alone or config.batch_size == config.bn_groups:
