@@ -184,8 +184,8 @@ def normalised(net: nn.Module, groups: int) -> nn.Module:
         return sync_batch_norm(net) if processes > 1 else net
     if groups % processes:
         raise InputError(
-            f"bn_groups {groups} cannot be divided among {processes} processes; take a number of processes that "
-            f"divides it, or --set bn_groups={processes}"
+            f"bn_groups {groups} are not made up by {processes} processes; take a number of processes that divides "
+            f"them, or --set bn_groups={processes}"
         )
     return split_batch_norm(net, groups // processes) if groups > processes else net
 
@@ -201,8 +201,7 @@ def steps_per_epoch(images: int, config: FinetuneConfig) -> int:
     whole, rest = divmod(images, config.batch_size)
     if config.drop_last and not whole:
         raise InputError(
-            f"{images} training images do not fill one batch of {config.batch_size}; take --batch-size {images} or "
-            "smaller"
+            f"{images} training images make no batch of {config.batch_size}; take --batch-size {images} or smaller"
         )
     alone = rest == 1 and not config.drop_last
     if alone or config.batch_size == config.bn_groups:

@@ -48,11 +48,9 @@ def protocols(names: str | None, multi_label: bool) -> list[Protocol]:
     chosen: list[Protocol] = []
     for name in (part.strip() for part in names.split(",")):
         if name not in known:
-            raise InputError(
-                f"--tasks {names!r}: {name!r} does not work on extracted features.{did_you_mean(name, known)}"
-            )
+            raise InputError(f"--tasks {names!r}: {name!r} judges no extracted features.{did_you_mean(name, known)}")
         if known[name] in chosen:
-            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; remove one of them")
+            raise InputError(f"--tasks {names!r} names {known[name].protocol} twice; take one of them away")
         chosen.append(known[name])
     return chosen
 

@@ -116,7 +116,7 @@ def _opened(path: Path) -> tuple[bytes, os.stat_result]:
     if stat.S_ISDIR(about.st_mode):
         raise Refused(_folder(path))
     if not stat.S_ISREG(about.st_mode):
-        raise Refused("is not a regular file: copy its contents to one")
+        raise Refused("is not a regular file: copy what it gives to one")
     with path.open("rb") as file:
         start = file.read(512)
     if not start:

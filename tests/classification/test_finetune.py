@@ -356,11 +356,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path):
             {},
             "each batch or its part in batch norm of 90 .* single image, .* take another --batch-size$",
         ),
-        (
-            ["batch_size=100", "drop_last=true"],
-            {},
-            "90 training images do not fill one batch of 100; take --batch-size 90",
-        ),
+        (["batch_size=100", "drop_last=true"], {}, "90 training images make no batch of 100; take --batch-size 90"),
         ([], {"encoder": "pixels"}, "pixels has no weights to fine-tune"),
     ],
 )
@@ -383,7 +379,7 @@ def on_ranks(folder) -> dict:
     record = judge(task(), recipe("batch_size=23"), folder / "run", CPU)
     grouped = recipe("batch_size=20", "bn_groups=2", "drop_last=true")
     groups = judge(task(), grouped, folder / "groups", CPU)
-    with pytest.raises(InputError, match="bn_groups 3 cannot be divided among 2 processes"):
+    with pytest.raises(InputError, match="bn_groups 3 are not made up by 2 processes"):
         finetune.normalised(TinyNet(), 3)
     return {"run": record["metrics"]["top1"], "groups": groups["metrics"]["top1"]}
 

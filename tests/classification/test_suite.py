@@ -142,9 +142,9 @@ def test_one_footnote_for_what_several_protocols_deviate_in(capfd, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--tasks", "kn"), "'kn' does not work on extracted features. Did you mean 'knn'?"),
-        (("--tasks", "knn,quick,"), "'' does not work on extracted features"),
-        (("--tasks", "linear/moco-lincls@1"), "does not work on extracted features"),
+        (("--tasks", "kn"), "'kn' judges no extracted features. Did you mean 'knn'?"),
+        (("--tasks", "knn,quick,"), "'' judges no extracted features"),
+        (("--tasks", "linear/moco-lincls@1"), "judges no extracted features"),
         (("--tasks", "knn,knn/instdisc@1"), "names knn/instdisc@1 twice"),
         (("--tasks", "quick,knn", "--labels", "6-per-class"), "knn/instdisc@1: k 200 is more than the 60 images"),
         (
