@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moco_eval.classification import judge as judging
-from moco_eval.classification.protocols import Protocol, by_name, feature_override, kinds, load_config
+from moco_eval.classification.protocols import Protocol, by_name, feature_override, followed_by, kinds, load_config
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
@@ -208,6 +208,7 @@ def judge(
             trials=int(trials),
             cache=Path(cache) if cache is not None else None,
         )
+        config = _config(protocol, feature, {"seed": seed, **settings}, task)
         return judged(task, config, Path(output) if output is not None else None, place)
 
 
@@ -394,9 +395,11 @@ def _checked(train: ImageSet, test: ImageSet, trials: int, labels: str | None) -
     return parse_labels(labels)
 
 
-def _config(protocol: str, feature: str | None, settings: dict[str, Any]) -> Any:
-    """The checked config of a protocol, of a shipped config or of a file."""
+def _config(protocol: str, feature: str | None, settings: dict[str, Any], task: Task | None = None) -> Any:
+    """The checked config of a protocol, of a shipped config or of a file; of a protocol's, the one for a task."""
     kind, name = _named(protocol)
+    if task is not None:
+        name = followed_by(name, kind).code().shipped(name, task)
     overrides = configs.as_overrides(settings)
     model = load_config(name, kind).__class__
     return load_config(name, kind, [*overrides, *feature_override(model, feature)])

@@ -17,12 +17,14 @@ from test_finetune import bits, same, task, tiny_encoder, watched
 from torch import nn
 
 from moco_eval.classification import finetune
-from moco_eval.classification.judge import check, judge, judge_in_memory
+from moco_eval.classification.judge import canonical, check, judge, judge_in_memory
+from moco_eval.classification.protocols import by_name, load_config
 from moco_eval.classification.task import Task
 from moco_eval.classification.training_loop import Loop
 from moco_eval.classification.transformer_tuning import adamw, adapted, drop_paths
 from moco_eval.config import load as configs
 from moco_eval.config.classification import FinetuneAugmentation, FinetuneConfig
+from moco_eval.config.deviations import differences
 from moco_eval.config.learning_rate import rate_of_step
 from moco_eval.data.loader import Batches, draw_seed
 from moco_eval.data.training_cut import training_cut
@@ -117,6 +119,25 @@ def test_maes_rates_rise_and_fall_step_by_step(name, lr, warmup):
     left = (100 - warmup) * per_epoch
     final = 1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * (left - 1) / left)) / 2
     assert rates == pytest.approx([0, lr / end, lr * (end - 1) / end, lr, final], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "data", "encoder", "differs"),
+    [
+        ("finetune/mocov3-transfer@1", "flowers102", VIT, {"optimizer.weight_decay", "mixup.alpha"}),
+        ("linear/mocov3@1", "digits", VIT, {"optimizer.lr"}),
+    ],
+)
+def test_in_python_too_a_protocol_takes_the_config_of_the_task(protocol, data, encoder, differs, monkeypatch):
+    import moco_eval as me
+
+    train, test = (replace(part, name=data) for part in me.images("digits"))
+    monkeypatch.setattr("moco_eval.api.judged", lambda task, config, output, place: (task, config))
+    task, config = me.judge(me.load(encoder), train, test, protocol)
+    deviations = differences(config, canonical(by_name(protocol), task))
+    plain = load_config(by_name(protocol).name.name, by_name(protocol).name.kind)
+    assert deviations == []
+    assert differs <= {words.split()[0] for words in differences(plain, canonical(by_name(protocol), task))}
 
 
 def test_moco_v3s_transfer_has_settings_of_its_own_by_data_set():
@@ -214,6 +235,9 @@ def test_the_draws_of_drop_path_are_the_steps_and_not_the_hosts():
         losses.append([learner.train_step(images, labels, 0, 8) for _ in range(2)])
         assert torch.equal(torch.random.get_rng_state(), before)
     assert losses[0] == losses[1]
+    later = finetune.EndToEnd(work, config, 5, 0, CPU)
+    later.done = 1
+    assert later.train_step(images, labels, 0, 8) != losses[0][0]
     other = finetune.EndToEnd(work, config, 5, 1, CPU)  # another seed; its head too
     other.net.load_state_dict(finetune.EndToEnd(work, config, 5, 0, CPU).net.state_dict())
     assert other.train_step(images, labels, 0, 8) != losses[0][0]
@@ -294,6 +318,17 @@ def test_mixed_images_and_labels_are_the_naive_ones(alpha, cutmix):
             assert torch.allclose(views[rows], pixels, atol=1e-5)
             assert torch.allclose(shares[rows], wanted.float(), atol=1e-6)
     assert np.array_equal(np.random.get_state()[1], numpy_before) and random.getstate() == python_before
+
+
+def test_the_loss_of_mixed_images_is_the_soft_cross_entropy():
+    """Smoothed once: it is in the mixed labels."""
+    from timm.loss import SoftTargetCrossEntropy
+
+    learner, other = (finetune.EndToEnd(vit_task(), recipe("drop_path=0"), 5, 0, CPU) for _ in range(2))
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    views, shares = other.mixed(images.clone(), labels)
+    wanted = SoftTargetCrossEntropy()(other.net(views), shares)
+    assert learner.train_step(images.clone(), labels, 0, 16).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_smoothing_without_mixing_is_in_the_loss():
