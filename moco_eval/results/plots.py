@@ -15,6 +15,7 @@ from moco_eval.runtime import files
 Scores = dict[str, float | None]  # of one class, by metric
 
 ROWS = 30  # bars that one column takes; more are shared by two
+MOST = 200  # bars that are drawn
 ROW, WIDTH = 0.19, 4.6  # inches of a bar and of a column
 SHADES = ("#1d1f23", "#1f5fae", "#686d76")  # words, data, lines; the report puts its own in their place
 PARTS = {
@@ -56,7 +57,8 @@ def bars_figure(
 ) -> Figure:
     """Horizontal bars, best class first, in two columns where they are many; a line at the mean.
 
-    Classes without a value, which have no object in the test split, come last and say so.
+    Classes without a value, which have no object in the test split, come last and say so. Of more than MOST classes
+    those with a value are drawn: the best in the first column, the worst in the second.
 
     Args:
         per_class: percent of each class by metric.
@@ -67,6 +69,11 @@ def bars_figure(
     values = {name: scores.get(metric) for name, scores in per_class.items()}
     order = order or best_first(per_class, metric)
     known = [value for value in values.values() if value is not None]
+    drawn = ""
+    if len(order) > MOST:
+        order = order[: len(known)]
+        drawn = f"; {MOST} of {len(known):,} classes" if len(known) > MOST else ""
+        order = order[: MOST // 2] + order[-(MOST // 2) :] if drawn else order
     columns = 1 if len(order) <= ROWS else 2
     rows = -(-len(order) // columns)
     figure = Figure(figsize=(WIDTH * columns, 0.55 + ROW * max(rows, 3)), layout="constrained")
@@ -76,7 +83,7 @@ def bars_figure(
         if known:
             mean = float(np.mean(known))
             axes.axvline(mean, color=shades[2], linewidth=0.9, linestyle=(0, (5, 3)), zorder=0)
-            axes.set_xlabel(f"{metric} (%), mean {mean:.1f}", color=shades[0], fontsize=9)
+            axes.set_xlabel(f"{metric} (%), mean {mean:.1f}{drawn}", color=shades[0], fontsize=9)
     return figure
 
 

@@ -121,6 +121,15 @@ def test_classes_differ_in_colour(classes):
 # Plots
 
 
+def test_of_a_thousand_classes_the_best_and_the_worst_are_drawn():
+    values = {f"class {i}": {"APbb": i / 15} for i in range(1203)}
+    figure = bars_figure(values | {f"none {i}": {"APbb": None} for i in range(30)}, "APbb")
+    names = [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes]
+    assert [len(column) for column in names] == [100, 100]
+    assert (names[0][0], names[1][-1]) == ("class 1202", "class 0")
+    assert figure.axes[0].get_xlabel() == f"APbb (%), mean {601 / 15:.1f}; 200 of 1,203 classes"
+
+
 def test_bars_fall_and_classes_without_objects_come_last():
     per_class = {"low": {"AP50": 10.0}, "none": {"AP50": None}, "high": {"AP50": 70.0}, "zero": {"AP50": 0.0}}
     (axes,) = bars_figure(per_class, "AP50").axes
