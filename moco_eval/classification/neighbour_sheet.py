@@ -59,7 +59,8 @@ def _words(classes: set[int], names: tuple[str, ...]) -> str:
 def _place(sheet: Image.Image, image: Image.Image, x: int, y: int) -> None:
     """The whole image within its square."""
     scale = SIDE / max(image.size)
-    small = image.resize(tuple(max(1, round(scale * side)) for side in image.size))
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    small = image.resize((width, height))
     sheet.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
 
 
