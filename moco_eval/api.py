@@ -315,7 +315,7 @@ def compare(a: Result | str | Path, b: Result | str | Path) -> Comparison:
     Raises:
         ValueError: they were not tested on the same images, or hold no answers.
     """
-    return comparing.compare(*(_run(name, side) for name, side in (("a", a), ("b", b))))
+    return comparing.compare(_run("a", a), _run("b", b))
 
 
 class Monitor:

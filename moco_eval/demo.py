@@ -18,6 +18,7 @@ from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.report.page import write_report
+from moco_eval.report.text import table
 from moco_eval.results.run_directory import hold
 from moco_eval.runtime.console import log
 from moco_eval.runtime.launch import processes
@@ -25,8 +26,8 @@ from moco_eval.runtime.launch import processes
 FEW, DRAWS = 10, 5  # labels per class in the few-label regime, and how often they are drawn
 
 
-def run(output: Path, device: str) -> None:
-    """Write runs and report.html below `output`; running it again goes on where it stopped."""
+def run(output: Path, device: str) -> str:
+    """Write runs and report.html below `output`; running it again goes on where it stopped. Returns the table."""
     from pretraining.plan import plan
     from pretraining.train import pretrain
 
@@ -48,6 +49,7 @@ def run(output: Path, device: str) -> None:
             detect(task, output / f"detect-{name}", chosen)
         write_report([output], output / "report.html")
     log(f"done in {(time.perf_counter() - started) / 60:.1f} minutes: open {output / 'report.html'}")
+    return table([output])
 
 
 def _classify(encoders: dict[str, Encoder], output: Path, device) -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +25,6 @@ from moco_eval.data.image_set import ImageSet
 from moco_eval.features.extract import extract, extract_share
 from moco_eval.preprocessing import Preprocessing
 from moco_eval.results.metrics import accuracy
-from moco_eval.runtime import files
 from moco_eval.runtime.rank import world_size
 
 EPSILON = 1e-5  # solo-learn's
@@ -167,28 +165,10 @@ def outcome(
 
 def draw(task: Task, seed: int, outcome: Outcome, output: Path) -> None:
     """neighbours.png; see `task.Code`."""
+    from moco_eval.classification.neighbour_sheet import draw_neighbours
+
     neighbours = torch.from_numpy(outcome.arrays["neighbour"])
     draw_neighbours(task.training_images(seed), task.test, neighbours, output / "neighbours.png")
-
-
-def draw_neighbours(train: ImageSet, test: ImageSet, neighbours: torch.Tensor, path: Path, rows: int = 8) -> None:
-    """A picture: each row a test image and its five nearest training images, at 64 pixels.
-
-    Args:
-        neighbours: training images of each test image, nearest first, (test images, k).
-    """
-    from PIL import Image
-
-    shown = np.linspace(0, len(test) - 1, min(rows, len(test))).astype(int)
-    width = min(5, neighbours.shape[1])
-    sheet = Image.new("RGB", (64 * (width + 1) + 16, 64 * len(shown)), "white")
-    for y, query in enumerate(shown):
-        sheet.paste(test.image(int(query)).resize((64, 64)), (0, 64 * y))
-        for x in range(width):
-            neighbour = train.image(int(neighbours[query, x]))
-            sheet.paste(neighbour.resize((64, 64)), (64 * (x + 1) + 16, 64 * y))
-    with files.atomic(path) as temporary:
-        sheet.save(temporary)
 
 
 CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, draw=draw)

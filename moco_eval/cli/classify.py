@@ -98,8 +98,10 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     splits = opened_early(checkpoint, options)
 
     from moco_eval.api import judged
-    from moco_eval.classification.judge import check, prepared
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.classification.judge import check, prepared, resolved
+    from moco_eval.results.run_directory import default_output, holds
+    from moco_eval.results.sanity import beside
+    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
@@ -108,7 +110,10 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     config = load_config(row.code().shipped(protocol, task.encoder), kind, row.model, options, named)
     output = options.output or default_output(kind, task.encoder, regime, config.protocol)
     if options.dry_run:
-        check(prepared(task, config), config)
+        ready = prepared(task, config)
+        check(ready, config)
+        holds(output, resolved(ready, config))
+        choose_device(options.device)
         click.echo(_plan(task, config, output))
         return 0
     if options.nproc > 1:
@@ -116,7 +121,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     with processes(options.device) as device:
         result = judged(task, config, output, device)
         if is_main():
-            show(result.record, str(result), options)
+            show(result.record, "\n".join([str(result), *beside(result.record, output.parent)]), options)
     return 0
 
 
@@ -135,13 +140,14 @@ def opened_early(checkpoint: str, options: Options) -> Splits:
     pixels_of(checkpoint, options)
     parse_labels(options.labels)
     where = (options.data, options.train_split, options.test_split, options.val_fraction)
-    return open_splits(str(options.dataset), *where)
+    return open_splits(options.called, *where)
 
 
 def open_task(checkpoint: str, options: Options, seed: int, splits: Splits) -> tuple[Any, str]:
     """The encoder on the data: a `task.Task`; and the data's name with what --labels says, for a run directory."""
     from moco_eval.classification.further import open_further
     from moco_eval.classification.task import Task
+    from moco_eval.config.data_name import in_path
     from moco_eval.data.label_option import parse_labels
 
     labels, (train, test) = parse_labels(options.labels), splits
@@ -158,7 +164,11 @@ def open_task(checkpoint: str, options: Options, seed: int, splits: Splits) -> t
         cache=options.cache or Path("runs/features"),
         further=open_further(options.also, train),
     )
-    names = [str(options.dataset), *([labels.name] if labels else []), *(f"also-{test.name}" for test in task.further)]
+    names = [
+        in_path(test.name, train.fingerprint, test.fingerprint),
+        *([labels.name] if labels else []),
+        *(f"also-{test.name}" for test in task.further),
+    ]
     return task, "-".join(names)
 
 
@@ -220,7 +230,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     task, regime = open_task(checkpoint, options, options.seed or 0, splits)
     output = options.output or default_output("suite", task.encoder, regime)
     chosen = suites.items(task, rows, output, options.of_every_config)
-    suites.check(chosen)
+    chosen, left_out = suites.able(chosen)
     batch_size = options.batch_size or suites.BATCH
     if options.dry_run:
         needs = suites.needs(chosen, task.cache, batch_size)
@@ -231,7 +241,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
-            show(records, suites.table(records, extraction), options)
+            show(records, suites.table(records, extraction, output.parent, left_out), options)
     return 0
 
 
@@ -303,23 +313,29 @@ def retrieve(checkpoint: str, split: str, options: Options) -> int:
     """
     splits = opened_early(checkpoint, options)
 
-    from moco_eval.classification.retrieval import PROTOCOL, Settings, check
+    from moco_eval.classification.retrieval import PROTOCOL, Settings, check, resolved
     from moco_eval.classification.retrieval import retrieve as judged
     from moco_eval.classification.task import Task
+    from moco_eval.config.data_name import in_path
     from moco_eval.results.result import lines
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.results.run_directory import default_output, holds
+    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    encoder, dataset = load_encoder(checkpoint, options, options.seed or 0), str(options.dataset)
+    encoder = load_encoder(checkpoint, options, options.seed or 0)
     images = splits[0] if split == "train" else splits[1]
     task = Task(encoder, images, images, options.feature or "pooled", cache=options.cache or Path("runs/features"))
     usual = Settings()
     workers = usual.workers if options.workers is None else options.workers
     settings = Settings(options.precision or usual.precision, options.batch_size or usual.batch_size, workers)
-    output = options.output or default_output("retrieve", encoder, f"{dataset}-{split}", PROTOCOL)
+    output = options.output or default_output(
+        "retrieve", encoder, f"{in_path(images.name, images.fingerprint)}-{split}", PROTOCOL
+    )
     if options.dry_run:
         check(task)
+        holds(output, resolved(task, settings))
+        choose_device(options.device)
         data = f"data: {images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"
         click.echo(f"{PROTOCOL} of {encoder.source}\n{data}\noutput: {output}")
         return 0

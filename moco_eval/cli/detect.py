@@ -4,6 +4,7 @@ import click
 
 from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
 from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
 
@@ -44,7 +45,7 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
             "detect needs --dataset; for example: moco-eval detect runs/v2/checkpoints/last.pth --dataset voc "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    require_named(dataset, DATASETS)
+    require_named(layout_of(dataset), DATASETS)
     config = load_recipe(recipe or DEFAULTS[dataset], "detect", DetectConfig, options)
     pixels_of(checkpoint, options)
 
@@ -53,7 +54,7 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
     from moco_eval.results.run_directory import default_output
 
     encoder = load_encoder(checkpoint, options, config.seed)
-    output = options.output or default_output("detect", encoder, dataset, config.protocol)
     splits = (options.train_split, options.test_split)
-    task = DetectionTask(encoder, config, dataset, options.data, *splits, options.trials, engine)
+    task = DetectionTask(encoder, config, options.called, options.data, *splits, options.trials, engine)
+    output = options.output or default_output("detect", encoder, task.in_path, config.protocol)
     return fine_tuned(detection.plan, detection.detect, detection.format_table, task, output, options)

@@ -27,6 +27,7 @@ class Options:
     """
 
     dataset: str | None = None
+    name: str | None = None
     data: Path | None = None
     train_split: str | None = None
     test_split: str | None = None
@@ -53,6 +54,13 @@ class Options:
     also: tuple[str, ...] = ()
     released: bool = False
     as_json: bool = False
+
+    @property
+    def called(self) -> str:
+        """The data set with what --name calls it. Raises InputError where it has a name of its own."""
+        from moco_eval.config.data_name import with_name
+
+        return with_name(str(self.dataset), self.name)
 
     @property
     def of_every_config(self) -> list[str]:
@@ -118,7 +126,10 @@ extraction_options = several(
     ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
-data_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")
+data_option = several(
+    click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none."),
+    click.option("--name", help="What to call a folder of your own.  [default: the folder's name]"),
+)
 encoder_options = several(
     click.option("--arch", help="Architecture, where the shapes leave it open (the heads of a ViT) or are misread."),
     click.option(

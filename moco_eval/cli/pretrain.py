@@ -1,6 +1,7 @@
 """moco-eval pretrain."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,10 +35,11 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     from moco_eval.data.catalogue import require_there
 
     resolved = load_config(config, "pretrain", PretrainConfig, options)
-    require_there(options.dataset, options.data)
+    require_there(options.called, options.data)
 
     import torch
 
+    from moco_eval.results.run_directory import holds
     from moco_eval.runtime.console import log
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
@@ -45,16 +47,17 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     from pretraining.plan import plan
     from pretraining.train import pretrain as train
 
-    output = options.output or Path("runs") / f"pretrain-{Path(config).stem}-{options.dataset}"
     if options.nproc > 1 or options.dry_run:
         device = choose_device(options.device) if options.dry_run else torch.device("cpu")
-        planned = plan(resolved, options.dataset, options.data, options.nproc, device)
+        planned = plan(resolved, options.called, options.data, options.nproc, device)
         if options.dry_run:
+            output = _output(config, planned, options)
+            holds(output, planned.resolved())
             click.echo(f"{planned.describe()}\noutput: {output}")
             return 0
         return launch_again(options, max_restarts)
     with processes(options.device) as device:
-        run = plan(resolved, options.dataset, options.data, world_size(), device)
+        run = plan(resolved, options.called, options.data, world_size(), device)
         log(run.describe())
         if profiled:
             from pretraining.profile import profile
@@ -63,6 +66,14 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             if is_main():
                 click.echo(parts.report())
             return 0
-        last = train(run, output, device)
+        last = train(run, _output(config, run, options), device)
         log(f"done: {last}")
     return 0
+
+
+def _output(config: str, run: Any, options: Options) -> Path:
+    """--output, or runs/pretrain-<config>-<data>."""
+    from moco_eval.config.data_name import in_path
+
+    images = run.images
+    return options.output or Path("runs") / f"pretrain-{Path(config).stem}-{in_path(images.name, images.fingerprint)}"

@@ -6,6 +6,7 @@ import click
 
 from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
 from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
 
@@ -60,8 +61,8 @@ def segment(
             "segment needs --dataset; for example: moco-eval segment runs/v2/checkpoints/last.pth --dataset voc-aug "
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
-    require_named(dataset, DATASETS)
-    config = load_recipe(recipe or DEFAULTS.get(dataset, "linear"), "segment", SegmentConfig, options)
+    require_named(layout_of(dataset), DATASETS)
+    config = load_recipe(recipe or DEFAULTS.get(layout_of(dataset), "linear"), "segment", SegmentConfig, options)
     pixels_of(checkpoint, options)
 
     from moco_eval.results.run_directory import default_output
@@ -69,11 +70,10 @@ def segment(
     from moco_eval.segmentation.task import SegmentationTask
 
     encoder = load_encoder(checkpoint, options, config.seed)
-    output = options.output or default_output("segment", encoder, dataset, config.protocol)
     task = SegmentationTask(
         encoder,
         config,
-        dataset,
+        options.called,
         options.data,
         options.train_split,
         options.test_split,
@@ -81,4 +81,5 @@ def segment(
         classes,
         ignore or (255,),
     )
+    output = options.output or default_output("segment", encoder, task.in_path, config.protocol)
     return fine_tuned(segmentation.plan, segmentation.segment, segmentation.format_table, task, output, options)

@@ -30,14 +30,14 @@ def configs(action: str, name: str | None) -> None:
 
 @click.command()
 @click.argument("action", type=click.Choice(["list", "check"]), default="list")
-@click.argument("name", required=False)
+@click.argument("dataset", metavar="NAME", required=False)
 @with_options(
     data_option,
     split_options,
     click.option("--quick", is_flag=True, help="Look at the images' headers alone; else every image is decoded."),
     click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
 )
-def datasets(action: str, name: str | None, writes: bool, quick: bool, options: Options) -> None:
+def datasets(action: str, writes: bool, quick: bool, options: Options) -> None:
     """List the data sets, or check that a copy of one is whole.
 
     Example: moco-eval datasets check imagefolder --data my_images
@@ -50,6 +50,7 @@ def datasets(action: str, name: str | None, writes: bool, quick: bool, options: 
         for line in catalogue.known() + boxes.known():
             click.echo(line)
         return
+    name = options.dataset
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
     where = (name, options.data, options.train_split, options.test_split)
@@ -74,4 +75,4 @@ def demo(output: Path, device: str) -> None:
     """
     from moco_eval.demo import run
 
-    run(output, device)
+    click.echo(run(output, device))

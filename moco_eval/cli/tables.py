@@ -55,6 +55,7 @@ def compare(run_a: Path, run_b: Path) -> None:
     click.option("--list", "list_tables", is_flag=True, help="Name every table."),
     click.option("--commands", is_flag=True, help="Only the commands that are left to run, as a shell script."),
     places_options,
+    click.option("--here", is_flag=True, help="Costs timed on this machine, instead of published ones of a GPU."),
     click.option(
         "--format",
         "form",
@@ -63,7 +64,7 @@ def compare(run_a: Path, run_b: Path) -> None:
         show_default=True,
     ),
 )
-def table(table_id: str | None, list_tables: bool, commands: bool, form: str, options: Options) -> None:
+def table(table_id: str | None, list_tables: bool, commands: bool, here: bool, form: str, options: Options) -> None:
     """Show a paper's table with your runs beside it, and how to produce what is missing.
 
     Example: moco-eval table moco-v2-1
@@ -80,7 +81,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, form: str, op
         raise InputError("table needs an ID; moco-eval table --list names them")
     published, places = tables.load_table(table_id), _places(options)
     records = _records(places)
-    left = todo.find(published, records, places)
+    left = todo.find(published, records, places, here)
     if commands:
         click.echo(todo.stopping_script(left))
     else:

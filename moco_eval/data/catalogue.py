@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moco_eval.config.data_name import called, layout_of
 from moco_eval.config.load import require_named
 from moco_eval.data import band_statistics, every_file, glance, in_memory
 from moco_eval.data.bands import FILE, Bands, bands_of, require_measured, with_stored, write
@@ -74,13 +75,14 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     """Open a data set.
 
     Args:
-        name: one of NAMES.
+        name: one of NAMES; a layout of one's own may be followed by a name, as in imagefolder:pets.
         data: its folder; None for built-in ones, or where MOCO_EVAL_DATA says it.
         split: 'train' or 'test' (an imagefolder's `val/`), or 'pretrain', which is 'train' but for STL-10, where it
             is the labelled and unlabelled images together, without labels.
     Raises:
         InputError: unknown name, missing or empty folder, a class without images, an incomplete copy.
     """
+    full, name = name, layout_of(name)
     require_named(name, NAMES)
     if split == "pretrain" and name != "stl10":
         split = "train"
@@ -94,14 +96,17 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     if name == "voc07":
         return read_voc07(folder, split)
     if name == "voc-folder":
-        return dict(zip(("train", "test"), read_voc_folder(folder)))[split]
-    if name in UNLABELLED:
-        return _unlabelled(name, folder, split)
-    return _imagefolder(name, folder, split)
+        images = dict(zip(("train", "test"), read_voc_folder(folder)))[split]
+    elif name in UNLABELLED:
+        images = _unlabelled(name, folder, split)
+    else:
+        images = _imagefolder(name, folder, split)
+    return replace(images, name=called(full, folder))
 
 
 def require_there(name: str, data: Path | None) -> None:
     """Raises InputError for an unknown data set, or where its folder is none; its images are not looked at."""
+    name = layout_of(name)
     require_named(name, NAMES)
     if name != "digits":
         data_folder(name, data)
@@ -122,11 +127,16 @@ def open_splits(
     Raises:
         InputError: as `open_images`; the classes differ; split names for a set whose splits are fixed.
     """
-    require_named(name, NAMES)
+    layout = layout_of(name)
+    require_named(layout, NAMES)
     if val_fraction is not None:
-        return _parted(name, data_folder(name, data) if name != "digits" else Path(), val_fraction)
-    if name == "voc-folder":
-        return read_voc_folder(data_folder(name, data), train_split, test_split)
+        folder = data_folder(layout, data) if layout != "digits" else Path()
+        train, test = _parted(layout, folder, val_fraction)
+        return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
+    if layout == "voc-folder":
+        folder = data_folder("voc-folder", data)
+        train, test = read_voc_folder(folder, train_split, test_split)
+        return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
     if train_split or test_split:
         raise InputError(f"--train-split and --test-split are for --dataset voc-folder; the splits of {name} are fixed")
     train, test = (open_images(name, data, split) for split in ("train", "test"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moco_eval.data.boxes.samples import DetectionData, Sample
+from moco_eval.results.matches import Matches
 from moco_eval.results.metrics import area_under, eleven_point
 from moco_eval.runtime.collectives import gather_values
 from moco_eval.runtime.console import log
@@ -66,14 +67,23 @@ def evaluate(
     Returns:
         Metrics over the classes that have objects, and per class; None for a class without objects.
     """
+    return judged(data, detections, rounded, per_image)[:2]
+
+
+def judged(
+    data: DetectionData, detections: Sequence[Detections], rounded: bool = False, per_image: int = PER_IMAGE
+) -> tuple[dict[str, float], dict[str, Scores], list[Matches]]:
+    """The same, and which detection is right where: of each kind of average precision."""
     assert len(detections) == len(data.test)
     if data.coco is None:
-        metrics, per_class = voc_ap(data.test, detections, data.classes, rounded)
+        ranked = rank(data.test, detections, len(data.classes), rounded)
+        metrics, per_class = _voc(ranked, data.classes)
+        matches = [_voc_matches(ranked, len(data.test))]
     else:
-        metrics, per_class = _coco_kinds(data, data.coco, detections, per_image)
+        metrics, per_class, matches = _coco_kinds(data, data.coco, detections, per_image)
     if absent := without_objects(per_class):
         log(f"{data.test_split} has no object of {', '.join(absent)}: no AP, and left out of the mean")
-    return metrics, per_class
+    return metrics, per_class, matches
 
 
 def without_objects(per_class: dict[str, Scores]) -> list[str]:
@@ -110,11 +120,14 @@ class Ranked:
         overlaps: (D,) IoU with that object; minus infinity where the image has no object of the class.
         owners: (D,) that object's place in `difficult`.
         difficult: (G,) bool, of each object of the class.
+        images: (D,) the image of each detection; object_images: (G,) of each object.
     """
 
     overlaps: np.ndarray
     owners: np.ndarray
     difficult: np.ndarray
+    images: np.ndarray
+    object_images: np.ndarray
 
 
 def voc_ap(
@@ -124,8 +137,12 @@ def voc_ap(
 
     Source: Everingham et al. 2010 and the devkit; AP over ten IoUs as in detectron2's VOC evaluator.
     """
+    return _voc(rank(samples, detections, len(classes), rounded), classes)
+
+
+def _voc(by_class: Sequence[Ranked], classes: Sequence[str]) -> tuple[dict[str, float], dict[str, Scores]]:
     per_class: dict[str, Scores] = {}
-    for name, ranked in zip(classes, rank(samples, detections, len(classes), rounded)):
+    for name, ranked in zip(classes, by_class):
         curves = class_curves(ranked)
         per_class[name] = {}
         for suffix, area in (("", eleven_point), ("_area", area_under)):
@@ -148,12 +165,48 @@ def class_curves(ranked: Ranked, ious: Sequence[float] = IOUS) -> tuple[np.ndarr
     positives = int((~ranked.difficult).sum())
     if positives == 0:
         return None
-    hit = ranked.overlaps > np.array(ious)[:, None]
-    counted = ~(hit & ranked.difficult[ranked.owners])
-    right = _first_of_each_object(hit & counted, ranked.owners, len(ranked.difficult))
+    right, counted = _matched(ranked, ious)
     true = np.cumsum(right, axis=1)
     wrong = np.cumsum(counted & ~right, axis=1)
     return true / positives, true / np.maximum(true + wrong, np.finfo(np.float64).eps)
+
+
+def _matched(ranked: Ranked, ious: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections of a class are right, and which count at all; (T, D) each."""
+    hit = ranked.overlaps > np.array(ious)[:, None]
+    counted = ~(hit & ranked.difficult[ranked.owners])
+    return _first_of_each_object(hit & counted, ranked.owners, len(ranked.difficult)), counted
+
+
+def _voc_matches(by_class: Sequence[Ranked], images: int) -> Matches:
+    """Of every class whose objects count."""
+    rows: list[tuple[np.ndarray, ...]] = []
+    objects: list[np.ndarray] = []
+    for ranked in by_class:
+        objects.append(ranked.object_images[~ranked.difficult])
+        if len(ranked.difficult):
+            right, counted = _matched(ranked, IOUS)
+            rows.append((ranked.images, right, ~counted))
+        else:
+            rows.append((ranked.images, *np.zeros((2, len(IOUS), len(ranked.images)), bool)))
+    return _matches("AP", images, rows, objects)
+
+
+def _matches(kind: str, images: int, rows: Sequence[tuple[np.ndarray, ...]], objects: Sequence[np.ndarray]) -> Matches:
+    """From each class's (image (D,), right (T, D), ignored (T, D)) and the images of its objects."""
+    bits, each_class = 1 << np.arange(len(IOUS))[:, None], np.arange(len(rows), dtype=np.int32)
+    right, ignored = (np.concatenate([(row[part] * bits).sum(axis=0) for row in rows]) for part in (1, 2))
+    return Matches(
+        kind=kind,
+        images=images,
+        classes=len(rows),
+        image=np.concatenate([row[0] for row in rows]).astype(np.int32),
+        label=np.repeat(each_class, [len(row[0]) for row in rows]),
+        right=right.astype(np.uint16),
+        ignored=ignored.astype(np.uint16),
+        object_image=np.concatenate(list(objects)).astype(np.int32),
+        object_label=np.repeat(each_class, [len(each) for each in objects]),
+    )
 
 
 def _first_of_each_object(hit: np.ndarray, owners: np.ndarray, objects: int) -> np.ndarray:
@@ -183,7 +236,8 @@ def rank(
     # an image's objects of one class stand together, and so do a class's detections, each in the order of images
     keys, place = labels * len(samples) + images, kinds * len(samples) + where
     by_class, by_place = np.argsort(keys, kind="stable"), np.argsort(place, kind="stable")
-    keys, boxes, scores = keys[by_class], boxes[by_class], scores[by_class]
+    keys, boxes, scores, images = keys[by_class], boxes[by_class], scores[by_class], images[by_class]
+    where = where[by_place]
     place, truth, difficult = place[by_place], truth[by_place] + ONE_BASED, difficult[by_place]
     overlaps, owners = _best_overlaps(keys, boxes, place, truth)
     edges = np.arange(classes + 1) * len(samples)
@@ -191,10 +245,12 @@ def rank(
     ranked = []
     for label in range(classes):
         own, first = slice(starts[label], starts[label + 1]), objects[label]
+        theirs = slice(first, objects[label + 1])
         order = np.argsort(-scores[own], kind="quicksort" if rounded else "stable")
-        flags = difficult[first : objects[label + 1]]
+        flags = difficult[theirs]
         # a detection without an object may point behind the last one
-        ranked.append(Ranked(overlaps[own][order], np.minimum(owners[own][order] - first, len(flags) - 1), flags))
+        owner = np.minimum(owners[own][order] - first, len(flags) - 1)
+        ranked.append(Ranked(overlaps[own][order], owner, flags, images[own][order], where[theirs]))
     return ranked
 
 
@@ -251,7 +307,7 @@ def inclusive_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _coco_kinds(
     data: DetectionData, truth: dict[str, Any], detections: Sequence[Detections], per_image: int
-) -> tuple[dict[str, float], dict[str, Scores]]:
+) -> tuple[dict[str, float], dict[str, Scores], list[Matches]]:
     """COCO's AP of boxes, and of masks and keypoints where the detector has a head for them."""
     said = {
         "bbox": True,
@@ -261,12 +317,15 @@ def _coco_kinds(
     names = dict(zip(data.category_ids, data.classes))
     metrics: dict[str, float] = {}
     per_class: dict[str, Scores] = {name: {} for name in data.classes}
+    matches = []
     for kind in [kind for kind in KINDS if said[kind]]:
-        means, scores = coco_ap(truth, coco_rows(data, detections, kind), names, kind, per_image)
+        judge = _judge(truth, coco_rows(data, detections, kind), kind, per_image)
+        means, scores = _coco(judge, names, kind)
+        matches.append(_coco_matches(judge, kind, [sample.image_id for sample in data.test]))
         metrics |= means
         for name in data.classes:
             per_class[name] |= scores[name]
-    return metrics, per_class
+    return metrics, per_class, matches
 
 
 def coco_rows(data: DetectionData, detections: Sequence[Detections], kind: str = "bbox") -> list[dict[str, Any]]:
@@ -307,7 +366,10 @@ def coco_ap(
         kind: bbox, segm or keypoints; keypoints are judged on the classes that have some.
         per_image: as in `evaluate`.
     """
-    judge = _judge(truth, rows, kind, per_image)
+    return _coco(_judge(truth, rows, kind, per_image), names, kind)
+
+
+def _coco(judge: Any, names: dict[int, str], kind: str) -> tuple[dict[str, float], dict[str, Scores]]:
     # precision: IoU, recall, class, size, detections per image; -1 where there is no object
     precision = judge.eval["precision"][..., -1].mean(axis=1)
     places = {names[category]: place for place, category in enumerate(judge.params.catIds)}
@@ -322,6 +384,27 @@ def coco_ap(
             else:
                 per_class[name][f"{KINDS[kind]}_{size}"] = _mean(values)
     return _means(per_class), per_class
+
+
+def _coco_matches(judge: Any, kind: str, image_ids: Sequence[Any]) -> Matches:
+    """What pycocotools matched at any size, in its order of detections; images in the order of `image_ids`."""
+    place = {image: number for number, image in enumerate(image_ids)}
+    per_size, limit = len(judge.params.imgIds), judge.params.maxDets[-1]
+    rows, objects = [], []
+    for category in range(len(judge.params.catIds)):
+        start = category * len(judge.params.areaRng) * per_size  # "all" is the first size
+        said = [each for each in judge.evalImgs[start : start + per_size] if each is not None]
+        scores = np.concatenate([np.zeros(0), *(each["dtScores"][:limit] for each in said)])
+        order = np.argsort(-scores, kind="mergesort")
+        found, passed_over = (
+            np.concatenate([np.zeros((len(IOUS), 0)), *(each[name][:, :limit] for each in said)], axis=1)[:, order] != 0
+            for name in ("dtMatches", "dtIgnore")
+        )
+        images = [np.full(len(each["dtScores"][:limit]), place[each["image_id"]]) for each in said]
+        rows.append((np.concatenate([np.zeros(0), *images])[order], found & ~passed_over, passed_over))
+        counting = [int((np.asarray(each["gtIgnore"]) == 0).sum()) for each in said]
+        objects.append(np.repeat([place[each["image_id"]] for each in said], counting))
+    return _matches(KINDS[kind], len(image_ids), rows, objects)
 
 
 def _judge(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str, per_image: int) -> Any:

@@ -10,15 +10,16 @@ import torch
 from moco_eval.config.detection import DetectConfig
 from moco_eval.data.boxes.samples import DetectionData
 from moco_eval.detection import engine as engines
-from moco_eval.detection.average_precision import Detections, Scores, evaluate
+from moco_eval.detection.average_precision import Detections, Scores, judged
 from moco_eval.detection.pictures import draw_pictures
 from moco_eval.detection.recipe import is_on
 from moco_eval.detection.task import DetectionTask
 from moco_eval.encoders.photographs import pixels
-from moco_eval.results import fine_tuning_task
+from moco_eval.results import fine_tuning_task, matches
+from moco_eval.results.compare import NOT_COVERED
 from moco_eval.results.plots import loss_curves, per_class_bars
 from moco_eval.results.record import Cost, ResultRecord, repeats
-from moco_eval.results.statistics import mean_and_std
+from moco_eval.results.statistics import detection_intervals, mean_and_std
 from moco_eval.runtime import collectives, files, rank
 
 PARITY = (
@@ -63,7 +64,7 @@ def plan(task: DetectionTask, output: Path, processes: int = 1) -> str:
         f"schedule: {schedule.iterations} iterations of {config.batch_size} images, lr {config.optimizer.lr:g}, "
         f"steps {list(schedule.steps)}, warm-up {schedule.warmup}; precise BN over {config.precise_bn}",
     ]
-    return fine_tuning_task.plan(task, data, output, lines)
+    return fine_tuning_task.plan(task, data, output, task.resolved(engine, data), lines)
 
 
 # Trials and the record
@@ -82,7 +83,8 @@ def _judge(
     data: DetectionData, config: DetectConfig, folder: Path, cost: Cost, detections: Sequence[Detections]
 ) -> dict[str, Any]:
     """Write the detections, and last of all what they are worth."""
-    metrics, per_class = evaluate(data, detections, is_on(config.protocol, "voc"), config.test.detections)
+    metrics, per_class, kinds = judged(data, detections, is_on(config.protocol, "voc"), config.test.detections)
+    matches.write(folder / matches.NAME, kinds)
     files.write_json(folder / "detections.json", _detections(data, detections))
     pictures = draw_pictures(data, detections, folder / "pictures")
     more = {"per_class": per_class, "pictures": [path.relative_to(folder).as_posix() for path in pictures]}
@@ -113,6 +115,7 @@ def _record(
         over="finetune",
         selection="last-iteration",
         cost=fine_tuning_task.cost_of(trials, device),
+        interval=_intervals(folders, list(trials[0]["metrics"])),
         equivalences=_equivalences(task.config, engine),
         deviations=task.deviations(data),
         extra={
@@ -124,6 +127,14 @@ def _record(
         },
     )
     return result.write(output)
+
+
+def _intervals(folders: Sequence[Path], metrics: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Over test images; none where a trial of an earlier version left no matches."""
+    if not all((folder / matches.NAME).is_file() for folder in folders):
+        return {}
+    trials = tuple(matches.read(folder / matches.NAME) for folder in folders)
+    return detection_intervals(metrics, matches.Detected(trials))
 
 
 def _equivalences(config: DetectConfig, engine: str) -> list[str]:
@@ -180,6 +191,8 @@ def format_table(record: dict[str, Any]) -> str:
     rows: list[tuple[str, Scores]] = [("all classes", dict(record["metrics"]))]
     if record["std"]:
         rows.append((f"std of {repeats(record)}", dict(record["std"])))
+    for end, name in ((0, "95 % from"), (1, "95 % to")) if record["interval"] else ():
+        rows.append((name, {metric: bounds[end] for metric, bounds in record["interval"].items()}))
     rows += record["per_class"].items()
     width = max(len(label) for label, _ in rows)
     columns = [max(11, len(name) + 2) for name in names]
@@ -187,4 +200,6 @@ def format_table(record: dict[str, Any]) -> str:
     for label, scores in rows:
         cells = ("-" if (value := scores.get(name)) is None else f"{value:.2f}" for name in names)
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>{wide}}" for cell, wide in zip(cells, columns)))
+    if record["interval"]:
+        lines.append(f"95 %: over test images. {NOT_COVERED}")
     return "\n".join(lines)

@@ -1,10 +1,11 @@
 """What one detection evaluation is about: the encoder, the data, the recipe; its checks, and opening the data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moco_eval.config.data_name import OWN, called, layout_of
 from moco_eval.config.detection import DetectConfig, Scenes
 from moco_eval.config.load import did_you_mean
 from moco_eval.data.boxes.check import doubts, shared_images
@@ -49,7 +50,7 @@ class DetectionTask(FineTuningTask):
                 keypoints where there are none; splits of data that have their own; a batch that the processes cannot
                 share; see also `detection.engine.choose`.
         """
-        if self.dataset and self.dataset not in DATASETS:
+        if self.dataset and self.layout not in DATASETS:
             raise InputError(
                 f"--dataset {self.dataset!r} is no detection data set.{did_you_mean(self.dataset, DATASETS)}"
             )
@@ -57,7 +58,7 @@ class DetectionTask(FineTuningTask):
         check_architecture(self.encoder, self.config.model)
         require_no_resizing(self.encoder, "a detector")
         _check_colours(self.encoder, self.config)
-        _check_heads(self.dataset, self.config)
+        _check_heads(self.layout, self.config)
         parts = self.config.accumulate
         check_schedule(self.config, processes * parts, f"{processes} processes x {parts} parts")
         engine = engines.choose(self.engine, self.encoder, self.config)
@@ -92,7 +93,7 @@ class DetectionTask(FineTuningTask):
         return self.train_split, self.test_split
 
     def deviations(self, data: DetectionData | None = None) -> list[str]:
-        return recipe_deviations(self.config, self.name, self.encoder.arch) + (_shared(data) if data else [])
+        return recipe_deviations(self.config, layout_of(self.name), self.encoder.arch) + (_shared(data) if data else [])
 
     def resolved(self, engine: str, data: DetectionData | None) -> dict[str, Any]:
         """What config.yaml says of the run: everything that decides its numbers."""
@@ -135,7 +136,7 @@ def _check_heads(dataset: str, config: DetectConfig) -> None:
 
 def _check_splits(task: DetectionTask) -> None:
     """Raises InputError where splits are named of a data set whose splits are fixed."""
-    if task.dataset not in ("voc-folder", "coco-folder") and any(task.splits):
+    if task.layout not in ("voc-folder", "coco-folder") and any(task.splits):
         if not task.dataset:
             raise InputError(f"train_split and test_split are of data in a folder; {task.name} is open already")
         other = "coco-folder" if task.dataset == "coco" else "voc-folder"
@@ -216,7 +217,8 @@ def open_data(
         InputError: no folder, no masks, or what the readers refuse.
     """
     data = data_folder("detect", dataset, data, ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS"))
-    opened = _read(dataset, data, splits, config)
+    opened = _read(layout_of(dataset), data, splits, config)
+    opened = replace(opened, name=called(dataset, data)) if layout_of(dataset) in OWN else opened
     _check_data(config, opened, str(data))
     for split, samples in ((opened.train_split, opened.train), (opened.test_split, opened.test)):
         for doubt in doubts(samples, split):

@@ -52,6 +52,16 @@ def cells(line: Line) -> tuple[str, ...]:
     return (line.row, metric(line), *(" ".join(filter(None, parts)) for parts in numbers))
 
 
+def short_ours(line: Line) -> str:
+    """Our mean with its spread and mark, and the difference in brackets."""
+    if line.ours is None:
+        return "-"
+    number, spread = ours(line)
+    apart, judgement = difference(line)
+    inside = ", ".join(filter(None, (apart.strip("()"), judgement)))
+    return " ".join(filter(None, (number, spread, f"({inside})" if inside != "-" else "")))
+
+
 def below(comparison: Comparison) -> list[str]:
     """The deviations of the marked runs, what the judgements mean, the paper's notes, the source."""
     table = comparison.table
@@ -65,7 +75,10 @@ def below(comparison: Comparison) -> list[str]:
 
 def heading(missing: Missing) -> str:
     """Above the commands."""
-    return f"to produce what is missing (costs on this machine, {missing.machine}; {LEFT_OUT}):"
+    if missing.machine:
+        return f"to produce what is missing (costs on this machine, {missing.machine}; {LEFT_OUT}):"
+    figures = "costs by published figures, see docs/comparing.md; --here times this machine instead"
+    return f"to produce what is missing ({figures}; {LEFT_OUT}):"
 
 
 def unobtainable(missing: Missing) -> list[str]:

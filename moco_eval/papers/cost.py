@@ -19,10 +19,11 @@ from torch import nn
 
 from moco_eval.classification.protocols import by_name, load_config
 from moco_eval.config import load as configs
+from moco_eval.config.data_name import is_called
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.boxes import coco, voc
-from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
+from moco_eval.data.catalogue import preprocessing_for
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
@@ -30,6 +31,7 @@ from moco_eval.encoders import zoo
 from moco_eval.encoders.architectures import architecture, build_backbone
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
+from moco_eval.papers.gpu_hours import images_of
 from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep
 from moco_eval.papers.tables import Row, Table
@@ -130,7 +132,7 @@ def measured(step: ChainStep, row: Row, table: Table, records: Sequence[Record],
         record
         for record in records
         if record["protocol"] == column.protocol
-        and record["dataset"]["name"] == column.dataset
+        and is_called(record["dataset"]["name"], str(column.dataset))
         and record["encoder"]["arch"] == arch
         and _is_whole(record)
         and _ran_here(record, _number(step.arguments, "--nproc"), device)
@@ -233,12 +235,6 @@ def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tup
     train, forward = (Probe(kind, arch, 0, batch, recipe.precision, step.name) for kind in ("train", "forward"))
     yield train, (recipe.schedule.iterations + recipe.precise_bn / 3) * recipe.batch_size
     yield forward, test
-
-
-def images_of(dataset: str, split: str) -> int:
-    """How many a published data set has; 0 where there is no such number."""
-    names = {"train": ("train", "trainval"), "test": ("test", "val")}[split]
-    return next((OFFICIAL[dataset, name] for name in names if (dataset, name) in OFFICIAL), 0)
 
 
 def _arch(step: ChainStep, row: Row) -> str:

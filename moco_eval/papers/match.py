@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from moco_eval.config.base import is_neutral
+from moco_eval.config.data_name import is_called
 from moco_eval.config.deviations import flatten
 from moco_eval.encoders import zoo
 from moco_eval.papers.tables import Column, Row, RowRecipe, Table
@@ -112,7 +113,7 @@ def _belongs(record: Record, column: Column, row: Row) -> bool:
     return (
         column.protocol is not None
         and record["protocol"] == column.protocol
-        and record["dataset"]["name"] == column.dataset
+        and is_called(record["dataset"]["name"], str(column.dataset))
         and not {"labels_per_class", "subset"} & record["dataset"].keys()
         and record["metrics"].get(column.metric) is not None
         and _is_encoder(record["encoder"], row)
@@ -158,7 +159,7 @@ def is_pretrained(encoder: Record, recipe: RowRecipe) -> bool:
     return (
         encoder["arch"] == wanted.arch
         and pretraining.get("protocol") == wanted.protocol
-        and pretraining.get("dataset", {}).get("name") == recipe.dataset
+        and is_called(str(pretraining.get("dataset", {}).get("name")), recipe.dataset)
         and wanted.schedule.epochs == pretraining.get("epochs") == settings.get("schedule.epochs")
         and _bn(pretraining) in (("sync",) if wanted.mechanism == "moco_v3" else PROTECTED)
         and all(key in settings and settings[key] == value for key, value in _asked(recipe).items())

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.table import Table as RichTable
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 from moco_eval.papers import cells
+from moco_eval.papers.gpu_hours import GpuHours
 from moco_eval.papers.html import page
 from moco_eval.papers.latex import latex
 from moco_eval.papers.match import Comparison, Line, Ours
@@ -24,7 +26,7 @@ FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for the st
 CSV_COLUMNS = (
     *("row", "metric", "protocol", "dataset", "published", "published_std", "published_n"),
     *("ours", "ours_std", "n", "over", "difference", "judgement", "comparable", "deviations"),
-    *("status", "commands", "hours"),
+    *("status", "commands", "hours", "gpu_hours"),
 )
 
 
@@ -44,20 +46,29 @@ def render(comparison: Comparison, form: str, missing: Missing | None = None) ->
 
 def _text(comparison: Comparison, missing: Missing) -> str:
     table = comparison.table
-    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in cells.HEADINGS:
-        left = heading in cells.HEADINGS[:2]
-        grid.add_column(heading, justify="left" if left else "right", overflow="fold")
-    before = ""
-    for line in comparison.lines:
-        label, *others = (escape(cell) for cell in cells.cells(line))
-        grid.add_row("" if label == before else label, *others)
-        before = label
-    parts = [as_text(cells.title(table), table.caption, grid, *cells.below(comparison))]
+    parts = [as_text(cells.title(table), table.caption, _grid(comparison), *cells.below(comparison))]
     if missing.steps:  # not through rich, which would break commands at the terminal's width
         parts += [cells.heading(missing), script(missing), missing.total]
     parts.append("\n".join(cells.unobtainable(missing)))
     return "\n\n".join(filter(None, parts))
+
+
+def _grid(comparison: Comparison) -> RichTable:
+    """As the paper has it: a row for each model, a column for each metric; ours below the published numbers."""
+    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = {line.column.title: cells.metric(line) for line in comparison.lines}
+    grid.add_column("row", overflow="fold")
+    for title in columns.values():
+        grid.add_column(escape(title), justify="right", overflow="fold")
+    for label, some in groupby(comparison.lines, key=lambda line: line.row):
+        lines = {line.column.title: line for line in some}
+        row = [lines.get(title) for title in columns]
+        grid.add_row(
+            escape(label), *(escape(" ".join(filter(None, cells.published(line)))) if line else "" for line in row)
+        )
+        if any(line and line.ours for line in row):
+            grid.add_row("  ours", *(escape(cells.short_ours(line)) if line else "" for line in row))
+    return grid
 
 
 def _markdown(comparison: Comparison, missing: Missing) -> str:
@@ -147,6 +158,9 @@ def _csv_steps(line: Line, names: dict[str, str], missing: Missing) -> dict[str,
     steps = missing.of(line.row, names[line.column.title])
     if not steps:
         return {}
-    known = [cost.seconds for _, cost in steps if cost]
-    hours = round(sum(known) / 3600, 3) if len(known) == len(steps) else None
-    return {"commands": " && ".join(step.command for step, _ in steps), "hours": hours}
+    known = [cost for _, cost in steps if cost]
+    of_gpu = [cost.hours for cost in known if isinstance(cost, GpuHours)]
+    here = [cost.seconds / 3600 for cost in known if not isinstance(cost, GpuHours)]
+    hours, column = (of_gpu, "gpu_hours") if of_gpu else (here, "hours")
+    total = round(sum(hours), 3) if len(hours) == len(steps) else None
+    return {"commands": " && ".join(step.command for step, _ in steps), column: total}

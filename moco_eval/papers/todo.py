@@ -1,4 +1,4 @@
-"""What a table lacks of ours: the steps that would produce it, what they cost here, and what cannot be had."""
+"""What a table lacks of ours: the steps that would produce it, what they cost, and what cannot be had."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,9 @@ from moco_eval.runtime.text import duration
 
 if TYPE_CHECKING:
     from moco_eval.papers.cost import Cost
+    from moco_eval.papers.gpu_hours import GpuHours
+
+    AnyCost = Cost | GpuHours | None
 
 LEFT_OUT = "loading and decoding images, cutting views and fitting classifiers to extracted features are not in it"
 
@@ -26,15 +29,15 @@ class Missing:
         steps: in an order in which they can run, each once, with its cost; None where nothing tells it.
         reasons: why rows cannot be had, each with their labels.
         unmeasured: titles of the columns that no protocol of ours measures.
-        machine: for which the costs are, in words; empty where there is no step.
+        machine: that the costs were timed on, in words; empty where they are of published figures.
     """
 
-    steps: list[tuple[ChainStep, "Cost | None"]] = field(default_factory=list)
+    steps: list[tuple[ChainStep, "AnyCost"]] = field(default_factory=list)
     reasons: dict[str, list[str]] = field(default_factory=dict)
     unmeasured: list[str] = field(default_factory=list)
     machine: str = ""
 
-    def of(self, row: str, column: str) -> list[tuple[ChainStep, "Cost | None"]]:
+    def of(self, row: str, column: str) -> list[tuple[ChainStep, "AnyCost"]]:
         """The steps of one cell."""
         return [(step, cost) for step, cost in self.steps if (row, column) in step.cells]
 
@@ -44,17 +47,27 @@ class Missing:
         return total([cost for _, cost in self.steps])
 
 
-def total(costs: "Sequence[Cost | None]") -> str:
+def total(costs: "Sequence[AnyCost]") -> str:
     """Of so many steps together, in words; empty where nothing is known."""
-    known = [cost.seconds for cost in costs if cost]
+    known = [cost for cost in costs if cost]
     unknown = len(costs) - len(known)
     more = f", and {unknown} of unknown cost" if unknown else ""
     steps = f"{len(costs)} step{'s' if costs[1:] else ''}"
-    return f"{steps}, in all about {duration(sum(known))}{more}" if known else ""
+    return f"{steps}, in all about {_sum(known)}{more}" if known else ""
 
 
-def find(table: Table, records: Sequence[Record], places: Places) -> Missing:
-    """Look what is left of a table, and time what it takes; this imports torch, unless nothing is left.
+def _sum(costs: "Sequence[Cost | GpuHours]") -> str:
+    """Of one kind: seconds here, or hours of a GPU."""
+    from moco_eval.papers.gpu_hours import GpuHours, amount
+
+    hours = [cost.hours for cost in costs if isinstance(cost, GpuHours)]
+    if hours:
+        return f"{amount(sum(hours))} of a {next(cost.gpu for cost in costs if isinstance(cost, GpuHours))}"
+    return duration(sum(cost.seconds for cost in costs if not isinstance(cost, GpuHours)))
+
+
+def find(table: Table, records: Sequence[Record], places: Places, here: bool = False) -> Missing:
+    """Look what is left of a table, and what it costs: by published figures, or with `here` timed on this machine.
 
     Raises:
         InputError: a folder is given for data that the table does not read.
@@ -69,6 +82,10 @@ def find(table: Table, records: Sequence[Record], places: Places) -> Missing:
     left = chain.left(steps, table, records)
     if not left:
         return Missing(reasons=reasons, unmeasured=unmeasured)
+    if not here:
+        from moco_eval.papers import gpu_hours
+
+        return Missing(list(zip(left, gpu_hours.costs(left, table))), reasons, unmeasured)
     from moco_eval.papers.cost import costs, machine
 
     return Missing(list(zip(left, costs(left, table, records))), reasons, unmeasured, machine())

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from moco_eval.data.class_names import readable
 from moco_eval.features import sample
 from moco_eval.report.pick import by_test_set, description, has_answers, shared, unlike
 from moco_eval.report.runs import Run
 from moco_eval.results import compare, run_files
+from moco_eval.results.statistics import Answers
 
 CLASSES = 20  # at most in a matrix; of more, the pairs that are confused most
 PAIRS = 20
@@ -59,7 +61,7 @@ def count(run: Run) -> tuple[Pairs, int]:
         InputError: predictions.npz is damaged.
     """
     answers = compare.read_run(run.path).answers
-    assert run.record and answers.predictions is not None
+    assert run.record and isinstance(answers, Answers) and answers.predictions is not None
     predictions, labels = answers.predictions, answers.labels
     classes = run.record["dataset"].get("classes") or int(max(labels.max(), predictions.max())) + 1
     cells, often = np.unique(labels * classes + predictions, return_counts=True)
@@ -78,7 +80,7 @@ def class_names(run: Run, classes: int) -> tuple[str, ...]:
     """Names of the classes where the run left a sample with them, else their numbers."""
     path = run.path / sample.NAME
     held = sample.read(path).classes if run_files.is_there(path) else ()
-    return held if len(held) == classes else tuple(map(str, range(classes)))
+    return readable(held) if len(held) == classes else tuple(map(str, range(classes)))
 
 
 def most_confused(pairs: Pairs, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moco_eval.report.published import in_steps, published
-from moco_eval.report.runs import Run
+from moco_eval.report.runs import Run, trained_by
 
 TEXT, ACCENT, MUTED = "#010203", "#040506", "#070809"  # stand for the page's colours, light or dark
 COLOURS = {TEXT: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)"}
@@ -22,16 +23,19 @@ def curves(run: Run) -> dict[str, Any]:
     chance = next((line for line in run.metrics if "chance" in line), {})
     steps = [line for line in run.metrics if "loss" in line]
     epochs = [line for line in run.metrics if "knn_top1" in line]
+    full = [line for before, line in pairwise(steps) if before["step"] >= (chance.get("queue_full_step") or 0)]
+    steps = full if len(full) > 1 else steps
     log = published(run)
     log_losses = in_steps(log, steps) if log else []
     log_top1 = [(float(point.epoch), point.knn_top1) for point in log.points] if log else []
     return {
         "name": run.name,
+        "title": trained_by(run),
         "loss": _loss_curve(steps, chance.get("chance"), chance.get("queue_full_step"), log_losses),
         "first": steps[0]["loss"],
         "last": steps[-1]["loss"],
         "chance": chance.get("chance"),
-        "queue_full": chance.get("queue_full_step"),
+        "queue_full": chance.get("queue_full_step") if len(full) > 1 else None,
         "knn": _knn_curve(epochs, log_top1) if epochs else None,
         "knn_last": epochs[-1] if epochs else None,
         "published": log,
@@ -42,6 +46,7 @@ def _loss_curve(
     lines: list[dict[str, Any]], chance: float | None, queue_full: int | None, log: list[tuple[float, float]]
 ) -> Markup:
     figure, axes = axes_of("step", "loss (nats)")
+    log = [(step, loss) for step, loss in log if step >= lines[0]["step"]]
     _draw_published(axes, log)
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=ACCENT, linewidth=1.4)
     if chance is not None:
@@ -50,7 +55,7 @@ def _loss_curve(
             f"chance {chance:.2f}", (0.99, chance), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", ha="right", color=MUTED, fontsize=8,
         )  # fmt: skip
-    if queue_full is not None and queue_full <= lines[-1]["step"]:
+    if queue_full is not None and lines[0]["step"] < queue_full <= lines[-1]["step"]:
         axes.axvline(queue_full, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.annotate(
             "queue full", (queue_full, 0.03), xycoords=("data", "axes fraction"), xytext=(4, 0),

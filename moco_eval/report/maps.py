@@ -1,11 +1,13 @@
 """Maps of features: some test images in two dimensions, by PCA and t-SNE, coloured by class."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from moco_eval.data.class_names import readable
 from moco_eval.features import sample
 from moco_eval.features.sample import Sample
 from moco_eval.report.pick import by_encoder, by_test_set, feature
@@ -43,6 +45,7 @@ def maps(runs: Sequence[Run], names: dict[str, str], order: Sequence[str]) -> li
 def _encoder(name: str, run: Run) -> dict[str, Any]:
     assert run.record
     held = sample.read(run.path / sample.NAME)
+    held = replace(held, classes=readable(held.classes))
     label, several = _one_label(held)
     shown = coloured(label, len(held.classes))
     total, count = run.record["dataset"].get("images"), len(held.index)
@@ -174,14 +177,14 @@ def _dots(places: np.ndarray, colour: str, cap: str, title: str, opacity: float)
 
 
 def apart(labels: Sequence[tuple[str, float, float]], height: float = 12) -> list[tuple[str, float, float]]:
-    """Names with their places, kept within the map, and moved down until none lies on another."""
+    """Names with their places, kept within the map, and moved to the nearest place where none lies on another."""
     placed: list[tuple[str, float, float]] = []
     for name, x, y in sorted(labels, key=lambda label: label[2]):
         x = min(max(x, _half(name)), SIDE - _half(name))
-        for other, at_x, at_y in placed:
-            if abs(x - at_x) < _half(name) + _half(other) and abs(y - at_y) < height:
-                y = at_y + height
-        placed.append((name, x, y))
+        beside = [at_y for other, at_x, at_y in placed if abs(x - at_x) < _half(name) + _half(other)]
+        tried = [y, *(at_y + step for at_y in beside for step in (height, -height))]
+        free = [at for at in tried if all(abs(at - at_y) >= height for at_y in beside) and height <= at <= SIDE]
+        placed.append((name, x, min(free, key=lambda at: abs(at - y), default=y)))
     return placed
 
 

@@ -14,12 +14,14 @@ from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
 from moco_eval.report.health import health
 from moco_eval.report.maps import maps
+from moco_eval.report.overview import overview, subtitle
 from moco_eval.report.paired import paired
 from moco_eval.report.papers import papers
 from moco_eval.report.pictures import detections, has, image, neighbours
 from moco_eval.report.provenance import deviations_by_protocol, provenance
 from moco_eval.report.runs import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
-from moco_eval.report.scores import result_columns, summary
+from moco_eval.report.scores import cautions, result_columns, summary
+from moco_eval.results.sanity import is_small
 from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
 
@@ -85,9 +87,12 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
     columns = result_columns(runs, names)
     kinds = {names[sha_of(run)]: kind_of(run.record["encoder"]) for run in runs if run.record}
     order = sorted(kinds, key=lambda name: (KINDS.index(kinds[name]), name))
-    together = paired(runs, names, order, kinds)
     contents = {
-        "summary": summary(columns, order, kinds, together),
+        "summary": summary(columns, order, kinds),
+        "subtitle": subtitle(runs),
+        "overview": overview(columns, order),
+        "cautions": cautions(runs, names),
+        "pixels_missing": _pixels_missing(runs, kinds),
         "columns": columns,
         "papers": papers(runs),
         "cells": cells,
@@ -99,10 +104,16 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "maps": maps(runs, names, order),
         "health": health(runs, names, order),
         "confusion": confusion(runs, names, order),
-        "paired": together,
+        "paired": paired(runs, names, order, kinds),
         "detections": detections(runs, names, order),
         "provenance": [provenance(run, names) for run in runs],
         "deviations": deviations_by_protocol(runs),
         "evaluated": any(run.record for run in runs),
     }
     return contents | {"sections": _sections(contents)}
+
+
+def _pixels_missing(runs: list[Run], kinds: dict[str, str]) -> str:
+    """A small set of which raw pixels were not judged; empty where there is none, or they are among the runs."""
+    small = [run.record["dataset"]["name"] for run in runs if run.record and is_small(run.record)]
+    return small[0] if small and "pixels" not in kinds.values() else ""

@@ -10,7 +10,7 @@ from moco_eval.report.confusion import class_names
 from moco_eval.report.pick import by_encoder, by_test_set, description, has_answers, preference, terms
 from moco_eval.report.runs import Run
 from moco_eval.results import compare
-from moco_eval.results.statistics import RESAMPLES, percentiles, resampled_means
+from moco_eval.results.statistics import RESAMPLES, Answers, percentiles, resampled_means
 
 PAIRS = 4  # at most, for each test set
 FEWEST = 10  # images of a class whose interval says something
@@ -58,6 +58,7 @@ def _common(runs: Sequence[Run], names: dict[str, str], *two: str) -> tuple[Run,
 
 def _comparison(data: str, name: str, rival: str, run: Run, rival_run: Run) -> dict[str, Any]:
     done = compare.compare(rival_run.path, run.path)
+    assert isinstance(done.a.answers, Answers) and isinstance(done.b.answers, Answers)
     labels = done.a.answers.labels
     difference = done.b.answers.right() - done.a.answers.right()
     rows = by_class(difference, labels, class_names(run, int(labels.max()) + 1))
@@ -70,7 +71,7 @@ def _comparison(data: str, name: str, rival: str, run: Run, rival_run: Run) -> d
         "metric": done.metric,
         "images": len(labels),
         "difference": f"{done.difference:+.1f}",
-        "verdict": "level with" if low <= 0 <= high else "ahead of" if low > 0 else "behind",
+        "verdict": done.verdict,
         "interval": f"[{low:+.1f}, {high:+.1f}]",
         "p": compare.p_words(done.over_images.p),
         "classes": len(rows),

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moco_eval.config.data_name import layout_of
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results import run_files
@@ -19,12 +20,14 @@ def by_test_set(runs: Sequence[Run], dense: bool = False) -> list[tuple[str, lis
         dense: detections and segmentations, and else classifications.
     """
     groups: dict[tuple, list[Run]] = {}
+    plain: dict[tuple, str] = {}
     judged = [run for run in runs if run.record and (run.config["command"] in DENSE) == dense]
     for run in sorted(judged, key=lambda run: run.time):
         assert run.record
         dataset = run.record["dataset"]
-        groups.setdefault(tuple(dataset.get(key) for key in ("name", "split", "fingerprint", "images")), []).append(run)
-    plain = {key: " ".join(filter(None, key[:2])) for key in groups}
+        key = (layout_of(dataset["name"]), *(dataset.get(key) for key in ("split", "fingerprint", "images")))
+        groups.setdefault(key, []).append(run)
+        plain[key] = " ".join(filter(None, (dataset["name"], dataset.get("split"))))  # as the newest calls it
     shared = Counter(plain.values())
     return [
         (name if shared[name] == 1 else f"{name} {str(key[2])[:8]}, {key[3]} images", groups[key])

@@ -14,7 +14,7 @@ from moco_eval.report.figures import ACCENT, MUTED, TEXT, svg
 from moco_eval.report.pick import by_encoder, by_test_set
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results import run_files
-from moco_eval.results.plots import ROWS, bars_figure, loss_figure
+from moco_eval.results.plots import ROWS, bars_figure, best_first, loss_figure
 
 PICTURES = 4  # drawn images per encoder
 PICTURE_BYTES, PICTURE_PIXELS = 200_000, 1000  # larger pictures are made smaller
@@ -50,24 +50,31 @@ def detections(runs: list[Run], names: dict[str, str], order: list[str]) -> list
             groups.setdefault((data, run.record["protocol"]), {})[names[sha_of(run)]] = run
     shown = []
     for (dataset, protocol), by_name in groups.items():
-        drawn = [_detection(name, by_name[name]) for name in order if name in by_name]
+        first = next((per_class for name in order if name in by_name and (per_class := _per_class(by_name[name]))), {})
+        drawn = [_detection(name, by_name[name], first) for name in order if name in by_name]
         if drawn := [run for run in drawn if run["images"] or run["bars"] or run["losses"]]:
             shown.append({"dataset": dataset, "protocol": protocol, "runs": drawn})
     return shown
 
 
-def _detection(name: str, run: Run) -> dict[str, Any]:
+def _per_class(run: Run) -> dict[str, Any]:
     assert run.record
-    pictures = sorted(run.path.glob("pictures/*.png")) or sorted(run.path.glob("trial_*/pictures/*.png"))
     each = run.record.get("per_class") or {}
-    per_class = {label: scores for label, scores in each.items() if isinstance(scores, dict)}
+    return {label: scores for label, scores in each.items() if isinstance(scores, dict)}
+
+
+def _detection(name: str, run: Run, first: dict[str, Any]) -> dict[str, Any]:
+    """What is drawn of one run; its bars in the order of the classes of `first`, the first encoder's."""
+    pictures = sorted(run.path.glob("pictures/*.png")) or sorted(run.path.glob("trial_*/pictures/*.png"))
+    per_class = _per_class(run)
     metric = next((m for m in CLASS_METRICS if any(scores.get(m) is not None for scores in per_class.values())), None)
     shades = (TEXT, ACCENT, MUTED)
+    order = best_first(first, metric) if metric and first.keys() == per_class.keys() else None
     return {
         "name": name,
         "images": [image(path, DRAWN_BYTES) for path in pictures[:PICTURES]],
         "metric": metric,
-        "bars": svg(bars_figure(per_class, metric, shades), f"{metric} of each class") if metric else None,
+        "bars": svg(bars_figure(per_class, metric, shades, order), f"{metric} of each class") if metric else None,
         "many": len(per_class) > ROWS,
         "losses": svg(loss_figure(run.trials, shades), "Losses against iteration") if run.trials else None,
     }

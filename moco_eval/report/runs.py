@@ -1,6 +1,7 @@
 """Runs as the report reads them, and the names of their encoders."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def kind_of(encoder: dict[str, Any]) -> str:
 
 
 def encoder_names(runs: Sequence[Run]) -> dict[str, str]:
-    """A human name for each encoder by `sha_of`: 'MoCo (epoch 60)', 'random initialisation', 'raw pixels'.
+    """A human name for each encoder by `sha_of`: 'MoCo v2 (epoch 60)', 'random initialisation', 'raw pixels'.
 
     Where two encoders would share one, the run or the weights' first digits tell them apart.
     """
@@ -148,11 +149,27 @@ def _plain_name(encoder: dict[str, Any]) -> str:
     kind = kind_of(encoder)
     if kind == "trained" and _is_moco(encoder):
         epochs = encoder["pretraining"].get("epochs")
-        name = "MoCo" if epochs is None else f"MoCo (epoch {epochs})"
+        name = method(encoder["pretraining"].get("protocol") or "")
+        name += "" if epochs is None else f" (epoch {epochs})"
     else:
         name = {"pixels": "raw pixels", "random": "random initialisation"}.get(kind) or _run_name(encoder)
     which = _which(encoder)
     return name if which == "query" else f"{name}, {which} encoder"
+
+
+def trained_by(run: Run) -> str:
+    """A pretraining by what it trains and on what: 'MoCo v2 on digits, 20 epochs'."""
+    config, data = run.config.get("config") or {}, run.config.get("dataset")
+    name = data.get("name") if isinstance(data, dict) else data
+    epochs = (config.get("schedule") or {}).get("epochs") if isinstance(config.get("schedule"), dict) else None
+    parts = [method(str(config.get("protocol") or "")), f"on {name}" if name else ""]
+    return " ".join(filter(None, parts)) + (f", {epochs} epochs" if isinstance(epochs, int) else "")
+
+
+def method(protocol: str) -> str:
+    """MoCo v2 of pretrain/moco-v2@1; MoCo of a recipe of other names."""
+    version = re.match(r"pretrain/moco-(v\d)", protocol)
+    return f"MoCo {version[1]}" if version else "MoCo"
 
 
 def _is_moco(encoder: dict[str, Any]) -> bool:

@@ -5,13 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moco_eval.config.data_name import layout_of
 from moco_eval.config.protocol_name import kind_and_name
+from moco_eval.report.pick import terms
 from moco_eval.report.runs import Run, sha_of
+from moco_eval.results import compare
 from moco_eval.results.record import repeats
+from moco_eval.results.sanity import chance, disagreement, disagreements, looks_untrained
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
 METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP", "mIoU")}
 TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection", "segment": "segmentation"}
+NOT_COMPARED = "not compared (a run kept no answers) with"
 WITHOUT_LABELS = ("detection", "segmentation")  # tasks that have no few labels
 
 
@@ -23,32 +28,29 @@ class Score:
     spread: float | None
     trials: str
     interval: tuple[float, float] | None
+    run: Run
 
     @property
     def text(self) -> str:
         return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
 
-    def against(self, other: "Score") -> str:
-        """'ahead of', 'behind' or, where the difference is within the spread, 'level with'."""
-        difference = self.value - other.value
-        if self.spread is not None and other.spread is not None:
-            close = abs(difference) <= max(self.spread, other.spread)
-        elif self.interval and other.interval:
-            close = self.interval[0] <= other.interval[1] and other.interval[0] <= self.interval[1]
-        else:
-            close = difference == 0
-        return "level with" if close else "ahead of" if difference > 0 else "behind"
-
 
 @dataclass
 class Column:
-    """One metric of one protocol on the same data with the same settings, by encoder name."""
+    """One metric of one protocol on the same data with the same settings, by encoder name.
+
+    Attributes:
+        key: the metric's name in the records; `metric` is its title.
+        chance: what guessing reaches, where that is known.
+    """
 
     task: str
     regime: str
     dataset: str
     metric: str
     protocol: str
+    key: str
+    chance: float | None = None
     scores: dict[str, Score] = field(default_factory=dict)
 
     @property
@@ -64,7 +66,8 @@ def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:
         for metric in filter(_rank, record["metrics"] if record else ()):
             assert record
             column = columns.setdefault(_key(record, metric), _column(record, metric))
-            column.scores[names[sha_of(run)]] = _score(record, metric)
+            column.dataset = record["dataset"]["name"]  # what the newest calls it
+            column.scores[names[sha_of(run)]] = _score(run, metric)
     order = sorted(columns, key=lambda key: (key[0] or float("inf"), *map(str, key[1:])))
     _number_data({key: columns[key] for key in order})
     return _tell_apart([columns[key] for key in order])
@@ -98,7 +101,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
     dataset = record["dataset"]
     task, _ = kind_and_name(record["protocol"])
     own = tuple(deviation for deviation in record["deviations"] if not deviation.startswith("encoder: "))
-    where = (dataset["name"], dataset.get("split"), dataset.get("fingerprint"))
+    where = (layout_of(dataset["name"]), dataset.get("split"), dataset.get("fingerprint"))
     return (
         dataset.get("labels_per_class"),
         list(TASKS).index(task) if task in TASKS else 9,
@@ -114,7 +117,15 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
 def _column(record: dict[str, Any], metric: str) -> Column:
     task, few = kind_and_name(record["protocol"])[0], record["dataset"].get("labels_per_class")
     regime = f"{few} labels per class" if few else record["dataset"].get("subset", "all labels")
-    return Column(TASKS.get(task, task), regime, record["dataset"]["name"], _title(metric), record["protocol"])
+    return Column(
+        TASKS.get(task, task),
+        regime,
+        record["dataset"]["name"],
+        _title(metric),
+        record["protocol"],
+        metric,
+        chance(metric, record["dataset"].get("classes")),
+    )
 
 
 def _tell_apart(columns: list[Column]) -> list[Column]:
@@ -128,55 +139,66 @@ def _tell_apart(columns: list[Column]) -> list[Column]:
     return columns
 
 
-def _score(record: dict[str, Any], metric: str) -> Score:
+def _score(run: Run, metric: str) -> Score:
+    record = run.record
+    assert record
     interval = record["interval"].get(metric)
     spread, trials = record["std"].get(metric), repeats(record)
-    return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None)
+    return Score(record["metrics"][metric], spread, trials, tuple(interval) if interval else None, run)
 
 
-def summary(
-    columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str], paired: Sequence[dict[str, Any]] = ()
-) -> list[str]:
-    """What the table says: the first column in numbers, then where each trained encoder stands in all.
-
-    Args:
-        paired: comparisons on the same test images, which decide where they were made.
-    """
+def summary(columns: Sequence[Column], encoders: Sequence[str], kinds: dict[str, str]) -> list[str]:
+    """What the table says: the first column in numbers, then where each trained encoder stands in all."""
     if not columns:
         return []
     first = columns[0]
     reached = ", ".join(f"{name} {first.scores[name].text}" for name in encoders if name in first.scores)
-    measure = _measure(first)
-    measure = measure if measure.startswith("kNN") else measure[0].upper() + measure[1:]
-    sentences = [f"{measure} on {first.dataset}, in percent: {reached}."]
+    words = measure(first)
+    words = words if words.startswith("kNN") else words[0].upper() + words[1:]
+    sentences = [f"{words} on {first.dataset}, in percent: {reached}."]
     for name in encoders:
         for rival in encoders:
             if kinds[name] == "trained" and kinds[rival] != "trained":
-                sentences += _standing(columns, name, rival, paired)
+                sentences += _standing(columns, name, rival)
     return sentences
 
 
-def _measure(column: Column) -> str:
-    measure = f"{column.task} {column.metric}"
-    return measure if column.task in WITHOUT_LABELS else f"{measure} with {column.regime}"
+def cautions(runs: Sequence[Run], names: dict[str, str]) -> list[str]:
+    """What makes numbers of the table suspicious: weights that look untrained, protocols that disagree."""
+    doubts = {names[sha_of(run)]: looks_untrained(run.record) for run in runs if run.record}
+    sentences = [f"{name}: {doubt}." for name, said in doubts.items() for doubt in said]
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: run.time, reverse=True):
+        if run.record:
+            about = (
+                names[sha_of(run)],
+                layout_of(run.record["dataset"]["name"]),
+                run.record["dataset"].get("fingerprint"),
+            )
+            groups.setdefault((*about, *terms(run)[1:4]), []).append(run.record)
+    for key, records in groups.items():
+        data = records[0]["dataset"]["name"]
+        sentences += [f"{key[0]} on {data}: {disagreement(*apart)}." for apart in disagreements(records)]
+    return sentences
 
 
-def _verdict(column: Column, name: str, rival: str, paired: Sequence[dict[str, Any]]) -> str:
-    description = column.protocol + ("" if column.regime == "all labels" else f", {column.regime}")
-    wanted = (name, rival, description, column.dataset)
-    for comparison in paired if column.metric == METRICS["top1"] else ():
-        names, data = (comparison[key] for key in ("name", "rival", "description")), comparison["data"]
-        if (*names, data.split()[0]) == wanted:
-            return comparison["verdict"]
-    return column.scores[name].against(column.scores[rival])
+def measure(column: Column) -> str:
+    """What a column measures, in words: 'kNN top-1 with all labels'."""
+    words = f"{column.task} {column.metric}"
+    return words if column.task in WITHOUT_LABELS else f"{words} with {column.regime}"
 
 
-def _standing(columns: Sequence[Column], name: str, rival: str, paired: Sequence[dict[str, Any]]) -> list[str]:
+def verdict(column: Column, name: str, rival: str) -> str | None:
+    """What `compare` says of two encoders by this column; None where a run kept no answers to compare."""
+    return compare.verdict(column.scores[rival].run.path, column.scores[name].run.path, column.key)
+
+
+def _standing(columns: Sequence[Column], name: str, rival: str) -> list[str]:
     """In which columns one encoder is ahead of another, level, or behind; nothing where they never meet."""
-    places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+    places: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": [], NOT_COMPARED: []}
     for column in columns:
         if name in column.scores and rival in column.scores:
-            places[_verdict(column, name, rival, paired)].append(_measure(column))
+            places[verdict(column, name, rival) or NOT_COMPARED].append(measure(column))
     judged = {standing: where for standing, where in places.items() if where}
     if not judged:
         return []

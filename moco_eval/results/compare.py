@@ -1,4 +1,4 @@
-"""Two classification runs on the same test images: the paired difference, and what it could have shown.
+"""Two runs on the same test images: the paired difference, what it says, and what it could have shown.
 
 See docs/statistics.md.
 """
@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 
 from moco_eval import limits
+from moco_eval.config.data_name import agree
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
-from moco_eval.results import run_files
+from moco_eval.results import matches, run_files
+from moco_eval.results.matches import Detected
 from moco_eval.results.record import DENSE, SCHEMA, repeats
-from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
+from moco_eval.results.statistics import OF_BOXES, Answers, Difference, mcnemar, paired, value
 from moco_eval.runtime.printable import one_line
 from moco_eval.untrusted import npz
 
 RESAMPLES = 10_000
 METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
+TOLD = (*METRICS, "top5")
+VERDICTS = ("behind", "level with", "ahead of")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Run:
 
     folder: Path | str
     record: dict[str, Any]
-    answers: Answers
+    answers: Answers | Detected
 
 
 @dataclass(frozen=True)
@@ -44,35 +48,72 @@ class Comparison:
     over_images: Difference
     discordant: tuple[int, int, float] | None
 
+    @property
+    def verdict(self) -> str:
+        """What B is to A: 'ahead of', 'behind', or where the interval of the difference holds 0 'level with'."""
+        low, high = self.over_images.interval
+        return VERDICTS[1 + (low > 0) - (high < 0)]
+
+    @property
+    def resamples(self) -> int:
+        """How many samples of test images the interval is made from."""
+        return _resamples(self.a)
+
     def __str__(self) -> str:
         """In words, for a terminal."""
         return describe(self)
 
 
-def compare(a: Path | Run, b: Path | Run) -> Comparison:
-    """Compare two runs by the main metric of their data set, its mean over each run's trials.
+def compare(a: Path | Run, b: Path | Run, metric: str | None = None) -> Comparison:
+    """Compare two runs by one metric, its mean over each run's trials.
 
     Args:
         a, b: run directories, or runs that are in memory.
+        metric: by default the main one of their data set.
     Raises:
-        InputError: a folder holds no finished classification run, or its files are damaged or disagree; or the runs
-            were not tested on the same images.
+        InputError: a folder holds no finished classification or detection run, or its files are damaged or disagree; or
+            the runs were not tested on the same images.
     """
     runs = (a if isinstance(a, Run) else read_run(a)), (b if isinstance(b, Run) else read_run(b))
     require_same_images(*runs)
-    metric = main_metric(*runs)
+    metric = metric or main_metric(*runs)
     before, after = (_checked_value(run, metric) for run in runs)
-    answers = runs[0].answers, runs[1].answers
-    single = metric == "top1" and all(len(run.record["trials"]) == 1 for run in runs)
-    discordant = mcnemar(*(run.answers.right() == 1 for run in runs)) if single else None
-    return Comparison(*runs, metric, after - before, paired(metric, *answers, RESAMPLES), discordant)
+    over_images = paired(metric, runs[0].answers, runs[1].answers, _resamples(runs[0]))
+    return Comparison(*runs, metric, after - before, over_images, _discordant(metric, *runs))
+
+
+def verdict(a: Path, b: Path, metric: str) -> str | None:
+    """What the run in folder b is to that in folder a, in a metric that both records have.
+
+    None where there is no telling: a run kept no answers, or the metric is not one that is resampled.
+
+    Raises:
+        InputError: as `compare`.
+    """
+    for folder in (a, b):
+        record = run_files.read_record(folder)
+        if not (record and has_answers(folder, record) and (metric in TOLD or matches.split_name(metric))):
+            return None
+    return compare(a, b, metric).verdict
+
+
+def _resamples(run: Run) -> int:
+    return OF_BOXES if isinstance(run.answers, Detected) else RESAMPLES
+
+
+def _discordant(metric: str, a: Run, b: Run) -> tuple[int, int, float] | None:
+    """McNemar's test, of the top-1 of single trials."""
+    if metric != "top1" or any(len(run.record["trials"]) > 1 for run in (a, b)):
+        return None
+    assert isinstance(a.answers, Answers) and isinstance(b.answers, Answers)
+    return mcnemar(a.answers.right() == 1, b.answers.right() == 1)
 
 
 # Reading
 
 
 def read_run(folder: Path) -> Run:
-    """Raises InputError where the folder holds no finished classification run, or its files are damaged."""
+    """Raises InputError where the folder holds no finished run of that kind, or its files are damaged."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the run directories of two finished evaluations")
     record = run_files.read_record(folder)
@@ -81,12 +122,49 @@ def read_run(folder: Path) -> Run:
     if record is None:
         raise InputError(f"{folder} holds no result.json, so no finished evaluation; run it to its end first")
     kind = kind_and_name(record["protocol"])[0]
+    if kind == "detect":
+        return Run(folder, record, _read_matches(folder, record))
     if kind in DENSE:
         raise InputError(
-            f"{folder} is a {DENSE[kind]} run ({record['protocol']}); compare takes classification runs, with one "
-            f"answer to each test image: moco-eval report sets {DENSE[kind]}s side by side"
+            f"{folder} is a {DENSE[kind]} run ({record['protocol']}); compare takes classifications and detections: "
+            f"moco-eval report sets {DENSE[kind]}s side by side"
         )
     return Run(folder, record, _read_answers(folder / "predictions.npz", record))
+
+
+def has_answers(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether a run kept what it said of each test image, so that it can be compared."""
+    kind, _ = kind_and_name(record["protocol"])
+    if kind == "detect":
+        return all(run_files.is_there(place / matches.NAME) for place in _trial_folders(folder, record))
+    return kind not in DENSE and run_files.is_there(folder / "predictions.npz")
+
+
+def _trial_folders(folder: Path, record: dict[str, Any]) -> list[Path]:
+    from moco_eval.results.fine_tuning_task import folders  # with torch behind it
+
+    return folders(folder, [trial["seed"] for trial in record["trials"]])
+
+
+def _read_matches(folder: Path, record: dict[str, Any]) -> Detected:
+    """The matched detections of every trial of a run."""
+    if not has_answers(folder, record):
+        raise InputError(
+            f"{folder} holds no {matches.NAME}, which detections of this version leave; run the evaluation again into "
+            "another --output"
+        )
+    trials = tuple(matches.read(place / matches.NAME) for place in _trial_folders(folder, record))
+    images, kinds = record["dataset"].get("images"), [sorted(trial) for trial in trials]
+    if (
+        not all(kinds)
+        or any(one.images != images for trial in trials for one in trial.values())
+        or kinds != kinds[:1] * len(kinds)
+    ):
+        raise InputError(
+            f"{folder / matches.NAME} is damaged: it is not of the {images} test images of result.json; run the "
+            "evaluation again into another --output"
+        )
+    return Detected(trials)
 
 
 def _read_answers(path: Path, record: dict[str, Any]) -> Answers:
@@ -148,7 +226,7 @@ def _impossible(labels: np.ndarray, answers: np.ndarray, classes: int | None) ->
 def run_in_memory(name: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Run:
     """A run that no folder holds. Raises InputError where it has no answer to each image: a detection."""
     if "label" not in arrays:
-        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; compare takes classifications")
+        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; compare its run directory")
     if arrays["label"].ndim == 1:
         return Run(name, record, Answers(arrays["label"], predictions=arrays["prediction"]))
     return Run(name, record, Answers(arrays["label"], scores=arrays["scores"]))
@@ -158,10 +236,13 @@ def require_same_images(a: Run, b: Run) -> None:
     """Raises InputError where the runs were not tested on the same images with the same labels."""
     for key in ("name", "split", "fingerprint", "images"):
         ours, theirs = (run.record["dataset"].get(key) for run in (a, b))
-        if ours != theirs:
+        if ours != theirs and not (key == "name" and agree(ours, theirs)):
             raise InputError(
                 f"the runs were not tested on the same images: {key} is {ours} in {a.folder} and {theirs} in {b.folder}"
             )
+    if isinstance(a.answers, Detected) or isinstance(b.answers, Detected):
+        _require_same_objects(a, b)
+        return
     labels = a.answers.labels, b.answers.labels
     if labels[0].shape != labels[1].shape:
         raise InputError(
@@ -176,8 +257,36 @@ def require_same_images(a: Run, b: Run) -> None:
         )
 
 
+def _require_same_objects(a: Run, b: Run) -> None:
+    """Raises InputError where two detections do not share a kind of average precision over the same objects."""
+    shared = _common_kinds(a, b)
+    if not shared:
+        raise InputError(f"the runs were not judged alike: {a.folder} is {_sort(a)} and {b.folder} is {_sort(b)}")
+    for kind in shared:
+        both = [run.answers.trials[0][kind] for run in (a, b) if isinstance(run.answers, Detected)]
+        if not all(np.array_equal(*(getattr(one, name) for one in both)) for name in ("object_image", "object_label")):
+            raise InputError(
+                f"the runs were not tested on the same images: {b.folder} has other objects than {a.folder}"
+            )
+
+
+def _sort(run: Run) -> str:
+    if isinstance(run.answers, Detected):
+        return f"a detection with {', '.join(run.answers.trials[0])}"
+    return "a classification"
+
+
+def _common_kinds(a: Run, b: Run) -> list[str]:
+    if not (isinstance(a.answers, Detected) and isinstance(b.answers, Detected)):
+        return []
+    return [kind for kind in a.answers.trials[0] if kind in b.answers.trials[0]]
+
+
 def main_metric(a: Run, b: Run) -> str:
     """The metric by which the data set is judged: the first of the record's."""
+    if isinstance(a.answers, Detected):
+        return _common_kinds(a, b)[0]
+    assert isinstance(b.answers, Answers)
     known = [name for name in a.record["metrics"] if name in METRICS and name in b.record["metrics"]]
     several = a.answers.labels.ndim == 2
     fitting = [name for name in known if (name == "mAP") == several]
@@ -192,10 +301,14 @@ def _checked_value(run: Run, metric: str) -> float:
     computed, recorded = value(metric, run.answers), run.record["metrics"][metric]
     if not isinstance(recorded, int | float) or not abs(computed - recorded) <= 0.01:  # nor where it is not a number
         raise InputError(
-            f"{run.folder}: result.json says {metric} {recorded}, but predictions.npz gives {computed:.2f}; they are "
-            "not of one run: run the evaluation again into another --output"
+            f"{run.folder}: result.json says {metric} {recorded}, but {_file(run)} gives {computed:.2f}; they are not "
+            "of one run: run the evaluation again into another --output"
         )
     return computed
+
+
+def _file(run: Run) -> str:
+    return matches.NAME if isinstance(run.answers, Detected) else "predictions.npz"
 
 
 # What is said
@@ -203,11 +316,13 @@ def _checked_value(run: Run, metric: str) -> float:
 
 def describe(done: Comparison) -> str:
     """The comparison in words, for a terminal."""
-    dataset, images = done.a.record["dataset"], len(done.a.answers.labels)
+    dataset, images = done.a.record["dataset"], _images(done.a)
     where = " ".join(filter(None, (dataset.get("name"), dataset.get("split"))))
     lines = [*not_alike(done.a, done.b), f"B - A in {done.metric}, percent, on the same {images} images of {where}", ""]
     lines += _table([_row(name, run, done.metric) for name, run in (("A", done.a), ("B", done.b))])
     lines += ["", *_verdict(done)]
+    if isinstance(done.a.answers, Detected):
+        lines.append(NOT_COVERED)
     if any(len(run.record["trials"]) > 1 for run in (done.a, done.b)):
         lines.append("Each run counts by its mean over trials. The interval and p are over test images, given these")
         lines.append("trials; the spread over trials (±) stands beside them and is not in them.")
@@ -215,6 +330,15 @@ def describe(done: Comparison) -> str:
         own = [deviation for deviation in run.record["deviations"] if deviation not in other.record["deviations"]]
         lines += [f"only {name}: {deviation}" for deviation in own]
     return "\n".join(map(one_line, lines))
+
+
+NOT_COVERED = (
+    "The interval covers the test images, not the spread of fine-tuning: another seed moves AP too (--trials)."
+)
+
+
+def _images(run: Run) -> int:
+    return len(run.answers) if isinstance(run.answers, Detected) else len(run.answers.labels)
 
 
 def not_alike(a: Run, b: Run) -> list[str]:
@@ -254,8 +378,9 @@ def _table(rows: list[list[str]]) -> list[str]:
 def _verdict(done: Comparison) -> list[str]:
     test, (low, high) = done.over_images, done.over_images.interval
     lines = [
+        f"B is {done.verdict} A.",
         f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {p_words(test.p)} "
-        f"(paired bootstrap, {RESAMPLES:,} resamples, two-sided)"
+        f"(paired bootstrap, {done.resamples:,} resamples, two-sided)",
     ]
     if done.discordant:
         only_a, only_b, p = done.discordant

@@ -3,6 +3,7 @@
 Each trial has its folder, with trial.json last of all.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moco_eval.config.data_name import called, in_path, layout_of
 from moco_eval.config.detection import Scenes
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.errors import InputError
 from moco_eval.results import run_directory
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, console, files
+
+DATA_FOLDERS = ("MOCO_EVAL_DATA", "DETECTRON2_DATASETS")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,19 @@ class FineTuningTask:
     @property
     def name(self) -> str:
         """Of the data set."""
-        return self.opened.name if self.opened else self.dataset
+        return self.opened.name if self.opened else called(self.dataset, self.folder or _of_environment())
+
+    @property
+    def layout(self) -> str:
+        """Of the data set: its name, but for what a folder of one's own is called."""
+        return layout_of(self.dataset)
+
+    @property
+    def in_path(self) -> str:
+        """The data set's name as a part of a run directory's; two folders of one name differ."""
+        folder = self.folder or _of_environment()
+        place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest() if folder else ""
+        return in_path(self.name, place)
 
     @property
     def folder(self) -> Path | None:
@@ -81,13 +97,17 @@ class FineTuningTask:
         raise NotImplementedError
 
 
-def plan(task: FineTuningTask, data: Any, output: Path, lines: Sequence[str]) -> str:
+def plan(task: FineTuningTask, data: Any, output: Path, about: dict[str, Any], lines: Sequence[str]) -> str:
     """What a run would do, in a few lines.
 
     Args:
         data: opened; None for 'digits', whose scenes are not drawn yet.
+        about: everything that defines the run.
         lines: on model and schedule.
+    Raises:
+        InputError: `output` holds another run.
     """
+    run_directory.holds(output, about)
     encoder, protocol = task.encoder, task.config.protocol
     return "\n".join(
         [
@@ -186,6 +206,11 @@ def check_schedule(config: Any, unit: int, processes: str) -> None:
             f"batch_size {config.batch_size} does not divide into {processes}; "
             f"take --batch-size {' or '.join(map(str, near))}, or another --nproc"
         )
+
+
+def _of_environment() -> Path | None:
+    """The folder that the environment names, where it names one."""
+    return next((Path(os.environ[name]) for name in DATA_FOLDERS if os.environ.get(name)), None)
 
 
 def data_folder(command: str, dataset: str, data: Path | None, variables: Sequence[str]) -> Path:

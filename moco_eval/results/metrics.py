@@ -104,16 +104,16 @@ LEVELS = np.arange(0.0, 1.1, 0.1)  # recalls of the 11-point rule; the fourth is
 
 def eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
     """VOC2007's AP: the mean over recalls 0, 0.1, ..., 1 of the best precision from there on; (D,) each."""
-    best = np.append(_envelope(precision), 0.0)
+    best = np.append(envelope(precision), 0.0)
     return float(best[np.searchsorted(recall, LEVELS)].mean())
 
 
 def area_under(recall: np.ndarray, precision: np.ndarray) -> float:
     """VOC2010's AP: the area under precision made monotonous from the right."""
-    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope(precision)))
 
 
-def _envelope(precision: np.ndarray) -> np.ndarray:
+def envelope(precision: np.ndarray) -> np.ndarray:
     """The highest precision at the same or a higher recall, along the first axis."""
     return np.maximum.accumulate(precision[::-1], axis=0)[::-1]
 
@@ -146,7 +146,7 @@ class Ranking:
         right = new.cumsum(axis=0)
         precision = np.divide(right, entered, out=np.zeros(right.shape), where=entered > 0)
         with np.errstate(invalid="ignore"):
-            return (_envelope(precision) * new).sum(axis=0) / right[-1]
+            return (envelope(precision) * new).sum(axis=0) / right[-1]
 
 
 def rankings(scores: np.ndarray, labels: np.ndarray) -> list[Ranking]:

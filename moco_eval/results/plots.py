@@ -48,7 +48,12 @@ def _save(figure: Figure, path: Path) -> None:
 # Bars
 
 
-def bars_figure(per_class: dict[str, Scores], metric: str, shades: tuple[str, str, str] = SHADES) -> Figure:
+def bars_figure(
+    per_class: dict[str, Scores],
+    metric: str,
+    shades: tuple[str, str, str] = SHADES,
+    order: Sequence[str] | None = None,
+) -> Figure:
     """Horizontal bars, best class first, in two columns where they are many; a line at the mean.
 
     Classes without a value, which have no object in the test split, come last and say so.
@@ -57,9 +62,10 @@ def bars_figure(per_class: dict[str, Scores], metric: str, shades: tuple[str, st
         per_class: percent of each class by metric.
         metric: which to draw, such as AP50.
         shades: colours of words, bars and lines.
+        order: of the classes, where it is not to be by their own values.
     """
     values = {name: scores.get(metric) for name, scores in per_class.items()}
-    order = sorted(values, key=lambda name: (values[name] is None, -(values[name] or 0.0)))
+    order = order or best_first(per_class, metric)
     known = [value for value in values.values() if value is not None]
     columns = 1 if len(order) <= ROWS else 2
     rows = -(-len(order) // columns)
@@ -72,6 +78,12 @@ def bars_figure(per_class: dict[str, Scores], metric: str, shades: tuple[str, st
             axes.axvline(mean, color=shades[2], linewidth=0.9, linestyle=(0, (5, 3)), zorder=0)
             axes.set_xlabel(f"{metric} (%), mean {mean:.1f}", color=shades[0], fontsize=9)
     return figure
+
+
+def best_first(per_class: dict[str, Scores], metric: str) -> list[str]:
+    """The classes, the best first and those without a value last."""
+    values = {name: scores.get(metric) for name, scores in per_class.items()}
+    return sorted(values, key=lambda name: (values[name] is None, -(values[name] or 0.0)))
 
 
 def _bars(

@@ -10,6 +10,7 @@ import yaml
 
 from moco_eval.config import load as configs
 from moco_eval.config.base import is_among
+from moco_eval.config.data_name import agree
 from moco_eval.config.deviations import flatten
 from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.errors import InputError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # whoever looks into a run directory needs no torch
 
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
+NAMES = ("dataset", "dataset.name", "dataset.train.name", "dataset.test.name")  # fingerprints tell data apart
 BEGUN = {"config.yaml", "environment.json", LOG}  # what a run has before it does anything
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
@@ -88,6 +90,8 @@ def holds(output: Path, resolved: dict[str, Any]) -> bool:
     old, new = flatten(before), flatten(_plain(resolved))
     for key in dict.fromkeys((*new, *old)):
         kept = key.removeprefix("config.")
+        if key in NAMES and agree(old.get(key), new.get(key)):
+            continue
         if old.get(key) != new.get(key) and not is_among(kept, RESUMABLE_KEYS):
             raise InputError(
                 f"--output {output} holds another run: {key} is {old.get(key)} there and {new.get(key)} now"
@@ -143,6 +147,8 @@ def finished_as(
             "; ".join(sorted(words for words in several if words.split(" ")[0] in keys)) for several in about
         )
     for name, value in wanted.items():
+        if name == "data set" and agree(stated[name], value):
+            continue
         if value is not None and stated[name] != value:
             raise InputError(
                 f"{output / 'result.json'} is of another run than config.yaml beside it: its {name} is "

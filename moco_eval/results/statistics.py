@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moco_eval.results.matches import Detected, split_name
 from moco_eval.results.metrics import among_best, mean_where_any, rankings, weighted_mean_average_precision
 
 # what the trials of a record vary (its `over`), said of several
 REPEATS = {"head": "heads", "labels": "label draws", "finetune": "fine-tunings", "pretrain": "pretrainings"}
 RESAMPLES = 2000
+OF_BOXES = 1000  # resamples of an average precision of boxes: seconds for VOC, half a minute for COCO
 POWER_FACTOR = 2.8016  # 97.5 % and 80 % quantiles of the standard normal distribution, added: 1.9600 + 0.8416
 BLOCK = 2**22  # drawn images held at once
 
@@ -92,6 +94,15 @@ def intervals(
     return {name: percentiles(resampled(name, answers, resamples=resamples, seed=seed)) for name in metrics}
 
 
+def detection_intervals(metrics: Sequence[str], detected: Detected, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The same of the average precisions of a detector: AP, AP50, AP75 (VOC), and COCO's with their letters.
+
+    Each image's boxes stay matched to its objects. What another fine-tuning would have found is not in it.
+    """
+    names = [name for name in metrics if (parts := split_name(name)) and parts[0] in detected.trials[0]]
+    return {name: percentiles(resampled(name, detected, resamples=OF_BOXES, seed=seed)) for name in names}
+
+
 def percentiles(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of resampled values; resamples that leave the metric undefined are left out."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
@@ -99,13 +110,22 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
 
 
 def resampled(
-    metric: str, answers: Answers, less: Answers | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+    metric: str,
+    answers: Answers | Detected,
+    less: Answers | Detected | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> np.ndarray:
     """A metric's mean over trials in percent on resampled test images, (resamples,).
 
     Args:
         less: another run's answers about the same images: the difference `answers` - `less` on the same resamples.
     """
+    if isinstance(answers, Detected):
+        assert less is None or isinstance(less, Detected)
+        return _resampled_boxes(metric, answers, less, resamples, seed)
+    assert less is None or isinstance(less, Answers)
     if metric == "mAP":
         return _resampled_map(answers, less, resamples, seed)
     assert metric in ("top1", "top5", "mean_per_class"), metric
@@ -177,8 +197,18 @@ def _resampled_map(answers: Answers, less: Answers | None, resamples: int, seed:
     return np.concatenate(parts)
 
 
-def value(metric: str, answers: Answers) -> float:
+def _resampled_boxes(metric: str, detected: Detected, less: Detected | None, resamples: int, seed: int) -> np.ndarray:
+    parts = []
+    for weights in draw_weights(len(detected), resamples, seed):
+        value = detected.average_precision(metric, weights)
+        parts.append(value - less.average_precision(metric, weights) if less else value)
+    return np.concatenate(parts)
+
+
+def value(metric: str, answers: Answers | Detected) -> float:
     """The metric itself, mean over trials, in percent: the same definition as is resampled."""
+    if isinstance(answers, Detected):
+        return float(answers.average_precision(metric, np.ones((len(answers), 1), dtype=np.int64))[0])
     if metric == "mAP":
         every, trials = np.ones((len(answers.labels), 1), dtype=np.int64), answers._scores()
         return float(
@@ -207,7 +237,7 @@ class Difference:
         return POWER_FACTOR * self.standard_error
 
 
-def paired(metric: str, a: Answers, b: Answers, resamples: int, seed: int = 0) -> Difference:
+def paired(metric: str, a: Answers | Detected, b: Answers | Detected, resamples: int, seed: int = 0) -> Difference:
     """Paired bootstrap of the difference b - a of a metric (each run's mean over its trials).
 
     The p value inverts the percentile interval: twice the share of resamples at or beyond no difference on the side

@@ -1,11 +1,12 @@
 """What one segmentation is about: the encoder, the data, the recipe; its checks, and opening the data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moco_eval.config.data_name import called, layout_of
 from moco_eval.config.load import did_you_mean
 from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.masks import scenes as digits
@@ -54,7 +55,7 @@ class SegmentationTask(FineTuningTask):
             InputError: an unknown data set; an encoder that the model does not stand on; a batch that the processes
                 cannot share; options of mask-folder with other data.
         """
-        if self.dataset and self.dataset not in DATASETS:
+        if self.dataset and self.layout not in DATASETS:
             raise InputError(
                 f"--dataset {self.dataset!r} is no data set with masks.{did_you_mean(self.dataset, DATASETS)}"
             )
@@ -87,7 +88,7 @@ class SegmentationTask(FineTuningTask):
         return read_mask_folder(folder, classes=digits.CLASSES, name="digits")
 
     def deviations(self, data: SegmentationData | None = None) -> list[str]:
-        of_recipe = recipe_deviations(self.config, self.name, self.encoder.arch)
+        of_recipe = recipe_deviations(self.config, layout_of(self.name), self.encoder.arch)
         return of_recipe + (list(data.deviations) if data else [])
 
     def resolved(self, data: SegmentationData | None) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _check_options(task: SegmentationTask) -> None:
         "--classes": task.classes,
         "--ignore": task.ignored if task.ignored != (IGNORED,) else None,
     }
-    if task.dataset != "mask-folder" and (wrong := [name for name, value in given.items() if value]):
+    if task.layout != "mask-folder" and (wrong := [name for name, value in given.items() if value]):
         raise InputError(f"{wrong[0]} is of --dataset mask-folder; {task.name} has its own: leave it out")
 
 
@@ -166,4 +167,5 @@ def open_data(task: SegmentationTask) -> SegmentationData:
     if task.dataset in OFFICIAL:
         return OFFICIAL[task.dataset](folder)
     classes = read_class_names(task.classes) if task.classes else ()
-    return read_mask_folder(folder, task.train_split, task.test_split, classes, task.ignored)
+    opened = read_mask_folder(folder, task.train_split, task.test_split, classes, task.ignored)
+    return replace(opened, name=called(task.dataset, folder))

@@ -387,7 +387,12 @@ def test_detect_leaves_a_whole_run_directory(whole):
     assert len(json.loads((output / "detections.json").read_text())["images"]) == 2
     assert all((output / name).is_file() for name in (*record["pictures"], "per_class.svg", "losses.svg"))
     assert "AP50" in format_table(record).splitlines()[0]
-    assert len(format_table(record).splitlines()) == 12
+    assert len(format_table(record).splitlines()) == 12 + 3  # the interval's two ends, and what it does not cover
+    assert "not the spread of fine-tuning" in format_table(record)
+    for name in ("AP", "AP50", "AP75"):
+        low, high = record["interval"][name]
+        assert low <= record["metrics"][name] <= high
+    assert "AP_area" not in record["interval"]
 
 
 def test_a_finished_run_is_returned_and_another_one_refused(whole, monkeypatch):

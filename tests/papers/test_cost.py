@@ -9,12 +9,12 @@ import torch
 import yaml
 from test_papers import cifar_record
 
-from moco_eval.classification.protocols import load_config
+from moco_eval.classification.protocols import PROTOCOLS, load_config
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.encoders.architectures import architecture
-from moco_eval.papers import cost, tables
+from moco_eval.papers import cost, gpu_hours, tables, todo
 from moco_eval.papers import steps as chain
 from moco_eval.results.environment import hardware
 from moco_eval.runtime.text import duration
@@ -321,3 +321,35 @@ def test_the_prediction_is_within_a_factor_of_three(steps, table, tmp_path, empt
     record = detect(DetectionTask(load("random:resnet50_quarter"), recipe, "digits"), tmp_path / "detect", CPU)
     took = 2 * record["cost"]["seconds"]  # of two trials
     assert detection.seconds / 3 < took < detection.seconds * 3
+
+
+# Published figures
+
+
+def test_a_table_shows_published_gpu_hours_and_times_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cost, "measure", lambda *_: pytest.fail("this machine was timed"))
+    published = tables.load_table("moco-v2-1")
+    left = todo.find(published, [], chain.Places(tmp_path))
+    assert left.machine == "" and "timing" not in capfd.readouterr().err
+    phrases = {step.arguments[:2]: each.phrase for step, each in left.steps if each}
+    assert phrases["pretrain", "moco_v2_r50"].endswith("GPU-hours of a V100")
+    hours = {step.kind: each.hours for step, each in left.steps if step.arguments[1] == "moco_v1_r50"}
+    assert hours["pretrain"] == pytest.approx(8 * 53)  # as printed: eight GPUs for 53 hours
+    assert left.total.endswith("GPU-hours of a V100")
+
+
+def test_here_is_this_machine(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "seconds_per_image", lambda *_: 0.001)
+    left = todo.find(table, [], chain.Places(tmp_path), here=True)
+    assert left.machine == cost.machine() and all(isinstance(each, cost.Cost) for _, each in left.steps)
+
+
+def test_what_no_figure_is_of_is_unknown(steps, table):
+    assert gpu_hours.costs([steps["pretrain"], steps["knn"], steps["AP"]], table) == [None] * 3
+
+
+@pytest.mark.parametrize("row", PROTOCOLS, ids=lambda row: row.protocol)
+def test_images_are_counted_as_the_protocols_code_does(row):
+    config, (train, test) = load_config(row.name.name, row.name.kind), (10_000, 100)
+    theirs = row.code().passes(config, train, test)
+    assert gpu_hours.passes(row.name.kind, config, train, test) == (theirs.forward, theirs.trained, theirs.extracted)

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from moco_eval.errors import InputError
 from moco_eval.report import figures, pictures, provenance, scores
 from moco_eval.report import runs as read
 from moco_eval.report.page import _contents, write_report
+from moco_eval.results import compare
 
 HOSTILE = '<script>alert("x")</script>'
 MOCO = {
@@ -75,6 +77,13 @@ def write_run(folder, command, result=None, **values):
     return folder
 
 
+def answer(folder, share, trials):
+    """Of 500 images of ten classes the first are right, so many as the record says, in every trial."""
+    labels = np.arange(500) % 10
+    said = np.where(np.arange(500) < round(5 * share), labels, (labels + 1) % 10)
+    np.savez(folder / "predictions.npz", label=labels, prediction=np.tile(said, (trials, 1)))
+
+
 def write_pretraining(folder):
     write_run(
         folder,
@@ -96,11 +105,12 @@ def write_demo(root):
     for name, encoder, few, knn in (
         ("moco", MOCO, 88.0, 97.0),
         ("random", RANDOM, 70.0, 80.0),
-        ("pixels", PIXELS, 90.0, 98.5),
+        ("pixels", PIXELS, 92.0, 97.4),
     ):
-        write_run(root / f"linear-10-{name}", "linear", record(encoder, few, std=1.5, few=10))
-        write_run(root / f"linear-{name}", "linear", record(encoder, few + 5))
+        answer(write_run(root / f"linear-10-{name}", "linear", record(encoder, few, std=1.5, few=10)), few, 5)
+        answer(write_run(root / f"linear-{name}", "linear", record(encoder, few + 5)), few + 5, 1)
         folder = write_run(root / f"knn-{name}", "knn", record(encoder, knn, protocol="knn/instdisc@1"))
+        answer(folder, knn, 1)
         Image.new("RGB", (60, 40), "navy").save(folder / "neighbours.png")
     for name, encoder, value in (("moco", MOCO, 40.0), ("random", RANDOM, 20.0)):
         scores = {"per_class": {HOSTILE: {"AP50": 12.5}, "7": {"AP50": None}}}
@@ -140,10 +150,10 @@ def test_every_number_is_on_the_page_fewest_labels_first(page):
     for words in (
         "88.0 ± 1.5",
         "70.0 ± 1.5",
-        "90.0 ± 1.5",
+        "92.0 ± 1.5",
         "93.0",
         "97.0",
-        "98.5",
+        "97.4",
         "40.0",
         "[86.0, 90.0]",
         "5 label draws",
@@ -158,36 +168,47 @@ def test_the_summary_says_where_moco_wins_and_where_not(runs):
     words = " ".join(_contents(found)["summary"])
     assert words.startswith(
         "Linear top-1 with 10 labels per class on digits, in percent: "
-        "MoCo (epoch 60) 88.0 ± 1.5, random initialisation 70.0 ± 1.5, raw pixels 90.0 ± 1.5."
+        "MoCo v2 (epoch 60) 88.0 ± 1.5, random initialisation 70.0 ± 1.5, raw pixels 92.0 ± 1.5."
     )
-    assert "MoCo (epoch 60) is ahead of random initialisation in all 4 measures they share." in words
     assert (
-        "MoCo (epoch 60) is level with raw pixels in linear top-1 with all labels, "
-        "kNN top-1 with all labels; "
-        "behind raw pixels in linear top-1 with 10 labels per class."
+        "MoCo v2 (epoch 60) is ahead of random initialisation in linear top-1 with 10 labels per class, "
+        "linear top-1 with all labels, kNN top-1 with all labels; not compared (a run kept no answers) with random "
+        "initialisation in detection AP50."
+    ) in words
+    assert (
+        "MoCo v2 (epoch 60) is level with raw pixels in kNN top-1 with all labels; behind raw pixels in linear top-1 "
+        "with 10 labels per class, linear top-1 with all labels."
     ) in words
 
 
-@pytest.mark.parametrize(
-    ("mine", "other", "message"),
-    [
-        (scores.Score(80, 2.0, "5 label draws", None), scores.Score(81.5, 1.0, "5 label draws", None), "level with"),
-        (scores.Score(80, 1.0, "5 label draws", None), scores.Score(81.5, 1.0, "5 label draws", None), "behind"),
-        (
-            scores.Score(80, None, "1 heads", (78, 82)),
-            scores.Score(77, None, "1 heads", (75, 79)),
-            "level with",
-        ),
-        (
-            scores.Score(80, None, "1 heads", (79, 81)),
-            scores.Score(77, None, "1 heads", (75, 78)),
-            "ahead of",
-        ),
-        (scores.Score(80, None, "1 heads", None), scores.Score(79, None, "1 heads", None), "ahead of"),
-    ],
-)
-def test_a_difference_within_the_spread_is_no_win(mine, other, message):
-    assert mine.against(other) == message
+def test_every_verdict_is_that_of_compare(runs):
+    """Whatever the records' own spreads say: of the demo kNN was once level where compare said p < 0.001."""
+    for kind in ("linear-10", "linear", "knn"):
+        for rival in ("random", "pixels"):
+            done = compare.compare(runs / f"{kind}-{rival}", runs / f"{kind}-moco")
+            assert f"B is {done.verdict} A." in str(done)
+            found = read.read_runs([runs / f"{kind}-moco", runs / f"{kind}-{rival}"])
+            (_, said) = _contents(found)["summary"]
+            assert said.startswith(f"MoCo v2 (epoch 60) is {done.verdict} ")
+
+
+def test_chance_stands_in_the_table_and_suspicious_numbers_above_it(runs, tmp_path):
+    untrained = MOCO | {"sha256": "d" * 64, "path": "x/mine.pth", "pretraining": None}
+    doubt = "every norm layer is as initialised, scale 1 (or 0) and shift 0: these weights look untrained"
+    write_run(tmp_path / "more" / "knn", "knn", record(untrained | {"warnings": [doubt]}, 80.0, protocol="knn/x@1"))
+    write_run(tmp_path / "more" / "linear", "linear", record(untrained | {"warnings": [doubt]}, 40.0))
+    write_report([tmp_path / "more"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    (results,) = Elements(page).tables
+    assert results[-1] == "chance10.010.0"
+    above = page[: page.index("<nav")]
+    assert f"mine: {doubt}." in above
+    assert (
+        "mine on digits: on the same features knn/x@1 80.0 [78.0, 82.0] and linear/moco-lincls@1 40.0 [38.0, 42.0] "
+        "differ by more than their intervals in top1"
+    ) in above
+    assert "Raw pixels are not among these runs" in page
+    assert not _contents(read.read_runs([runs]))["pixels_missing"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +223,7 @@ def test_a_difference_within_the_spread_is_no_win(mine, other, message):
 )
 def test_a_spread_is_named_by_what_it_is_over(over, few, message):
     done = record(MOCO, 88.0, std=1.5, few=few, over=over)
-    score = scores._score(done, "top1")
+    score = scores._score(read.Run(Path("x"), {}, {}, done), "top1")
     assert (score.text, score.trials, score.interval) == ("88.0 ± 1.5", message, (86, 90))
     assert ("trials", f"{message}, seeds 0, 1, 2, 3, 4") in provenance._evaluation_facts(done)
 
@@ -247,7 +268,7 @@ def test_the_page_is_whole_without_its_script(page):
     found = Elements(page)
     assert found.wrong == [] and found.open == []
     (results,) = found.tables
-    assert len(results) == 4 and results[1].startswith("MoCo(epoch60)88.0±1.55labeldraws")
+    assert len(results) == 5 and results[1].startswith("MoCov2(epoch60)88.0±1.55labeldraws")
 
 
 def test_what_users_name_is_escaped_wherever_it_stands(tmp_path):
@@ -294,7 +315,7 @@ def test_what_users_name_is_escaped(page):
 def test_curves_carry_their_marks_and_take_the_pages_colours(page):
     assert "chance 8.30" in page and "queue full" in page
     assert "var(--accent)" in page and "currentColor" in page and "#010203" not in page
-    assert page.count("<svg") == 2 + 4  # of the pretraining, and two of each detection run
+    assert page.count("<svg") == 2 + 4 + 5  # pretraining; two of each detection; confusions and differences
 
 
 def test_a_figure_keeps_to_itself():
@@ -349,10 +370,10 @@ def test_two_encoders_never_share_a_name(tmp_path):
     for name, encoder in (("one", MOCO), ("two", other), ("three", twin)):
         write_run(tmp_path / "r" / name, "linear", record(encoder, 80.0))
     names = read.encoder_names(read.read_runs([tmp_path / "r"]))
-    assert names[MOCO["sha256"]] == "MoCo (epoch 60), pretrain"
+    assert names[MOCO["sha256"]] == "MoCo v2 (epoch 60), pretrain"
     assert sorted(names.values())[1:] == [
-        "MoCo (epoch 60), second, dddddddd",
-        "MoCo (epoch 60), second, eeeeeeee",
+        "MoCo v2 (epoch 60), second, dddddddd",
+        "MoCo v2 (epoch 60), second, eeeeeeee",
     ]
 
 
@@ -370,7 +391,7 @@ def test_what_kept_to_the_protocol_comes_first(tmp_path):
     write_run(tmp_path / "r" / "two", "linear", record(RANDOM, 70.0, deviations=["encoder: batch_size 64"]))
     runs = read.read_runs([tmp_path / "r"])
     columns = scores.result_columns(runs, read.encoder_names(runs))
-    assert [list(column.scores) for column in columns] == [["random initialisation"], ["MoCo (epoch 60)"]]
+    assert [list(column.scores) for column in columns] == [["random initialisation"], ["MoCo v2 (epoch 60)"]]
 
 
 def test_deviations_of_the_same_runs_stand_together(tmp_path):
@@ -595,9 +616,9 @@ def test_times_of_two_zones_are_compared_as_times(text, seconds, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({}, "MoCo (epoch 60)"),
-        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo (epoch 9)"),
-        ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo (epoch 200)"),
+        ({}, "MoCo v2 (epoch 60)"),
+        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo v2 (epoch 9)"),
+        ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo v2 (epoch 200)"),
         ({"pretraining": {"epochs": 200}, "origin": "moco-eval safetensors, from facebookresearch/moco v1"}, "MoCo"),
         ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/simsiam"}, "pretrain"),
         ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/dino", "path": "my/dino.pth"}, "dino"),
@@ -619,12 +640,12 @@ def test_query_and_key_encoder_of_a_file_are_two(tmp_path):
     write_run(tmp_path / "runs" / "key", "linear", record(MOCO | {"which": "key"}, 70.0))
     runs = read.read_runs([tmp_path / "runs"])
     assert read.encoder_names(runs) == {
-        MOCO["sha256"]: "MoCo (epoch 60)",
-        f"{MOCO['sha256']}:key": "MoCo (epoch 60), key encoder",
+        MOCO["sha256"]: "MoCo v2 (epoch 60)",
+        f"{MOCO['sha256']}:key": "MoCo v2 (epoch 60), key encoder",
     }
     write_report([tmp_path / "runs"], tmp_path / "report.html")
     rows = Elements((tmp_path / "report.html").read_text()).tables[0]
-    assert any(row.startswith("MoCo(epoch60),keyencoder") and "70.0" in row for row in rows)
+    assert any(row.startswith("MoCov2(epoch60),keyencoder") and "70.0" in row for row in rows)
 
 
 # Beside the papers

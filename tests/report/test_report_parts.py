@@ -28,7 +28,7 @@ ENCODERS = {
     "random": {"path": "random:r", "sha256": "b" * 64, "origin": "random", "arch": "r", "pretraining": None},
     "pixels": {"path": "pixels", "sha256": "c" * 64, "origin": "raw pixels", "arch": "pixels", "pretraining": None},
 }
-NAMES = {"trained": "MoCo (epoch 60)", "random": "random initialisation", "pixels": "raw pixels"}
+NAMES = {"trained": "MoCo v2 (epoch 60)", "random": "random initialisation", "pixels": "raw pixels"}
 
 
 def write_run(
@@ -384,7 +384,7 @@ def test_a_trained_encoder_is_set_against_each_other_kind(tmp_path):
     assert "0: +100.0 points, [+100.0, +100.0]" in first["plot"] and "var(--accent)" in first["plot"]
     assert "1: +0.0 points" in second["plot"] and "var(--accent)" not in second["plot"]
     page = page_of(tmp_path)
-    assert "MoCo (epoch 60) less random initialisation" in page and "p\u00a0&lt;\u00a00.001" in page
+    assert "MoCo v2 (epoch 60) less random initialisation" in page and "p\u00a0&lt;\u00a00.001" in page
 
 
 @pytest.mark.parametrize("other", [{"few": 2}, {"protocol": "knn/instdisc@1"}, {"deviations": ["k 20 instead of 200"]}])
@@ -561,7 +561,7 @@ def test_the_summary_says_what_the_paired_difference_says(tmp_path):
     more = {"interval": {"top1": [80.0, 100.0]}}
     write_run(tmp_path / "trained", "trained", labels, labels, **more)
     write_run(tmp_path / "random", "random", labels, wrong, **more)
-    assert "MoCo (epoch 60) is ahead of random initialisation in linear top-1" in page_of(tmp_path)
+    assert "MoCo v2 (epoch 60) is ahead of random initialisation in linear top-1" in page_of(tmp_path)
 
 
 def test_every_metric_that_decides_a_benchmark_is_shown(tmp_path):

@@ -198,7 +198,11 @@ REFUSALS = {
     "no record": (lambda run: (run / "result.json").write_text("[]"), "is no moco-eval/result@1 record"),
     "no json": (lambda run: (run / "result.json").write_text("{"), "is not readable JSON"),
     "half a record": (lambda run: edit(run, dataset=None), "is damaged: dataset is None, no mapping of keys"),
-    "detection": (lambda run: edit(run, protocol="detect/digits-r50-c4@1"), "random is a detection run (detect/"),
+    "detection": (
+        lambda run: edit(run, protocol="detect/digits-r50-c4@1"),
+        "random holds no matches.npz, which detections",
+    ),
+    "segmentation": (lambda run: edit(run, protocol="segment/linear@1"), "random is a segmentation run (segment/"),
     "no predictions": (lambda run: (run / "predictions.npz").unlink(), "predictions.npz does not exist"),
     "cut": (truncate, "predictions.npz cannot be read"),
     "flipped": (flip, "predictions.npz cannot be read"),
