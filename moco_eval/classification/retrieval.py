@@ -6,7 +6,7 @@ relevant place; recall@k as Jegou et al. 2011 and Oh Song et al. 2016 (arXiv:151
 one of the k nearest is of their class.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from moco_eval.classification.neighbours import nearest
 from moco_eval.classification.task import Task
+from moco_eval.config.base import usual_workers
 from moco_eval.data.catalogue import preprocessing_deviations
 from moco_eval.data.glance import tell_doubts
 from moco_eval.data.image_set import require_single_label
@@ -117,7 +118,7 @@ class Settings:
 
     precision: str = "fp32"
     batch_size: int = 256
-    workers: int = 8
+    workers: int = field(default_factory=usual_workers)
     memory: float | None = None
 
 

@@ -98,9 +98,10 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     splits = opened_early(checkpoint, options)
 
     from moco_eval.api import judged
-    from moco_eval.classification.judge import check, prepared
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.classification.judge import check, prepared, resolved
+    from moco_eval.results.run_directory import default_output, holds
     from moco_eval.results.sanity import beside
+    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
@@ -109,7 +110,10 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     config = load_config(row.code().shipped(protocol, task.encoder), kind, row.model, options, named)
     output = options.output or default_output(kind, task.encoder, regime, config.protocol)
     if options.dry_run:
-        check(prepared(task, config), config)
+        ready = prepared(task, config)
+        check(ready, config)
+        holds(output, resolved(ready, config))
+        choose_device(options.device)
         click.echo(_plan(task, config, output))
         return 0
     if options.nproc > 1:
@@ -135,7 +139,8 @@ def opened_early(checkpoint: str, options: Options) -> Splits:
 
     pixels_of(checkpoint, options)
     parse_labels(options.labels)
-    return open_splits(options.called, options.data, options.train_split, options.test_split)
+    where = (options.data, options.train_split, options.test_split, options.val_fraction)
+    return open_splits(options.called, *where)
 
 
 def open_task(checkpoint: str, options: Options, seed: int, splits: Splits) -> tuple[Any, str]:
@@ -225,7 +230,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     task, regime = open_task(checkpoint, options, options.seed or 0, splits)
     output = options.output or default_output("suite", task.encoder, regime)
     chosen = suites.items(task, rows, output, options.of_every_config)
-    suites.check(chosen)
+    chosen, left_out = suites.able(chosen)
     batch_size = options.batch_size or suites.BATCH
     if options.dry_run:
         needs = suites.needs(chosen, task.cache, batch_size)
@@ -236,7 +241,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
-            show(records, suites.table(records, extraction, output.parent), options)
+            show(records, suites.table(records, extraction, output.parent, left_out), options)
     return 0
 
 
@@ -308,12 +313,13 @@ def retrieve(checkpoint: str, split: str, options: Options) -> int:
     """
     splits = opened_early(checkpoint, options)
 
-    from moco_eval.classification.retrieval import PROTOCOL, Settings, check
+    from moco_eval.classification.retrieval import PROTOCOL, Settings, check, resolved
     from moco_eval.classification.retrieval import retrieve as judged
     from moco_eval.classification.task import Task
     from moco_eval.config.data_name import in_path
     from moco_eval.results.result import lines
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.results.run_directory import default_output, holds
+    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
@@ -328,6 +334,8 @@ def retrieve(checkpoint: str, split: str, options: Options) -> int:
     )
     if options.dry_run:
         check(task)
+        holds(output, resolved(task, settings))
+        choose_device(options.device)
         data = f"data: {images.name} {images.split}, {len(images)} images of {len(images.classes)} classes"
         click.echo(f"{PROTOCOL} of {encoder.source}\n{data}\noutput: {output}")
         return 0

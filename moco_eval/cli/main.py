@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -15,6 +15,8 @@ from moco_eval import __version__
 from moco_eval.cli import classify, detect, doctor, encoders, pretrain, segment, shipped, tables
 from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
 from moco_eval.runtime import command
+from moco_eval.runtime.heartbeat import signs_of_life
+from moco_eval.runtime.libraries import kept_quiet
 from moco_eval.runtime.printable import one_line, printable_streams
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {
@@ -33,7 +35,7 @@ class Grouped(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(str(command.name), command.get_short_help_str(WHOLE)) for command in commands])
+                formatter.write_dl([(str(one.name), one.get_short_help_str(WHOLE)) for one in commands])
 
 
 WHOLE = 200  # letters of a summary, more than any has
@@ -55,7 +57,22 @@ def cli() -> None:
     """
 
 
+def _voice(context: click.Context, option: click.Parameter, given: bool) -> None:
+    """How much the command says; the last of --quiet and --verbose counts."""
+    if given:
+        command.speak(str(option.name))
+
+
+def _voice_options() -> list[click.Parameter]:
+    common: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _voice}
+    return [
+        click.Option(["--quiet"], help="Say warnings and results alone.", **common),
+        click.Option(["--verbose"], help="Say what the libraries say, too.", **common),
+    ]
+
+
 for subcommand in itertools.chain(*GROUPS.values()):
+    subcommand.params += _voice_options()
     cli.add_command(subcommand)
 
 
@@ -67,7 +84,8 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run a command; exit 0 done, 1 the run failed, 2 wrong input, 3 interrupted and resumable."""
-    with printable_streams(), command.running(shlex.join(["moco-eval", *sys.argv[1:]])):
+    typed = shlex.join(["moco-eval", *sys.argv[1:]])
+    with printable_streams(), command.running(typed), kept_quiet(), signs_of_life():
         try:
             code = _run()
         except Exception:

@@ -31,6 +31,7 @@ class Options:
     data: Path | None = None
     train_split: str | None = None
     test_split: str | None = None
+    val_fraction: float | None = None
     arch: str | None = None
     encoder: str | None = None
     key: str | None = None
@@ -102,7 +103,9 @@ machine_options = several(
     click.option(
         "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Arithmetic; the config's where not given."
     ),
-    click.option("--workers", type=click.IntRange(0), help="Loader processes, per process."),
+    click.option(
+        "--workers", type=click.IntRange(0), help="Loader processes of each process.  [default: its cores, at most 8]"
+    ),
     click.option("--seed", type=click.IntRange(0), help="Seed of everything drawn."),
 )
 run_options = several(
@@ -143,6 +146,12 @@ encoder_options = several(
     ),
 )
 split_options = several(
+    click.option(
+        "--val-fraction",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        metavar="SHARE",
+        help="Of an imagefolder with a single folder: test on so much of each class, drawn from seed 0.",
+    ),
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
     click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
 )

@@ -30,13 +30,14 @@ def configs(action: str, name: str | None) -> None:
 
 @click.command()
 @click.argument("action", type=click.Choice(["list", "check"]), default="list")
-@click.argument("name", required=False)
+@click.argument("dataset", metavar="NAME", required=False)
 @with_options(
     data_option,
     split_options,
+    click.option("--quick", is_flag=True, help="Look at the images' headers alone; else every image is decoded."),
     click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
 )
-def datasets(action: str, name: str | None, writes: bool, options: Options) -> None:
+def datasets(action: str, writes: bool, quick: bool, options: Options) -> None:
     """List the data sets, or check that a copy of one is whole.
 
     Example: moco-eval datasets check imagefolder --data my_images
@@ -49,6 +50,7 @@ def datasets(action: str, name: str | None, writes: bool, options: Options) -> N
         for line in catalogue.known() + boxes.known():
             click.echo(line)
         return
+    name = options.dataset
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
     where = (name, options.data, options.train_split, options.test_split)
@@ -56,7 +58,7 @@ def datasets(action: str, name: str | None, writes: bool, options: Options) -> N
         lines, refusal = boxes.check(*where)
         lines += catalogue.check_too(*where)
     else:
-        lines, refusal = catalogue.check(*where, writes), None
+        lines, refusal = catalogue.check(*where, writes, options.val_fraction, quick), None
     for line in lines:
         click.echo(line)
     if refusal:

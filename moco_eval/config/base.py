@@ -1,5 +1,6 @@
 """What every config is made of."""
 
+import os
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +40,16 @@ class Extended(Model):
         return values if info.context == WHOLE else {key: values[key] for key in values if key not in unsaid}
 
 
+MOST_WORKERS = 8
+
+
+def usual_workers() -> int:
+    """Loader processes of each process: as many as it has cores, at most 8; torchrun says how many share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(MOST_WORKERS, cores // max(1, int(processes) if processes.isdecimal() else 1)))
+
+
 class Run(Model):
     """What every recipe says of the work itself.
 
@@ -48,7 +59,7 @@ class Run(Model):
     protocol: str
     batch_size: int = Positive
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    workers: int = Field(8, ge=0)
+    workers: int = Field(default_factory=usual_workers, ge=0)
     seed: int = Field(0, ge=0)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moco_eval.config.base import Expect, Model, Sgd
+from moco_eval.config.base import Expect, Model, Sgd, usual_workers
 
 FPN_LEVELS = 5  # p2 to p6
 
@@ -164,7 +164,7 @@ class DetectConfig(Model):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     checkpoints: KeepState = KeepState()
     log_every: int = Field(20, gt=0)
-    workers: int = Field(4, ge=0)
+    workers: int = Field(default_factory=usual_workers, ge=0)
     seed: int = Field(default=0, ge=0)
     expect: Expect | None = None
 

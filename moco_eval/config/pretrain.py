@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moco_eval.config.base import Expect, Extended, Model, Positive, Schedule, Sgd
+from moco_eval.config.base import Expect, Extended, Model, Positive, Schedule, Sgd, usual_workers
 
 
 class Views(Extended):
@@ -114,7 +114,7 @@ class PretrainConfig(Extended):
     bad_images: int = Field(100, ge=0)
     max_steps: int | None = Field(None, gt=0)
     log_every: int = Field(10, gt=0)
-    workers: int = Field(8, ge=0)
+    workers: int = Field(default_factory=usual_workers, ge=0)
     seed: int = Field(0, ge=0)
     expect: Expect | None = None
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from moco_eval.config.base import Expect, Model
+from moco_eval.config.base import Expect, Model, usual_workers
 from moco_eval.config.detection import Count, Fraction, KeepState, Scenes
 
 Side = Annotated[int, Field(ge=8, le=8192)]
@@ -137,7 +137,7 @@ class SegmentConfig(Model):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     checkpoints: KeepState = KeepState()
     log_every: int = Field(default=20, gt=0)
-    workers: int = Field(default=4, ge=0)
+    workers: int = Field(default_factory=usual_workers, ge=0)
     seed: int = Field(default=0, ge=0)
     expect: Expect | None = None
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from moco_eval.config.data_name import called, layout_of
 from moco_eval.config.load import require_named
-from moco_eval.data import band_statistics, glance, in_memory
+from moco_eval.data import band_statistics, every_file, glance, in_memory
 from moco_eval.data.bands import FILE, Bands, bands_of, require_measured, with_stored, write
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
 from moco_eval.data.boxes.samples import one_line
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import EXTENSIONS, Listing, list_images
-from moco_eval.data.label_subsets import is_published
+from moco_eval.data.label_subsets import held_out, is_published
 from moco_eval.data.repeats import repeats
 from moco_eval.data.shards import open_shards
 from moco_eval.errors import InputError
@@ -113,16 +113,27 @@ def require_there(name: str, data: Path | None) -> None:
 
 
 def open_splits(
-    name: str, data: Path | None, train_split: str | None = None, test_split: str | None = None
+    name: str,
+    data: Path | None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    val_fraction: float | None = None,
 ) -> tuple[ImageSet, ImageSet]:
     """Training and test images, of the same classes.
 
     Args:
         train_split, test_split: files of ImageSets/Main, of voc-folder only.
+        val_fraction: share of each class that is tested on, of an imagefolder that has a single folder.
     Raises:
         InputError: as `open_images`; the classes differ; split names for a set whose splits are fixed.
     """
-    if layout_of(name) == "voc-folder":
+    layout = layout_of(name)
+    require_named(layout, NAMES)
+    if val_fraction is not None:
+        folder = data_folder(layout, data) if layout != "digits" else Path()
+        train, test = _parted(layout, folder, val_fraction)
+        return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
+    if layout == "voc-folder":
         folder = data_folder("voc-folder", data)
         train, test = read_voc_folder(folder, train_split, test_split)
         return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
@@ -188,11 +199,14 @@ def check(
     train_split: str | None = None,
     test_split: str | None = None,
     writes: bool = False,
+    val_fraction: float | None = None,
+    quick: bool = False,
 ) -> list[str]:
     """What a copy of a data set holds and where it deviates from the published one, in lines.
 
     Args:
         writes: measure mean and standard deviation of each band and write them to bands.yaml.
+        quick: look at the headers of images alone.
     Raises:
         InputError: as `open_splits`.
     """
@@ -202,7 +216,7 @@ def check(
     if name in UNLABELLED:
         splits: tuple[ImageSet, ...] = (open_images(name, data, "train"),)
     else:
-        splits = open_splits(name, data, train_split, test_split)
+        splits = open_splits(name, data, train_split, test_split, val_fraction)
     lines = [
         f"{images.name} {images.split}: {len(images):,} images, fingerprint {images.fingerprint}" for images in splits
     ]
@@ -213,7 +227,9 @@ def check(
     lines += [f"not as published: {deviation}" for deviation in split_deviations(*splits)]
     for images in splits:
         lines += glance.passed_over(images)
-        lines += [f"doubtful: {doubt}" for doubt in glance.doubts(images, "say")]
+        lines += [f"doubtful: {doubt}" for doubt in glance.doubts(images, "pass")]
+        lines += [f"doubtful: {words}" for words in every_file.look(images, quick)]
+    lines += [f"not read: {words}" for words in every_file.other_suffixes(splits)]
     if len(splits) == 2 and (copies := repeats(*splits)) and copies.rows:
         lines.append(f"repeated: {copies.sentence()}")
     return bands + lines + [f"damaged: {damage}" for images in splits for damage in images.damaged]
@@ -302,13 +318,48 @@ def data_folder(name: str, data: Path | None) -> Path:
     return data
 
 
+TESTED_ON = {"imagefolder": ("val", "test"), "imagenet": ("val",)}  # folders, the first that is there
+SPLIT_SEED = 0  # of the images that --val-fraction takes
+
+
 def _imagefolder(name: str, folder: Path, split: str) -> ImageSet:
-    directory = {"train": "train", "test": "val"}[split]
-    root = folder / directory
-    if not root.is_dir():
+    choices = ("train",) if split == "train" else TESTED_ON[name]
+    directory = next((one for one in choices if (folder / one).is_dir()), None)
+    if directory is None:
         raise InputError(
-            f"{folder} has no {directory}/ folder; an imagefolder holds train/CLASS/*.jpg and val/CLASS/*.jpg"
+            f"{folder} has no {'/ or '.join(choices)}/ folder; an imagefolder holds train/CLASS/*.jpg and "
+            f"val/CLASS/*.jpg{_one_folder(name)}"
         )
+    return _class_folders(name, folder, directory)
+
+
+def _one_folder(name: str) -> str:
+    """The way out for images in a single folder."""
+    return "; --val-fraction 0.2 tests on a fifth of the images of a single folder" if name == "imagefolder" else ""
+
+
+def _parted(name: str, folder: Path, share: float) -> tuple[ImageSet, ImageSet]:
+    """One folder of class folders (`train`, or the data set's own) in two: the share of each class is tested on.
+
+    Raises:
+        InputError: another kind of data set, or one that has a split of its own.
+    """
+    if name != "imagefolder":
+        raise InputError(f"--val-fraction is for --dataset imagefolder; the splits of {name} are fixed")
+    if own := next((one for one in TESTED_ON[name] if (folder / one).is_dir()), None):
+        raise InputError(f"--val-fraction {share:g}: {folder} has {own}/ to test on; leave the option out")
+    whole = _class_folders(name, *((folder, "train") if (folder / "train").is_dir() else (folder.parent, folder.name)))
+    assert whole.labels is not None
+    rows = held_out(whole.labels, share, SPLIT_SEED)
+    shares = {"train": 1 - share, "test": share}
+    return tuple(  # type: ignore[return-value]
+        replace(whole.take(part, f"{100 * shares[split]:g} % of each class, drawn from seed {SPLIT_SEED}"), split=split)
+        for split, part in zip(shares, rows)
+    )
+
+
+def _class_folders(name: str, folder: Path, directory: str) -> ImageSet:
+    """The images of one folder of class folders. Raises InputError where it is none, or no ImageNet."""
     bands = bands_of(folder) if name in OF_BANDS else None
     listing = list_images(folder, directory, BAND_FILES if bands else EXTENSIONS)
     if name == "imagenet" and len(listing.classes) != 1000:

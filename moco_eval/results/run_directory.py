@@ -17,7 +17,7 @@ from moco_eval.errors import InputError
 from moco_eval.results import run_files
 from moco_eval.results.environment import environment
 from moco_eval.runtime import files, lock
-from moco_eval.runtime.console import warn
+from moco_eval.runtime.console import LOG, logged, warn
 
 if TYPE_CHECKING:  # whoever looks into a run directory needs no torch
     from moco_eval.encoders.encoder import Encoder
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # whoever looks into a run directory needs no torch
 # config keys under which a run goes on although they differ: they do not change what it computes
 RESUMABLE_KEYS = ("workers", "log_every", "checkpoints", "max_steps", "expect", "memory")
 NAMES = ("dataset", "dataset.name", "dataset.train.name", "dataset.test.name")  # fingerprints tell data apart
-BEGUN = {"config.yaml", "environment.json"}  # what a run has before it does anything
+BEGUN = {"config.yaml", "environment.json", LOG}  # what a run has before it does anything
 WHY = {"processes": " (the BN groups and the exchange of keys between them belong to the number of processes)"}
 
 
@@ -57,8 +57,9 @@ def open_run(output: Path, resolved: dict[str, Any]) -> Iterator[bool]:
             if not done or os.access(output, os.W_OK):  # a finished run may have been put away where nobody writes
                 stack.enter_context(lock.alone(output))
             same = holds(output, resolved)
-            if not (output / "result.json").is_file():  # else its environment is that of the run, not of who looks
+            if not done:  # else its environment is that of the run, not of who looks
                 write_resolved(output, resolved, environment(resolved.get("config", {}).get("seed")))
+                stack.enter_context(logged(output))
             return same
 
         yield found_by_main(look)

@@ -1,24 +1,38 @@
-"""Whether this process is a command of ours, or a guest in somebody's program, where it must surprise nobody.
+"""Whether this process is a command of ours, and how much it says, or a guest in somebody's program.
 
-A command takes the signals, shows its progress and writes its command line into records; a guest does none of these.
+A command takes the signals, shows its progress and writes its command line into records; a guest does none of these and
+surprises nobody.
 """
 
 import contextlib
 import subprocess
 from collections.abc import Iterator
 
+QUIET, USUAL, VERBOSE = "quiet", "usual", "verbose"
 _line: str | None = None
+_voice = USUAL
 
 
 @contextlib.contextmanager
 def running(typed: str) -> Iterator[None]:
     """Within, this process is a command; `typed` is what one types to run it."""
-    global _line
-    before, _line = _line, typed
+    global _line, _voice
+    before, _line, _voice = (_line, _voice), typed, USUAL
     try:
         yield
     finally:
-        _line = before
+        _line, _voice = before
+
+
+def speak(voice: str) -> None:
+    """How much this command says: QUIET is warnings and results alone, VERBOSE what libraries say, too."""
+    global _voice
+    _voice = voice
+
+
+def voice() -> str:
+    """See `speak`."""
+    return _voice
 
 
 def line() -> str | None:

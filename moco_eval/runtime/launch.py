@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moco_eval.errors import InputError
 from moco_eval.runtime import rendezvous
-from moco_eval.runtime.console import tell, warn
+from moco_eval.runtime.console import others_speak, tell, warn
 from moco_eval.runtime.device import choose_device, exact_arithmetic
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def launch(nproc: int, arguments: list[str], max_restarts: int = 0) -> int:
         run_id=uuid.uuid4().hex,
     )
     rendezvous.keep_in_memory()
+    others_speak()
     try:
         with rendezvous.private_meeting():
             elastic_launch(config, sys.executable)("-m", "moco_eval", *arguments)
