@@ -20,6 +20,7 @@ from moco_eval.classification.judge import check_images, judge, prepared, resolv
 from moco_eval.classification.protocols import Protocol, by_name, feature_override
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
+from moco_eval.config.classification import KnnConfig
 from moco_eval.config.protocol_name import ProtocolName
 from moco_eval.errors import InputError, message_of
 from moco_eval.features.cache import Source, features_of, missing
@@ -28,7 +29,7 @@ from moco_eval.results import sanity
 from moco_eval.results.record import repeats
 from moco_eval.results.run_directory import finished, finished_as, holds
 from moco_eval.runtime.collectives import barrier
-from moco_eval.runtime.console import log
+from moco_eval.runtime.console import log, warn
 from moco_eval.runtime.text import as_text
 
 BATCH = 256  # images in a step of the extraction
@@ -78,31 +79,46 @@ def items(task: Task, chosen: Sequence[Protocol], output: Path, overrides: Seque
 
 def _item(task: Task, row: Protocol, output: Path, overrides: Sequence[str]) -> Item:
     kind, name = row.name.kind, row.name.name
-    config = configs.load(name, kind, row.model, [*overrides, *feature_override(row.model, task.feature)])
+    overrides = [*overrides, *feature_override(row.model, task.feature)]
+    config = configs.load(name, kind, row.model, overrides)
+    if isinstance(config, KnnConfig) and config.k > (bank := _bank(task)):
+        config = configs.load(name, kind, row.model, [*overrides, f"k={bank}"])  # its deviation says so
     return Item(row.protocol, config, task, output / f"{kind}-{name}")
 
 
-def check(suite: Sequence[Item]) -> None:
-    """Look at every task before anything is done.
+def _bank(task: Task) -> int:
+    """How many training images a trial has."""
+    few = task.labels_per_class
+    return few * len(task.train.classes) if few else len(task.train)
+
+
+def able(suite: Sequence[Item]) -> tuple[list[Item], list[str]]:
+    """Look at every task before anything is done: those that can be, and why the others are left out, said as well.
 
     Raises:
-        InputError: a task cannot be done on these images or with this encoder, or its directory holds another run.
+        InputError: images that no protocol takes; none of the tasks can be done on these images with this encoder; or
+            a directory holds another run.
     """
     for item in suite:
         check_images(item.task)  # refused as they are, whatever the protocol
+    kept, left_out = list[Item](), list[str]()
     for item in suite:
         network(item.task.encoder, item.task.feature)
         try:
             check_task(item.ready, item.config)
             assert item.sources  # the labels of every trial can be drawn
         except InputError as error:
-            raise InputError(
-                f"{item.protocol}: {message_of(error)}; --set belongs to `moco-eval {item.command}`, here leave the "
-                "protocol out of --tasks"
-            ) from None
+            left_out.append(f"{item.protocol}: {message_of(error)}")
+            continue
         about = resolved(item.ready, item.config)
         if holds(item.output, about):
             finished_as(item.output, about)
+        kept.append(item)
+    if not kept:
+        raise InputError(left_out[0])
+    for reason in left_out:
+        warn(f"left out: {reason}")
+    return kept, left_out
 
 
 # What is extracted
@@ -179,11 +195,17 @@ def run(
 HEADINGS = ("protocol", "metric", "value", "95 % interval", "seconds")
 
 
-def table(records: Sequence[dict[str, Any]], extraction: Extraction, runs: Path | None = None) -> str:
+def table(
+    records: Sequence[dict[str, Any]],
+    extraction: Extraction,
+    runs: Path | None = None,
+    left_out: Sequence[str] = (),
+) -> str:
     """The numbers of all records as text, deviations in footnotes; chance and raw pixels beside those of a small set.
 
     Args:
         runs: where a run of raw pixels may lie.
+        left_out: tasks that could not be done, each with its reason.
     """
     data, footnotes = records[0]["dataset"], list[str]()
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -201,6 +223,7 @@ def table(records: Sequence[dict[str, Any]], extraction: Extraction, runs: Path 
         f"{records[0]['encoder']['path']} on {data['name']}, {data['images']:,} test images; in percent",
         grid,
         *(f"[{number}] not comparable with published numbers: {text}" for number, text in enumerate(footnotes, 1)),
+        *(f"left out: {reason}" for reason in left_out),
         *_beside(records, runs),
         *(f"look: {sanity.disagreement(*apart)}" for apart in sanity.disagreements(records)),
         "interval: over test images; ±: over the repetitions named; seconds: without the extraction",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,10 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     splits = opened_early(checkpoint, options)
 
     from moco_eval.api import judged
-    from moco_eval.classification.judge import check, prepared
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.classification.judge import check, prepared, resolved
+    from moco_eval.results.run_directory import default_output, holds
     from moco_eval.results.sanity import beside
+    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
@@ -111,7 +113,10 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     config = load_config(row.code().shipped(protocol, task), kind, row.model, options, named)
     output = options.output or default_output(kind, task.encoder, regime, config.protocol)
     if options.dry_run:
-        check(prepared(task, config), config)
+        ready = prepared(task, config)
+        check(ready, config)
+        holds(output, resolved(ready, config))
+        choose_device(options.device)
         click.echo(_plan(task, config, output))
         return 0
     if options.nproc > 1:
@@ -228,7 +233,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     task, regime = open_task(checkpoint, options, options.seed or 0, splits)
     output = options.output or default_output("suite", task.encoder, regime)
     chosen = suites.items(task, rows, output, options.of_every_config)
-    suites.check(chosen)
+    chosen, left_out = suites.able(chosen)
     batch_size = options.batch_size or suites.BATCH
     if options.dry_run:
         needs = suites.needs(chosen, task.cache, batch_size)
@@ -239,7 +244,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     with processes(options.device) as device, hold(output):
         records, extraction = suites.run(chosen, task.cache, device, batch_size)
         if is_main():
-            show(records, suites.table(records, extraction, output.parent), options)
+            show(records, suites.table(records, extraction, output.parent, left_out), options)
     return 0
 
 
@@ -325,18 +330,21 @@ def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
 
     from moco_eval.classification.retrieval import Settings
     from moco_eval.results.result import lines
-    from moco_eval.results.run_directory import default_output
+    from moco_eval.results.run_directory import default_output, holds
+    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
     encoder = load_encoder(checkpoint, options, options.seed or 0)
-    protocol, part, data, check, judged = opened(encoder)
+    protocol, part, data, check, resolved, judged = opened(encoder)
     usual = Settings()
     workers = usual.workers if options.workers is None else options.workers
     settings = Settings(options.precision or usual.precision, options.batch_size or usual.batch_size, workers)
     output = options.output or default_output("retrieve", encoder, part, protocol)
     if options.dry_run:
         check()
+        holds(output, resolved(settings))
+        choose_device(options.device)
         click.echo(f"{protocol} of {encoder.source}\ndata: {data}\noutput: {output}")
         return 0
     if options.nproc > 1:
@@ -348,8 +356,8 @@ def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
     return 0
 
 
-# protocol, the data in a path and in words, check, judgement
-Retrieval = tuple[str, str, str, Callable[[], None], Callable[..., dict[str, Any]]]
+# protocol, the data in a path and in words, check, what defines the run, judgement
+Retrieval = tuple[str, str, str, Callable[[], None], Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]
 
 
 def _by_class(split: str, options: Options) -> Callable[[Any], Retrieval]:
@@ -361,11 +369,11 @@ def _by_class(split: str, options: Options) -> Callable[[Any], Retrieval]:
     images = splits[0] if split == "train" else splits[1]
 
     def opened(encoder: Any) -> Retrieval:
-        from moco_eval.classification.retrieval import PROTOCOL, check, retrieve
+        from moco_eval.classification.retrieval import PROTOCOL, check, resolved, retrieve
 
         task, about = _searched(encoder, images, options), f"{len(images)} images of {len(images.classes)} classes"
         part, data = f"{in_path(images.name, images.fingerprint)}-{split}", f"{images.name} {images.split}, {about}"
-        return PROTOCOL, part, data, lambda: check(task), lambda *where: retrieve(task, *where)
+        return PROTOCOL, part, data, partial(check, task), partial(resolved, task), partial(retrieve, task)
 
     return opened
 
@@ -379,11 +387,12 @@ def _landmarks(options: Options) -> Callable[[Any], Retrieval]:
     landmarks = open_landmarks(name, data_folder(name, options.data))
 
     def opened(encoder: Any) -> Retrieval:
-        from moco_eval.classification.landmarks import PROTOCOL, check, retrieve
+        from moco_eval.classification.landmarks import PROTOCOL, check, resolved, retrieve
 
         task = _searched(encoder, landmarks.database, options)
         data = f"{name}, {len(landmarks.queries)} queries in {len(landmarks.database)} images"
-        return PROTOCOL, name, data, lambda: check(task), lambda *where: retrieve(task, landmarks, *where)
+        what = (task, landmarks)
+        return PROTOCOL, name, data, partial(check, task), partial(resolved, *what), partial(retrieve, *what)
 
     return opened
 

@@ -39,6 +39,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
 
     import torch
 
+    from moco_eval.results.run_directory import holds
     from moco_eval.runtime.console import log
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
@@ -50,7 +51,9 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
         device = choose_device(options.device) if options.dry_run else torch.device("cpu")
         planned = plan(resolved, options.called, options.data, options.nproc, device)
         if options.dry_run:
-            click.echo(f"{planned.describe()}\noutput: {_output(config, planned, options)}")
+            output = _output(config, planned, options)
+            holds(output, planned.resolved())
+            click.echo(f"{planned.describe()}\noutput: {output}")
             return 0
         return launch_again(options, max_restarts)
     with processes(options.device) as device:

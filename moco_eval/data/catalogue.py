@@ -139,9 +139,11 @@ def open_splits(
     layout = layout_of(name)
     require_named(layout, NAMES)
     if val_fraction is not None:
-        return _parted(name, data_folder(layout, data) if layout != "digits" else Path(), val_fraction)
+        folder = data_folder(layout, data) if layout != "digits" else Path()
+        train, test = _parted(layout, folder, val_fraction)
+        return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
     if layout == "voc-folder":
-        folder = data_folder(layout, data)
+        folder = data_folder("voc-folder", data)
         train, test = read_voc_folder(folder, train_split, test_split)
         return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
     if train_split or test_split:
@@ -351,12 +353,11 @@ def _parted(name: str, folder: Path, share: float) -> tuple[ImageSet, ImageSet]:
     Raises:
         InputError: another kind of data set, or one that has a split of its own.
     """
-    if layout_of(name) != "imagefolder":
+    if name != "imagefolder":
         raise InputError(f"--val-fraction is for --dataset imagefolder; the splits of {name} are fixed")
     if own := next((one for one in TESTED_ON["imagefolder"] if (folder / one).is_dir()), None):
         raise InputError(f"--val-fraction {share:g}: {folder} has {own}/ to test on; leave the option out")
-    full = called(name, folder)
-    whole = _class_folders(full, *((folder, "train") if (folder / "train").is_dir() else (folder.parent, folder.name)))
+    whole = _class_folders(name, *((folder, "train") if (folder / "train").is_dir() else (folder.parent, folder.name)))
     assert whole.labels is not None
     rows = held_out(whole.labels, share, SPLIT_SEED)
     shares = {"train": 1 - share, "test": share}

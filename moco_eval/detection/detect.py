@@ -67,7 +67,7 @@ def plan(task: DetectionTask, output: Path, processes: int = 1) -> str:
         f"schedule: {schedule.iterations} iterations of {config.batch_size} images, lr {config.optimizer.lr:g}, "
         f"steps {list(schedule.steps)}, warm-up {schedule.warmup}; precise BN over {config.precise_bn}",
     ]
-    return fine_tuning_task.plan(task, data, output, lines)
+    return fine_tuning_task.plan(task, data, output, task.resolved(engine, data), lines)
 
 
 # Trials and the record

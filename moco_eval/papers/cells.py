@@ -52,14 +52,11 @@ def cells(line: Line) -> tuple[str, ...]:
     return (line.row, metric(line), *(" ".join(filter(None, parts)) for parts in numbers))
 
 
-def short_ours(line: Line) -> str:
-    """Our mean with its spread and mark, and the difference in brackets."""
-    if line.ours is None:
-        return "-"
-    number, spread = ours(line)
+def short_ours(line: Line) -> tuple[str, str, str]:
+    """Our mean; its spread and mark; and in brackets the difference, and where it lies to the published spread."""
     apart, judgement = difference(line)
     inside = ", ".join(filter(None, (apart.strip("()"), judgement)))
-    return " ".join(filter(None, (number, spread, f"({inside})" if inside != "-" else "")))
+    return *ours(line), f"({inside})" if line.difference is not None else ""
 
 
 def below(comparison: Comparison) -> list[str]:

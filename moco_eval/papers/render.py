@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -61,14 +61,20 @@ def _grid(comparison: Comparison) -> RichTable:
     for title in columns.values():
         grid.add_column(escape(title), justify="right", overflow="fold")
     for label, some in groupby(comparison.lines, key=lambda line: line.row):
-        lines = {line.column.title: line for line in some}
-        row = [lines.get(title) for title in columns]
-        grid.add_row(
-            escape(label), *(escape(" ".join(filter(None, cells.published(line)))) if line else "" for line in row)
-        )
-        if any(line and line.ours for line in row):
-            grid.add_row("  ours", *(escape(cells.short_ours(line)) if line else "" for line in row))
+        row: dict[str, list[Line]] = {title: [] for title in columns}
+        for line in some:
+            row[line.column.title].append(line)
+        grid.add_row(escape(label), *(_said(lines[:1], cells.published) for lines in row.values()))
+        of_ours = {title: [line for line in lines if line.ours] for title, lines in row.items()}
+        for number in range(max(map(len, of_ours.values()))):  # those that left their protocol on lines of their own
+            found = (lines[number : number + 1] for lines in of_ours.values())
+            grid.add_row("  ours", *(_said(lines, cells.short_ours) for lines in found))
     return grid
+
+
+def _said(lines: Sequence[Line], words: Callable[[Line], tuple[str, ...]]) -> str:
+    """A cell: what the words say of a line, where there is one."""
+    return escape(" ".join(filter(None, (part for line in lines for part in words(line)))))
 
 
 def _markdown(comparison: Comparison, missing: Missing) -> str:

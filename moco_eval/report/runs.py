@@ -149,7 +149,7 @@ def _plain_name(encoder: dict[str, Any]) -> str:
     kind = kind_of(encoder)
     if kind == "trained" and _is_moco(encoder):
         epochs = encoder["pretraining"].get("epochs")
-        name = method(encoder["pretraining"].get("protocol") or "")
+        name = method(encoder["pretraining"].get("protocol") or "", encoder["origin"])
         name += "" if epochs is None else f" (epoch {epochs})"
     else:
         name = {"pixels": "raw pixels", "random": "random initialisation"}.get(kind) or _run_name(encoder)
@@ -166,9 +166,9 @@ def trained_by(run: Run) -> str:
     return " ".join(filter(None, parts)) + (f", {epochs} epochs" if isinstance(epochs, int) else "")
 
 
-def method(protocol: str) -> str:
-    """MoCo v2 of pretrain/moco-v2@1; MoCo of a recipe of other names."""
-    version = re.match(r"pretrain/moco-(v\d)", protocol)
+def method(protocol: str, origin: str = "") -> str:
+    """MoCo v2 of pretrain/moco-v2@1, or of the layout facebookresearch/moco v2; MoCo where neither says the version."""
+    version = re.match(r"pretrain/moco-(v\d)", protocol) or re.search(r"facebookresearch/moco (v\d)", origin)
     return f"MoCo {version[1]}" if version else "MoCo"
 
 

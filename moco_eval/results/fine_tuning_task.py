@@ -97,13 +97,17 @@ class FineTuningTask:
         raise NotImplementedError
 
 
-def plan(task: FineTuningTask, data: Any, output: Path, lines: Sequence[str]) -> str:
+def plan(task: FineTuningTask, data: Any, output: Path, about: dict[str, Any], lines: Sequence[str]) -> str:
     """What a run would do, in a few lines.
 
     Args:
         data: opened; None for 'digits', whose scenes are not drawn yet.
+        about: everything that defines the run.
         lines: on model and schedule.
+    Raises:
+        InputError: `output` holds another run.
     """
+    run_directory.holds(output, about)
     encoder, protocol = task.encoder, task.config.protocol
     return "\n".join(
         [

@@ -64,7 +64,7 @@ def plan(task: SegmentationTask, output: Path, processes: int = 1) -> str:
         f"schedule: {schedule.iterations} iterations of {config.batch_size} images, {config.optimizer.kind}, lr "
         f"{config.optimizer.lr:g}, {falls}, warm-up {schedule.warmup}",
     ]
-    return fine_tuning_task.plan(task, data, output, lines)
+    return fine_tuning_task.plan(task, data, output, task.resolved(data), lines)
 
 
 # Trials and the record

@@ -164,7 +164,7 @@ def test_the_suite_and_its_forecast_know_it(protocol, task, tmp_path, monkeypatc
 def test_the_suite_gives_what_the_protocol_gives(protocol, task, tmp_path):
     """Low-shot makes trials of its samples, once."""
     item = suite.Item(protocol, small(protocol), task, tmp_path / "run")
-    suite.check([item])
+    suite.able([item])
     (record,), _ = suite.run([item], tmp_path / "cache", CPU)
     assert record["metrics"] == judge_in_memory(task, item.config, CPU).record["metrics"]
 

@@ -179,14 +179,14 @@ def test_several_labels_an_image_are_for_svms(tmp_path):
     for name in ("quick", "grid", "logistic"):
         [protocol] = tasks(name)
         with pytest.raises(InputError, match=f"{protocol.protocol}: digits has images of several classes"):
-            suite.check(suite.items(task, [protocol], tmp_path))
+            suite.able(suite.items(task, [protocol], tmp_path))
 
 
 def test_no_class_may_be_in_every_image(tmp_path):
     train, test = several_labels()
     task = Task(loading.load(ENCODER), train, test, cache=tmp_path)
     with pytest.raises(InputError, match="svm/voc07@1: class 0 is in 240 of 240 training images"):
-        suite.check(suite.items(task, [by_name("svm/voc07@1")], tmp_path))
+        suite.able(suite.items(task, [by_name("svm/voc07@1")], tmp_path))
 
 
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(capfd, monkeypatch, in_tmp):
@@ -215,7 +215,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(capfd, monkeypatch, in
 def test_a_dry_run_of_low_shot_and_of_bf16(capfd, monkeypatch, in_tmp):
     monkeypatch.setattr("moco_eval.classification.forecast.PART", 0.3)
     monkeypatch.setattr(
-        "moco_eval.classification.suite.check", lambda _: None
+        "moco_eval.classification.suite.able", lambda items: (items, [])
     )  # the few digits are too few for 96 shots
     names = ("--tasks", "low-shot,knn", "--precision", "bf16")
     out, _ = in_process(capfd, monkeypatch, "suite", *ON_DIGITS, *names, "--dry-run")

@@ -30,7 +30,9 @@ def check(capfd, monkeypatch, *more: str) -> list[str]:
 
 def test_whole_images_are_not_spoken_of(folder, capfd, monkeypatch):
     lines = check(capfd, monkeypatch)
-    assert lines[0].startswith("imagefolder train: 20 images") and lines[1].startswith("imagefolder test: 20 images")
+    assert lines[0].startswith("imagefolder:own train: 20 images") and lines[1].startswith(
+        "imagefolder:own test: 20 images"
+    )
     assert not any(line.startswith(("doubtful", "not read")) for line in lines)
 
 
@@ -92,8 +94,8 @@ def test_one_folder_is_parted_by_a_stated_share(inside, folder):
     again = open_splits("imagefolder", one, val_fraction=0.3)[1]
     assert [again.name_of(index) for index in range(6)] == [test.name_of(index) for index in range(6)]
     assert split_deviations(train, test) == [
-        "imagefolder train: 70 % of each class, drawn from seed 0",
-        "imagefolder test: 30 % of each class, drawn from seed 0",
+        f"imagefolder:{one.name} train: 70 % of each class, drawn from seed 0",
+        f"imagefolder:{one.name} test: 30 % of each class, drawn from seed 0",
     ]
 
 
@@ -112,4 +114,4 @@ def test_a_share_where_there_is_no_need_is_refused(arguments, words, folder, cap
 def test_a_parted_folder_is_judged_with_its_deviation(folder, capfd, monkeypatch):
     arguments = ["--dataset", "imagefolder", "--data", "own/train", "--val-fraction", "0.3", "--set", "k=3"]
     out, _ = in_process(capfd, monkeypatch, "knn", "random:resnet18_quarter", *arguments, "--workers", "0")
-    assert "imagefolder test: 30 % of each class, drawn from seed 0" in out
+    assert "imagefolder:train test: 30 % of each class, drawn from seed 0" in out

@@ -306,7 +306,7 @@ def test_commands_are_a_shell_script(monkeypatch, in_tmp, quick_probe, capfd):
 
 
 def test_csv_has_the_commands_and_hours_of_each_cell(monkeypatch, in_tmp, quick_probe, capfd):
-    out, _ = in_process(capfd, monkeypatch, "table", "moco-v1-2b", "--format", "csv")
+    out, _ = in_process(capfd, monkeypatch, "table", "moco-v1-2b", "--format", "csv", "--here")
     rows = {(row["row"], row["metric"]): row for row in csv.DictReader(io.StringIO(out))}
     row = rows["MoCo, IN-1M", "AP"]
     pretrain, convert, detect = row["commands"].split(" && ")
@@ -314,6 +314,7 @@ def test_csv_has_the_commands_and_hours_of_each_cell(monkeypatch, in_tmp, quick_
     assert float(row["hours"]) > 1 and row["status"] == "missing"
     gone = rows["MoCo, IG-1B", "AP"]
     assert (gone["commands"], gone["hours"], gone["status"]) == ("", "", "data never public")
+    assert row["gpu_hours"] == ""
 
 
 def test_a_folder_of_data_that_the_table_does_not_read_is_refused(capfd, monkeypatch):

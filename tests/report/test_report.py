@@ -312,10 +312,37 @@ def test_what_users_name_is_escaped(page):
     assert page.count("&lt;script&gt;") >= 3  # in the title twice, and as a class of the detections
 
 
+def test_day_data_and_one_plot_come_first(page):
+    head = page[page.index("<h1>") : page.index("<nav")]
+    assert "2026-01-01 \u00b7 digits (500 test images, 10 classes) \u00b7 12 runs" in head
+    assert head.count("<svg") == 1 and "MoCo v2 (epoch 60)" in head[head.index("<svg") : head.index("</svg>")]
+    assert ">chance</text>" in head
+
+
+def test_the_loss_begins_where_the_queue_is_full(runs):
+    (curve,) = _contents(read.read_runs([runs / "pretrain"]))["curves"]
+    assert (curve["first"], curve["title"]) == (9 - 40 / 40, "MoCo v2 on digits")  # the line of steps 31 to 40
+    lines = [line for line in (runs / "pretrain" / "metrics.jsonl").read_text().splitlines() if "chance" not in line]
+    (runs / "pretrain" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (curve,) = _contents(read.read_runs([runs / "pretrain"]))["curves"]
+    assert curve["first"] == 9 - 10 / 40
+
+
+def test_bars_of_all_encoders_are_in_the_order_of_the_first(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(pictures, "bars_figure", lambda *given: drawn.append(given[3]) or Figure())
+    for name, encoder, scores_ in (("moco", MOCO, (9.0, 5.0)), ("random", RANDOM, (1.0, 2.0))):
+        per_class = {label: {"AP50": value} for label, value in zip("ab", scores_)}
+        done = record(encoder, 3.0, protocol="detect/x@1", metric="AP50", per_class=per_class)
+        write_run(tmp_path / name, "detect", done)
+    _contents(read.read_runs([tmp_path]))
+    assert drawn == [["a", "b"], ["a", "b"]]
+
+
 def test_curves_carry_their_marks_and_take_the_pages_colours(page):
-    assert "chance 8.30" in page and "queue full" in page
+    assert "chance 8.30" in page and "the queue is full of keys" in page
     assert "var(--accent)" in page and "currentColor" in page and "#010203" not in page
-    assert page.count("<svg") == 2 + 4 + 5  # pretraining; two of each detection; confusions and differences
+    assert page.count("<svg") == 2 + 4 + 5 + 1  # pretraining; detections; confusions and differences; the first plot
 
 
 def test_a_figure_keeps_to_itself():
@@ -350,7 +377,7 @@ def test_many_classes_take_the_whole_width(tmp_path):
     write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert '<figure class="row">' in page and "APbb (%), mean 39.5" in page and "class 79" in page
-    assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 2
+    assert page.count("<svg") == 2 + 1 and page.count("data:image/png;base64,") == 2
     assert len(page) < 150_000
 
 
@@ -617,7 +644,7 @@ def test_times_of_two_zones_are_compared_as_times(text, seconds, tmp_path):
     ("changes", "name"),
     [
         ({}, "MoCo v2 (epoch 60)"),
-        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo v2 (epoch 9)"),
+        ({"pretraining": {"protocol": "pretrain/cifar10-demo@2", "epochs": 9}, "origin": "other"}, "MoCo (epoch 9)"),
         ({"pretraining": {"epochs": 200}, "origin": "facebookresearch/moco v2"}, "MoCo v2 (epoch 200)"),
         ({"pretraining": {"epochs": 200}, "origin": "moco-eval safetensors, from facebookresearch/moco v1"}, "MoCo"),
         ({"pretraining": {"epochs": 100}, "origin": "facebookresearch/simsiam"}, "pretrain"),
