@@ -204,15 +204,18 @@ def plan(
     data: Path | None,
     processes: int,
     device: torch.device = torch.device("cpu"),  # noqa: B008
+    limit: int | None = None,
 ) -> Plan:
     """Check that a run can start.
 
+    Args:
+        limit: of images, for a small try.
     Raises:
         InputError: data that is not there or too damaged, fewer images than a batch, a batch that the processes,
             parts or BN groups cannot share equally.
     """
     _require_trainable(config)
-    images = open_images(dataset, data, "pretrain")
+    images = open_images(dataset, data, "pretrain").limited(limit)
     config = of_channels(config, images)
     usual = "sync" if config.mechanism == "moco_v3" else "shuffle" if processes > 1 else "split"
     bn = config.bn if config.bn != "auto" else usual

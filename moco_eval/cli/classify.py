@@ -20,6 +20,7 @@ from moco_eval.cli.options import (
     extraction_options,
     feature_options,
     json_option,
+    limit_option,
     run_options,
     split_options,
     trial_options,
@@ -57,6 +58,7 @@ def command_of(kind: str, rows: tuple[Protocol, ...]) -> click.Command:
         *([feature_options] if first.frozen else []),
         *([trial_options] if any(row.trials for row in rows) else []),
         data_option,
+        limit_option,
         click.option(
             "--also",
             multiple=True,
@@ -143,7 +145,8 @@ def opened_early(checkpoint: str, options: Options) -> Splits:
     pixels_of(checkpoint, options)
     parse_labels(options.labels)
     where = (options.data, options.train_split, options.test_split, options.val_fraction)
-    return open_splits(options.called, *where)
+    train, test = open_splits(options.called, *where)
+    return train.limited(options.limit), test.limited(options.limit)
 
 
 def open_task(checkpoint: str, options: Options, seed: int, splits: Splits) -> tuple[Any, str]:
@@ -208,6 +211,7 @@ def _tasks_help() -> str:
     feature_options,
     trial_options,
     data_option,
+    limit_option,
     encoder_options,
     click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes."),
     extraction_options,
@@ -258,6 +262,7 @@ def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
     dataset_options(),
     feature_options,
     data_option,
+    limit_option,
     encoder_options,
     extraction_options,
 )
@@ -309,6 +314,7 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     split_options,
     feature_options,
     data_option,
+    limit_option,
     encoder_options,
     click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
     extraction_options,

@@ -2,7 +2,15 @@
 
 import click
 
-from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
+from moco_eval.cli.options import (
+    Options,
+    data_option,
+    encoder_options,
+    json_option,
+    limit_option,
+    run_options,
+    with_options,
+)
 from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
 from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
@@ -31,6 +39,7 @@ from moco_eval.errors import InputError
         "--trials", type=click.IntRange(1), default=1, show_default=True, help="Fine-tunings with their own seeds."
     ),
     data_option,
+    limit_option,
     encoder_options,
     run_options,
     json_option,
@@ -59,6 +68,8 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
 
     encoder = load_encoder(checkpoint, options, config.seed)
     splits = (options.train_split, options.test_split)
-    task = DetectionTask(encoder, config, options.called, options.data, *splits, options.trials, engine)
+    task = DetectionTask(
+        encoder, config, options.called, options.data, *splits, options.trials, engine, limit=options.limit
+    )
     output = options.output or default_output("detect", encoder, task.in_path, config.protocol)
     return fine_tuned(detection.plan, detection.detect, detection.format_table, task, output, options)

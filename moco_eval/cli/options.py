@@ -54,6 +54,7 @@ class Options:
     also: tuple[str, ...] = ()
     released: bool = False
     as_json: bool = False
+    limit: int | None = None
 
     @property
     def called(self) -> str:
@@ -138,6 +139,12 @@ extraction_options = several(
         show_default=True,
         help="Of the extraction, over all processes; the protocols keep theirs.",
     ),
+)
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="For a small try: at most so many images of each split; a deviation.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 folder_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")

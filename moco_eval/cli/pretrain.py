@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from moco_eval.cli.options import DATASETS, Options, data_option, pretraining_options, with_options
+from moco_eval.cli.options import DATASETS, Options, data_option, limit_option, pretraining_options, with_options
 from moco_eval.cli.shared import launch_again, load_config
 from moco_eval.errors import InputError
 
@@ -15,6 +15,7 @@ from moco_eval.errors import InputError
 @with_options(
     click.option("--dataset", help=f"{DATASETS}, flat or webdataset."),
     data_option,
+    limit_option,
     pretraining_options,
     click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died."),
     click.option(
@@ -49,7 +50,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
 
     if options.nproc > 1 or options.dry_run:
         device = choose_device(options.device) if options.dry_run else torch.device("cpu")
-        planned = plan(resolved, options.called, options.data, options.nproc, device)
+        planned = plan(resolved, options.called, options.data, options.nproc, device, options.limit)
         if options.dry_run:
             output = _output(config, planned, options)
             holds(output, planned.resolved())
@@ -57,7 +58,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             return 0
         return launch_again(options, max_restarts)
     with processes(options.device) as device:
-        run = plan(resolved, options.called, options.data, world_size(), device)
+        run = plan(resolved, options.called, options.data, world_size(), device, options.limit)
         log(run.describe())
         if profiled:
             from pretraining.profile import profile

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import click
 
-from moco_eval.cli.options import Options, data_option, encoder_options, json_option, run_options, with_options
+from moco_eval.cli.options import (
+    Options,
+    data_option,
+    encoder_options,
+    json_option,
+    limit_option,
+    run_options,
+    with_options,
+)
 from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
 from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
@@ -41,6 +49,7 @@ from moco_eval.errors import InputError
         "--trials", type=click.IntRange(1), default=1, show_default=True, help="Trainings with their own seeds."
     ),
     data_option,
+    limit_option,
     encoder_options,
     run_options,
     json_option,
@@ -80,6 +89,7 @@ def segment(
         options.trials,
         classes,
         ignore or (255,),
+        limit=options.limit,
     )
     output = options.output or default_output("segment", encoder, task.in_path, config.protocol)
     return fine_tuned(segmentation.plan, segmentation.segment, segmentation.format_table, task, output, options)

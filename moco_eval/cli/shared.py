@@ -37,19 +37,24 @@ def load_config(name: str, kind: str, model: Any, options: Options, more: Sequen
 
 
 def load_recipe(name: str, kind: str, model: Any, options: Options) -> Any:
-    """A recipe by iterations with --set and the shared options; --batch-size carries rate and schedule along."""
-    from moco_eval.config.fine_tuning import rescaled
+    """A recipe by iterations with --set and the shared options; --batch-size carries rate and schedule along.
+
+    What --set names is as it says, whatever the batch.
+    """
+    from moco_eval.config import load as configs
+    from moco_eval.config.fine_tuning import as_set, rescaled, rescaling
 
     before, batch_size = load_config(name, kind, model, replace(options, batch_size=None)), options.batch_size
     if batch_size in (None, before.batch_size):
+        written = configs.load(name, kind, model)
+        if before.batch_size != written.batch_size and before.optimizer.lr == written.optimizer.lr:
+            tell_once(
+                f"warning: batch_size {before.batch_size} with lr {before.optimizer.lr:g}, which belongs to batches of "
+                f"{written.batch_size}; --batch-size {before.batch_size} rescales it"
+            )
         return before
-    after = rescaled(before, batch_size)
-    old, new = before.schedule, after.schedule
-    tell_once(
-        f"--batch-size {batch_size} instead of {before.batch_size}: lr {after.optimizer.lr:g} instead of "
-        f"{before.optimizer.lr:g}, {new.iterations} iterations instead of {old.iterations}, steps {list(new.steps)} "
-        f"instead of {list(old.steps)}, warm-up {new.warmup} instead of {old.warmup}"
-    )
+    after = as_set(rescaled(before, batch_size), before, options.overrides)
+    tell_once(f"--batch-size {batch_size} instead of {before.batch_size}: {rescaling(before, after)}")
     return after
 
 

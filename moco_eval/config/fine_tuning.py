@@ -54,6 +54,41 @@ def rescaled(recipe: RecipeT, batch: int) -> RecipeT:
         raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
+CARRIED = {
+    "optimizer.lr": "lr",
+    "schedule.iterations": "iterations",
+    "schedule.steps": "steps",
+    "schedule.warmup": "warm-up",
+}  # what `rescaled` carries along, and what it is called
+
+
+def as_set(after: Any, before: Any, overrides: Iterable[str]) -> Any:
+    """A rescaled recipe with what overrides name as it was before.
+
+    Args:
+        overrides: key=value.
+    """
+    values, kept = after.model_dump(), before.model_dump()
+    for key in {override.partition("=")[0] for override in overrides} & CARRIED.keys():
+        part, name = key.split(".")
+        values[part][name] = kept[part][name]
+    return type(after).model_validate(values)
+
+
+def rescaling(before: Any, after: Any) -> str:
+    """In words, what another batch has changed: 'lr 0.005 instead of 0.02, 8 iterations instead of 2'."""
+    changes = []
+    for key, name in CARRIED.items():
+        part, last = key.split(".")
+        old, new = (getattr(getattr(recipe, part), last) for recipe in (before, after))
+        old, new = [f"{value:g}" if isinstance(value, float) else value for value in (old, new)]
+        if old != new:
+            old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+            counted = name == "iterations"
+            changes.append(f"{new} iterations instead of {old}" if counted else f"{name} {new} instead of {old}")
+    return ", ".join(changes) or "all else as set"
+
+
 def protocol_deviations(
     recipe: Any, kind: str, protocols: Mapping[str, Protocol], dataset: str, arch: str, free: Iterable[str] = ()
 ) -> list[str]:

@@ -175,6 +175,22 @@ class ImageSet:
             whole=self.whole or self,
         )
 
+    def limited(self, most: int | None) -> "ImageSet":
+        """At most so many images, evenly spread over the set, which is in the order of its classes; None for all.
+
+        Raises:
+            InputError: a set in shards, of which no part can be taken.
+        """
+        if most is None or most >= len(self):
+            return self
+        if isinstance(self.files, Shards):
+            raise InputError(f"--limit {most}: {self.name} comes in shards, of which all are taken; leave it out")
+        order = (
+            np.arange(len(self)) if self.labels is None or self.multi_label else np.argsort(self.labels, kind="stable")
+        )
+        rows = np.sort(order[np.linspace(0, len(self) - 1, most).astype(int)])
+        return self.take(rows, f"{most} images, evenly spread")
+
     def few_labels(self, per_class: int, seed: int) -> "ImageSet":
         """A random subset with `per_class` images of each class, drawn from `seed`.
 

@@ -101,7 +101,8 @@ class DetectionTask(FineTuningTask):
         return self.train_split, self.test_split
 
     def deviations(self, data: DetectionData | None = None) -> list[str]:
-        return recipe_deviations(self.config, layout_of(self.name), self.encoder.arch) + (_shared(data) if data else [])
+        of_recipe = recipe_deviations(self.config, layout_of(self.name), self.encoder.arch)
+        return of_recipe + self.limits + (_shared(data) if data else [])
 
     def resolved(self, engine: str, data: DetectionData | None) -> dict[str, Any]:
         """What config.yaml says of the run: everything that decides its numbers."""
@@ -115,7 +116,7 @@ class DetectionTask(FineTuningTask):
             "engine": engine,
             "trials": self.trials,
             "config": self.config.model_dump(mode="json"),
-        }
+        } | ({"limit": self.limit} if self.limit else {})
 
 
 # Checks

@@ -6,7 +6,7 @@ Each trial has its folder, with trial.json last of all.
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class FineTuningTask:
             by default output/scenes; for others None stands for what the environment names.
         train_split, test_split: of data in folders.
         trials: trainings on the one encoder, with seeds from config.seed on.
+        limit: of images of each split, for a small try; None for all.
     """
 
     encoder: Encoder
@@ -43,6 +44,7 @@ class FineTuningTask:
     train_split: str | None = None
     test_split: str | None = None
     trials: int = 1
+    limit: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         assert bool(self.dataset) == (self.opened is None), "a data set by its name, or open data"
@@ -88,6 +90,15 @@ class FineTuningTask:
         """The recipe of one trial."""
         return self.config.model_copy(update={"seed": seed})
 
+    def limited(self, data: Any) -> Any:
+        """The data with at most `limit` images of each split, evenly spread."""
+        return data.limited(self.limit) if self.limit else data
+
+    @property
+    def limits(self) -> list[str]:
+        """The deviation that a limit is, in words."""
+        return [f"at most {self.limit} images of each split"] if self.limit else []
+
     def draw(self, output: Path) -> Any:
         """The scenes of 'digits', drawn below `output` if they are not there. Collective."""
         raise NotImplementedError
@@ -108,6 +119,7 @@ def plan(task: FineTuningTask, data: Any, output: Path, about: dict[str, Any], l
         InputError: `output` holds another run.
     """
     run_directory.holds(output, about)
+    data = task.limited(data) if data else data
     encoder, protocol = task.encoder, task.config.protocol
     return "\n".join(
         [
@@ -154,7 +166,7 @@ def carry_out(
             raise InputError(f"{output} is not there on every process; several machines need a folder that they share")
         if done := collectives.found_by_main(lambda: run_directory.finished_as(output, about, task.deviations())):
             return done
-        data = data or task.draw(output)
+        data = task.limited(data or task.draw(output))
         trials = []
         for seed, folder in zip(task.seeds, folders(output, task.seeds)):
             kept = collectives.found_by_main(partial(finished, folder, answers))
@@ -189,7 +201,7 @@ def cost_of(trials: Sequence[dict[str, Any]], device: Any) -> Cost:
 
 
 def check_schedule(config: Any, unit: int, processes: str) -> None:
-    """Warns of a rate that never falls. Raises InputError where a batch does not divide.
+    """Warns of a rate that never falls or never gets up. Raises InputError where a batch does not divide.
 
     Args:
         unit: by which it must divide; `processes`: the same in words.
@@ -198,6 +210,11 @@ def check_schedule(config: Any, unit: int, processes: str) -> None:
     if schedule.steps and schedule.steps[0] >= schedule.iterations:
         console.warn(
             f"schedule.steps {list(schedule.steps)} lie behind {schedule.iterations} iterations: the rate never falls"
+        )
+    if schedule.warmup > schedule.iterations:
+        console.warn(
+            f"schedule.warmup {schedule.warmup} is longer than the {schedule.iterations} iterations: the rate never "
+            f"reaches optimizer.lr; --set schedule.warmup={schedule.iterations // 10} would"
         )
     if config.batch_size % unit:
         below = config.batch_size // unit * unit

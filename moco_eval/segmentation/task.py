@@ -89,7 +89,7 @@ class SegmentationTask(FineTuningTask):
 
     def deviations(self, data: SegmentationData | None = None) -> list[str]:
         of_recipe = recipe_deviations(self.config, layout_of(self.name), self.encoder.arch)
-        return of_recipe + (list(data.deviations) if data else [])
+        return of_recipe + self.limits + (list(data.deviations) if data else [])
 
     def resolved(self, data: SegmentationData | None) -> dict[str, Any]:
         """What config.yaml says of the run: everything that decides its numbers."""
@@ -104,7 +104,7 @@ class SegmentationTask(FineTuningTask):
             "encoder": self.encoder.identity(),
             "trials": self.trials,
             "config": self.config.model_dump(mode="json"),
-        }
+        } | ({"limit": self.limit} if self.limit else {})
 
 
 # Checks

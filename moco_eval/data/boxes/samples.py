@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -86,6 +86,11 @@ class DetectionData:
     federated: bool = False
     instance_files: tuple[Path, ...] = ()
 
+    def limited(self, most: int) -> "DetectionData":
+        """The same with at most so many images of each split, evenly spread."""
+        train, test = spread(self.train, most), spread(self.test, most)
+        return replace(self, train=train, test=test, coco=self.coco and _of_images(self.coco, test))
+
     def record(self) -> dict[str, Any]:
         """The `dataset` part of a result record."""
         return {
@@ -97,6 +102,19 @@ class DetectionData:
             "train_images": len(self.train),
             "classes": len(self.classes),
         }
+
+
+def spread(samples: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spread, in their order."""
+    count = min(most, len(samples))
+    return [samples[index] for index in np.linspace(0, len(samples) - 1, count).astype(int).tolist()]
+
+
+def _of_images(coco: dict[str, Any], samples: Sequence[Any]) -> dict[str, Any]:
+    """COCO's annotations of those images alone."""
+    kept = {sample.image_id for sample in samples}
+    images = [image for image in coco["images"] if image["id"] in kept]
+    return coco | {"images": images, "annotations": [one for one in coco["annotations"] if one["image_id"] in kept]}
 
 
 class Findings:

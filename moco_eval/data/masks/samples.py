@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from moco_eval import limits
-from moco_eval.data.boxes.samples import fingerprint, image_size, images_by_stem, read_image, unreadable
+from moco_eval.data.boxes.samples import fingerprint, image_size, images_by_stem, read_image, spread, unreadable
 from moco_eval.data.pixels import open_image
 from moco_eval.errors import InputError
 
@@ -51,6 +51,10 @@ class SegmentationData:
     values: np.ndarray
     fingerprint: str
     deviations: tuple[str, ...] = ()
+
+    def limited(self, most: int) -> "SegmentationData":
+        """The same with at most so many images of each split, evenly spread."""
+        return replace(self, train=spread(self.train, most), test=spread(self.test, most))
 
     def record(self) -> dict[str, Any]:
         """The `dataset` part of a result record."""
