@@ -17,15 +17,17 @@ from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 from moco_eval.results import matches, run_files
 from moco_eval.results.matches import Detected
-from moco_eval.results.record import DENSE, SCHEMA, repeats
+from moco_eval.results.metrics import SAID, SHARED, TRUE
+from moco_eval.results.record import SCHEMA, repeats
 from moco_eval.results.statistics import OF_BOXES, Answers, Difference, mcnemar, paired, value
 from moco_eval.runtime.printable import one_line
 from moco_eval.untrusted import npz
 
 RESAMPLES = 10_000
-METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
+METRICS = ("top1", "mean_per_class", "mAP", "mIoU")  # those a data set may be judged by
 TOLD = (*METRICS, "top5")
 VERDICTS = ("behind", "level with", "ahead of")
+PIXEL_COUNTS = "pixel_counts.npz"  # of a segmentation: pixels of each test image, (N, 3, C), as `metrics.overlap` takes
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def compare(a: Path | Run, b: Path | Run, metric: str | None = None) -> Comparis
         a, b: run directories, or runs that are in memory.
         metric: by default the main one of their data set.
     Raises:
-        InputError: a folder holds no finished classification or detection run, or its files are damaged or disagree; or
-            the runs were not tested on the same images.
+        InputError: a folder holds no finished run, or its files are damaged or disagree; or the runs were not tested on
+            the same images.
     """
     runs = (a if isinstance(a, Run) else read_run(a)), (b if isinstance(b, Run) else read_run(b))
     require_same_images(*runs)
@@ -113,7 +115,7 @@ def _discordant(metric: str, a: Run, b: Run) -> tuple[int, int, float] | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises InputError where the folder holds no finished run of that kind, or its files are damaged."""
+    """Raises InputError where the folder holds no finished run, or its files are damaged."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the run directories of two finished evaluations")
     record = run_files.read_record(folder)
@@ -124,11 +126,8 @@ def read_run(folder: Path) -> Run:
     kind = kind_and_name(record["protocol"])[0]
     if kind == "detect":
         return Run(folder, record, _read_matches(folder, record))
-    if kind in DENSE:
-        raise InputError(
-            f"{folder} is a {DENSE[kind]} run ({record['protocol']}); compare takes classifications and detections: "
-            f"moco-eval report sets {DENSE[kind]}s side by side"
-        )
+    if kind == "segment":
+        return Run(folder, record, _read_pixels(folder, record))
     return Run(folder, record, _read_answers(folder / "predictions.npz", record))
 
 
@@ -137,7 +136,9 @@ def has_answers(folder: Path, record: dict[str, Any]) -> bool:
     kind, _ = kind_and_name(record["protocol"])
     if kind == "detect":
         return all(run_files.is_there(place / matches.NAME) for place in _trial_folders(folder, record))
-    return kind not in DENSE and run_files.is_there(folder / "predictions.npz")
+    if kind == "segment":
+        return all(run_files.is_there(place / PIXEL_COUNTS) for place in _trial_folders(folder, record))
+    return run_files.is_there(folder / "predictions.npz")
 
 
 def _trial_folders(folder: Path, record: dict[str, Any]) -> list[Path]:
@@ -195,6 +196,34 @@ def _read_answers(path: Path, record: dict[str, Any]) -> Answers:
     return Answers(labels.astype(np.int64), predictions=array.astype(np.int64))
 
 
+def _read_pixels(folder: Path, record: dict[str, Any]) -> Answers:
+    """The pixels of a segmentation's test images, of each trial."""
+    places = _trial_folders(folder, record)
+    shape = record["dataset"].get("images"), 3, record["dataset"].get("classes")
+    return Answers.of_pixels(np.stack([_pixels(place / PIXEL_COUNTS, shape) for place in places]))
+
+
+def _pixels(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
+    if not run_files.is_there(path):
+        raise InputError(f"{path} does not exist; run the evaluation again into another --output")
+    try:
+        with npz.Arrays(path) as arrays:
+            header = arrays.headers["counts"]
+            fits = header.shape == shape and header.dtype.kind in "iu" and math.prod(header.shape) > 0
+            counts = arrays["counts"].astype(np.int64) if fits else np.zeros((1, 3, 1), np.int64)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes numpy raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({reason}); run the evaluation again into another --output") from None
+    least = np.minimum(counts[:, SAID], counts[:, TRUE])
+    if not fits or counts.min() < 0 or (counts[:, SHARED] > least).any() or not counts[:, TRUE].any():
+        raise InputError(
+            f"{path} is damaged: it holds no counts of pixels; run the evaluation again into another --output"
+        )
+    return counts
+
+
 def _answers_of(headers: Mapping[str, npz.Header], record: dict[str, Any]) -> tuple[str, str]:
     """Which array has the answers, and what is wrong with it by the headers alone, in words."""
     labels = headers["label"]
@@ -226,7 +255,7 @@ def _impossible(labels: np.ndarray, answers: np.ndarray, classes: int | None) ->
 def run_in_memory(name: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Run:
     """A run that no folder holds. Raises InputError where it has no answer to each image: a detection."""
     if "label" not in arrays:
-        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; compare its run directory")
+        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; give its run directory")
     if arrays["label"].ndim == 1:
         return Run(name, record, Answers(arrays["label"], predictions=arrays["prediction"]))
     return Run(name, record, Answers(arrays["label"], scores=arrays["scores"]))
@@ -289,7 +318,7 @@ def main_metric(a: Run, b: Run) -> str:
     assert isinstance(b.answers, Answers)
     known = [name for name in a.record["metrics"] if name in METRICS and name in b.record["metrics"]]
     several = a.answers.labels.ndim == 2
-    fitting = [name for name in known if (name == "mAP") == several]
+    fitting = [name for name in known if (name in ("mAP", "mIoU")) == several]
     if not fitting:
         named = " and ".join(", ".join(run.record["metrics"]) or "none" for run in (a, b))
         raise InputError(f"the runs share no metric of {', '.join(METRICS)} that fits their labels; they have {named}")
@@ -297,7 +326,7 @@ def main_metric(a: Run, b: Run) -> str:
 
 
 def _checked_value(run: Run, metric: str) -> float:
-    """The metric as the predictions give it, which must be what the record says."""
+    """The metric as the run's answers give it, which must be what the record says."""
     computed, recorded = value(metric, run.answers), run.record["metrics"][metric]
     if not isinstance(recorded, int | float) or not abs(computed - recorded) <= 0.01:  # nor where it is not a number
         raise InputError(
@@ -308,7 +337,9 @@ def _checked_value(run: Run, metric: str) -> float:
 
 
 def _file(run: Run) -> str:
-    return matches.NAME if isinstance(run.answers, Detected) else "predictions.npz"
+    if isinstance(run.answers, Detected):
+        return matches.NAME
+    return "predictions.npz" if run.answers.pixels is None else PIXEL_COUNTS
 
 
 # What is said

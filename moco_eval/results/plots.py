@@ -67,7 +67,7 @@ def bars_figure(
         order: of the classes, where it is not to be by their own values.
     """
     values = {name: scores.get(metric) for name, scores in per_class.items()}
-    order = order or best_first(per_class, metric)
+    order = list(order or best_first(per_class, metric))
     known = [value for value in values.values() if value is not None]
     drawn = ""
     if len(order) > MOST:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from moco_eval.data.boxes.scenes import draw_scenes
 from moco_eval.data.masks.ade20k import read_ade20k
+from moco_eval.data.masks.check import check
 from moco_eval.data.masks.cityscapes import CLASSES, IDS, read_cityscapes
 from moco_eval.data.masks.coco_stuff import VALUES, read_coco_stuff
 from moco_eval.data.masks.folder import read_class_names, read_mask_folder
@@ -211,3 +212,53 @@ def test_the_scenes_of_digits_have_masks_where_their_ink_is(tmp_path):
     assert write_mask_scenes(tmp_path / "scenes", train=3, test=2) == tmp_path / "scenes"
     with pytest.raises(InputError, match="holds something other than the digit scenes"):
         write_mask_scenes(tmp_path / "scenes", train=4, test=2)
+
+
+def test_datasets_check_counts_all_that_is_wrong_with_masks(tmp_path):
+    """One of each defect: a line for each kind, with how many and where; and the first as what segment says."""
+    names = ("alone", "good", "large", "none", "palette", "rgb", "small", "void")
+    for name in names:
+        save(tmp_path / "train" / f"{name}.png")
+        save(tmp_path / "val" / f"{name}.png")
+        save(tmp_path / "val_masks" / f"{name}.png", GREY, "L")
+    for name, values, mode in (
+        *(("good", GREY, "L"), ("palette", GREY, "P"), ("rgb", GREY, "RGB"), ("void", np.full((4, 6), 255), "L")),
+        *(("large", GREY + 7, "L"), ("small", GREY[:3], "L"), ("none", GREY, "L"), ("odd", GREY, "L")),
+    ):
+        save(tmp_path / "train_masks" / f"{name}.png", values, mode)
+    (tmp_path / "train_masks" / "large.png").rename(tmp_path / "train_masks" / "good2.png")
+    (tmp_path / "train" / "large.png").rename(tmp_path / "train" / "good2.png")
+    (tmp_path / "train_masks" / "none.png").unlink()
+    (tmp_path / "names.txt").write_text("sky\nsea\nland\nfire\n")
+    lines, refusal = check("mask-folder", tmp_path, classes=tmp_path / "names.txt")
+    assert lines[:6] == [
+        "refused: train: 1 masks without an image: train_masks/odd.png",
+        "refused: train: 2 images without a mask: train_masks/alone.png, train_masks/none.png",
+        "refused: train: 1 masks with a value that is no class: train_masks/good2.png",
+        "refused: train: 1 masks that are not one channel of class numbers (RGB, JPEG or damaged): train_masks/rgb.png",
+        "refused: train: 1 masks of another size than their image: train_masks/small.png",
+        "note: train: 1 masks without a labelled pixel: train_masks/void.png",
+    ]
+    assert lines[6:8] == ["note: train: 1 classes without a pixel: fire", "note: val: 1 classes without a pixel: fire"]
+    assert lines[8:10] == [
+        "mask-folder train: 6 images, 66 labelled pixels",
+        "mask-folder val: 8 images, 192 labelled pixels",
+    ]
+    assert lines[11].split() == ["sky", "22", "64"] and refusal.endswith("put it there, or take the mask away")
+    with pytest.raises(InputError, match="ade20k has its own splits, classes and ignored values"):
+        check("ade20k", tmp_path, ("train", None))
+
+
+def test_datasets_check_of_whole_and_of_useless_masks(tmp_path):
+    lines, refusal = check("mask-folder", folder(tmp_path / "whole"))
+    assert refusal is None and lines[0] == "mask-folder train: 2 images, 48 labelled pixels"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            save(tmp_path / "void" / split / f"{name}.png")
+            save(
+                tmp_path / "void" / f"{split}_masks" / f"{name}.png", GREY if split == "train" else GREY * 0 + 255, "L"
+            )
+    lines, refusal = check("mask-folder", tmp_path / "void")
+    assert refusal == "no mask of val has a labelled pixel"
+    lines, refusal = check("mask-folder", tmp_path / "whole" / "train")
+    assert len(lines) == 1 and lines[0].startswith("refused: ") and "has no split" in refusal

@@ -3,7 +3,7 @@
 from pathlib import Path, PurePath
 
 from moco_eval import limits
-from moco_eval.data.boxes.samples import inside
+from moco_eval.data.boxes.samples import Findings, inside
 from moco_eval.data.boxes.voc import VOC_CLASSES
 from moco_eval.data.masks.samples import (
     MaskSample,
@@ -19,18 +19,18 @@ CLASSES = ("background", *VOC_CLASSES)
 LAYOUT = "give VOCdevkit, or its VOC2012 with JPEGImages/, ImageSets/Segmentation/ and the masks"
 
 
-def read_voc_aug(root: Path) -> SegmentationData:
+def read_voc_aug(root: Path, findings: Findings | None = None) -> SegmentationData:
     """train_aug of 2012 (10,582 images) to val (1,449), their masks in SegmentationClassAug. Raises as `_read`."""
-    return _read("voc-aug", root, "SegmentationClassAug", ("train_aug", "trainaug"), (10582, 1449))
+    return _read("voc-aug", root, "SegmentationClassAug", ("train_aug", "trainaug"), findings)
 
 
-def read_voc2012(root: Path) -> SegmentationData:
+def read_voc2012(root: Path, findings: Findings | None = None) -> SegmentationData:
     """train of 2012 (1,464 images) to val (1,449), their masks in SegmentationClass. Raises as `_read`."""
-    return _read("voc2012", root, "SegmentationClass", ("train",), (1464, 1449))
+    return _read("voc2012", root, "SegmentationClass", ("train",), findings)
 
 
 def _read(
-    name: str, root: Path, masks: str, train_lists: tuple[str, ...], published: tuple[int, int]
+    name: str, root: Path, masks: str, train_lists: tuple[str, ...], findings: Findings | None
 ) -> SegmentationData:
     """Palette or grey PNGs: 0 background, 1 to 20 the classes, 255 ignored.
 
@@ -51,7 +51,7 @@ def _read(
         ]
         for split in (train, "val")
     }
-    return opened(name, root, CLASSES, splits, class_table(len(CLASSES), (255,)), published)
+    return opened(name, root, CLASSES, splits, class_table(len(CLASSES), (255,)), findings or Findings())
 
 
 def _names(path: Path) -> list[str]:
