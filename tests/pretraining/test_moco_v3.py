@@ -84,8 +84,20 @@ def train(case: str) -> dict:
     return {"losses": losses, "state": dict(model.state_dict())}
 
 
+def overflow_on_rank_1() -> dict:
+    """Whether a weight stays where it was, and the loss scale, after a gradient has overflowed on one rank."""
+    model, scaler = model_of("vit").float(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ddp, optimizer = parallel(model), optimizer_for(model, of_case("vit"), CPU)
+    weight = model.predictor[0].weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * (math.inf if rank() == 1 else 1))
+    views = (view[rank() * N : (rank() + 1) * N].float() for view in global_batch(0))
+    algorithm_1(model, ddp, optimizer, [Batch(*views, torch.arange(N))], torch.Generator(), scaler)
+    return {"stays": torch.equal(weight, before), "scale": scaler.get_scale()}
+
+
 def both_ranks() -> dict:
-    return {case: train(case) for case in SETTINGS}
+    return {**{case: train(case) for case in SETTINGS}, "overflow": overflow_on_rank_1()}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +176,10 @@ def test_twenty_steps_of_two_ranks_against_a_restatement_in_loops(ranks, case):
     assert any(name.startswith("momentum_encoder") for name in moved)
     still = ("base_encoder.pos_embed", "base_encoder.patch_embed.proj.weight")
     assert not set(still) & set(moved)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_both(ranks):
+    assert [each["overflow"] for each in ranks] == [{"stays": True, "scale": 512.0}] * 2
 
 
 # The loss
