@@ -158,6 +158,20 @@ def test_voc_names_other_counts_than_the_published_ones(tmp_path):
     assert read_voc2012(tmp_path).deviations[0] == "1 training images instead of 1464"
 
 
+def test_voc_aug_as_mmsegmentation_lays_it_out(tmp_path):
+    """train.txt and aug.txt, and VOC's own masks before SBD's of the same images."""
+    voc(tmp_path, "SegmentationClassAug", "aug")
+    (tmp_path / "ImageSets/Segmentation/aug.txt").write_text("2007_3\n")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_1\n")
+    save(tmp_path / "JPEGImages/2007_3.jpg")
+    save(tmp_path / "SegmentationClassAug/2007_3.png", GREY, "L")
+    save(tmp_path / "SegmentationClass/2007_2.png", GREY, "L")
+    data = read_voc_aug(tmp_path)
+    assert data.train_split == "train+aug" and [sample.name for sample in data.train] == ["2007_1", "2007_3"]
+    assert {sample.mask.parent.name for sample in data.train} == {"SegmentationClassAug"}
+    assert data.test[0].mask.parent.name == "SegmentationClass"
+
+
 def test_voc_takes_lists_of_pairs_as_deeplab_has_them(tmp_path):
     voc(tmp_path, "SegmentationClassAug", "trainaug")
     pair = "/JPEGImages/2007_1.jpg /SegmentationClassAug/2007_1.png\n"
