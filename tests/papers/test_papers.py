@@ -50,7 +50,7 @@ PROMISED += [
 ]
 # sha256 over every published number, column and way to have a row, in order; recompute it only for a correction checked
 # with the paper
-PUBLISHED_SHA256 = "c04874fa373582a153367bd6b7a19b70ea01c638dd8c298c09d606839c9156ee"
+PUBLISHED_SHA256 = "8afd7eb74c45db556cce15643bc5a61af7514c7a6cf5504ab2337675896f18a4"
 
 
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):
