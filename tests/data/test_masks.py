@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_eval.data.boxes.scenes import draw_scenes
+from moco_eval.data.boxes.scenes import draw_scenes, written_once
 from moco_eval.data.masks.ade20k import read_ade20k
 from moco_eval.data.masks.check import check
 from moco_eval.data.masks.cityscapes import CLASSES, IDS, read_cityscapes
@@ -13,7 +13,7 @@ from moco_eval.data.masks.folder import read_class_names, read_mask_folder
 from moco_eval.data.masks.samples import IGNORED, count_pixels, read_values
 from moco_eval.data.masks.scenes import mask_of, write_mask_scenes
 from moco_eval.data.masks.voc import read_voc2012, read_voc_aug
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 
 SIZE = (6, 4)  # width and height
 GREY = np.arange(24, dtype=np.uint8).reshape(4, 6) % 3
@@ -276,3 +276,18 @@ def test_datasets_check_of_whole_and_of_useless_masks(tmp_path):
     assert refusal == "no mask of val has a labelled pixel"
     lines, refusal = check("mask-folder", tmp_path / "whole" / "train")
     assert len(lines) == 1 and lines[0].startswith("refused: ") and "has no split" in refusal
+
+
+def test_scenes_that_another_process_has_drawn_meanwhile_are_taken(tmp_path):
+    def slow(place):
+        write_mask_scenes(tmp_path / "scenes", train=1, test=1)
+        (place / "never").write_text("kept")
+
+    wanted = {"scenes": "digit-masks@1", "seed": 0, "train": 1, "test": 1}
+    assert written_once(tmp_path / "scenes", wanted, slow) == tmp_path / "scenes"
+    assert not (tmp_path / "scenes/never").exists() and (tmp_path / "scenes/train/0000.png").is_file()
+    with pytest.raises(RunFailed, match="cannot write"):
+        written_once(
+            tmp_path / "other", wanted | {"seed": 1}, lambda place: write_mask_scenes(tmp_path / "other", 0, 1, 1)
+        )
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

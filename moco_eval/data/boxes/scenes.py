@@ -84,7 +84,11 @@ def written_once(folder: Path, wanted: dict[str, Any], write: Callable[[Path], N
         with disk_errors_named(folder):
             write(temporary)
             (temporary / "scenes.json").write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-            temporary.replace(folder)
+            try:
+                temporary.replace(folder)
+            except OSError:
+                if _stated(folder) != wanted:  # else another process has drawn the same meanwhile
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
