@@ -23,7 +23,8 @@ def curves(run: Run) -> dict[str, Any]:
     chance = next((line for line in run.metrics if "chance" in line), {})
     steps = [line for line in run.metrics if "loss" in line]
     epochs = [line for line in run.metrics if "knn_top1" in line]
-    full = [line for before, line in pairwise(steps) if before["step"] >= (chance.get("queue_full_step") or 0)]
+    begins = chance.get("queue_full_step") or 0  # a line is the mean since the one before it
+    full = [line for before, line in pairwise([{"step": 0}, *steps]) if before["step"] >= begins]
     steps = full if len(full) > 1 else steps
     log = published(run)
     log_losses = in_steps(log, steps) if log else []
