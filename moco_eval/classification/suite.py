@@ -231,6 +231,25 @@ def table(
     )
 
 
+def overview(records: Sequence[dict[str, Any]]) -> str:
+    """Several encoders and data sets in one table: a row for each pair of them, a column for each number."""
+    columns = list(dict.fromkeys((record["protocol"], name) for record in records for name in record["metrics"]))
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for record in records:
+        mark = "*" if record["deviations"] else ""
+        cells = rows.setdefault((record["encoder"]["path"], record["dataset"]["name"]), {})
+        for name in record["metrics"]:
+            cells[record["protocol"], name] = _cells(record, name)[1] + mark
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("encoder", "data set"):
+        grid.add_column(heading)
+    for protocol, name in columns:
+        grid.add_column(escape(f"{protocol} {name}"), justify="right")
+    for (encoder, data), cells in rows.items():
+        grid.add_row(escape(encoder), escape(data), *(escape(cells.get(column, "-")) for column in columns))
+    return as_text(grid, "in percent; *: not comparable with published numbers, result.json says why")
+
+
 def _beside(records: Sequence[dict[str, Any]], runs: Path | None) -> list[str]:
     """Chance once, and raw pixels by each protocol that they were judged by, or how to judge them."""
     lines = [

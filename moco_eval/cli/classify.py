@@ -24,9 +24,10 @@ from moco_eval.cli.options import (
     run_options,
     split_options,
     trial_options,
+    try_option,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, load_encoder, pixels_of, show
+from moco_eval.cli.shared import launch_again, load_config, load_encoder, pixels_of, show, tried
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 
@@ -40,6 +41,7 @@ OWN: dict[str, tuple[Callable, ...]] = {
             help="Of the search's working blocks, in each process.  [default: 1; on a GPU a quarter of what is free]",
         ),
     ),
+    **dict.fromkeys(("linear", "finetune"), (try_option,)),
     "svm": (click.option("--low-shot", is_flag=True, help="Train on 1 to 96 images per class, in five samples."),),
 }
 
@@ -97,6 +99,7 @@ def _own(
 
 def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int:
     """Load the encoder, open the data, and evaluate, in as many processes as asked for."""
+    options = tried(protocol, kind, options)
     row = followed_by(protocol, kind, options.overrides)
     named = feature_override(row.model, options.feature)  # then the config says the feature
     first = load_config(protocol, kind, row.model, replace(options, batch_size=None), named)
@@ -204,13 +207,27 @@ def _tasks_help() -> str:
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoints", metavar="CHECKPOINT...", nargs=-1, required=True)
 @with_options(
     click.option("--tasks", metavar="NAMES", help=_tasks_help()),
-    dataset_options(),
+    click.option(
+        "--dataset",
+        "datasets",
+        multiple=True,
+        default=("imagenet",),
+        show_default=True,
+        help=f"{DATASETS}. May be repeated.",
+    ),
+    split_options,
     feature_options,
     trial_options,
-    data_option,
+    click.option(
+        "--data",
+        "places",
+        multiple=True,
+        type=FOLDER,
+        help="The data set's folder, or MOCO_EVAL_DATA; of several data sets one each, in their order, or one for all.",
+    ),
     limit_option,
     encoder_options,
     click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes."),
@@ -218,38 +235,92 @@ def _tasks_help() -> str:
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan and about how long it takes."),
     json_option,
 )
-def suite(checkpoint: str, tasks: str | None, options: Options) -> int:
+def suite(
+    checkpoints: tuple[str, ...],
+    tasks: str | None,
+    datasets: tuple[str, ...],
+    places: tuple[Path, ...],
+    options: Options,
+) -> int:
     """Extract features once, run several protocols on them, and print one table.
 
     Example: moco-eval suite my_encoder.pth --dataset imagefolder --data my_images --tasks knn,quick
+
+    Several checkpoints and data sets are judged one after the other; what is done is skipped. One table and one report
+    of all of them end it.
     """
-    rows = tasks_named(tasks) if tasks else None
-    splits = opened_early(checkpoint, options)
-    rows = rows or tasks_named(USUAL_TASKS[splits[1].multi_label])
+    named = tasks_named(tasks) if tasks else None
+    wanted = [
+        (checkpoint, replace(options, dataset=dataset, data=place))
+        for dataset, place in zip(datasets, _one_for_each(places, datasets))
+        for checkpoint in checkpoints
+    ]
+    opened = [opened_early(*each) for each in wanted]
 
     from moco_eval.classification import suite as suites
     from moco_eval.classification.forecast import describe, forecast
-    from moco_eval.results.run_directory import default_output, hold
+    from moco_eval.results.run_directory import hold
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
-    task, regime = open_task(checkpoint, options, options.seed or 0, splits)
-    output = options.output or default_output("suite", task.encoder, regime)
-    chosen = suites.items(task, rows, output, options.of_every_config)
-    chosen, left_out = suites.able(chosen)
+    planned = [_suite(*each, splits, named, len(wanted) > 1) for each, splits in zip(wanted, opened)]
     batch_size = options.batch_size or suites.BATCH
     if options.dry_run:
-        needs = suites.needs(chosen, task.cache, batch_size)
-        click.echo(describe(chosen, forecast(chosen, needs, choose_device(options.device), options.nproc), output))
+        for chosen, _, output in planned:
+            needs = suites.needs(chosen, chosen[0].task.cache, batch_size)
+            click.echo(describe(chosen, forecast(chosen, needs, choose_device(options.device), options.nproc), output))
         return 0
     if options.nproc > 1:
         return launch_again(options)
-    with processes(options.device) as device, hold(output):
-        records, extraction = suites.run(chosen, task.cache, device, batch_size)
-        if is_main():
-            show(records, suites.table(records, extraction, output.parent, left_out), options)
+    everything, tables = list[Any](), list[str]()
+    with processes(options.device) as device:
+        for chosen, left_out, output in planned:
+            with hold(output):
+                records, extraction = suites.run(chosen, chosen[0].task.cache, device, batch_size)
+            everything += records
+            tables.append(suites.table(records, extraction, output.parent, left_out))
+        if is_main() and len(planned) == 1:
+            show(everything, tables[0], options)
+        elif is_main():
+            show(everything, suites.overview(everything), options)
+            _report([output for _, _, output in planned], (options.output or Path("runs")) / "suite.html")
     return 0
+
+
+def _one_for_each(places: tuple[Path, ...], datasets: tuple[str, ...]) -> tuple[Path | None, ...]:
+    """The folder of each data set. Raises InputError where it is not clear which is whose."""
+    if len(places) <= 1:
+        return (places or (None,)) * len(datasets)
+    if len(places) != len(datasets):
+        raise InputError(
+            f"--data is given {len(places)} times for {len(datasets)} data sets; give one for each, in the order of "
+            "--dataset, or one for all"
+        )
+    return places
+
+
+def _suite(
+    checkpoint: str, options: Options, splits: Splits, named: list[Protocol] | None, one_of_several: bool
+) -> tuple[list[Any], list[str], Path]:
+    """The tasks of one checkpoint on one data set, why others are left out, and the folder of their run directories."""
+    from moco_eval.classification import suite as suites
+    from moco_eval.results.run_directory import default_output
+
+    task, regime = open_task(checkpoint, options, options.seed or 0, splits)
+    usual = default_output("suite", task.encoder, regime)
+    output = usual if options.output is None else options.output / usual.name if one_of_several else options.output
+    rows = named or tasks_named(USUAL_TASKS[splits[1].multi_label])
+    return *suites.able(suites.items(task, rows, output, options.of_every_config)), output
+
+
+def _report(folders: list[Path], page: Path) -> None:
+    """One page about all of them, and where it is."""
+    from moco_eval.report.page import write_report
+    from moco_eval.runtime.console import log
+
+    write_report(folders, page)
+    log(f"report: {page}")
 
 
 @click.command()

@@ -9,9 +9,10 @@ from moco_eval.cli.options import (
     json_option,
     limit_option,
     run_options,
+    try_option,
     with_options,
 )
-from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of, tried
 from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
@@ -40,6 +41,7 @@ from moco_eval.errors import InputError
     ),
     data_option,
     limit_option,
+    try_option,
     encoder_options,
     run_options,
     json_option,
@@ -59,7 +61,9 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
     require_named(layout_of(dataset), DATASETS)
-    config = load_recipe(recipe or DEFAULTS[dataset], "detect", DetectConfig, options)
+    name = recipe or DEFAULTS[dataset]
+    options = tried(name, "detect", options)
+    config = load_recipe(name, "detect", DetectConfig, options)
     pixels_of(checkpoint, options)
 
     from moco_eval.detection import detect as detection

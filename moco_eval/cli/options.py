@@ -55,6 +55,7 @@ class Options:
     released: bool = False
     as_json: bool = False
     limit: int | None = None
+    attempt: bool = False
 
     @property
     def called(self) -> str:
@@ -145,6 +146,12 @@ limit_option = click.option(
     type=click.IntRange(1),
     metavar="N",
     help="For a small try: at most so many images of each split; a deviation.",
+)
+try_option = click.option(
+    "--try",
+    "attempt",
+    is_flag=True,
+    help="Minutes on any machine: few images and steps, a small batch, smaller images; each a deviation.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 folder_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")

@@ -5,8 +5,16 @@ from typing import Any
 
 import click
 
-from moco_eval.cli.options import DATASETS, Options, data_option, limit_option, pretraining_options, with_options
-from moco_eval.cli.shared import launch_again, load_config
+from moco_eval.cli.options import (
+    DATASETS,
+    Options,
+    data_option,
+    limit_option,
+    pretraining_options,
+    try_option,
+    with_options,
+)
+from moco_eval.cli.shared import launch_again, load_config, tried
 from moco_eval.errors import InputError
 
 
@@ -16,6 +24,7 @@ from moco_eval.errors import InputError
     click.option("--dataset", help=f"{DATASETS}, flat or webdataset."),
     data_option,
     limit_option,
+    try_option,
     pretraining_options,
     click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --nproc: after a process has died."),
     click.option(
@@ -35,6 +44,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     from moco_eval.config.pretrain import PretrainConfig
     from moco_eval.data.catalogue import require_there
 
+    options = tried(config, "pretrain", options)
     resolved = load_config(config, "pretrain", PretrainConfig, options)
     require_there(options.called, options.data)
 

@@ -12,9 +12,10 @@ from moco_eval.cli.options import (
     limit_option,
     mask_options,
     run_options,
+    try_option,
     with_options,
 )
-from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of
+from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe, pixels_of, tried
 from moco_eval.config.data_name import layout_of
 from moco_eval.config.load import require_named
 from moco_eval.errors import InputError
@@ -39,6 +40,7 @@ from moco_eval.errors import InputError
     ),
     data_option,
     limit_option,
+    try_option,
     encoder_options,
     run_options,
     json_option,
@@ -60,7 +62,9 @@ def segment(
             "--data /datasets/VOCdevkit, or built in: --dataset digits"
         )
     require_named(layout_of(dataset), DATASETS)
-    config = load_recipe(recipe or DEFAULTS.get(layout_of(dataset), "linear"), "segment", SegmentConfig, options)
+    name = recipe or DEFAULTS.get(layout_of(dataset), "linear")
+    options = tried(name, "segment", options)
+    config = load_recipe(name, "segment", SegmentConfig, options)
     pixels_of(checkpoint, options)
 
     from moco_eval.results.run_directory import default_output

@@ -18,6 +18,23 @@ def tell_once(message: str) -> None:
         click.echo(message, err=True)
 
 
+def tried(name: str, kind: str, options: Options) -> Options:
+    """The options with what --try changes of a config; what is given beside it counts more."""
+    if not options.attempt:
+        return options
+    from moco_eval.config import load as configs
+    from moco_eval.config.attempt import shrunk, sizes_of
+
+    overrides = shrunk(kind, configs.merged(name, kind, []))
+    images, batch = sizes_of(kind)
+    return replace(
+        options,
+        overrides=(*overrides, *options.overrides),
+        limit=options.limit or images,
+        batch_size=options.batch_size or batch,
+    )
+
+
 def load_config(name: str, kind: str, model: Any, options: Options, more: Sequence[str] = ()) -> Any:
     """A config with --set and the shared options applied; --batch-size carries the learning rate along.
 

@@ -43,3 +43,28 @@ def test_the_images_are_spread_over_the_classes():
     whole = open_images("digits", None, "test")
     assert whole.limited(None) is whole and whole.limited(10_000) is whole
     assert spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([1, 2], 9) == [1, 2]
+
+
+TRIES = {
+    "detect": ["random:resnet18_quarter", "--dataset", "digits", "--engine", "torchvision"],
+    "segment": ["random:resnet18_quarter", "--dataset", "digits"],
+    "linear": ["random:resnet18_quarter", "--dataset", "digits", "--protocol", "moco-lincls"],
+    "finetune": ["random:resnet18_quarter", "--dataset", "digits", "--protocol", "lightly"],
+    "pretrain": ["moco_v2_r50", "--dataset", "digits"],
+}
+
+
+@pytest.mark.parametrize("command", TRIES)
+def test_a_try_is_small_and_what_is_set_counts_more(command, in_tmp, capfd, monkeypatch):
+    out, _ = in_process(capfd, monkeypatch, command, *TRIES[command], "--try", "--dry-run")
+    wanted = {
+        "detect": ("20 iterations of 2 images", "precise_bn 2 instead of", "at most 16 images of each split"),
+        "segment": ("20 iterations of 2 images", "at most 16 images of each split"),
+        "linear": ("epochs: 2", "batch_size: 32", "200 training and 200 test images"),
+        "finetune": ("epochs: 2", "batch_size: 32", "200 training and 200 test images"),
+        "pretrain": ("2 epochs", "K 128", "200 images, evenly spread"),
+    }
+    assert all(words in out for words in wanted[command]), out
+    key = "schedule.iterations" if command in ("detect", "segment") else "schedule.epochs"
+    more, _ = in_process(capfd, monkeypatch, command, *TRIES[command], "--try", "--dry-run", "--set", f"{key}=3")
+    assert ("3 iterations" if "iterations" in key else "3 epochs" if command == "pretrain" else "epochs: 3") in more

@@ -1,0 +1,42 @@
+"""`--try`: a recipe shrunk to minutes on any machine. Every value that it changes is a deviation of the record."""
+
+from typing import Any
+
+IMAGES, BATCH = 200, 32  # of each split; over all processes
+FEW, PAIR = 16, 2  # the same, of detection and segmentation
+
+
+def shrunk(kind: str, values: dict[str, Any]) -> list[str]:
+    """Overrides for a recipe, as key=value.
+
+    Args:
+        kind: pretrain, linear, finetune, detect or segment.
+        values: of the recipe's config, not checked yet.
+    """
+    if kind in ("detect", "segment"):
+        return _by_iterations(kind, values)
+    schedule = values.get("schedule", {})
+    overrides = ["schedule.epochs=2"]
+    if schedule.get("milestones"):
+        overrides.append("schedule.milestones=[1]")
+    if schedule.get("warmup_epochs"):
+        overrides.append("schedule.warmup_epochs=1")
+    if kind == "pretrain" and values.get("mechanism", "moco") in ("moco", "memory_bank"):
+        overrides.append(f"queue_size={4 * BATCH}")  # the others' is the batch
+    return overrides
+
+
+def _by_iterations(kind: str, values: dict[str, Any]) -> list[str]:
+    overrides = ["schedule.iterations=20", "schedule.warmup=2"]
+    if values.get("schedule", {}).get("steps"):
+        overrides.append("schedule.steps=[15]")
+    if kind == "detect":
+        overrides += ["precise_bn=2", "accumulate=1"]
+        if not values.get("input", {}).get("jitter"):
+            overrides += ["input.min_size_train=[240]", "input.min_size_test=240", "input.max_size=400"]
+    return overrides
+
+
+def sizes_of(kind: str) -> tuple[int, int]:
+    """How many images a try takes, of each split and in a batch; the rate is rescaled to that."""
+    return (FEW, PAIR) if kind in ("detect", "segment") else (IMAGES, BATCH)
