@@ -133,6 +133,16 @@ split_options = several(
     click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
     click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
 )
+mask_options = several(
+    click.option("--classes", type=FOLDER, metavar="FILE", help="Of mask-folder: a name a line, from 0."),
+    click.option(
+        "--ignore",
+        type=click.IntRange(0, 65535),
+        multiple=True,
+        metavar="VALUE",
+        help="Of mask-folder: pixels without a class; may be repeated.  [default: 255]",
+    ),
+)
 feature_options = several(
     click.option("--feature", help="pooled (default), head, or a stage: layer3, blocks.8."),
     click.option("--cache", type=FOLDER, help="Folder of extracted features.  [default: runs/features]"),

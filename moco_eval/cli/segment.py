@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moco_eval.cli.options import Options, data_option, encoder_options, run_options, with_options
+from moco_eval.cli.options import Options, data_option, encoder_options, mask_options, run_options, with_options
 from moco_eval.cli.shared import fine_tuned, load_encoder, load_recipe
 from moco_eval.errors import InputError
 
@@ -22,19 +22,7 @@ from moco_eval.errors import InputError
     ),
     click.option("--train-split", help="Of mask-folder.  [default: train]"),
     click.option("--test-split", help="Of mask-folder.  [default: test, or val]"),
-    click.option(
-        "--classes",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Of mask-folder: a name a line, from 0.",
-    ),
-    click.option(
-        "--ignore",
-        type=click.IntRange(0, 65535),
-        multiple=True,
-        metavar="VALUE",
-        help="Of mask-folder: pixels without a class; may be repeated.  [default: 255]",
-    ),
+    mask_options,
     click.option(
         "--trials", type=click.IntRange(1), default=1, show_default=True, help="Trainings with their own seeds."
     ),

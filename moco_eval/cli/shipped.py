@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moco_eval.cli.options import FOLDER, Options, data_option, split_options, with_options
+from moco_eval.cli.options import FOLDER, Options, data_option, mask_options, split_options, with_options
 from moco_eval.errors import InputError
 
 
@@ -30,29 +30,41 @@ def configs(action: str, name: str | None) -> None:
 @with_options(
     data_option,
     split_options,
+    mask_options,
     click.option("--write", "writes", is_flag=True, help="Measure mean and std of each band, into bands.yaml."),
 )
-def datasets(action: str, name: str | None, writes: bool, options: Options) -> None:
+def datasets(
+    action: str, name: str | None, writes: bool, classes: Path | None, ignore: tuple[int, ...], options: Options
+) -> None:
     """Name the data sets, or look whether one is whole: moco-eval datasets check pets --data /datasets"""
     from moco_eval.data import catalogue
     from moco_eval.data.boxes import check as boxes
+    from moco_eval.data.masks import check as masks
 
     if action == "list":
-        for line in catalogue.known() + boxes.known():
+        for line in catalogue.known() + boxes.known() + masks.known():
             click.echo(line)
         return
     if name is None:
         raise InputError("datasets check needs a NAME; moco-eval datasets names them")
     where = (name, options.data, options.train_split, options.test_split)
+    if (classes or ignore) and name != "mask-folder":
+        raise InputError(f"--classes and --ignore are of mask-folder, and {name} has none: leave them out")
+    lines: list[str] = []
+    refusals: dict[str, str | None] = {}  # by command
+    if writes or name not in (*masks.NAMES, *boxes.NAMES):
+        lines = catalogue.check(*where, writes)
+    if name in masks.NAMES and not writes:
+        lines, refusals["segment"] = masks.check(name, options.data, where[2:], classes, ignore or (255,))
     if name in boxes.NAMES and not writes:
-        lines, refusal = boxes.check(*where)
+        about, refusals["detect"] = boxes.check(*where)
+        lines += [f"as instances: {line}" for line in about] if lines else about
         lines += catalogue.check_too(*where)
-    else:
-        lines, refusal = catalogue.check(*where, writes), None
     for line in lines:
         click.echo(line)
-    if refusal:
-        raise InputError(f"detect refuses these data: {refusal}")
+    for command, refusal in refusals.items():
+        if refusal:
+            raise InputError(f"{command} refuses these data: {refusal}")
 
 
 @click.command()

@@ -21,8 +21,11 @@ from moco_eval.classification.protocols import by_name, load_config
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
 from moco_eval.config.pretrain import PretrainConfig
+from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.boxes import cityscapes, coco, lvis, voc
+from moco_eval.data.boxes.scenes import CANVAS
 from moco_eval.data.catalogue import OFFICIAL, preprocessing_for
+from moco_eval.data.masks.samples import PUBLISHED
 from moco_eval.detection.detector import Detector
 from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
@@ -38,6 +41,8 @@ from moco_eval.runtime import files
 from moco_eval.runtime.console import log, warn
 from moco_eval.runtime.device import autocast, choose_device, convolutions, place
 from moco_eval.runtime.text import duration
+from moco_eval.segmentation import evaluate, networks, train
+from moco_eval.segmentation.inputs import fitted
 
 CPU_BATCH = 32  # images at once at most: a CPU gains nothing by more
 SECONDS = 3.0  # of a timed piece at most; smaller ones come before it, to know
@@ -50,6 +55,14 @@ DETECTION_TEST = {
     "lvis-v1": lvis.IMAGES["v1", "val"],
     "cityscapes": cityscapes.OFFICIAL["val"],
 }  # test images
+MASK_TEST = {
+    "voc-aug": (500, 375),
+    "voc2012": (500, 375),
+    "cityscapes": (2048, 1024),
+    "ade20k": (683, 512),
+    "coco-stuff": (640, 480),
+    "digits": (CANVAS, CANVAS),
+}  # width and height of most test images with masks
 
 
 @dataclass(frozen=True)
@@ -71,10 +84,10 @@ class Probe:
     """A piece of work: one image through a network.
 
     Attributes:
-        kind: forward; train (forward and backward); or those of a detector, with its head.
+        kind: forward; train (forward and backward); or those of a detector or a segmentation, with its head.
         size: side of the image in pixels; 0 for a detector, whose recipe says it.
         batch: images that the real work has in a batch, on one GPU.
-        recipe: of a detector.
+        recipe: of a detector; with segment/ before it, of a segmentation.
     """
 
     kind: str
@@ -195,6 +208,8 @@ def work(step: ChainStep, row: Row) -> list[tuple[Probe, float]]:
     kind = step.arguments[0]
     if kind == "detect":
         pieces = _detection(step, configs.load(step.name, "detect", DetectConfig), arch)
+    elif kind == "segment":
+        pieces = _segmentation(step, configs.load(step.name, "segment", SegmentConfig), arch)
     else:
         pieces = _classification(step, load_config(step.name, kind), arch, _side(step, row), trials)
     return [(probe, trials * images) for probe, images in pieces]
@@ -236,6 +251,25 @@ def _detection(step: ChainStep, recipe: DetectConfig, arch: str) -> Iterator[tup
     train, forward = (Probe(kind, arch, 0, batch, recipe.precision, step.name) for kind in ("train", "forward"))
     yield train, (recipe.schedule.iterations + recipe.precise_bn / 3) * recipe.batch_size
     yield forward, test
+
+
+def _segmentation(step: ChainStep, recipe: SegmentConfig, arch: str) -> Iterator[tuple[Probe, float]]:
+    """Every crop of every iteration; and the test images, as many crops as cover them."""
+    batch = max(1, recipe.batch_size // _number(step.arguments, "--nproc"))
+    train = Probe("train", arch, recipe.views.crop, batch, recipe.precision, f"segment/{step.name}")
+    yield train, recipe.schedule.iterations * recipe.batch_size
+    test = recipe.scenes.test if recipe.scenes else PUBLISHED[step.dataset][1]
+    crops = _crops_of(fitted(MASK_TEST[step.dataset], recipe.test.fit), recipe)
+    yield replace(train, kind="forward", batch=1), test * crops
+
+
+def _crops_of(size: tuple[int, int], recipe: SegmentConfig) -> float:
+    """How many crops a test image of a width and height is worth: those of its windows, or by its pixels."""
+    window, stride, crop = recipe.test.window, recipe.test.stride, recipe.views.crop
+    if window and stride:
+        height, width = (max(side, window) for side in size[::-1])
+        return len(list(evaluate.windows((height, width), window, stride))) * (window / crop) ** 2
+    return size[0] * size[1] / crop**2
 
 
 def images_of(dataset: str, split: str) -> int:
@@ -315,7 +349,7 @@ def measure(probe: Probe, device: torch.device) -> float | None:
     seconds = None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        for images, run in (_detector_pieces if probe.recipe else _pieces)(probe, device):
+        for images, run in _pieces_of(probe)(probe, device):
             if seconds is not None and seconds * images > SECONDS:
                 break
             try:
@@ -325,6 +359,12 @@ def measure(probe: Probe, device: torch.device) -> float | None:
             except torch.OutOfMemoryError:
                 break
     return seconds
+
+
+def _pieces_of(probe: Probe) -> Callable[[Probe, torch.device], Iterator[tuple[float, Callable[[], None]]]]:
+    if probe.recipe.startswith("segment/"):
+        return _segmenter_pieces
+    return _detector_pieces if probe.recipe else _pieces
 
 
 def _fastest(run: Callable[[], None], device: torch.device) -> float:
@@ -386,6 +426,31 @@ def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float
                 optimizer.step()
 
         yield batch * share, run
+
+
+def _segmenter_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
+    """Steps of a segmentation on growing batches of crops; the first of a quarter of their pixels, if it may be."""
+    training, encoder = probe.kind == "train", load(f"random:{probe.arch}")
+    recipe = configs.load(probe.recipe.removeprefix("segment/"), "segment", SegmentConfig)
+    model = place(networks.build_segmenter(encoder, 21, recipe), device).train(training)
+    for body in model.outside:
+        place(body, device)
+    optimizer = train.optimizer_for(model, recipe)
+    sides = [] if encoder.network.size else [(2, probe.size // 2)]
+    for batch, side in sides + [(size, probe.size) for size in sorted({1, 2, 8, probe.batch}) if size <= probe.batch]:
+        images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
+        masks = torch.randint(21, (batch, side, side), dtype=torch.uint8, device=device)
+
+        def run(images: torch.Tensor = images, masks: torch.Tensor = masks) -> None:
+            with torch.set_grad_enabled(training), autocast(device, recipe.precision):
+                out = model(images, masks) if training else {"scores": model.scores(images, 0)}
+            if training:
+                optimizer.zero_grad()
+                with convolutions(device, recipe.precision):
+                    sum(out.values()).backward()
+                optimizer.step()
+
+        yield batch * (side / probe.size) ** 2, run
 
 
 def _smaller(recipe: DetectConfig, share: float) -> DetectConfig:

@@ -163,6 +163,7 @@ def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) 
     from moco_eval.config.detection import DetectConfig
     from moco_eval.data.catalogue import open_splits
     from moco_eval.detection.task import open_data
+    from moco_eval.segmentation.task import open_data as open_masks
 
     folder = places.data.get(step.dataset)
     try:
@@ -170,6 +171,8 @@ def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) 
             could_start(step.recipe.resolved(), step.dataset, folder, places.processes)
         elif step.arguments[0] == "detect":
             open_data(step.dataset, folder, (None, None), configs.load(step.name, "detect", DetectConfig))
+        elif step.arguments[0] == "segment":
+            open_masks(step.dataset, folder)
         else:
             open_splits(step.dataset, folder)
     except InputError as error:

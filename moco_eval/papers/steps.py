@@ -20,7 +20,8 @@ from moco_eval.runtime.console import warn
 from moco_eval.runtime.printable import shell_join
 
 BUILT_IN = ("digits",)  # data sets that need no folder
-EVALUATIONS = (*kinds(), "detect")
+RECIPES = ("detect", "segment")  # commands whose config is a recipe by iterations
+EVALUATIONS = (*kinds(), *RECIPES)
 CACHED = tuple(kind for kind, rows in kinds().items() if rows[0].frozen)  # they keep the features they extract
 
 
@@ -275,7 +276,7 @@ def _evaluated(
     assert column.dataset
     kind, asked = command(column), _config(column)
     arguments = [kind, checkpoint, "--dataset", column.dataset, *_data(column.dataset, places)]
-    arguments += ["--recipe" if kind == "detect" else "--protocol", asked]
+    arguments += ["--recipe" if kind in RECIPES else "--protocol", asked]
     trials = max(column.trials for column in columns.values())
     arguments += ["--trials", str(trials)] if trials > 1 else []
     arguments += ["--cache", str(places.runs / "features")] if kind in CACHED and places.runs != Path("runs") else []

@@ -23,7 +23,7 @@ class Column(Model):
     """One metric of one protocol on one data set; without a protocol nothing of ours belongs in it.
 
     trials: how many repetitions the published number is the mean of. config: the shipped config that evaluates it,
-    where it is not the protocol's own.
+    where it is not the protocol's own. why: nothing of ours measures it, where there is a reason to give.
     """
 
     title: str
@@ -32,12 +32,15 @@ class Column(Model):
     protocol: str | None = None
     dataset: str | None = None
     config: str | None = None
+    why: str = ""
     trials: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _all_or_none(self):
         if len({self.metric is None, self.protocol is None, self.dataset is None}) > 1:
             raise ValueError("metric, protocol and dataset go together")
+        if self.why and self.protocol:
+            raise ValueError("why is of a column that no protocol measures")
         return self
 
 

@@ -25,7 +25,7 @@ class Missing:
     Attributes:
         steps: in an order in which they can run, each once, with its cost; None where nothing tells it.
         reasons: why rows cannot be had, each with their labels.
-        unmeasured: titles of the columns that no protocol of ours measures.
+        unmeasured: titles of the columns that no protocol of ours measures, with the reason where there is one.
         machine: for which the costs are, in words; empty where there is no step.
     """
 
@@ -63,7 +63,8 @@ def find(table: Table, records: Sequence[Record], places: Places) -> Missing:
     for row in table.rows:
         if why := chain.why_none(table, row):
             reasons.setdefault(why, []).append(row.label)
-    unmeasured = [column.title for column in table.columns.values() if column.protocol is None]
+    columns = [column for column in table.columns.values() if column.protocol is None]
+    unmeasured = [f"{column.title} ({column.why})" if column.why else column.title for column in columns]
     steps = chain.steps(table, table.rows, places)
     _require_read(table, steps, places)
     left = chain.left(steps, table, records)

@@ -1,4 +1,4 @@
-"""Two classification runs on the same test images: the paired difference, and what it could have shown.
+"""Two runs on the same test images, classifications or segmentations: the paired difference, and what it could show.
 
 See docs/statistics.md.
 """
@@ -15,13 +15,16 @@ from moco_eval import limits
 from moco_eval.config.protocol_name import kind_and_name
 from moco_eval.errors import InputError
 from moco_eval.results import run_files
+from moco_eval.results.fine_tuning_task import folders
+from moco_eval.results.metrics import SAID, SHARED, TRUE
 from moco_eval.results.record import DENSE, SCHEMA, repeats
 from moco_eval.results.statistics import Answers, Difference, mcnemar, paired, value
 from moco_eval.runtime.printable import one_line
 from moco_eval.untrusted import npz
 
 RESAMPLES = 10_000
-METRICS = ("top1", "mean_per_class", "mAP")  # those a data set may be judged by
+METRICS = ("top1", "mean_per_class", "mAP", "mIoU")  # those a data set may be judged by
+PIXEL_COUNTS = "pixel_counts.npz"  # of a segmentation: pixels of each test image, (N, 3, C), as `metrics.overlap` takes
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def compare(a: Path | Run, b: Path | Run) -> Comparison:
     Args:
         a, b: run directories, or runs that are in memory.
     Raises:
-        InputError: a folder holds no finished classification run, or its files are damaged or disagree; or the runs
-            were not tested on the same images.
+        InputError: a folder holds no finished classification or segmentation run, or its files are damaged or disagree;
+            or the runs were not tested on the same images.
     """
     runs = (a if isinstance(a, Run) else read_run(a)), (b if isinstance(b, Run) else read_run(b))
     require_same_images(*runs)
@@ -72,7 +75,7 @@ def compare(a: Path | Run, b: Path | Run) -> Comparison:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises InputError where the folder holds no finished classification run, or its files are damaged."""
+    """Raises InputError where the folder holds no finished run of a kind that is compared, or its files are damaged."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the run directories of two finished evaluations")
     record = run_files.read_record(folder)
@@ -81,10 +84,12 @@ def read_run(folder: Path) -> Run:
     if record is None:
         raise InputError(f"{folder} holds no result.json, so no finished evaluation; run it to its end first")
     kind = kind_and_name(record["protocol"])[0]
+    if kind == "segment":
+        return Run(folder, record, _read_pixels(folder, record))
     if kind in DENSE:
         raise InputError(
-            f"{folder} is a {DENSE[kind]} run ({record['protocol']}); compare takes classification runs, with one "
-            f"answer to each test image: moco-eval report sets {DENSE[kind]}s side by side"
+            f"{folder} is a {DENSE[kind]} run ({record['protocol']}); compare takes classifications and segmentations, "
+            f"with answers about each test image: moco-eval report sets {DENSE[kind]}s side by side"
         )
     return Run(folder, record, _read_answers(folder / "predictions.npz", record))
 
@@ -115,6 +120,34 @@ def _read_answers(path: Path, record: dict[str, Any]) -> Answers:
     if labels.ndim == 2:
         return Answers(labels, scores=array)
     return Answers(labels.astype(np.int64), predictions=array.astype(np.int64))
+
+
+def _read_pixels(folder: Path, record: dict[str, Any]) -> Answers:
+    """The pixels of a segmentation's test images, of each trial."""
+    places = folders(folder, [trial["seed"] for trial in record["trials"]])
+    shape = record["dataset"].get("images"), 3, record["dataset"].get("classes")
+    return Answers.of_pixels(np.stack([_pixels(place / PIXEL_COUNTS, shape) for place in places]))
+
+
+def _pixels(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
+    if not run_files.is_there(path):
+        raise InputError(f"{path} does not exist; run the evaluation again into another --output")
+    try:
+        with npz.Arrays(path) as arrays:
+            header = arrays.headers["counts"]
+            fits = header.shape == shape and header.dtype.kind in "iu" and math.prod(header.shape) > 0
+            counts = arrays["counts"].astype(np.int64) if fits else np.zeros((1, 3, 1), np.int64)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes numpy raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({reason}); run the evaluation again into another --output") from None
+    least = np.minimum(counts[:, SAID], counts[:, TRUE])
+    if not fits or counts.min() < 0 or (counts[:, SHARED] > least).any() or not counts[:, TRUE].any():
+        raise InputError(
+            f"{path} is damaged: it holds no counts of pixels; run the evaluation again into another --output"
+        )
+    return counts
 
 
 def _answers_of(headers: Mapping[str, npz.Header], record: dict[str, Any]) -> tuple[str, str]:
@@ -148,7 +181,7 @@ def _impossible(labels: np.ndarray, answers: np.ndarray, classes: int | None) ->
 def run_in_memory(name: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Run:
     """A run that no folder holds. Raises InputError where it has no answer to each image: a detection."""
     if "label" not in arrays:
-        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; compare takes classifications")
+        raise InputError(f"{name} ({record['protocol']}) holds no answer to each image; give its run directory")
     if arrays["label"].ndim == 1:
         return Run(name, record, Answers(arrays["label"], predictions=arrays["prediction"]))
     return Run(name, record, Answers(arrays["label"], scores=arrays["scores"]))
@@ -180,7 +213,7 @@ def main_metric(a: Run, b: Run) -> str:
     """The metric by which the data set is judged: the first of the record's."""
     known = [name for name in a.record["metrics"] if name in METRICS and name in b.record["metrics"]]
     several = a.answers.labels.ndim == 2
-    fitting = [name for name in known if (name == "mAP") == several]
+    fitting = [name for name in known if (name in ("mAP", "mIoU")) == several]
     if not fitting:
         named = " and ".join(", ".join(run.record["metrics"]) or "none" for run in (a, b))
         raise InputError(f"the runs share no metric of {', '.join(METRICS)} that fits their labels; they have {named}")
@@ -188,11 +221,12 @@ def main_metric(a: Run, b: Run) -> str:
 
 
 def _checked_value(run: Run, metric: str) -> float:
-    """The metric as the predictions give it, which must be what the record says."""
+    """The metric as the run's answers give it, which must be what the record says."""
     computed, recorded = value(metric, run.answers), run.record["metrics"][metric]
     if not isinstance(recorded, int | float) or not abs(computed - recorded) <= 0.01:  # nor where it is not a number
+        kept = "predictions.npz" if run.answers.pixels is None else PIXEL_COUNTS
         raise InputError(
-            f"{run.folder}: result.json says {metric} {recorded}, but predictions.npz gives {computed:.2f}; they are "
+            f"{run.folder}: result.json says {metric} {recorded}, but {kept} gives {computed:.2f}; they are "
             "not of one run: run the evaluation again into another --output"
         )
     return computed

@@ -1,4 +1,4 @@
-"""What is made of class scores: accuracy, its mean over classes, average precision. All in percent."""
+"""Accuracy, its mean over classes and average precision of class scores, in percent; overlap of masks."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -169,3 +169,31 @@ def mean_where_any(total: np.ndarray, count: np.ndarray, axis: int) -> np.ndarra
     ratio = np.divide(total, count, out=np.zeros(total.shape), where=count > 0)
     with np.errstate(invalid="ignore"):
         return ratio.sum(axis=axis) / (count > 0).sum(axis=axis)
+
+
+# Overlap of masks
+
+SHARED, SAID, TRUE = 0, 1, 2  # rows of an image's counts: pixels of both, of the prediction, of the truth
+
+
+def intersection_over_union(counts: np.ndarray) -> np.ndarray:
+    """Of each class, (..., C) of counts (..., 3, C), from 0 to 1; not a number where neither has it."""
+    shared = counts[..., SHARED, :].astype(np.float64)
+    union = counts[..., SAID, :] + counts[..., TRUE, :] - shared
+    return np.divide(shared, union, out=np.full(shared.shape, np.nan), where=union > 0)
+
+
+def overlap(metric: str, counts: np.ndarray) -> np.ndarray:
+    """mIoU (over the classes that truth or prediction has) or pixel_accuracy, (...) of counts (..., 3, C), from 0 to 1.
+
+    Not a number where there is no pixel.
+    """
+    if metric == "mIoU":
+        each = intersection_over_union(counts)
+        return _share(np.nansum(each, axis=-1), (~np.isnan(each)).sum(axis=-1))
+    assert metric == "pixel_accuracy", metric
+    return _share(counts[..., SHARED, :].sum(axis=-1), counts[..., TRUE, :].sum(axis=-1))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moco_eval.results.metrics import among_best, mean_where_any, rankings, weighted_mean_average_precision
+from moco_eval.results.metrics import (
+    TRUE,
+    among_best,
+    mean_where_any,
+    overlap,
+    rankings,
+    weighted_mean_average_precision,
+)
 
 # what the trials of a record vary (its `over`), said of several
 REPEATS = {"head": "heads", "labels": "label draws", "finetune": "fine-tunings", "pretrain": "pretrainings"}
@@ -38,19 +45,26 @@ class Answers:
     """What one run's trials said of the test images.
 
     Args:
-        labels: class of each image, (N,); or for several labels an image (N, C): 1 there, 0 not there, -1 ignored.
+        labels: class of each image, (N,); or for several labels an image (N, C): 1 there, 0 not there, -1 ignored;
+            of masks the pixels of each class, (N, C).
         predictions: (trials, N) classes; the highest score where not given.
         scores: (trials, N, C).
+        pixels: of masks, (trials, N, 3, C), with the rows of `metrics.overlap`.
     """
 
     labels: np.ndarray
     predictions: np.ndarray | None = None
     scores: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for answers in (self.predictions, self.scores):
-            assert answers is None or answers.shape[1] == len(self.labels), (answers.shape, self.labels.shape)
-        assert self.predictions is not None or self.scores is not None
+        given = [answers for answers in (self.predictions, self.scores, self.pixels) if answers is not None]
+        assert given and all(answers.shape[1] == len(self.labels) for answers in given)
+
+    @classmethod
+    def of_pixels(cls, pixels: np.ndarray) -> "Answers":
+        """Of masks; the truth is the same in every trial."""
+        return cls(pixels[0, :, TRUE], pixels=pixels)
 
     def right(self, top: int = 1) -> np.ndarray:
         """In what share of the trials each image was classified rightly, (N,)."""
@@ -108,6 +122,8 @@ def resampled(
     """
     if metric == "mAP":
         return _resampled_map(answers, less, resamples, seed)
+    if answers.pixels is not None:
+        return _resampled_overlap(metric, answers.pixels, less.pixels if less else None, resamples, seed)
     assert metric in ("top1", "top5", "mean_per_class"), metric
     top = 5 if metric == "top5" else 1
     right = answers.right(top) - (less.right(top) if less else 0)
@@ -177,6 +193,23 @@ def _resampled_map(answers: Answers, less: Answers | None, resamples: int, seed:
     return np.concatenate(parts)
 
 
+def _resampled_overlap(
+    metric: str, pixels: np.ndarray, less: np.ndarray | None, resamples: int, seed: int
+) -> np.ndarray:
+    """Sums over the drawn images, then the metric of them."""
+    parts = []
+    for weights in draw_weights(pixels.shape[1], resamples, seed):
+        drawn = weights.astype(np.float64).T
+        means = [_mean_overlap(metric, drawn, one) for one in (pixels, less) if one is not None]
+        parts.append(means[0] if less is None else means[0] - means[1])
+    return 100 * np.concatenate(parts)
+
+
+def _mean_overlap(metric: str, drawn: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    sums = [(drawn @ counts.reshape(len(counts), -1)).reshape(-1, *counts.shape[1:]) for counts in pixels]
+    return np.mean([overlap(metric, part) for part in sums], axis=0)
+
+
 def value(metric: str, answers: Answers) -> float:
     """The metric itself, mean over trials, in percent: the same definition as is resampled."""
     if metric == "mAP":
@@ -184,6 +217,8 @@ def value(metric: str, answers: Answers) -> float:
         return float(
             np.mean([weighted_mean_average_precision(rankings(trial, answers.labels), every)[0] for trial in trials])
         )
+    if answers.pixels is not None:
+        return 100 * float(np.mean(overlap(metric, answers.pixels.sum(axis=1))))
     return 100 * mean_of_means(answers.right(5 if metric == "top5" else 1), groups(metric, answers.labels))
 
 

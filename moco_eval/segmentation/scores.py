@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from moco_eval.data.masks.samples import IGNORED
-from moco_eval.results.statistics import RESAMPLES, draw_weights, percentiles
+from moco_eval.results.metrics import intersection_over_union, overlap
+from moco_eval.results.statistics import RESAMPLES, Answers, percentiles, resampled
 
-SHARED, SAID, TRUE = 0, 1, 2  # rows of an image's counts: pixels of both, of the prediction, of the truth
+METRICS = ("mIoU", "pixel_accuracy")
 
 
 def confusion(prediction: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
@@ -31,19 +32,9 @@ def counts_of(matrix: np.ndarray) -> np.ndarray:
     return np.stack([np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)])
 
 
-def intersection_over_union(counts: np.ndarray) -> np.ndarray:
-    """Of each class, (..., C) of counts (..., 3, C), from 0 to 1; not a number where neither has it."""
-    shared = counts[..., SHARED, :].astype(np.float64)
-    union = counts[..., SAID, :] + counts[..., TRUE, :] - shared
-    return np.divide(shared, union, out=np.full(shared.shape, np.nan), where=union > 0)
-
-
 def metrics_of(counts: np.ndarray) -> dict[str, float]:
     """mIoU (over the classes that truth or prediction has) and pixel accuracy in percent, of counts (3, C)."""
-    return {
-        "mIoU": 100 * float(np.nanmean(intersection_over_union(counts))),
-        "pixel_accuracy": 100 * float(counts[SHARED].sum() / counts[TRUE].sum()),
-    }
+    return {name: 100 * float(overlap(name, counts)) for name in METRICS}
 
 
 def per_class(counts: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -60,21 +51,5 @@ def intervals(
     Args:
         trials: of each, counts of the images, (N, 3, C).
     """
-    values: dict[str, list[np.ndarray]] = {"mIoU": [], "pixel_accuracy": []}
-    for weights in draw_weights(len(trials[0]), resamples, seed):
-        drawn = weights.astype(np.float64).T
-        sums = [(drawn @ counts.reshape(len(counts), -1)).reshape(-1, *counts.shape[1:]) for counts in trials]
-        values["mIoU"].append(np.mean([_means(intersection_over_union(part)) for part in sums], axis=0))
-        shares = [_share(part[:, SHARED].sum(axis=1), part[:, TRUE].sum(axis=1)) for part in sums]
-        values["pixel_accuracy"].append(np.mean(shares, axis=0))
-    return {name: percentiles(100 * np.concatenate(parts)) for name, parts in values.items()}
-
-
-def _means(values: np.ndarray) -> np.ndarray:
-    """Along the last axis, of what is a number; not one where nothing is."""
-    count = (~np.isnan(values)).sum(axis=-1)
-    return _share(np.nansum(values, axis=-1), count)
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
+    answers = Answers.of_pixels(np.stack(trials))
+    return {name: percentiles(resampled(name, answers, resamples=resamples, seed=seed)) for name in METRICS}

@@ -11,6 +11,7 @@ from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.masks.samples import SegmentationData
 from moco_eval.encoders.photographs import pixels
 from moco_eval.results import fine_tuning_task
+from moco_eval.results.compare import PIXEL_COUNTS
 from moco_eval.results.plots import loss_curves, per_class_bars
 from moco_eval.results.record import Cost, ResultRecord
 from moco_eval.results.result import lines
@@ -24,8 +25,6 @@ from moco_eval.segmentation.networks import build_segmenter, sweep_of
 from moco_eval.segmentation.task import SegmentationTask
 from moco_eval.segmentation.train import train
 from moco_eval.untrusted import npz
-
-COUNTS = "pixel_counts.npz"
 
 
 def segment(task: SegmentationTask, output: Path, device: torch.device) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def segment(task: SegmentationTask, output: Path, device: torch.device) -> dict[
         data,
         output,
         task.resolved(data),
-        COUNTS,
+        PIXEL_COUNTS,
         lambda data, seed, folder: _trial(task, data, seed, folder, device),
         lambda data, trials: _record(task, data, output, device, trials),
     )
@@ -101,7 +100,7 @@ def _judge(
 ) -> dict[str, Any]:
     """Write the pixels of each image, and last of all what they are worth."""
     total = counts.sum(axis=0)
-    with files.atomic(folder / COUNTS) as temporary:
+    with files.atomic(folder / PIXEL_COUNTS) as temporary:
         np.savez_compressed(temporary, counts=counts)
     lr, decay = sweep_of(config)[head]
     chosen = {"chosen": {"lr": lr, "weight_decay": decay} if config.sweep else None}
@@ -117,7 +116,7 @@ def _record(
 ) -> dict[str, Any]:
     """The result record of all trials; IoU of each class is over the pixels of all of them."""
     folders = fine_tuning_task.folders(output, task.seeds)
-    counts = [npz.read(folder / COUNTS)["counts"] for folder in folders]
+    counts = [npz.read(folder / PIXEL_COUNTS)["counts"] for folder in folders]
     per_class = scores.per_class(sum(trial.sum(axis=0) for trial in counts), data.classes)
     per_class_bars(per_class, "IoU", output / "per_class.svg")
     loss_curves([folder / "metrics.jsonl" for folder in folders], output / "losses.svg")

@@ -9,12 +9,9 @@ from typing import Any
 from moco_eval.config.load import did_you_mean
 from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.masks import scenes as digits
-from moco_eval.data.masks.ade20k import read_ade20k
-from moco_eval.data.masks.cityscapes import read_cityscapes
-from moco_eval.data.masks.coco_stuff import read_coco_stuff
 from moco_eval.data.masks.folder import read_class_names, read_mask_folder
+from moco_eval.data.masks.official import OFFICIAL
 from moco_eval.data.masks.samples import IGNORED, SegmentationData, count_pixels
-from moco_eval.data.masks.voc import read_voc2012, read_voc_aug
 from moco_eval.encoders.photographs import require_no_resizing, require_photographs
 from moco_eval.errors import InputError
 from moco_eval.results.fine_tuning_task import FineTuningTask, check_schedule, data_folder
@@ -22,13 +19,6 @@ from moco_eval.runtime import collectives, console
 from moco_eval.segmentation.networks import check_encoder
 from moco_eval.segmentation.recipe import recipe_deviations
 
-OFFICIAL = {
-    "voc-aug": read_voc_aug,
-    "voc2012": read_voc2012,
-    "cityscapes": read_cityscapes,
-    "ade20k": read_ade20k,
-    "coco-stuff": read_coco_stuff,
-}
 DATASETS = (*OFFICIAL, "mask-folder", "digits")
 NAMED = 5  # classes that a warning names
 
@@ -75,7 +65,8 @@ class SegmentationTask(FineTuningTask):
         """
         if self.scenes:
             return None
-        data = self.opened or open_data(self)
+        splits = (self.train_split, self.test_split)
+        data = self.opened or open_data(self.dataset, self.folder, splits, self.classes, self.ignored)
         _look(data, str(self.folder or self.name))
         return data
 
@@ -157,14 +148,21 @@ def _summary(data: SegmentationData, samples: Sequence[Any]) -> tuple[list[bool]
 # Data
 
 
-def open_data(task: SegmentationTask) -> SegmentationData:
+def open_data(
+    dataset: str,
+    data: Path | None,
+    splits: tuple[str | None, str | None] = (None, None),
+    classes: Path | None = None,
+    ignored: Sequence[int] = (IGNORED,),
+) -> SegmentationData:
     """The images and masks of a data set on disk; its masks are not read yet.
 
+    Args:
+        splits, classes, ignored: of mask-folder; `classes` is a file of names.
     Raises:
         InputError: no folder, or what the readers refuse.
     """
-    folder = data_folder("segment", task.dataset, task.folder, ("MOCO_EVAL_DATA",))
-    if task.dataset in OFFICIAL:
-        return OFFICIAL[task.dataset](folder)
-    classes = read_class_names(task.classes) if task.classes else ()
-    return read_mask_folder(folder, task.train_split, task.test_split, classes, task.ignored)
+    folder = data_folder("segment", dataset, data, ("MOCO_EVAL_DATA",))
+    if dataset in OFFICIAL:
+        return OFFICIAL[dataset](folder)
+    return read_mask_folder(folder, *splits, read_class_names(classes) if classes else (), ignored)

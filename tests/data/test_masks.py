@@ -6,6 +6,7 @@ from PIL import Image
 
 from moco_eval.data.boxes.scenes import draw_scenes
 from moco_eval.data.masks.ade20k import read_ade20k
+from moco_eval.data.masks.check import check
 from moco_eval.data.masks.cityscapes import CLASSES, IDS, read_cityscapes
 from moco_eval.data.masks.coco_stuff import VALUES, read_coco_stuff
 from moco_eval.data.masks.folder import read_class_names, read_mask_folder
@@ -157,6 +158,20 @@ def test_voc_names_other_counts_than_the_published_ones(tmp_path):
     assert read_voc2012(tmp_path).deviations[0] == "1 training images instead of 1464"
 
 
+def test_voc_aug_as_mmsegmentation_lays_it_out(tmp_path):
+    """train.txt and aug.txt, and VOC's own masks before SBD's of the same images."""
+    voc(tmp_path, "SegmentationClassAug", "aug")
+    (tmp_path / "ImageSets/Segmentation/aug.txt").write_text("2007_3\n")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_1\n")
+    save(tmp_path / "JPEGImages/2007_3.jpg")
+    save(tmp_path / "SegmentationClassAug/2007_3.png", GREY, "L")
+    save(tmp_path / "SegmentationClass/2007_2.png", GREY, "L")
+    data = read_voc_aug(tmp_path)
+    assert data.train_split == "train+aug" and [sample.name for sample in data.train] == ["2007_1", "2007_3"]
+    assert {sample.mask.parent.name for sample in data.train} == {"SegmentationClassAug"}
+    assert data.test[0].mask.parent.name == "SegmentationClass"
+
+
 def test_voc_takes_lists_of_pairs_as_deeplab_has_them(tmp_path):
     voc(tmp_path, "SegmentationClassAug", "trainaug")
     pair = "/JPEGImages/2007_1.jpg /SegmentationClassAug/2007_1.png\n"
@@ -211,3 +226,53 @@ def test_the_scenes_of_digits_have_masks_where_their_ink_is(tmp_path):
     assert write_mask_scenes(tmp_path / "scenes", train=3, test=2) == tmp_path / "scenes"
     with pytest.raises(InputError, match="holds something other than the digit scenes"):
         write_mask_scenes(tmp_path / "scenes", train=4, test=2)
+
+
+def test_datasets_check_counts_all_that_is_wrong_with_masks(tmp_path):
+    """One of each defect: a line for each kind, with how many and where; and the first as what segment says."""
+    names = ("alone", "good", "large", "none", "palette", "rgb", "small", "void")
+    for name in names:
+        save(tmp_path / "train" / f"{name}.png")
+        save(tmp_path / "val" / f"{name}.png")
+        save(tmp_path / "val_masks" / f"{name}.png", GREY, "L")
+    for name, values, mode in (
+        *(("good", GREY, "L"), ("palette", GREY, "P"), ("rgb", GREY, "RGB"), ("void", np.full((4, 6), 255), "L")),
+        *(("large", GREY + 7, "L"), ("small", GREY[:3], "L"), ("none", GREY, "L"), ("odd", GREY, "L")),
+    ):
+        save(tmp_path / "train_masks" / f"{name}.png", values, mode)
+    (tmp_path / "train_masks" / "large.png").rename(tmp_path / "train_masks" / "good2.png")
+    (tmp_path / "train" / "large.png").rename(tmp_path / "train" / "good2.png")
+    (tmp_path / "train_masks" / "none.png").unlink()
+    (tmp_path / "names.txt").write_text("sky\nsea\nland\nfire\n")
+    lines, refusal = check("mask-folder", tmp_path, classes=tmp_path / "names.txt")
+    assert lines[:6] == [
+        "refused: train: 1 masks without an image: train_masks/odd.png",
+        "refused: train: 2 images without a mask: train_masks/alone.png, train_masks/none.png",
+        "refused: train: 1 masks with a value that is no class: train_masks/good2.png",
+        "refused: train: 1 masks that are not one channel of class numbers (RGB, JPEG or damaged): train_masks/rgb.png",
+        "refused: train: 1 masks of another size than their image: train_masks/small.png",
+        "note: train: 1 masks without a labelled pixel: train_masks/void.png",
+    ]
+    assert lines[6:8] == ["note: train: 1 classes without a pixel: fire", "note: val: 1 classes without a pixel: fire"]
+    assert lines[8:10] == [
+        "mask-folder train: 6 images, 66 labelled pixels",
+        "mask-folder val: 8 images, 192 labelled pixels",
+    ]
+    assert lines[11].split() == ["sky", "22", "64"] and refusal.endswith("put it there, or take the mask away")
+    with pytest.raises(InputError, match="ade20k has its own splits, classes and ignored values"):
+        check("ade20k", tmp_path, ("train", None))
+
+
+def test_datasets_check_of_whole_and_of_useless_masks(tmp_path):
+    lines, refusal = check("mask-folder", folder(tmp_path / "whole"))
+    assert refusal is None and lines[0] == "mask-folder train: 2 images, 48 labelled pixels"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            save(tmp_path / "void" / split / f"{name}.png")
+            save(
+                tmp_path / "void" / f"{split}_masks" / f"{name}.png", GREY if split == "train" else GREY * 0 + 255, "L"
+            )
+    lines, refusal = check("mask-folder", tmp_path / "void")
+    assert refusal == "no mask of val has a labelled pixel"
+    lines, refusal = check("mask-folder", tmp_path / "whole" / "train")
+    assert len(lines) == 1 and lines[0].startswith("refused: ") and "has no split" in refusal

@@ -50,7 +50,7 @@ PROMISED += [
 ]
 # sha256 over every published number, column and way to have a row, in order; recompute it only for a correction checked
 # with the paper
-PUBLISHED_SHA256 = "10ab8935a1abb8df2b4a82401aad33e49eb506f391a58f8ecdcc561f83506c5b"
+PUBLISHED_SHA256 = "84fd01e472590c587fb55788bef7ed1cb2c2bb395eb5b619b6502b206fa23511"
 
 
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):

@@ -8,7 +8,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from moco_eval.results import statistics
 from moco_eval.results.metrics import accuracy
-from moco_eval.results.statistics import Answers, intervals, mean_and_std, summarise
+from moco_eval.results.statistics import Answers, draw_weights, intervals, mean_and_std, resampled, summarise, value
 
 
 def test_mean_and_sample_deviation():
@@ -256,3 +256,27 @@ def test_the_detectable_difference_is_found_in_four_of_five_samples_and_nothing_
     else:
         assert found / 600 == pytest.approx(0.8, abs=0.049)
         assert errors / 600 == pytest.approx(100 * difference, rel=0.02)
+
+
+def test_resampled_overlap_is_that_of_the_sums_over_the_drawn_images():
+    """Against a loop over resamples, images and classes; the difference of two runs on the same resamples."""
+    random = np.random.default_rng(0)
+    matrices = random.integers(0, 9, (2, 6, 4, 4)) * (random.random((2, 6, 4, 1)) < 0.7)
+    pixels = np.stack([np.stack([np.diag(m), m.sum(axis=0), m.sum(axis=1)]) for m in matrices.reshape(-1, 4, 4)])
+    a, b = (Answers.of_pixels(part) for part in pixels.reshape(2, 1, 6, 3, 4))
+    for run in (a, b):
+        for metric in ("mIoU", "pixel_accuracy"):
+            assert value(metric, run) == pytest.approx(_naive_overlap(metric, run.pixels[0].sum(axis=0)))
+    (weights,) = draw_weights(6, 40, 0)
+    drawn = [np.repeat(np.arange(6), column) for column in weights.T]
+    naive = [[_naive_overlap("mIoU", run.pixels[0][images].sum(axis=0)) for images in drawn] for run in (a, b)]
+    assert resampled("mIoU", b, resamples=40) == pytest.approx(naive[1])
+    assert resampled("mIoU", b, a, resamples=40) == pytest.approx(np.subtract(naive[1], naive[0]))
+
+
+def _naive_overlap(metric, counts):
+    shared, said, true = counts.tolist()
+    if metric == "pixel_accuracy":
+        return 100 * sum(shared) / sum(true)
+    unions = [(one, p + t - one) for one, p, t in zip(shared, said, true) if p + t - one]
+    return 100 * sum(one / union for one, union in unions) / len(unions)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -18,6 +19,7 @@ from moco_eval.data.masks.folder import read_mask_folder
 from moco_eval.data.masks.samples import IGNORED
 from moco_eval.data.masks.scenes import write_mask_scenes
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.results.compare import compare
 from moco_eval.segmentation import inputs, pictures
 from moco_eval.segmentation import train as training
 from moco_eval.segmentation.recipe import DEFAULTS, PROTOCOLS, learning_rate, recipe_deviations
@@ -398,13 +400,43 @@ def test_shuffled_masks_are_far_below(tmp_path, name):
 
 
 def test_the_report_shows_segmentations_beside_each_other(whole, tmp_path, capfd, monkeypatch):
-    name, output, record = whole
+    _, output, record = whole
     in_process(capfd, monkeypatch, "report", output, "--output", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Segmentations</h2>" in page and "the image, the truth (white: no class), the prediction" in page
     assert page.count("IoU of each class, best first") == 1 and "mIoU" in page
     assert page.count('alt="Image 1, as') == 1 and f"{record['metrics']['mIoU']:.1f}" in page
-    assert "is a segmentation run" in error_line(capfd, monkeypatch, "compare", output, output), name
+
+
+def test_two_segmentations_are_compared_on_the_same_images(whole, tmp_path, capfd, monkeypatch):
+    """A run that errs on fewer pixels of every image is better for certain; of one that says the same nothing is."""
+    _, output, record = whole
+    same = compare(output, output)
+    assert (same.metric, same.difference, same.over_images.p) == ("mIoU", 0.0, 1.0)
+    better = shutil.copytree(output, tmp_path / "better")
+    with np.load(better / "pixel_counts.npz") as file:
+        counts = file["counts"]
+    counts[:, :2] = counts[:, 2:]  # says the truth
+    np.savez_compressed(better / "pixel_counts.npz", counts=counts)
+    with pytest.raises(
+        InputError, match=r"result.json says mIoU .* pixel_counts.npz gives 100.00; they are not of one"
+    ):
+        compare(output, better)
+    (better / "result.json").write_text(json.dumps(record | {"metrics": {"mIoU": 100.0, "pixel_accuracy": 100.0}}))
+    done = compare(output, better)
+    assert done.difference == pytest.approx(100 - record["metrics"]["mIoU"])
+    assert done.over_images.interval[0] > 0 and done.over_images.p < 0.001 and done.discordant is None
+    out, _ = in_process(capfd, monkeypatch, "compare", output, better)
+    assert f"B - A in mIoU, percent, on the same 3 images of {record['dataset']['name']} test" in out
+    counts[0, :, 0] += 1  # another mask
+    np.savez_compressed(better / "pixel_counts.npz", counts=counts)
+    assert "1 of 3 have another label" in error_line(capfd, monkeypatch, "compare", output, better)
+    np.savez_compressed(better / "pixel_counts.npz", counts=counts[:2])
+    assert "pixel_counts.npz is damaged" in error_line(capfd, monkeypatch, "compare", output, better)
+    (better / "pixel_counts.npz").write_bytes(b"nothing")
+    assert "pixel_counts.npz cannot be read" in error_line(capfd, monkeypatch, "compare", output, better)
+    (better / "pixel_counts.npz").unlink()
+    assert "pixel_counts.npz does not exist" in error_line(capfd, monkeypatch, "compare", output, better)
 
 
 def test_each_iteration_has_crops_of_its_own(tmp_path):

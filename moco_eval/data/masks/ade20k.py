@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_eval import limits
+from moco_eval.data.boxes.samples import Findings
 from moco_eval.data.masks.samples import (
     MaskSample,
     SegmentationData,
@@ -16,7 +17,7 @@ COUNT = 150
 LAYOUT = "give ADEChallengeData2016, with images/ and annotations/"
 
 
-def read_ade20k(root: Path) -> SegmentationData:
+def read_ade20k(root: Path, findings: Findings | None = None) -> SegmentationData:
     """training (20,210 images) to validation (2,000); value 0, other objects, is ignored, 1 to 150 are the classes.
 
     Raises:
@@ -24,7 +25,7 @@ def read_ade20k(root: Path) -> SegmentationData:
     """
     root = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
     splits = {split: _samples(root, split) for split in ("training", "validation")}
-    return opened("ade20k", root, _names(root), splits, class_table(COUNT, (0,), first=1), (20210, 2000))
+    return opened("ade20k", root, _names(root), splits, class_table(COUNT, (0,), first=1), findings or Findings())
 
 
 def _samples(root: Path, split: str) -> list[MaskSample]:

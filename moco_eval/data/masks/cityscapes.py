@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moco_eval.data.boxes.samples import Findings
 from moco_eval.data.masks.samples import IGNORED, MaskSample, SegmentationData, class_table, opened, require_folder
 
 CLASSES = (
@@ -15,7 +16,7 @@ LABELS = 34  # label ids, from 0; those that no class has are ignored, as is -1,
 LAYOUT = "give the folder that holds Cityscapes' leftImg8bit/ and gtFine/"
 
 
-def read_cityscapes(root: Path) -> SegmentationData:
+def read_cityscapes(root: Path, findings: Findings | None = None) -> SegmentationData:
     """train_fine (2,975 images) to val (500).
 
     Raises:
@@ -23,7 +24,7 @@ def read_cityscapes(root: Path) -> SegmentationData:
     Source: cityscapesScripts, helpers/labels.py.
     """
     splits = {split: _samples(root, split) for split in ("train", "val")}
-    return opened("cityscapes", root, CLASSES, splits, label_table(), (2975, 500))
+    return opened("cityscapes", root, CLASSES, splits, label_table(), findings or Findings())
 
 
 def label_table() -> np.ndarray:

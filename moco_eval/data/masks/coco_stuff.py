@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_eval import limits
+from moco_eval.data.boxes.samples import Findings
 from moco_eval.data.masks.samples import (
     MaskSample,
     SegmentationData,
@@ -18,7 +19,7 @@ VALUES = tuple(value for value in range(LABELS) if value not in UNUSED)  # 171: 
 LAYOUT = "give the folder that holds train2017/, val2017/ (or images/ with both) and stuffthingmaps/"
 
 
-def read_coco_stuff(root: Path) -> SegmentationData:
+def read_coco_stuff(root: Path, findings: Findings | None = None) -> SegmentationData:
     """train2017 (118,287 images) to val2017 (5,000), 171 classes of things and stuff; 255 is ignored.
 
     Raises:
@@ -27,7 +28,7 @@ def read_coco_stuff(root: Path) -> SegmentationData:
     """
     splits = {split: _samples(root, split) for split in ("train2017", "val2017")}
     table = class_table(len(VALUES), (255,), ids=VALUES)
-    return opened("coco-stuff", root, _names(root), splits, table, (118287, 5000))
+    return opened("coco-stuff", root, _names(root), splits, table, findings or Findings())
 
 
 def _samples(root: Path, split: str) -> list[MaskSample]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moco_eval import limits
+from moco_eval.data.boxes.samples import Findings
 from moco_eval.data.masks.samples import (
     MOST_CLASSES,
     ONE_CLASS,
@@ -28,6 +29,7 @@ def read_mask_folder(
     classes: Sequence[str] = (),
     ignored: Sequence[int] = (255,),
     name: str = "mask-folder",
+    findings: Findings | None = None,
 ) -> SegmentationData:
     """Images and masks that share their names, suffixes apart.
 
@@ -44,9 +46,10 @@ def read_mask_folder(
         raise InputError(f"{root} has no split {', '.join(TEST_SPLITS)}; {LAYOUT}")
     if train_split == test_split:
         raise InputError(f"--train-split and --test-split are both {test_split}; nothing would be left to test on")
-    splits = {split: _samples(root, split) for split in (train_split, test_split)}
-    classes = classes or _numbered(root, splits[train_split], ignored)
-    return opened(name, root, classes, splits, class_table(len(classes), ignored))
+    findings = findings or Findings()
+    splits = {split: _samples(root, split, findings) for split in (train_split, test_split)}
+    classes = classes or _numbered(root, splits[train_split], ignored, findings.go_on)
+    return opened(name, root, classes, splits, class_table(len(classes), ignored), findings)
 
 
 def _places(root: Path, split: str) -> tuple[Path, Path] | None:
@@ -56,20 +59,22 @@ def _places(root: Path, split: str) -> tuple[Path, Path] | None:
     return next((pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir()), None)
 
 
-def _samples(root: Path, split: str) -> list[MaskSample]:
+def _samples(root: Path, split: str, findings: Findings) -> list[MaskSample]:
     places = _places(root, split)
     if places is None:
         raise InputError(f"{root} has no images and masks of split {split!r}; {LAYOUT}")
     images, masks = (files_by_stem(place) for place in places)
-    if odd := sorted(set(masks) - set(images)):
-        raise InputError(f"{masks[odd[0]]} has no image in {places[0]}; put it there, or take the mask away")
+    findings.begin(split)
+    for odd in sorted(set(masks) - set(images)):
+        message = f"{masks[odd]} has no image in {places[0]}; put it there, or take the mask away"
+        findings.refuse("masks without an image", str(masks[odd]), message)
     missing = places[1]
     return [MaskSample(stem, path, masks.get(stem, missing / f"{stem}.png")) for stem, path in images.items()]
 
 
-def _numbered(root: Path, samples: Sequence[MaskSample], ignored: Sequence[int]) -> list[str]:
+def _numbered(root: Path, samples: Sequence[MaskSample], ignored: Sequence[int], go_on: bool) -> list[str]:
     """Classes that are named by their values, up to the highest that the training masks have."""
-    values = [int(value) for value in values_of(samples) if value not in ignored]
+    values = [int(value) for value in values_of(samples, go_on) if value not in ignored]
     if not values:
         raise InputError(f"{root}: no training mask has a value other than the ignored {list(ignored)}; {ONE_CLASS}")
     if values[-1] >= MOST_CLASSES:

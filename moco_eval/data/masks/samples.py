@@ -11,13 +11,20 @@ import numpy as np
 from PIL import Image
 
 from moco_eval import limits
-from moco_eval.data.boxes.samples import fingerprint, image_size, images_by_stem, read_image, unreadable
+from moco_eval.data.boxes.samples import Findings, fingerprint, image_size, images_by_stem, read_image, unreadable
 from moco_eval.data.pixels import open_image
 from moco_eval.errors import InputError
 
 IGNORED = 255  # what we call a pixel without a class, whatever its file says
 MOST_CLASSES = 255
 ONE_CLASS = "a foreground of 255 is to be written as 1, as 255 is ignored unless --ignore says otherwise"
+PUBLISHED = {
+    "voc-aug": (10582, 1449),
+    "voc2012": (1464, 1449),
+    "cityscapes": (2975, 500),
+    "ade20k": (20210, 2000),
+    "coco-stuff": (118287, 5000),
+}  # training and test images of the data sets as they were published
 SINGLE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
@@ -70,7 +77,10 @@ class SegmentationData:
         Raises:
             InputError: see `read_values`; or a value that is no class.
         """
-        values = read_values(sample.mask)
+        return self.classes_of(sample, read_values(sample.mask))
+
+    def classes_of(self, sample: MaskSample, values: np.ndarray) -> np.ndarray:
+        """The same of the values of a sample's mask. Raises InputError where one is no class."""
         classes = self.values[values]
         if (classes < 0).any():
             raise InputError(_unknown_value(sample.mask, values, classes, self))
@@ -96,25 +106,25 @@ def opened(
     classes: Sequence[str],
     splits: dict[str, list[MaskSample]],
     values: np.ndarray,
-    published: Sequence[int] = (),
+    findings: Findings,
 ) -> SegmentationData:
-    """The data of a reader, once every file is known to be there.
+    """The data of a reader, once every file is known to be there; other counts than PUBLISHED are a deviation.
 
     Args:
         splits: the training and the test split by their names.
-        published: how many images the two have where the data set was published; others are a deviation.
+        findings: going on, it takes the files that are not there, and their images are left out.
     Raises:
         InputError: an empty split, a missing file, or more classes than a mask of ours holds.
     """
-    (train_split, train), (test_split, test) = splits.items()
     for split, samples in splits.items():
         if not samples:
             raise InputError(f"{root}: its split {split} has no image; see docs/segmentation.md for the layout")
-        require_masks(samples)
+    whole = {split: require_masks(samples, split, findings) for split, samples in splits.items()}
+    (train_split, train), (test_split, test) = whole.items()
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise InputError(f"{root} has {len(classes)} classes, and masks have 2 to {MOST_CLASSES}; {ONE_CLASS}")
     files = [path for sample in train + test for path in (sample.image, sample.mask)]
-    counts = zip(("training", "test"), (train, test), published)
+    counts = zip(("training", "test"), (train, test), PUBLISHED.get(name, ()))
     deviations = [
         f"{len(samples)} {kind} images instead of {count}" for kind, samples, count in counts if len(samples) != count
     ]
@@ -208,7 +218,12 @@ def count_pixels(data: SegmentationData, samples: Sequence[MaskSample]) -> np.nd
 def _counts(data: SegmentationData, sample: MaskSample) -> np.ndarray:
     mask = data.mask(sample)
     require_one_size(sample, image_size(sample.image), mask)
-    return np.bincount(mask.ravel(), minlength=IGNORED + 1)[: len(data.classes)]
+    return counts_of_classes(mask, len(data.classes))
+
+
+def counts_of_classes(mask: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels of each class, (C,) int64."""
+    return np.bincount(mask.ravel(), minlength=IGNORED + 1)[:classes]
 
 
 def _each(function: Any, samples: Sequence[MaskSample]) -> Iterator[Any]:
@@ -218,12 +233,21 @@ def _each(function: Any, samples: Sequence[MaskSample]) -> Iterator[Any]:
             yield from pool.map(function, samples[start : start + 256])
 
 
-def values_of(samples: Sequence[MaskSample]) -> np.ndarray:
-    """Every value that these masks' files have, ascending."""
+def values_of(samples: Sequence[MaskSample], go_on: bool = False) -> np.ndarray:
+    """Every value that these masks' files have, ascending; `go_on`: without those that cannot be read."""
     present = np.zeros(1 << 16, bool)
-    for values in _each(lambda sample: np.unique(read_values(sample.mask)), samples):
+    for values in _each(lambda sample: _values_of(sample, go_on), samples):
         present[values] = True
     return np.flatnonzero(present)
+
+
+def _values_of(sample: MaskSample, go_on: bool) -> np.ndarray:
+    try:
+        return np.unique(read_values(sample.mask))
+    except InputError:
+        if go_on:
+            return np.zeros(0, np.int32)
+        raise
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
@@ -246,12 +270,18 @@ def require_folder(folder: Path, what: str) -> Path:
     return folder
 
 
-def require_masks(samples: Sequence[MaskSample]) -> None:
-    """Raises InputError where an image or its mask is not there."""
-    for kind in ("image", "mask"):
-        lost = [sample for sample in samples if not getattr(sample, kind).is_file()]
-        if lost:
-            raise InputError(
-                f"{len(lost)} of {len(samples)} images have no {'file' if kind == 'image' else 'mask'}: "
-                f"{getattr(lost[0], kind)} does not exist; put it there, or take {lost[0].name!r} out of its split"
+def require_masks(samples: Sequence[MaskSample], split: str, findings: Findings) -> list[MaskSample]:
+    """The samples whose image and mask are there. Raises InputError where one is not, unless `findings` goes on."""
+    findings.begin(split)
+    whole = list(samples)
+    for kind, missing in (("image", "file"), ("mask", "mask")):
+        lost = [sample for sample in whole if not getattr(sample, kind).is_file()]
+        for sample in lost:
+            findings.refuse(
+                f"images without a {missing}",
+                str(getattr(sample, kind)),
+                f"{len(lost)} of {len(samples)} images have no {missing}: {getattr(sample, kind)} does not exist; "
+                f"put it there, or take {sample.name!r} out of its split",
             )
+        whole = [sample for sample in whole if getattr(sample, kind).is_file()]
+    return whole

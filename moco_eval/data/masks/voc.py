@@ -3,7 +3,7 @@
 from pathlib import Path, PurePath
 
 from moco_eval import limits
-from moco_eval.data.boxes.samples import inside
+from moco_eval.data.boxes.samples import Findings, inside
 from moco_eval.data.boxes.voc import VOC_CLASSES
 from moco_eval.data.masks.samples import (
     MaskSample,
@@ -19,39 +19,47 @@ CLASSES = ("background", *VOC_CLASSES)
 LAYOUT = "give VOCdevkit, or its VOC2012 with JPEGImages/, ImageSets/Segmentation/ and the masks"
 
 
-def read_voc_aug(root: Path) -> SegmentationData:
-    """train_aug of 2012 (10,582 images) to val (1,449), their masks in SegmentationClassAug. Raises as `_read`."""
-    return _read("voc-aug", root, "SegmentationClassAug", ("train_aug", "trainaug"), (10582, 1449))
+def read_voc_aug(root: Path, findings: Findings | None = None) -> SegmentationData:
+    """train_aug of 2012 (10,582 images) to val (1,449), masks of SegmentationClassAug. Raises as `_read`.
+
+    An image whose mask is in SegmentationClass has that one, as in mmsegmentation, whose lists, train.txt and aug.txt,
+    are taken where there is no other.
+    """
+    return _read("voc-aug", root, "SegmentationClassAug", (("train_aug",), ("trainaug",), ("train", "aug")), findings)
 
 
-def read_voc2012(root: Path) -> SegmentationData:
+def read_voc2012(root: Path, findings: Findings | None = None) -> SegmentationData:
     """train of 2012 (1,464 images) to val (1,449), their masks in SegmentationClass. Raises as `_read`."""
-    return _read("voc2012", root, "SegmentationClass", ("train",), (1464, 1449))
+    return _read("voc2012", root, "SegmentationClass", (("train",),), findings)
 
 
 def _read(
-    name: str, root: Path, masks: str, train_lists: tuple[str, ...], published: tuple[int, int]
+    name: str, root: Path, masks: str, train_lists: tuple[tuple[str, ...], ...], findings: Findings | None
 ) -> SegmentationData:
     """Palette or grey PNGs: 0 background, 1 to 20 the classes, 255 ignored.
 
     Args:
-        train_lists: names that the list of training images may have.
+        train_lists: names that the list of training images may have, or the lists.
     Raises:
         InputError: what is missing, with its place.
     """
     root = next((place for place in (root / "VOCdevkit" / "VOC2012", root / "VOC2012") if place.is_dir()), root)
     lists = require_folder(root / "ImageSets" / "Segmentation", LAYOUT)
-    train = next((split for split in train_lists if (lists / f"{split}.txt").is_file()), train_lists[0])
+    whole = (several for several in train_lists if all((lists / f"{one}.txt").is_file() for one in several))
+    train = next(whole, train_lists[0])
     images = files_by_stem(require_folder(root / "JPEGImages", LAYOUT))
     folder = require_folder(root / masks, LAYOUT)
+
+    def sample(stem: str) -> MaskSample:
+        own = root / "SegmentationClass" / f"{stem}.png"
+        mask = own if own.is_file() else folder / f"{stem}.png"
+        return MaskSample(stem, images.get(stem, root / "JPEGImages" / f"{stem}.jpg"), mask)
+
     splits = {
-        split: [
-            MaskSample(stem, images.get(stem, root / "JPEGImages" / f"{stem}.jpg"), folder / f"{stem}.png")
-            for stem in _names(lists / f"{split}.txt")
-        ]
-        for split in (train, "val")
+        "+".join(several): [sample(stem) for one in several for stem in _names(lists / f"{one}.txt")]
+        for several in (train, ("val",))
     }
-    return opened(name, root, CLASSES, splits, class_table(len(CLASSES), (255,)), published)
+    return opened(name, root, CLASSES, splits, class_table(len(CLASSES), (255,)), findings or Findings())
 
 
 def _names(path: Path) -> list[str]:
