@@ -65,7 +65,7 @@ def datasets(
         lines, refusals["segment"] = masks.check(name, options.data, where[2:], classes, ignore or (255,))
     if name in boxes.NAMES and not writes:
         more, refusals["detect"] = boxes.check(*where)
-        lines += more + catalogue.check_too(*where)
+        lines += [f"as instances: {line}" if lines else line for line in more] + catalogue.check_too(*where)
     for line in lines if refusals else catalogue.check(*where, writes, options.val_fraction, quick):
         click.echo(line)
     refused = [f"{command} refuses these data: {refusal}" for command, refusal in refusals.items() if refusal]
