@@ -328,7 +328,9 @@ def test_labels_of_real_voc_images_are_those_of_the_devkits_class_lists(shared_d
 
 def test_every_name_is_listed_and_in_the_help(capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, "datasets")
-    assert [line.split()[0] for line in out.splitlines()] == ["NAME", *NAMES, "voc", "coco", "coco-folder"]
+    detected = ("voc", "coco", "lvis-v0.5", "lvis-v1", "cityscapes", "coco-folder")
+    masked = ("voc-aug", "voc2012", "cityscapes", "ade20k", "coco-stuff", "mask-folder")
+    assert [line.split()[0] for line in out.splitlines()] == ["NAME", *NAMES, *detected, *masked]
     assert "mean_per_class" in next(line for line in out.splitlines() if line.startswith("pets"))
     assert len(known()) == len(NAMES)
     assert [word.split()[0] for word in options.DATASETS.split(", ")] == [
@@ -344,7 +346,7 @@ def test_datasets_check_says_what_there_is_or_what_is_wrong(tmp_path, capfd, mon
     assert "2 classes; metric mean_per_class" in out
     assert "not as published: pets train of 3 images instead of 3680" in out
     flat = ["datasets", "check", "flat", "--data", tmp_path / "oxford-iiit-pet"]
-    assert in_process(capfd, monkeypatch, *flat)[0].startswith("flat train: 5 images")
+    assert in_process(capfd, monkeypatch, *flat)[0].startswith("flat:oxford-iiit-pet train: 5 images")
     wrong = ["datasets", "check", "dtd", "--data", tmp_path]
     assert "Published at https://" in error_line(capfd, monkeypatch, *wrong)
     assert "needs a NAME" in error_line(capfd, monkeypatch, "datasets", "check")

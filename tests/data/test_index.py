@@ -132,7 +132,7 @@ def test_check_names_the_classes_and_what_was_passed_over(folder):
     lines = check("imagefolder", folder)
     assert "classes: cat, cat-2, dog" in lines and "3 classes; metric top1" in lines
     (said,) = [line for line in lines if "passed over" in line]
-    assert said.startswith("imagefolder train: 10 hidden or system entries passed over: train/.DS_Store")
+    assert said.startswith("imagefolder:data train: 10 hidden or system entries passed over: train/.DS_Store")
 
 
 def test_many_classes_are_named_in_part(monkeypatch):
@@ -149,7 +149,7 @@ def test_an_evaluation_and_pretraining_say_what_was_passed_over(tmp_path, capfd,
             noise = np.random.default_rng(len(list((tmp_path / "set").rglob("*.png")))).integers(0, 256, (8, 8, 3))
             Image.fromarray(noise.astype(np.uint8)).save(path)
     (tmp_path / "set" / "train" / ".ipynb_checkpoints").mkdir()
-    said = "imagefolder train: 1 hidden or system entries passed over: train/.ipynb_checkpoints"
+    said = "imagefolder:set train: 1 hidden or system entries passed over: train/.ipynb_checkpoints"
     command = ("knn", "random:resnet18_quarter", "--dataset", "imagefolder", "--data", tmp_path / "set", "--set", "k=2")
     _, err = in_process(capfd, monkeypatch, *command, "--device", "cpu", "--dry-run")
     assert err.count(said) == 1

@@ -74,7 +74,7 @@ def test_a_list_names_images_by_name_or_by_class_and_name(folder):
     assert some.rows.tolist() == [0, 1, 3, 5]
     digest = hashlib.sha256((folder / "list.txt").read_bytes()).hexdigest()
     assert some.subset == f"the 4 images of an unpublished list, sha256 {digest}"
-    assert split_deviations(some) == [f"imagefolder train: {some.subset}"]
+    assert split_deviations(some) == [f"{whole.name} train: {some.subset}"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_linear_trains_on_a_list_and_says_so(folder, capfd, monkeypatch):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"the 3 images of an unpublished list, sha256 {digest}" in out
     (run,) = (folder / "runs").glob("linear-*")
-    assert "imagefolder-mine" in run.name
+    assert "-imagefolder-" in run.name and "-mine-" in run.name
     record = json.loads((run / "result.json").read_text())
     assert record["dataset"]["subset"].endswith(digest) and "labels_per_class" not in record["dataset"]
     assert "cow.png" in error_line(capfd, monkeypatch, *arguments, write(folder / "bad.txt", "cow.png"))

@@ -258,7 +258,7 @@ def test_datasets_check_counts_all_that_is_wrong_with_masks(tmp_path):
         "mask-folder train: 6 images, 66 labelled pixels",
         "mask-folder val: 8 images, 192 labelled pixels",
     ]
-    assert lines[11].split() == ["sky", "22", "64"] and refusal.endswith("put it there, or take the mask away")
+    assert lines[11].split() == ["sky", "22", "64"] and refusal.endswith("put it there, or remove the mask")
     with pytest.raises(InputError, match="ade20k has its own splits, classes and ignored values"):
         check("ade20k", tmp_path, ("train", None))
 

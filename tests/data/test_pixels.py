@@ -116,7 +116,7 @@ def test_a_folder_of_floats_is_refused_before_anything_runs(tmp_path, capfd, mon
 def test_twelve_bits_in_sixteen_are_said_everywhere(tmp_path, capfd, monkeypatch):
     root = folder_of(tmp_path / "set", (RAMP * 16).astype(np.uint16), "tif")
     words = "no pixel of 4 images looked at is brighter than 12 of 255; if they are of 10 to 14 bits"
-    assert f"doubtful: imagefolder train: {words}" in "\n".join(check("imagefolder", root))
+    assert f"doubtful: imagefolder:set train: {words}" in "\n".join(check("imagefolder", root))
     settings = configs.load("digits", "pretrain", PretrainConfig, ["batch_size=4", "bn_groups=2", "queue_size=8"])
     assert any(words in line for line in plan(settings, "imagefolder", root, 1).warnings)
     command = ("knn", "random:resnet18_quarter", "--dataset", "imagefolder", "--data", root, "--set", "k=2")

@@ -128,7 +128,9 @@ def test_one_class_only_is_refused_by_every_command_before_anything_runs(tmp_pat
     there = ("random:resnet18_quarter", "--dataset", "imagefolder", "--data", root, "--output", tmp_path / "run")
     for command in ("knn", "linear", "logistic", "svm", "finetune", "suite"):
         line = error_line(capfd, monkeypatch, command, *there)
-        assert "imagefolder has only one class, 'only': every answer would be right" in line and "--tasks" not in line
+        assert (
+            "imagefolder:set has only one class, 'only': every answer would be right" in line and "--tasks" not in line
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -145,7 +147,7 @@ def test_one_class_only_is_refused_in_python_and_gets_no_monitor(tmp_path, monke
     root = folder_of(tmp_path / "set", classes=("only",))
     monitor = Monitor(plan(small("knn.every=1"), "imagefolder", root, 1))
     assert monitor.splits is None and not monitor.due(1)
-    assert said[0].startswith("no kNN monitor: imagefolder has only one class, 'only'")
+    assert said[0].startswith("no kNN monitor: imagefolder:set has only one class, 'only'")
 
 
 @pytest.mark.parametrize("gone", ["ant", "dog", "owl"])

@@ -57,7 +57,7 @@ def test_every_image_is_read_by_its_place_and_companions_are_counted(folder):
     assert images.labels is None and images.damaged == () and images.image(7).size == (40, 40)
     assert images.shards.tolist() == list(range(4, 37, 4))
     assert images.record() | {"fingerprint": ""} == {
-        "name": "webdataset", "split": "train", "fingerprint": "", "images": 36, "classes": 0, "shards": 9,
+        "name": "webdataset:data", "split": "train", "fingerprint": "", "images": 36, "classes": 0, "shards": 9,
         "other_members": 36,
     }  # fmt: skip
     sizes = [(os.fsencode(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*.tar")]
@@ -185,11 +185,16 @@ def test_damage_beyond_bad_images_is_refused_and_within_it_is_said(folder):
     cut(folder / "0" / "shard-000000.tar", 700)
     (folder / "1" / "void.tar").write_bytes(b"")
     settings = ["arch=resnet18_quarter", "batch_size=16", "bn_groups=4", "queue_size=64", "symmetric=false"]
-    with pytest.raises(InputError, match=r"2 damaged in webdataset: 0/shard-000000.tar.*, 1/void.tar.*bad_images=2"):
+    with pytest.raises(
+        InputError, match=r"2 damaged in webdataset:data: 0/shard-000000.tar.*, 1/void.tar.*bad_images=2"
+    ):
         plan(config(*settings, "bad_images=1"), "webdataset", folder, 1)
     run = plan(config(*settings, "bad_images=2"), "webdataset", folder, 1)
     (warning,) = [words for words in run.warnings if "damaged" in words]
-    assert warning.startswith("2 damaged in webdataset: 0/shard-000000.tar") and f"warning: {warning}" in run.describe()
+    assert (
+        warning.startswith("2 damaged in webdataset:data: 0/shard-000000.tar")
+        and f"warning: {warning}" in run.describe()
+    )
 
 
 # Nothing is lost without a word: against GNU tar
@@ -323,7 +328,7 @@ def test_what_macos_leaves_in_a_shard_is_passed_over_and_named_once(folder):
             "1 hidden or system entries passed over: ._mac.tar; "
             "5 hidden or system members passed over: mac.tar/./._00000.jpg, ..."
         )
-    assert f"webdataset train: {images.passed_over}" in check("webdataset", folder)
+    assert f"webdataset:data train: {images.passed_over}" in check("webdataset", folder)
 
 
 def test_tar_files_in_a_tar_file_are_named(folder, tmp_path):

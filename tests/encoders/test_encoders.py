@@ -529,7 +529,10 @@ def test_shapes_without_a_meaning_are_refused_and_not_divided_by(tmp_path):
             lambda state: {name: t for name, t in state.items() if "running" not in name and "batches" not in name},
             "norm layers without running statistics",
         ),
-        (lambda state: {n.replace("downsample", "shortcut"): t for n, t in state.items()}, "shortcuts by another name"),
+        (
+            lambda state: {n.replace("downsample.", "shortcut.part"): t for n, t in state.items()},
+            "shortcuts by another name",
+        ),
     ],
 )
 def test_relatives_of_a_resnet_are_named(change, words, tmp_path):

@@ -221,6 +221,7 @@ def test_no_layout_is_left_out():
     elsewhere = {
         "moco-eval safetensors",
         "lightly's own CIFAR ResNet",
+        "kuangliu/pytorch-cifar",  # here in its 'net'
         *("moco-eval, MoCo v3 ViT", "moco-eval, MoCo v3 ResNet"),  # test_moco_v3.py
         *(row.origin for row in TRANSFORMERS_OF_METHODS),
     }

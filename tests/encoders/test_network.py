@@ -75,11 +75,11 @@ def test_a_module_of_ones_own_has_no_stages():
         ("resnet50,channels=0", "channels is 0; it must be a whole number of 1 to 64"),
         ("resnet50,channels=4.5", "channels is 4.5"),
         ("resnet50,chanels=4", "Did you mean 'channels'?"),
-        ("resnet50,channels=4,channels=4", "no argument"),
+        ("resnet50,channels=4,channels=4", "not an argument"),
         ("timm:resnet50,img_size=3", "timm does not build resnet50 with img_size=3"),
         ("timm:vit_base_patch16_224,embed_dim=7", "dim should be divisible by num_heads"),
         ("timm:vit_base_patch16_224,depth=1000000", "a whole number of 1 to 256"),
-        ("timm:vit_base_patch16_224,pretrained=1", "no argument"),
+        ("timm:vit_base_patch16_224,pretrained=1", "not an argument"),
     ],
 )
 def test_names_that_are_none_are_refused_in_one_line(name, words):

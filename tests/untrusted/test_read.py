@@ -533,7 +533,7 @@ def refused(path: Path) -> str:
         read(path)
     message = str(found.value)
     assert message.startswith(f"{path} ") or message.startswith(f"cannot read {path}: "), message
-    assert message.isprintable() and len(message) < len(str(path)) + 300, message
+    assert message.isprintable() and len(message) < len(str(path)) + 330, message
     return message.removeprefix(f"{path} ")
 
 
