@@ -90,7 +90,7 @@ REDUCED: list[tuple[str, str]] = [
     ("segment", SEGMENT),
     ("reproduce", "--dry-run"),  # tests/papers/test_reproduce.py runs whole chains
     *((name, "") for name in ("inspect", "convert", "table", "report", "compare", "fetch --list")),
-    *((name, "") for name in ("configs", "datasets", "doctor")),
+    *((name, "") for name in ("configs", "datasets", "doctor", "results")),
 ]
 # What is not run, and why. No other command is left out.
 NOT_RUN = {

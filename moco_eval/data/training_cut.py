@@ -65,7 +65,18 @@ def rand_augment(preprocessing: Preprocessing, augmentation: FinetuneAugmentatio
         "interpolation": str_to_pil_interp(augmentation.interpolation),
     }
     name = f"rand-m{strength.magnitude}-mstd{strength.magnitude_std}-inc1"
-    return ByTimm(rand_augment_transform(name, settings))
+    augment = rand_augment_transform(name, settings)
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
+    return ByTimm(augment)
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's; where its strength leaves no bit, the black that older versions of Pillow gave: newer ones refuse it."""
+    from timm.data.auto_augment import posterize as with_bits
+
+    return with_bits(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 @dataclass(frozen=True)

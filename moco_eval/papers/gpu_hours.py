@@ -66,6 +66,8 @@ def _cost(step: ChainStep, row: Row) -> GpuHours | None:
     trials = int(next((value for name, value in pairwise(step.arguments) if name == "--trials"), "1"))
     if step.arguments[0] == "detect":
         return _detection(configs.load(step.name, "detect", DetectConfig), trials)
+    if step.arguments[0] == "segment":
+        return None  # no figure was published
     return _classification(step, row, trials)
 
 

@@ -27,7 +27,7 @@ from moco_eval.config.classification import FinetuneAugmentation, FinetuneConfig
 from moco_eval.config.deviations import differences
 from moco_eval.config.learning_rate import rate_of_step
 from moco_eval.data.loader import Batches, draw_seed
-from moco_eval.data.training_cut import training_cut
+from moco_eval.data.training_cut import posterize, rand_augment, training_cut
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, Interrupted
 from moco_eval.preprocessing import Preprocessing
@@ -362,6 +362,16 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
 
 
 # Images
+
+
+def test_posterize_at_its_greatest_strength_leaves_black_and_else_is_timms():
+    image = Image.effect_noise((16, 16), 60).convert("RGB")
+    for left in range(9):
+        kept = np.asarray(image) & (255 << (8 - left) & 255)
+        assert np.array_equal(np.asarray(posterize(image, left)), kept), left
+    operations = rand_augment(Preprocessing(32, 32), augmentation()).step.ops
+    (ours,) = [one.aug_fn for one in operations if one.name == "PosterizeIncreasing"]
+    assert ours is posterize
 
 
 @pytest.mark.parametrize("erasing", [0.0, 1.0])

@@ -65,7 +65,7 @@ def test_cityscapes_without_masks_or_with_splits_is_refused(tmp_path, monkeypatc
 
 
 def test_a_table_of_a_thousand_classes_is_of_the_means_alone():
-    record = {"metrics": {"APbb": 1.0}, "std": {}, "trials": [{}], "over": "finetune"}
+    record = {"metrics": {"APbb": 1.0}, "std": {}, "interval": {}, "trials": [{}], "over": "finetune"}
     few = {str(place): {"APbb": 1.0} for place in range(100)}
     assert len(format_table(record | {"per_class": few}).splitlines()) == 102
     assert len(format_table(record | {"per_class": few | {"one more": {"APbb": None}}}).splitlines()) == 2

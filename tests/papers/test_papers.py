@@ -53,7 +53,7 @@ PROMISED += [
 ]
 # sha256 over every published number, column and way to have a row, in order; recompute it only for a correction checked
 # with the paper
-PUBLISHED_SHA256 = "6998f1114e169da930bfcfd27c4d094e3dccd5a9824b28be8ae8aa992cec924e"
+PUBLISHED_SHA256 = "c77ab3b7dcc63dd9a6353d74b216e78dba97fbb69960514dc0f0d0e2280c61ae"
 
 
 def cifar_record(top1=82.0, *, seed=0, epochs=200, deviations=(), time="2026-01-01T00:00:00+0000", **changes):

@@ -202,7 +202,7 @@ REFUSALS = {
         lambda run: edit(run, protocol="detect/digits-r50-c4@1"),
         "random holds no matches.npz, which detections",
     ),
-    "segmentation": (lambda run: edit(run, protocol="segment/linear@1"), "random is a segmentation run (segment/"),
+    "segmentation": (lambda run: edit(run, protocol="segment/linear@1"), "random/pixel_counts.npz does not exist"),
     "no predictions": (lambda run: (run / "predictions.npz").unlink(), "predictions.npz does not exist"),
     "cut": (truncate, "predictions.npz cannot be read"),
     "flipped": (flip, "predictions.npz cannot be read"),
