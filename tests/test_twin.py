@@ -199,7 +199,7 @@ def test_ranks_say_which_device_is_theirs(pretrained):
 FEW = {
     # of ViTs' recipes, what a ResNet and the twin (which has no AdamW) take
     **{"drop_path": [0], "optimizer.layer_decay": [1], "pooling": ["null"], "optimizer.kind": ["sgd"]},
-    **{"repeated_augmentation": [1], "mixup": ["null"]},
+    **{"repeated_augmentation": [1], "mixup": ["null"], "schedule.warmup_epochs": [0]},
     **{"batch_size": [16], "workers": [0], "k": [5, [1, 5]], "schedule.epochs": [2], "crops": [1], "path.count": [2]},
     **{"costs": [[0.1, 1.0]], "shots": [[1]], "samples": [1], "drop_last": [False], "learning_rates": [[0.1, 1.0]]},
     **{"features": [["pooled", "layer3"]], "solver": ["torch"], "max_iterations": [40], "bn_groups": [1]},
