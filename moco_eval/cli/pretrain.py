@@ -14,7 +14,7 @@ from moco_eval.cli.options import (
     try_option,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, tried
+from moco_eval.cli.shared import launch_again, load_config, tried, warn_of_rate
 from moco_eval.errors import InputError
 
 
@@ -47,6 +47,8 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     options = tried(config, "pretrain", options)
     resolved = load_config(config, "pretrain", PretrainConfig, options)
     require_there(options.called, options.data)
+    if options.batch_size is None:
+        warn_of_rate(resolved, config, "pretrain")
 
     import torch
 
