@@ -67,6 +67,9 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             output = _output(config, planned, options)
             holds(output, planned.resolved())
             click.echo(f"{planned.describe()}\noutput: {output}")
+            from pretraining.forecast import of_run
+
+            click.echo(of_run(planned, device).phrase)
             return 0
         return launch_again(options, max_restarts)
     with processes(options.device) as device:

@@ -106,11 +106,11 @@ def pixels_of(checkpoint: str, options: Options) -> dict[str, Any]:
     return parsed(options.pixels)
 
 
-def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options: Options) -> int:
-    """The plan of a dry run, or the run, in as many processes as asked for, and its table.
+def fine_tuned(plan: Any, cost: Any, run: Any, table: Any, task: Any, output: Path, options: Options) -> int:
+    """The plan of a dry run and its cost, or the run, in as many processes as asked for, and its table.
 
     Args:
-        plan, run, table: of detection or segmentation.
+        plan, cost, run, table: of detection or segmentation.
     """
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
@@ -119,8 +119,9 @@ def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options
     if options.nproc > 1 or options.dry_run:
         planned = plan(task, output, options.nproc)
         if options.dry_run:
-            choose_device(options.device)
+            device = choose_device(options.device)
             click.echo(planned)
+            click.echo(cost(task, options.nproc, device).phrase)
             return 0
         return launch_again(options)
     with processes(options.device) as device:

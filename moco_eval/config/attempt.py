@@ -3,6 +3,7 @@
 from typing import Any
 
 IMAGES, BATCH = 200, 32  # of each split; over all processes
+SMALL = 96  # pixels of a view; a ViT takes images of its own size only
 FEW, PAIR = 16, 2  # the same, of detection and segmentation
 
 
@@ -21,6 +22,9 @@ def shrunk(kind: str, values: dict[str, Any]) -> list[str]:
         overrides.append("schedule.milestones=[1]")
     if schedule.get("warmup_epochs"):
         overrides.append("schedule.warmup_epochs=1")
+    if kind == "pretrain" and str(values.get("arch")).startswith(("resnet", "wide_resnet")):
+        size = values.get("views", {}).get("size")
+        overrides += [f"views.size={SMALL}"] if isinstance(size, int) and size > SMALL else []
     if kind == "pretrain" and values.get("mechanism", "moco") in ("moco", "memory_bank"):
         overrides.append(f"queue_size={4 * BATCH}")  # the others' is the batch
     return overrides

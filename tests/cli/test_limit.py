@@ -62,7 +62,7 @@ def test_a_try_is_small_and_what_is_set_counts_more(command, in_tmp, capfd, monk
         "segment": ("20 iterations of 2 images", "at most 16 images of each split"),
         "linear": ("epochs: 2", "batch_size: 32", "200 training and 200 test images"),
         "finetune": ("epochs: 2", "batch_size: 32", "200 training and 200 test images"),
-        "pretrain": ("2 epochs", "K 128", "200 images, evenly spread"),
+        "pretrain": ("2 epochs", "K 128", "views.size 96 instead of 224", "200 images, evenly spread"),
     }
     assert all(words in out for words in wanted[command]), out
     key = "schedule.iterations" if command in ("detect", "segment") else "schedule.epochs"

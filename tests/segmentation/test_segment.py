@@ -340,7 +340,7 @@ def test_a_missing_mask_and_classes_without_a_pixel(tmp_path, capfd, monkeypatch
     assert (
         err.count("warning: 1 of 3 classes have no pixel in the test masks (sky): they count only where they are") == 1
     )
-    assert "mask-folder, 3 training and 2 test images, 3 classes" in out and "12 heads" in out
+    assert "mask-folder:data, 3 training and 2 test images, 3 classes" in out and "12 heads" in out
     Image.fromarray(np.full((30, 40), 255, np.uint8)).save(folder / "train_masks/1.png")
     _, err = in_process(capfd, monkeypatch, *arguments, "--dry-run")
     assert "warning: 1 of 3 training masks have no labelled pixel (the first: " in err
@@ -358,7 +358,7 @@ def test_the_command_learns_two_halves(tmp_path, capfd, monkeypatch):
     out, _ = in_process(capfd, monkeypatch, *COMMAND, "--data", folder, "--output", tmp_path / "run", *small)
     record = json.loads((tmp_path / "run/result.json").read_text())
     assert record["metrics"]["mIoU"] > 60 and list(record["per_class"]) == ["0", "1"]
-    assert f"segment/linear@1 mask-folder mIoU {record['metrics']['mIoU']:.2f}" in out
+    assert f"segment/linear@1 mask-folder:data mIoU {record['metrics']['mIoU']:.2f}" in out
 
 
 def test_without_data_the_command_says_what_it_needs(capfd, monkeypatch):
