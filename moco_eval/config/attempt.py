@@ -36,7 +36,8 @@ def _by_iterations(kind: str, values: dict[str, Any]) -> list[str]:
         overrides.append("schedule.steps=[15]")
     if kind == "detect":
         overrides += ["precise_bn=2", "accumulate=1"]
-        if not values.get("input", {}).get("jitter"):
+        sizes = values.get("input", {})
+        if not sizes.get("jitter") and sizes.get("min_size_test", 800) > 240:
             overrides += ["input.min_size_train=[240]", "input.min_size_test=240", "input.max_size=400"]
     return overrides
 
