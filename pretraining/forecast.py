@@ -6,7 +6,7 @@ device augments, as for a profile. Exchanges between processes are left out, as 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -15,12 +15,16 @@ import torch
 
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
-from moco_eval.data.catalogue import open_images
-from moco_eval.encoders.architectures import Architecture, architecture
+from moco_eval.data.catalogue import open_images, open_splits
+from moco_eval.encoders.architectures import Architecture, architecture, build_backbone
+from moco_eval.errors import InputError
 from moco_eval.papers import cost
+from moco_eval.papers.forecast import Forecast as Planned
+from moco_eval.papers.forecast import Part
+from moco_eval.papers.forecast import forecast as planned
 from moco_eval.runtime.printable import shell_join
 from pretraining.bottleneck import seconds, worker_seconds
-from pretraining.plan import by_device
+from pretraining.plan import Plan, by_device
 from pretraining.views import recipes, two_views
 
 DATA = {
@@ -111,6 +115,33 @@ def _smaller(config: PretrainConfig) -> str:
     """A step that takes less memory: MoCo v3 encodes a ViT's batch in parts, and a ResNet's must become smaller."""
     whole = config.mechanism == "moco_v3" and isinstance(architecture(config.arch), Architecture)
     return f"--batch-size {config.batch_size // 4}" if whole else "--set accumulate=4"
+
+
+def of_run(run: Plan, device: torch.device) -> Planned:
+    """Time and memory of a planned run: its networks, and views that the device augments.
+
+    Beside the query encoder that is probed there are the key encoder and SGD's momentum, and the dictionary.
+    """
+    config, images = run.config, len(run.images)
+    monitored = _test_images(run) if config.knn else 0
+    pieces = list(cost.pretraining_on(images, monitored, config, config.precision, run.processes))
+    on_device = _augmentation(config, device) if config.views.backend == "device" else 0.0
+    parts = []
+    for probe, through in pieces:
+        at_once = min(probe.batch, cost.CPU_BATCH) if device.type == "cpu" else probe.batch
+        parts.append(Part(cost.encoder_pieces(replace(probe, batch=at_once), device), through, probe.batch))
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in build_backbone(config.arch).parameters())
+    beside = 4 * (2 * weights + config.dim * config.queue_size)
+    return planned(parts, device, run.processes, images * config.schedule.epochs * on_device, beside)
+
+
+def _test_images(run: Plan) -> int:
+    """Of the kNN monitor; 0 where the data have none."""
+    try:
+        return len(open_splits(run.images.name, run.data)[1])
+    except InputError:
+        return 0
 
 
 def together(recipe: str, dataset: str, config: PretrainConfig, processes: int, pieces: Pieces, room: Room) -> Forecast:

@@ -51,6 +51,14 @@ def quick_probe(monkeypatch) -> None:
     monkeypatch.setattr("moco_eval.papers.cost.seconds_per_image", lambda probe, device: 0.01)
 
 
+@pytest.fixture(autouse=True)
+def quick_forecast(request, monkeypatch) -> None:
+    """A dry run times nothing, but in the tests of that, marked `probe`."""
+    if not request.node.get_closest_marker("probe"):
+        monkeypatch.setattr("moco_eval.papers.forecast.probed", lambda part, device: (0.01, 1e9))
+        monkeypatch.setattr("pretraining.forecast._augmentation", lambda config, device: 0.0)
+
+
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch) -> Path:
     """A test in an empty working directory."""

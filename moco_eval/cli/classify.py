@@ -27,7 +27,7 @@ from moco_eval.cli.options import (
     try_option,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, load_encoder, pixels_of, show, tried
+from moco_eval.cli.shared import launch_again, load_config, load_encoder, pixels_of, show, tried, warn_of_rate
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 
@@ -115,7 +115,9 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
 
     options_of_task = options if not named else replace(options, feature=None)
     task, regime = open_task(checkpoint, options_of_task, first.seed, splits)
-    config = load_config(row.code().shipped(protocol, task), kind, row.model, options, named)
+    config = load_config(written := row.code().shipped(protocol, task), kind, row.model, options, named)
+    if options.batch_size is None:
+        warn_of_rate(config, written, kind)
     output = options.output or default_output(kind, task.encoder, regime, config.protocol)
     if options.dry_run:
         ready = prepared(task, config)

@@ -68,6 +68,7 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
 
     from moco_eval.detection import detect as detection
     from moco_eval.detection.task import DetectionTask
+    from moco_eval.papers.forecast import of_detection
     from moco_eval.results.run_directory import default_output
 
     encoder = load_encoder(checkpoint, options, config.seed)
@@ -76,4 +77,4 @@ def detect(checkpoint: str, recipe: str | None, engine: str, options: Options) -
         encoder, config, options.called, options.data, *splits, options.trials, engine, limit=options.limit
     )
     output = options.output or default_output("detect", encoder, task.in_path, config.protocol)
-    return fine_tuned(detection.plan, detection.detect, detection.format_table, task, output, options)
+    return fine_tuned(detection.plan, of_detection, detection.detect, detection.format_table, task, output, options)

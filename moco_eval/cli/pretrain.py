@@ -14,7 +14,7 @@ from moco_eval.cli.options import (
     try_option,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, tried
+from moco_eval.cli.shared import launch_again, load_config, tried, warn_of_rate
 from moco_eval.errors import InputError
 
 
@@ -47,6 +47,8 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     options = tried(config, "pretrain", options)
     resolved = load_config(config, "pretrain", PretrainConfig, options)
     require_there(options.called, options.data)
+    if options.batch_size is None:
+        warn_of_rate(resolved, config, "pretrain")
 
     import torch
 
@@ -65,6 +67,9 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             output = _output(config, planned, options)
             holds(output, planned.resolved())
             click.echo(f"{planned.describe()}\noutput: {output}")
+            from pretraining.forecast import of_run
+
+            click.echo(of_run(planned, device).phrase)
             return 0
         return launch_again(options, max_restarts)
     with processes(options.device) as device:

@@ -67,6 +67,7 @@ def segment(
     config = load_recipe(name, "segment", SegmentConfig, options)
     pixels_of(checkpoint, options)
 
+    from moco_eval.papers.forecast import of_segmentation
     from moco_eval.results.run_directory import default_output
     from moco_eval.segmentation import segment as segmentation
     from moco_eval.segmentation.task import SegmentationTask
@@ -85,4 +86,6 @@ def segment(
         limit=options.limit,
     )
     output = options.output or default_output("segment", encoder, task.in_path, config.protocol)
-    return fine_tuned(segmentation.plan, segmentation.segment, segmentation.format_table, task, output, options)
+    return fine_tuned(
+        segmentation.plan, of_segmentation, segmentation.segment, segmentation.format_table, task, output, options
+    )

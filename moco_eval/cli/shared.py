@@ -36,7 +36,7 @@ def tried(name: str, kind: str, options: Options) -> Options:
 
 
 def load_config(name: str, kind: str, model: Any, options: Options, more: Sequence[str] = ()) -> Any:
-    """A config with --set and the shared options applied; --batch-size carries the learning rate along.
+    """A config with --set and the shared options applied; --batch-size carries a learning rate along that is not set.
 
     Args:
         more: further overrides.
@@ -46,11 +46,26 @@ def load_config(name: str, kind: str, model: Any, options: Options, more: Sequen
 
     overrides = [*options.overrides, *more, *options.of_every_config]
     if options.batch_size is not None:
-        carried, message = rescaled(configs.merged(name, kind, overrides), options.batch_size)
+        carried, message = rescaled(configs.merged(name, kind, overrides), options.batch_size, options.overrides)
         overrides += carried
         if message:
             tell_once(message)
     return configs.load(name, kind, model, overrides)
+
+
+def warn_of_rate(config: Any, name: str, kind: str) -> None:
+    """Warns of a learning rate that belongs to another batch than the config of that name has now."""
+    from moco_eval.config import load as configs
+
+    written = configs.merged(name, kind, [])
+    optimizer = written.get("optimizer")
+    if not isinstance(optimizer, dict) or config.batch_size == written.get("batch_size"):
+        return
+    if config.optimizer.lr == optimizer.get("lr"):
+        tell_once(
+            f"warning: batch_size {config.batch_size} with lr {config.optimizer.lr:g}, which belongs to batches of "
+            f"{written['batch_size']}; --batch-size {config.batch_size} rescales it"
+        )
 
 
 def load_recipe(name: str, kind: str, model: Any, options: Options) -> Any:
@@ -58,17 +73,11 @@ def load_recipe(name: str, kind: str, model: Any, options: Options) -> Any:
 
     What --set names is as it says, whatever the batch.
     """
-    from moco_eval.config import load as configs
     from moco_eval.config.fine_tuning import as_set, rescaled, rescaling
 
     before, batch_size = load_config(name, kind, model, replace(options, batch_size=None)), options.batch_size
     if batch_size in (None, before.batch_size):
-        written = configs.load(name, kind, model)
-        if before.batch_size != written.batch_size and before.optimizer.lr == written.optimizer.lr:
-            tell_once(
-                f"warning: batch_size {before.batch_size} with lr {before.optimizer.lr:g}, which belongs to batches of "
-                f"{written.batch_size}; --batch-size {before.batch_size} rescales it"
-            )
+        warn_of_rate(before, name, kind)
         return before
     after = as_set(rescaled(before, batch_size), before, options.overrides)
     tell_once(f"--batch-size {batch_size} instead of {before.batch_size}: {rescaling(before, after)}")
@@ -97,11 +106,11 @@ def pixels_of(checkpoint: str, options: Options) -> dict[str, Any]:
     return parsed(options.pixels)
 
 
-def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options: Options) -> int:
-    """The plan of a dry run, or the run, in as many processes as asked for, and its table.
+def fine_tuned(plan: Any, cost: Any, run: Any, table: Any, task: Any, output: Path, options: Options) -> int:
+    """The plan of a dry run and its cost, or the run, in as many processes as asked for, and its table.
 
     Args:
-        plan, run, table: of detection or segmentation.
+        plan, cost, run, table: of detection or segmentation.
     """
     from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
@@ -110,8 +119,9 @@ def fine_tuned(plan: Any, run: Any, table: Any, task: Any, output: Path, options
     if options.nproc > 1 or options.dry_run:
         planned = plan(task, output, options.nproc)
         if options.dry_run:
-            choose_device(options.device)
+            device = choose_device(options.device)
             click.echo(planned)
+            click.echo(cost(task, options.nproc, device).phrase)
             return 0
         return launch_again(options)
     with processes(options.device) as device:

@@ -9,6 +9,10 @@ import click
 from moco_eval.cli.options import FOLDER, Options, places_options, with_options
 from moco_eval.errors import InputError
 
+here_option = click.option(
+    "--here", is_flag=True, help="Costs timed on this machine, instead of published ones of a GPU."
+)
+
 
 @click.command()
 @click.argument("runs", type=FOLDER, default=Path("runs"))
@@ -55,7 +59,7 @@ def compare(run_a: Path, run_b: Path) -> None:
     click.option("--list", "list_tables", is_flag=True, help="Name every table."),
     click.option("--commands", is_flag=True, help="Only the commands that are left to run, as a shell script."),
     places_options,
-    click.option("--here", is_flag=True, help="Costs timed on this machine, instead of published ones of a GPU."),
+    here_option,
     click.option(
         "--format",
         "form",
@@ -93,6 +97,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, here: bool, f
 @with_options(
     click.option("--rows", multiple=True, metavar="LABEL", help="A row's label or a part of it; may be repeated."),
     places_options,
+    here_option,
     click.option("--slurm", is_flag=True, help="Submit what is left as SLURM jobs, and end."),
     click.option(
         "--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated."
@@ -100,7 +105,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, here: bool, f
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan and the commands, do nothing."),
 )
 def reproduce(
-    table_id: str | None, rows: tuple[str, ...], slurm: bool, sbatch: tuple[str, ...], options: Options
+    table_id: str | None, rows: tuple[str, ...], here: bool, slurm: bool, sbatch: tuple[str, ...], options: Options
 ) -> None:
     """Produce a paper's table from nothing: pretrain, convert and evaluate what is left of its rows, and show it.
 
@@ -123,7 +128,7 @@ def reproduce(
     plan = chains.plan(table_id, rows, places, records)
     waiting = jobs.states(places.runs)
     if options.dry_run:
-        click.echo(chains.describe(plan, waiting, chains.costs_of(plan, records)))
+        click.echo(chains.describe(plan, waiting, chains.costs_of(plan, records, here)))
     if plan.left:
         from pretraining.plan import plan as could_start
 

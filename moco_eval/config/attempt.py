@@ -3,6 +3,7 @@
 from typing import Any
 
 IMAGES, BATCH = 200, 32  # of each split; over all processes
+SMALL = 96  # pixels of a view; a ViT takes images of its own size only
 FEW, PAIR = 16, 2  # the same, of detection and segmentation
 
 
@@ -21,6 +22,9 @@ def shrunk(kind: str, values: dict[str, Any]) -> list[str]:
         overrides.append("schedule.milestones=[1]")
     if schedule.get("warmup_epochs"):
         overrides.append("schedule.warmup_epochs=1")
+    if kind == "pretrain" and str(values.get("arch")).startswith(("resnet", "wide_resnet")):
+        size = values.get("views", {}).get("size")
+        overrides += [f"views.size={SMALL}"] if isinstance(size, int) and size > SMALL else []
     if kind == "pretrain" and values.get("mechanism", "moco") in ("moco", "memory_bank"):
         overrides.append(f"queue_size={4 * BATCH}")  # the others' is the batch
     return overrides
@@ -32,7 +36,8 @@ def _by_iterations(kind: str, values: dict[str, Any]) -> list[str]:
         overrides.append("schedule.steps=[15]")
     if kind == "detect":
         overrides += ["precise_bn=2", "accumulate=1"]
-        if not values.get("input", {}).get("jitter"):
+        sizes = values.get("input", {})
+        if not sizes.get("jitter") and sizes.get("min_size_test", 800) > 240:
             overrides += ["input.min_size_train=[240]", "input.min_size_test=240", "input.max_size=400"]
     return overrides
 

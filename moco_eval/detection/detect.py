@@ -57,7 +57,7 @@ def detect(task: DetectionTask, output: Path, device: torch.device) -> dict[str,
 def plan(task: DetectionTask, output: Path, processes: int = 1) -> str:
     """What `detect` would do, in a few lines; opens the data and writes nothing. Raises what `detect` does."""
     engine = task.check(processes)
-    data = task.open()
+    data = task.at_hand
     config, schedule = task.config, task.config.schedule
     part = config.batch_size // (processes * config.accumulate)
     lines = [

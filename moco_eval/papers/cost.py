@@ -32,6 +32,7 @@ from moco_eval.detection.fine_tune import optimizer_for
 from moco_eval.detection.inputs import resized
 from moco_eval.encoders import zoo
 from moco_eval.encoders.architectures import architecture, build_backbone
+from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.papers.gpu_hours import images_of
@@ -225,13 +226,20 @@ def _pretraining(step: ChainStep, recipe: PretrainConfig) -> Iterator[tuple[Prob
 
 def pretraining(recipe: PretrainConfig, dataset: str, precision: str, processes: int) -> Iterator[tuple[Probe, float]]:
     """The pieces of a pretraining on a published data set, and how many images go through each."""
-    images, epochs = images_of(dataset, "train"), recipe.schedule.epochs
+    yield from pretraining_on(images_of(dataset, "train"), images_of(dataset, "test"), recipe, precision, processes)
+
+
+def pretraining_on(
+    images: int, test: int, recipe: PretrainConfig, precision: str, processes: int
+) -> Iterator[tuple[Probe, float]]:
+    """The same on so many training images; `test`: those of its kNN monitor."""
+    epochs = recipe.schedule.epochs
     precision = "fp32" if precision == "auto" else precision
     batch, size = max(1, recipe.batch_size // recipe.accumulate // processes), recipe.views.size
     train, forward = (Probe(kind, recipe.arch, size, batch, precision) for kind in ("train", "forward"))
     views = images * epochs * (2 if recipe.symmetric else 1)
     yield train, views * (2 if recipe.mechanism == "end_to_end" else 1)
-    looks = epochs // recipe.knn.every * (images + images_of(dataset, "test")) if recipe.knn else 0
+    looks = epochs // recipe.knn.every * (images + test) if recipe.knn else 0
     keys = views if recipe.mechanism in ("moco", "moco_v3") else 0
     again = views if recipe.mechanism == "moco_v3" and recipe.accumulate > 1 else 0
     if keys + again + looks:
@@ -262,11 +270,11 @@ def _segmentation(step: ChainStep, recipe: SegmentConfig, arch: str) -> Iterator
     train = Probe("train", arch, recipe.views.crop, batch, recipe.precision, f"segment/{step.name}")
     yield train, recipe.schedule.iterations * recipe.batch_size
     test = recipe.scenes.test if recipe.scenes else PUBLISHED[step.dataset][1]
-    crops = _crops_of(fitted(MASK_TEST[step.dataset], recipe.test.fit), recipe)
+    crops = crops_of(fitted(MASK_TEST[step.dataset], recipe.test.fit), recipe)
     yield replace(train, kind="forward", batch=1), test * crops
 
 
-def _crops_of(size: tuple[int, int], recipe: SegmentConfig) -> float:
+def crops_of(size: tuple[int, int], recipe: SegmentConfig) -> float:
     """How many crops a test image of a width and height is worth: those of its windows, or by its pixels."""
     window, stride, crop = recipe.test.window, recipe.test.stride, recipe.views.crop
     if window and stride:
@@ -343,31 +351,43 @@ def measure(probe: Probe, device: torch.device) -> float | None:
 
     Pieces grow. None where not even the smallest fits into memory.
     """
+    each = [seconds for _, seconds in timed(_pieces_of(probe)(probe, device), device, SECONDS)]
+    return each[-1] if each else None
+
+
+Pieces = Iterator[tuple[float, Callable[[], None]]]  # images of each, and what runs it
+
+
+def timed(pieces: Pieces, device: torch.device, most: float) -> Iterator[tuple[float, float]]:
+    """Yield the images of each piece and the seconds of one, as long as a piece is likely to take at most `most`.
+
+    Ends where memory does.
+    """
     seconds = None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        for images, run in _pieces_of(probe)(probe, device):
-            if seconds is not None and seconds * images > SECONDS:
+        for images, run in pieces:
+            if seconds is not None and seconds * images > most:
                 break
             try:
                 if seconds is None:
                     run()  # the first builds what later ones find
-                seconds = _fastest(run, device) / images
+                seconds = _fastest(run, device, most) / images
             except torch.OutOfMemoryError:
                 break
-    return seconds
+            yield images, seconds
 
 
-def _pieces_of(probe: Probe) -> Callable[[Probe, torch.device], Iterator[tuple[float, Callable[[], None]]]]:
+def _pieces_of(probe: Probe) -> Callable[[Probe, torch.device], Pieces]:
     if probe.recipe.startswith("segment/"):
         return _segmenter_pieces
-    return _detector_pieces if probe.recipe else _pieces
+    return _detector_pieces if probe.recipe else encoder_pieces
 
 
-def _fastest(run: Callable[[], None], device: torch.device) -> float:
+def _fastest(run: Callable[[], None], device: torch.device, most: float) -> float:
     """Seconds of the fastest of up to four runs (others may be using this machine); of the only one if it is long."""
     took: list[float] = []
-    while len(took) < 4 and sum(took) < SECONDS:
+    while len(took) < 4 and sum(took) < most:
         began = time.perf_counter()
         run()
         if device.type == "cuda":
@@ -376,7 +396,7 @@ def _fastest(run: Callable[[], None], device: torch.device) -> float:
     return min(took)
 
 
-def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
+def encoder_pieces(probe: Probe, device: torch.device) -> Pieces:
     """Growing batches through an encoder, as parts of whole images; the first of a quarter of their pixels."""
     training = probe.kind == "train"
     net = place(build_backbone(probe.arch), device).train(training)
@@ -398,16 +418,25 @@ def _pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callabl
         yield batch * (side / probe.size) ** 2, run
 
 
-def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
-    """Steps of a detector: on a part of an image's pixels with that part of its regions, then on whole images."""
-    training, encoder = probe.kind == "train", load(f"random:{probe.arch}")
+def _detector_pieces(probe: Probe, device: torch.device) -> Pieces:
     recipe = configs.load(probe.recipe, "detect", DetectConfig)
+    return detector_pieces(load(f"random:{probe.arch}"), recipe, 20, probe.kind == "train", probe.batch, device)
+
+
+def detector_pieces(
+    encoder: Encoder, recipe: DetectConfig, classes: int, training: bool, most: int, device: torch.device
+) -> Pieces:
+    """Steps of a detector: on a part of an image's pixels with that part of its regions, then on whole images.
+
+    Args:
+        most: images of a batch.
+    """
     pieces = [(1 / 16, 1), (1 / 4, 1), (1.0, 1)]
-    pieces += [(1.0, batch) for batch in sorted({2, probe.batch}) if training and 1 < batch <= probe.batch]
+    pieces += [(1.0, batch) for batch in sorted({2, most}) if training and 1 < batch <= most]
     for share, batch in pieces:
         less = _smaller(recipe, share)
         keypoints = 17 if recipe.keypoints else 0
-        net = place(Detector(encoder, 20, less, keypoints), device).train(training)
+        net = place(Detector(encoder, classes, less, keypoints), device).train(training)
         for weights in net.rpn.parameters():
             nn.init.zeros_(weights)  # proposes every anchor; random ones make few boxes of all
         optimizer = optimizer_for(net, less)
@@ -425,18 +454,28 @@ def _detector_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float
         yield batch * share, run
 
 
-def _segmenter_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[float, Callable[[], None]]]:
-    """Steps of a segmentation on growing batches of crops; the first of a quarter of their pixels, if it may be."""
-    training, encoder = probe.kind == "train", load(f"random:{probe.arch}")
+def _segmenter_pieces(probe: Probe, device: torch.device) -> Pieces:
     recipe = configs.load(probe.recipe.removeprefix("segment/"), "segment", SegmentConfig)
-    model = place(networks.build_segmenter(encoder, 21, recipe), device).train(training)
+    return segmenter_pieces(load(f"random:{probe.arch}"), recipe, 21, probe.kind == "train", probe.batch, device)
+
+
+def segmenter_pieces(
+    encoder: Encoder, recipe: SegmentConfig, classes: int, training: bool, most: int, device: torch.device
+) -> Pieces:
+    """Steps of a segmentation on growing batches of crops; the first of a quarter of their pixels, if it may be.
+
+    Args:
+        most: crops of a batch.
+    """
+    model = place(networks.build_segmenter(encoder, classes, recipe), device).train(training)
     for body in model.outside:
         place(body, device)
     optimizer = train.optimizer_for(model, recipe)
-    sides = [] if encoder.network.size else [(2, probe.size // 2)]
-    for batch, side in sides + [(size, probe.size) for size in sorted({1, 2, 8, probe.batch}) if size <= probe.batch]:
+    crop = recipe.views.crop
+    sides = [] if encoder.network.size else [(2, crop // 2)]
+    for batch, side in sides + [(size, crop) for size in sorted({1, 2, 8, most}) if size <= most]:
         images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
-        masks = torch.randint(21, (batch, side, side), dtype=torch.uint8, device=device)
+        masks = torch.randint(classes, (batch, side, side), dtype=torch.uint8, device=device)
 
         def run(images: torch.Tensor = images, masks: torch.Tensor = masks) -> None:
             with torch.set_grad_enabled(training), autocast(device, recipe.precision):
@@ -447,7 +486,7 @@ def _segmenter_pieces(probe: Probe, device: torch.device) -> Iterator[tuple[floa
                     sum(out.values()).backward()
                 optimizer.step()
 
-        yield batch * (side / probe.size) ** 2, run
+        yield batch * (side / crop) ** 2, run
 
 
 def _smaller(recipe: DetectConfig, share: float) -> DetectConfig:

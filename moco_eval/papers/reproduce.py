@@ -21,13 +21,13 @@ from moco_eval.papers import tables
 from moco_eval.papers.match import Record
 from moco_eval.papers.steps import ChainStep, Places
 from moco_eval.papers.tables import Row, Table
-from moco_eval.papers.todo import total
+from moco_eval.papers.todo import costs, total
 from moco_eval.runtime import child, files
 from moco_eval.runtime.printable import shell_join
 from moco_eval.runtime.text import as_text
 
 if TYPE_CHECKING:
-    from moco_eval.papers.cost import Cost
+    from moco_eval.papers.todo import AnyCost
 
 AGAIN = "run the same command to go on"
 # Where the pages keep data: VOC of both years in one folder, what torchvision fetches side by side, others by name.
@@ -178,26 +178,22 @@ def _check(step: ChainStep, places: Places, could_start: Callable[..., object]) 
 # The plan in words
 
 
-def costs_of(plan: Plan, records: Sequence[Record]) -> "list[Cost | None]":
-    """About how long each step that is left takes on this machine; imports torch and times it, where anything is."""
-    if not plan.left:
-        return []
-    from moco_eval.papers.cost import costs
-
-    return costs(plan.left, plan.table, records)
+def costs_of(plan: Plan, records: Sequence[Record], here: bool = False) -> "list[AnyCost]":
+    """What each step that is left costs, as for a table: by published figures, or with `here` timed on this machine."""
+    return costs(plan.left, plan.table, records, here) if plan.left else []
 
 
-def describe(plan: Plan, jobs: Mapping[Path, str], costs: "Sequence[Cost | None] | None" = None) -> str:
+def describe(plan: Plan, jobs: Mapping[Path, str], costs: "Sequence[AnyCost]" = ()) -> str:
     """Each step with its state, and the rows that are left out; with the costs also the commands that are left.
 
     Args:
         jobs: what SLURM says of a step, by its output.
-        costs: of the steps that are left; None where nothing tells one.
+        costs: of the steps that are left; None where nothing tells one. Empty where nobody asks.
     """
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", "rows", "state", *(["takes here"] if costs else [])):
+    for heading in ("step", "rows", "state", *(["costs"] if costs else [])):
         grid.add_column(heading)
-    takes = {step.arguments: cost.phrase if cost else "not known" for step, cost in zip(plan.left, costs or [])}
+    takes = {step.arguments: cost.phrase if cost else "not known" for step, cost in zip(plan.left, costs)}
     for step in plan.steps:
         rows = "; ".join(dict.fromkeys(label for label, _ in step.cells))
         cells = (_title(step), rows, _state(step, plan, jobs), takes.get(step.arguments, ""))

@@ -83,13 +83,23 @@ def find(table: Table, records: Sequence[Record], places: Places, here: bool = F
     left = chain.left(steps, table, records)
     if not left:
         return Missing(reasons=reasons, unmeasured=unmeasured)
-    if not here:
-        from moco_eval.papers import gpu_hours
+    where = ""
+    if here:
+        from moco_eval.papers.cost import machine
 
-        return Missing(list(zip(left, gpu_hours.costs(left, table))), reasons, unmeasured)
-    from moco_eval.papers.cost import costs, machine
+        where = machine()
+    return Missing(list(zip(left, costs(left, table, records, here))), reasons, unmeasured, where)
 
-    return Missing(list(zip(left, costs(left, table, records))), reasons, unmeasured, machine())
+
+def costs(steps: Sequence[ChainStep], table: Table, records: Sequence[Record], here: bool) -> "list[AnyCost]":
+    """Of each step: hours of a GPU by published figures, or with `here` seconds on this machine, which is timed."""
+    if here:
+        from moco_eval.papers import cost
+
+        return list(cost.costs(steps, table, records))
+    from moco_eval.papers import gpu_hours
+
+    return list(gpu_hours.costs(steps, table))
 
 
 def _require_read(table: Table, steps: Sequence[ChainStep], places: Places) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,15 @@ class FineTuningTask:
     def limits(self) -> list[str]:
         """The deviation that a limit is, in words."""
         return [f"at most {self.limit} images of each split"] if self.limit else []
+
+    def open(self) -> Any:
+        """The data; None for 'digits', whose scenes are drawn below the run directory."""
+        raise NotImplementedError
+
+    @cached_property
+    def at_hand(self) -> Any:
+        """The same, opened once for whoever only plans."""
+        return self.open()
 
     def draw(self, output: Path) -> Any:
         """The scenes of 'digits', drawn below `output` if they are not there. Collective."""

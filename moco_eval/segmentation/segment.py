@@ -53,7 +53,7 @@ def segment(task: SegmentationTask, output: Path, device: torch.device) -> dict[
 def plan(task: SegmentationTask, output: Path, processes: int = 1) -> str:
     """What `segment` would do, in a few lines; opens the data and writes nothing. Raises what `segment` does."""
     task.check(processes)
-    data = task.open()
+    data = task.at_hand
     config, schedule = task.config, task.config.schedule
     heads = f", {len(sweep_of(config))} heads, chosen on training images held out" if config.sweep else ""
     falls = f"steps {list(schedule.steps)}" if schedule.kind == "step" else f"power {schedule.power:g}"

@@ -62,9 +62,23 @@ def test_a_try_is_small_and_what_is_set_counts_more(command, in_tmp, capfd, monk
         "segment": ("20 iterations of 2 images", "at most 16 images of each split"),
         "linear": ("epochs: 2", "batch_size: 32", "200 training and 200 test images"),
         "finetune": ("epochs: 2", "batch_size: 32", "200 training and 200 test images"),
-        "pretrain": ("2 epochs", "K 128", "200 images, evenly spread"),
+        "pretrain": ("2 epochs", "K 128", "views.size 96 instead of 224", "200 images, evenly spread"),
     }
     assert all(words in out for words in wanted[command]), out
     key = "schedule.iterations" if command in ("detect", "segment") else "schedule.epochs"
     more, _ = in_process(capfd, monkeypatch, command, *TRIES[command], "--try", "--dry-run", "--set", f"{key}=3")
     assert ("3 iterations" if "iterations" in key else "3 epochs" if command == "pretrain" else "epochs: 3") in more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TRIES)
+def test_a_try_runs_to_its_end_and_lists_what_it_changed(command, in_tmp, capfd, monkeypatch):
+    words = ["digits", *TRIES[command][1:]] if command == "pretrain" else TRIES[command]
+    _, err = in_process(capfd, monkeypatch, command, *words, "--try", "--output", "run", "--workers", "0")
+    if command == "pretrain":
+        assert Path("run/checkpoints/last.pth").is_file() and "digits train: 200 images, evenly spread" in err
+        return
+    deviations = json.loads(Path("run/result.json").read_text())["deviations"]
+    key = "schedule.iterations" if command in ("detect", "segment") else "schedule.epochs"
+    assert any(one.startswith(key) for one in deviations), deviations
+    assert any("16 images" in one or "200 images" in one for one in deviations), deviations

@@ -244,7 +244,7 @@ def test_no_room_for_the_file_is_only_a_warning(tmp_path, monkeypatch, capfd):
 
 
 def test_too_little_memory_leaves_the_cost_unknown(empty_cache, monkeypatch, steps, table):
-    def no_memory(run, device):
+    def no_memory(run, device, most):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(cost, "_fastest", no_memory)
@@ -259,7 +259,7 @@ def test_the_first_run_of_all_does_not_count(monkeypatch):
         for _ in range(2):
             yield 1, lambda: time.sleep(waits.pop() if waits else 0.001)
 
-    monkeypatch.setattr(cost, "_pieces", pieces)
+    monkeypatch.setattr(cost, "encoder_pieces", pieces)
     monkeypatch.setattr(cost, "SECONDS", 0.1)
     assert cost.measure(PROBE, CPU) < 0.1
 

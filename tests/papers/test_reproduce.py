@@ -18,6 +18,7 @@ from moco_eval.classification.protocols import followed_by
 from moco_eval.cli import main
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
+from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data import in_memory
 from moco_eval.errors import InputError, Interrupted, RunFailed
 from moco_eval.papers import reproduce, slurm, tables
@@ -281,7 +282,8 @@ def test_evaluations_are_in_the_published_arithmetic():
     names = [name for name, _ in tables.tables()]
     columns = [column for name in names for column in tables.load_table(name).columns.values() if column.protocol]
     judged = {(chain.command(column), column.config or chain.evaluation(column.protocol)) for column in columns}
-    models = [DetectConfig if kind == "detect" else followed_by(name, kind).model for kind, name in judged]
+    dense = {"detect": DetectConfig, "segment": SegmentConfig}
+    models = [dense[kind] if kind in dense else followed_by(name, kind).model for kind, name in judged]
     loaded = [configs.load(name, kind, model) for (kind, name), model in zip(judged, models)]
     assert len(loaded) > 10 and {one.precision for one in loaded} == {"fp32"}
 
@@ -376,8 +378,18 @@ def test_features_are_kept_beside_the_runs(in_tmp):
 def test_a_dry_run_shows_the_commands_and_writes_nothing(in_tmp, capfd, monkeypatch):
     table = write_table(in_tmp)
     out, _ = in_process(capfd, monkeypatch, "reproduce", table, "--rows", "random", "--dry-run")
-    assert "moco-eval knn random:resnet18_quarter --dataset digits" in out and "takes here" in out
+    assert "moco-eval knn random:resnet18_quarter --dataset digits" in out and "not known" in out
     assert "pretrain" not in out and [path.name for path in in_tmp.iterdir()] == ["mini.yaml"]
+
+
+def test_a_dry_run_times_this_machine_only_when_asked(in_tmp, capfd, monkeypatch):
+    words = ("reproduce", "moco-v1-2b", "--rows", "random", "--data", "voc=nowhere", "--dry-run")
+    monkeypatch.setattr("moco_eval.papers.cost.measure", lambda *_: pytest.fail("this machine was timed"))
+    out, err = in_process(capfd, monkeypatch, *words, code=2)  # the data are looked at behind the plan
+    assert "GPU-hours of a V100" in out and "timing" not in err
+    monkeypatch.setattr("moco_eval.papers.cost.measure", lambda *_: 3.6)
+    out, err = in_process(capfd, monkeypatch, *words, "--here", code=2)
+    assert "V100" not in out and "in all about" in out and "timing this machine once" in err
 
 
 # One step after another

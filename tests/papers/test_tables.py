@@ -336,10 +336,10 @@ def test_naming_the_tables_imports_no_torch():
 
 @pytest.mark.slow
 def test_the_whole_command_says_what_is_missing(tmp_path):
-    out, err = moco_eval("table", "cifar10-demo", "--runs", tmp_path)
+    out, err = moco_eval("table", "cifar10-demo", "--runs", tmp_path, "--here")
     assert "moco-eval pretrain cifar10 --dataset cifar10" in out and "about" in out
     assert "timing this machine once: resnet18_cifar at 32 pixels" in err
-    again, err = moco_eval("table", "cifar10-demo", "--runs", tmp_path)
+    again, err = moco_eval("table", "cifar10-demo", "--runs", tmp_path, "--here")
     assert again == out and "timing" not in err
 
 

@@ -19,6 +19,8 @@ from moco_eval.data.masks.folder import read_mask_folder
 from moco_eval.data.masks.samples import IGNORED
 from moco_eval.data.masks.scenes import write_mask_scenes
 from moco_eval.errors import InputError, Interrupted, RunFailed
+from moco_eval.report import runs as read
+from moco_eval.report.page import _contents
 from moco_eval.results.compare import compare
 from moco_eval.segmentation import inputs, pictures
 from moco_eval.segmentation import train as training
@@ -404,8 +406,27 @@ def test_the_report_shows_segmentations_beside_each_other(whole, tmp_path, capfd
     in_process(capfd, monkeypatch, "report", output, "--output", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Segmentations</h2>" in page and "the image, the truth (white: no class), the prediction" in page
-    assert page.count("IoU of each class") >= 1 and "mIoU" in page
+    assert page.count("IoU of each class, in one order") == 1 and "mIoU" in page
     assert page.count('alt="Image 1, as') == 1 and f"{record['metrics']['mIoU']:.1f}" in page
+
+
+def test_segmentations_get_the_verdict_of_compare(whole, tmp_path):
+    _, output, record = whole
+    better = shutil.copytree(output, tmp_path / "better")
+    with np.load(better / "pixel_counts.npz") as file:
+        counts = file["counts"]
+    counts[:, :2] = counts[:, 2:]  # says the truth
+    np.savez_compressed(better / "pixel_counts.npz", counts=counts)
+    trained = {
+        "sha256": "f" * 64,
+        "origin": "moco-eval/1",
+        "path": "mine.pth",
+        "pretraining": {"protocol": "pretrain/moco-v2@1", "epochs": 1},
+    }
+    perfect = {"metrics": {"mIoU": 100.0, "pixel_accuracy": 100.0}, "encoder": record["encoder"] | trained}
+    (better / "result.json").write_text(json.dumps(record | perfect))
+    said = " ".join(_contents(read.read_runs([output, better]))["summary"])
+    assert compare(output, better).verdict == "ahead of" and " is ahead of " in said and "not compared" not in said
 
 
 def test_two_segmentations_are_compared_on_the_same_images(whole, tmp_path, capfd, monkeypatch):
