@@ -9,6 +9,8 @@ from moco_eval.config.detection import Count, Fraction, KeepState, Scenes
 
 Side = Annotated[int, Field(ge=8, le=8192)]
 Scale = Annotated[float, Field(gt=0, le=8)]
+DigitSide = Annotated[int, Field(ge=8, le=128)]  # of a canvas of 128 pixels
+Digits = Annotated[int, Field(ge=1, le=50)]
 
 
 class Views(Model):
@@ -109,6 +111,21 @@ class DataHandling(Model):
     shuffle_masks: bool = False
 
 
+class MaskScenes(Scenes):
+    """The built-in scenes with masks; `side` and `count`: least and most pixels of a digit, and digits of a scene."""
+
+    side: tuple[DigitSide, DigitSide] = (20, 40)
+    count: tuple[Digits, Digits] = (2, 6)
+
+    @model_validator(mode="after")
+    def _ascend(self):
+        for name in ("side", "count"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"scenes.{name} is the least and the most, got [{low}, {high}]")
+        return self
+
+
 class SegmentConfig(Model):
     """Semantic segmentation; see docs/segmentation.md.
 
@@ -133,7 +150,7 @@ class SegmentConfig(Model):
     schedule: Iterations
     sweep: Sweep | None = None
     data: DataHandling = DataHandling()
-    scenes: Scenes | None = None
+    scenes: MaskScenes | None = None
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     checkpoints: KeepState = KeepState()
     log_every: int = Field(default=20, gt=0)

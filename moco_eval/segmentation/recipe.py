@@ -9,7 +9,7 @@ PROTOCOLS = {
     "segment/vocaug-fcn-20k@1": Protocol("vocaug_fcn_20k", "voc-aug", "resnet50"),
     "segment/linear@1": Protocol("linear", None, None),
     "segment/linear-dinov2@1": Protocol("linear_dinov2", None, None),
-    "segment/digits-fcn16s@1": Protocol("digits_fcn16s", "digits", None),
+    "segment/digits-fcn16s@2": Protocol("digits_fcn16s", "digits", None),
     "segment/digits-linear@1": Protocol("digits_linear", "digits", None),
 }
 DEFAULTS = {

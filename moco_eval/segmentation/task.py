@@ -8,7 +8,7 @@ from typing import Any
 
 from moco_eval.config.data_name import called, layout_of
 from moco_eval.config.load import did_you_mean
-from moco_eval.config.segmentation import SegmentConfig
+from moco_eval.config.segmentation import MaskScenes, SegmentConfig
 from moco_eval.data.masks import scenes as digits
 from moco_eval.data.masks.folder import read_class_names, read_mask_folder
 from moco_eval.data.masks.official import OFFICIAL
@@ -71,11 +71,10 @@ class SegmentationTask(FineTuningTask):
         return data
 
     def draw(self, output: Path) -> SegmentationData:
-        scenes = self.scenes
-        assert scenes
+        assert self.scenes
+        scenes = self.config.scenes or MaskScenes()
         folder = self.folder or output / "scenes"
-        wanted = {"seed": scenes.seed, "train": scenes.train, "test": scenes.test}
-        collectives.found_by_main(lambda: str(digits.write_mask_scenes(folder, **wanted)))
+        collectives.found_by_main(lambda: str(digits.write_mask_scenes(folder, **scenes.model_dump())))
         return read_mask_folder(folder, classes=digits.CLASSES, name="digits")
 
     def deviations(self, data: SegmentationData | None = None) -> list[str]:

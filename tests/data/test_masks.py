@@ -228,6 +228,17 @@ def test_the_scenes_of_digits_have_masks_where_their_ink_is(tmp_path):
         write_mask_scenes(tmp_path / "scenes", train=4, test=2)
 
 
+def test_scenes_have_digits_of_the_size_and_the_number_asked_for(tmp_path):
+    scenes = draw_scenes(0, 20, 1, side=(56, 96), count=(1, 2))["train"]
+    heights = [y1 - y0 for scene in scenes for (_, y0, _, y1), _ in scene.objects]
+    assert {len(scene.objects) for scene in scenes} == {1, 2} and min(heights) > 40 and 80 < max(heights) <= 96
+    folder = write_mask_scenes(tmp_path / "scenes", train=20, test=1, side=(56, 96), count=(1, 2))
+    data = read_mask_folder(folder)
+    assert all((data.mask(sample) == mask_of(scene)).all() for sample, scene in zip(data.train, scenes))
+    with pytest.raises(InputError, match="holds something other than the digit scenes"):
+        write_mask_scenes(folder, train=20, test=1)
+
+
 def test_datasets_check_counts_all_that_is_wrong_with_masks(tmp_path):
     """One of each defect: a line for each kind, with how many and where; and the first as what segment says."""
     names = ("alone", "good", "large", "none", "palette", "rgb", "small", "void")
@@ -283,7 +294,7 @@ def test_scenes_that_another_process_has_drawn_meanwhile_are_taken(tmp_path):
         write_mask_scenes(tmp_path / "scenes", train=1, test=1)
         (place / "never").write_text("kept")
 
-    wanted = {"scenes": "digit-masks@1", "seed": 0, "train": 1, "test": 1}
+    wanted = {"scenes": "digit-masks@2", "seed": 0, "train": 1, "test": 1, "side": [20, 40], "count": [2, 6]}
     assert written_once(tmp_path / "scenes", wanted, slow) == tmp_path / "scenes"
     assert not (tmp_path / "scenes/never").exists() and (tmp_path / "scenes/train/0000.png").is_file()
     with pytest.raises(RunFailed, match="cannot write"):

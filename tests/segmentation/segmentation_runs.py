@@ -14,7 +14,7 @@ TINY = (
     *("scenes.train=5", "scenes.test=3", "schedule.iterations=3", "schedule.warmup=0", "batch_size=2", "log_every=1"),
     *("views.crop=65", "optimizer.lr=0.01"),
 )
-STEPS = {"digits_fcn16s": ("schedule.steps=[2]",), "digits_linear": ("test.window=65", "test.stride=40")}
+STEPS = {"digits_fcn16s": (), "digits_linear": ("test.window=65", "test.stride=40")}
 
 
 def encoder(arch="resnet18_quarter", seed=0):

@@ -99,27 +99,36 @@ def _stated(folder: Path) -> Any:
     return read_json(folder / "scenes.json") if (folder / "scenes.json").is_file() else None
 
 
-def draw_scenes(seed: int, train: int, test: int) -> dict[str, list[Scene]]:
-    """The scenes of both splits."""
+def draw_scenes(
+    seed: int, train: int, test: int, side: tuple[int, int] = SIDE, count: tuple[int, int] = COUNT
+) -> dict[str, list[Scene]]:
+    """The scenes of both splits; digits of `side` pixels, `count` on a scene, both the least and the most."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images, labels = digits.images, digits.target
     drawn = {}
-    for stream, (split, count, pool) in enumerate(
+    for stream, (split, scenes, pool) in enumerate(
         (("train", train, np.arange(TRAIN_DIGITS)), ("test", test, np.arange(TRAIN_DIGITS, len(images))))
     ):
         random = np.random.default_rng([seed, stream])
-        drawn[split] = [_scene(random, images, labels, pool) for _ in range(count)]
+        drawn[split] = [_scene(random, images, labels, pool, side, count) for _ in range(scenes)]
     return drawn
 
 
-def _scene(random: np.random.Generator, images: np.ndarray, labels: np.ndarray, pool: np.ndarray) -> Scene:
+def _scene(
+    random: np.random.Generator,
+    images: np.ndarray,
+    labels: np.ndarray,
+    pool: np.ndarray,
+    side: tuple[int, int],
+    count: tuple[int, int],
+) -> Scene:
     canvas = np.full((CANVAS, CANVAS), random.uniform(30, 90))
     objects: list[tuple[tuple[int, int, int, int], int]] = []
     inks = []
-    for index in random.choice(pool, size=random.integers(COUNT[0], COUNT[1] + 1), replace=False):
-        ink = _enlarge(images[index], int(random.integers(SIDE[0], SIDE[1] + 1)))
+    for index in random.choice(pool, size=random.integers(count[0], count[1] + 1), replace=False):
+        ink = _enlarge(images[index], int(random.integers(side[0], side[1] + 1)))
         brightness = random.uniform(100, 165)
         height, width = ink.shape
         place = _free_place(random, width, height, [box for box, _ in objects])

@@ -5,21 +5,32 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moco_eval.data.boxes.scenes import DIGITS, Scene, draw_scenes, written_once
+from moco_eval.data.boxes.scenes import COUNT, DIGITS, SIDE, Scene, draw_scenes, written_once
 
 CLASSES = ("background", *DIGITS)
 
 
-def write_mask_scenes(folder: Path, seed: int = 0, train: int = 200, test: int = 60) -> Path:
+def write_mask_scenes(
+    folder: Path,
+    seed: int = 0,
+    train: int = 200,
+    test: int = 60,
+    side: tuple[int, int] = SIDE,
+    count: tuple[int, int] = COUNT,
+) -> Path:
     """Draw the scenes of `boxes.scenes` and write them as a mask-folder; the same arguments give the same bytes.
 
+    Args:
+        folder: made at once under its final name; if it already holds these scenes it is left as it is.
+        side, count: least and most pixels of a digit, and digits of a scene.
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
-    wanted = {"scenes": "digit-masks@1", "seed": seed, "train": train, "test": test}
+    wanted = {"scenes": "digit-masks@2", "seed": seed, "train": train, "test": test}
+    wanted |= {"side": list(side), "count": list(count)}
 
     def write(place: Path) -> None:
-        for split, scenes in draw_scenes(seed, train, test).items():
+        for split, scenes in draw_scenes(seed, train, test, side, count).items():
             _write(place, split, scenes)
 
     return written_once(folder, wanted, write)
