@@ -115,7 +115,7 @@ def test_both_numbers_and_both_ways_out_where_channels_differ(tmp_path, monkeypa
     line = error_line(
         capfd, monkeypatch, "pretrain", "digits", *data, *SETTINGS, "--set", "arch=resnet18_quarter,channels=4"
     )
-    assert "takes 4 channels, and the images of imagefolder have 13" in line
+    assert "takes 4 channels, and the images of imagefolder:set have 13" in line
 
 
 def test_three_of_the_bands_for_a_network_of_rgb_are_a_deviation(tmp_path):
