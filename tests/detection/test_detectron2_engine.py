@@ -134,7 +134,7 @@ BASE = {
     "SOLVER.IMS_PER_BATCH": 16,
     "SOLVER.BASE_LR": 0.02,
 }
-FREE = ("DATASETS", "OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.WEIGHTS", "VERSION")
+FREE = ("DATALOADER.NUM_WORKERS", "DATASETS", "OUTPUT_DIR", "SEED", "MODEL.DEVICE", "MODEL.WEIGHTS", "VERSION")
 
 
 def flat(node, prefix=""):
@@ -238,7 +238,15 @@ class TestRuns:
         )
         assert all((output / name).is_file() for name in record["pictures"])
         stray = {path.name for path in output.iterdir()} - {
-            *("config.yaml", "environment.json", "result.json", "trial.json", "detections.json", "metrics.jsonl"),
+            *(
+                "config.yaml",
+                "environment.json",
+                "result.json",
+                "trial.json",
+                "detections.json",
+                "matches.npz",
+                "metrics.jsonl",
+            ),
             *("checkpoints", "pictures", "scenes", "losses.svg", "per_class.svg"),
         }
         assert not stray
