@@ -21,6 +21,7 @@ from moco_eval.cli.options import (
     feature_options,
     json_option,
     limit_option,
+    name_option,
     run_options,
     split_options,
     trial_options,
@@ -230,6 +231,7 @@ def _tasks_help() -> str:
         type=FOLDER,
         help="The data set's folder, or MOCO_EVAL_DATA; of several data sets one each, in their order, or one for all.",
     ),
+    name_option,
     limit_option,
     encoder_options,
     click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes."),
@@ -252,6 +254,8 @@ def suite(
     of all of them end it.
     """
     named = tasks_named(tasks) if tasks else None
+    if options.name and len(datasets) > 1:
+        raise InputError(f"--name {options.name} is for one data set, and there are {len(datasets)}; leave it out")
     wanted = [
         (checkpoint, replace(options, dataset=dataset, data=place))
         for dataset, place in zip(datasets, _one_for_each(places, datasets))

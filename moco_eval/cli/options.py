@@ -155,9 +155,8 @@ try_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 folder_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")
-data_option = several(
-    folder_option, click.option("--name", help="What to call a folder of your own.  [default: the folder's name]")
-)
+name_option = click.option("--name", help="What to call a folder of your own.  [default: the folder's name]")
+data_option = several(folder_option, name_option)
 encoder_options = several(
     click.option("--arch", help="Architecture, where the shapes leave it open (the heads of a ViT) or are misread."),
     click.option(

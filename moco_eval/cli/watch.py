@@ -16,8 +16,9 @@ from moco_eval.cli.options import (
 )
 
 # options of `moco-eval suite` that are handed on, by their names in Options
-HANDED_ON = ("dataset", "data", "name", "train_split", "test_split", "arch", "encoder", "key", "feature")
-OF_MACHINE = ("device", "nproc", "precision", "workers", "seed", "batch_size")
+OF_DATA = ("dataset", "data", "name", "train_split", "test_split")
+HANDED_ON = (*OF_DATA, "arch", "encoder", "key", "feature", "precision", "seed")
+OF_MACHINE = ("device", "nproc", "workers", "batch_size")  # which move no number
 
 
 @click.command()
@@ -51,6 +52,13 @@ def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: f
 
     Example: moco-eval watch runs/pretrain-digits-digits --dataset digits --tasks knn,quick
     """
+    from moco_eval.classification.protocols import tasks as tasks_named
+    from moco_eval.data.catalogue import open_splits
+
+    if tasks:
+        tasks_named(tasks)
+    open_splits(options.called, options.data, options.train_split, options.test_split)  # refused before any checkpoint
+
     from moco_eval.results.run_directory import hold
     from moco_eval.watch import watch as watching
     from moco_eval.watch.curve import write

@@ -158,14 +158,16 @@ class Memory:
             InputError: the file is of a watch with others.
         """
         self.path, self.arguments = path, arguments
-        stored: dict[str, Any] = files.read_json(path) if path.is_file() else {"arguments": arguments}
+        stored: dict[str, Any] = files.read_json(path) if path.is_file() else {"arguments": arguments, "known": {}}
         if (before := stored.get("arguments")) != arguments:
             raise InputError(
                 f"{path.parent} holds a watch with {before}, and now it is {arguments}; choose another --output"
             )
-        self.known: dict[str, tuple[State, str]] = {
-            name: (State(size, written), sha256) for name, (size, written, sha256) in stored.get("known", {}).items()
-        }
+        try:
+            known = {name: (State(*place), sha256) for name, (*place, sha256) in stored["known"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path} is damaged; remove it: the watch then looks at every file again") from None
+        self.known: dict[str, tuple[State, str]] = known
         self.refused: dict[str, str] = stored.get("refused", {})
 
     def has(self, name: str, state: State) -> bool:

@@ -44,6 +44,7 @@ class Watch:
     every: float
     memory: Memory = field(init=False)
     states: dict[Path, State] = field(init=False, default_factory=dict)
+    failed: dict[Path, State] = field(init=False, default_factory=dict)  # in this process; a restart tries them again
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
@@ -59,7 +60,7 @@ class Watch:
         return [
             path
             for path, state in self.states.items()
-            if before.get(path) == state and not self.memory.has(self._name(path), state)
+            if before.get(path) == state != self.failed.get(path) and not self.memory.has(self._name(path), state)
         ]
 
     def _name(self, path: Path) -> str:
@@ -81,23 +82,19 @@ class Watch:
         again = any(sha256 == copy.sha256 for _, sha256 in self.memory.known.values())
         if not again:
             place, features = self.output / checkpoints.folder_name(copy), self.output / ".features"
-            command = (
-                "suite",
-                str(copy.path),
-                *self.arguments,
-                *self.machine,
-                "--output",
-                str(place),
-                "--cache",
-                str(features),
-            )
+            command = ("suite", str(copy.path), *self.arguments, *self.machine)
+            command = (*command, "--output", str(place), "--cache", str(features))
             code, told = child.run(command)
             shutil.rmtree(features, ignore_errors=True)
             if told or code == 3:
                 raise Interrupted(f"stopped at {copy.name}; {AGAIN}")
             if code:
-                self.memory.refuse(copy.sha256, f"exit code {code} of {shell_join(('moco-eval', *command))}")
                 tell(f"{copy.name} was not judged, see above; the watch goes on")
+            if code == 2:  # what it holds
+                self.memory.refuse(copy.sha256, f"refused by {shell_join(('moco-eval', *command))}")
+            elif code:  # a full disk, a full GPU
+                self.failed[self.folder / copy.name] = state
+                return None
         self.memory.remember(copy.name, state, copy.sha256)
         return None if again or copy.sha256 in self.memory.refused else self._point(copy.name)
 

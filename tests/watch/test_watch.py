@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import error_line
 
+from moco_eval.cli import watch as cli_watch
+from moco_eval.cli.main import cli
 from moco_eval.errors import InputError, Interrupted
 from moco_eval.watch import checkpoints, watch
 from moco_eval.watch.checkpoints import position
@@ -102,6 +105,41 @@ def test_a_file_that_vanishes_or_changes_under_the_copy_is_looked_at_again(train
     assert look.judge(path) is None and suite.judged == []
     monkeypatch.setattr(checkpoints, "_copied", copied)
     assert [line["metrics"]["top1"] for line in once(trainer)] == [5.0]
+
+
+def test_what_failed_is_tried_again_by_the_next_watch_and_not_by_this_one(trainer, monkeypatch):
+    suite = Suite(monkeypatch)
+    (trainer / "a_1.pth").write_bytes(b"1")
+    suite.code = 1
+    assert once(trainer) == [] and suite.judged == ["1"]
+    suite.code = 0
+    assert [line["metrics"]["top1"] for line in once(trainer)] == [1.0]
+
+
+def test_a_damaged_memory_is_refused(trainer, monkeypatch):
+    Suite(monkeypatch)
+    once(trainer)
+    for known in ("[]", '{"a": [1]}', '{"a": 3}'):
+        (trainer / "watch/checkpoints.json").write_text(f'{{"arguments": "", "known": {known}}}')
+        with pytest.raises(InputError, match="is damaged; remove it"):
+            watched(trainer)
+
+
+def test_suite_takes_every_option_that_is_handed_on(tmp_path):
+    """And what moves a number is among those by which one watch is told from another."""
+    options = {one for parameter in cli.commands["suite"].params for one in parameter.opts}
+    words = {f"--{name.replace('_', '-')}" for name in (*cli_watch.HANDED_ON, *cli_watch.OF_MACHINE)}
+    assert words | {"--tasks", "--pixels", "--output", "--cache"} <= options
+    assert {"precision", "seed"} <= {*cli_watch.HANDED_ON}
+
+
+def test_wrong_data_or_tasks_are_refused_before_any_checkpoint(trainer, capfd, monkeypatch):
+    for words, message in (
+        (("--dataset", "nosuch"), "nosuch"),
+        (("--dataset", "digits", "--tasks", "nosuch"), "nosuch"),
+    ):
+        assert message in error_line(capfd, monkeypatch, "watch", trainer, *words)
+    assert not (trainer / "watch").exists()
 
 
 def test_a_deleted_checkpoint_stays_on_the_curve(trainer, monkeypatch):
