@@ -265,10 +265,7 @@ def suite(
 
     from moco_eval.classification import suite as suites
     from moco_eval.classification.forecast import describe, forecast
-    from moco_eval.results.run_directory import hold
     from moco_eval.runtime.device import choose_device
-    from moco_eval.runtime.launch import processes
-    from moco_eval.runtime.rank import is_main
 
     planned = [_suite(*each, splits, named, len(wanted) > 1) for each, splits in zip(wanted, opened)]
     batch_size = options.batch_size or suites.BATCH
@@ -277,8 +274,16 @@ def suite(
             needs = suites.needs(chosen, chosen[0].task.cache, batch_size)
             click.echo(describe(chosen, forecast(chosen, needs, choose_device(options.device), options.nproc), output))
         return 0
-    if options.nproc > 1:
-        return launch_again(options)
+    return launch_again(options) if options.nproc > 1 else _run_suites(planned, batch_size, options)
+
+
+def _run_suites(planned: list[Any], batch_size: int, options: Options) -> int:
+    """Suites one after the other, with one table at the end; of several a report too."""
+    from moco_eval.classification import suite as suites
+    from moco_eval.results.run_directory import hold
+    from moco_eval.runtime.launch import processes
+    from moco_eval.runtime.rank import is_main
+
     everything, tables = list[Any](), list[str]()
     with processes(options.device) as device:
         for chosen, left_out, output in planned:

@@ -50,27 +50,21 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     if options.batch_size is None:
         warn_of_rate(resolved, config, "pretrain")
 
+    if options.dry_run:
+        return _planned(config, resolved, options)
+
     import torch
 
-    from moco_eval.results.run_directory import holds
     from moco_eval.runtime.console import log
-    from moco_eval.runtime.device import choose_device
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main, world_size
     from pretraining.plan import plan
     from pretraining.train import pretrain as train
 
-    if options.nproc > 1 or options.dry_run:
-        device = choose_device(options.device) if options.dry_run else torch.device("cpu")
-        planned = plan(resolved, options.called, options.data, options.nproc, device, options.limit)
-        if options.dry_run:
-            output = _output(config, planned, options)
-            holds(output, planned.resolved())
-            click.echo(f"{planned.describe()}\noutput: {output}")
-            from pretraining.forecast import of_run
-
-            click.echo(of_run(planned, device).phrase)
-            return 0
+    if options.nproc > 1:
+        plan(
+            resolved, options.called, options.data, options.nproc, torch.device("cpu"), options.limit
+        )  # or refused here
         return launch_again(options, max_restarts)
     with processes(options.device) as device:
         run = plan(resolved, options.called, options.data, world_size(), device, options.limit)
@@ -84,6 +78,22 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             return 0
         last = train(run, _output(config, run, options), device)
         log(f"done: {last}")
+    return 0
+
+
+def _planned(config: str, resolved: Any, options: Options) -> int:
+    """The plan of a dry run, and about how long it takes and how much memory."""
+    from moco_eval.results.run_directory import holds
+    from moco_eval.runtime.device import choose_device
+    from pretraining.forecast import of_run
+    from pretraining.plan import plan
+
+    device = choose_device(options.device)
+    run = plan(resolved, options.called, options.data, options.nproc, device, options.limit)
+    output = _output(config, run, options)
+    holds(output, run.resolved())
+    click.echo(f"{run.describe()}\noutput: {output}")
+    click.echo(of_run(run, device).phrase)
     return 0
 
 
