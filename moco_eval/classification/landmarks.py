@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from moco_eval.classification.neighbours import nearest
-from moco_eval.classification.retrieval import Settings
+from moco_eval.classification.retrieval import Settings, deviations
 from moco_eval.classification.task import Task
-from moco_eval.data.catalogue import preprocessing_deviations
 from moco_eval.data.glance import tell_doubts
 from moco_eval.data.landmarks import Landmarks, Query
 from moco_eval.features.stages import network
@@ -143,9 +142,6 @@ def _record(
     task: Task, landmarks: Landmarks, settings: Settings, table: dict[str, np.ndarray], cost: Cost
 ) -> ResultRecord:
     means, intervals = metrics(table)
-    other = {"precision": settings.precision} if settings.precision != "fp32" else {}
-    deviations = [f"{name} {value} instead of fp32" for name, value in other.items()]
-    deviations += [f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []
     return ResultRecord(
         protocol=PROTOCOL,
         dataset=task.test.record(),
@@ -155,7 +151,7 @@ def _record(
         selection="nothing is chosen or trained",
         cost=cost,
         interval=intervals,
-        deviations=[*deviations, *preprocessing_deviations(task.test.name, task.preprocessing)],
+        deviations=deviations(task, settings),
         extra={
             "preprocessing": task.preprocessing.to_dict(),
             "queries": len(landmarks.queries),

@@ -16,7 +16,7 @@ import torch
 from moco_eval.classification.neighbours import nearest
 from moco_eval.classification.task import Task
 from moco_eval.config.base import usual_workers
-from moco_eval.data.catalogue import preprocessing_deviations
+from moco_eval.data.catalogue import preprocessing_deviations, split_deviations
 from moco_eval.data.glance import tell_doubts
 from moco_eval.data.image_set import require_single_label
 from moco_eval.errors import InputError
@@ -173,11 +173,18 @@ def _ranked(task: Task, features: Features, settings: Settings, device: torch.de
     return rank(features, task.test.labels, memory, device)
 
 
+def deviations(task: Task, settings: Settings) -> list[str]:
+    """In words, where a retrieval is not the protocol's."""
+    return [
+        *([f"precision {settings.precision} instead of fp32"] if settings.precision != "fp32" else []),
+        *([f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []),
+        *split_deviations(task.test),
+        *preprocessing_deviations(task.test.name, task.preprocessing),
+    ]
+
+
 def _record(task: Task, settings: Settings, ranked: Rankings, cost: Cost) -> ResultRecord:
     assert task.test.labels is not None
-    other = {"precision": settings.precision} if settings.precision != "fp32" else {}
-    deviations = [f"{name} {value} instead of fp32" for name, value in other.items()]
-    deviations += [f"{task.feature} feature instead of pooled"] if task.feature != "pooled" else []
     return ResultRecord(
         protocol=PROTOCOL,
         dataset=task.test.record(),
@@ -187,7 +194,7 @@ def _record(task: Task, settings: Settings, ranked: Rankings, cost: Cost) -> Res
         selection="nothing is chosen or trained",
         cost=cost,
         interval=ranked.intervals(),
-        deviations=[*deviations, *preprocessing_deviations(task.test.name, task.preprocessing)],
+        deviations=deviations(task, settings),
         extra={
             "preprocessing": task.preprocessing.to_dict(),
             "queries": len(ranked.queries),

@@ -411,10 +411,12 @@ def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
     from moco_eval.data.landmarks import COUNTS
 
     has_queries = options.dataset in COUNTS
-    if has_queries and (split or options.train_split or options.test_split):
-        raise InputError(f"{options.dataset} is one database with queries of its own; leave --split away")
+    if has_queries and (split or options.train_split or options.test_split or options.val_fraction or options.limit):
+        raise InputError(
+            f"{options.dataset} is one database with queries of its own; leave --split, --val-fraction and --limit out"
+        )
     pixels_of(checkpoint, options)
-    opened = _landmarks(options) if has_queries else _by_class(split or "test", options)
+    opened = _landmarks(options) if has_queries else _by_class(checkpoint, split or "test", options)
 
     from moco_eval.classification.retrieval import Settings
     from moco_eval.results.result import lines
@@ -448,13 +450,11 @@ def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
 Retrieval = tuple[str, str, str, Callable[[], None], Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]
 
 
-def _by_class(split: str, options: Options) -> Callable[[Any], Retrieval]:
+def _by_class(checkpoint: str, split: str, options: Options) -> Callable[[Any], Retrieval]:
     """Retrieval of images of a query's class; the images are opened before torch is imported."""
     from moco_eval.config.data_name import in_path
-    from moco_eval.data.catalogue import open_splits
 
-    splits = open_splits(options.called, options.data, options.train_split, options.test_split)
-    images = splits[0] if split == "train" else splits[1]
+    images = opened_early(checkpoint, options)[0 if split == "train" else 1]
 
     def opened(encoder: Any) -> Retrieval:
         from moco_eval.classification.retrieval import PROTOCOL, check, resolved, retrieve

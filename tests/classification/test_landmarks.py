@@ -158,4 +158,4 @@ def test_a_split_of_a_database_is_refused(tmp_path, capfd, monkeypatch):
     write(tmp_path, monkeypatch)
     words = ("retrieve", "pixels", "--dataset", "roxford5k", "--data", str(tmp_path), "--split", "train")
     _, err = in_process(capfd, monkeypatch, *words, code=2)
-    assert "leave --split away" in err
+    assert "leave --split, --val-fraction and --limit out" in err

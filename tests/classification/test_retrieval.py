@@ -94,3 +94,12 @@ def test_the_command_leaves_a_record(tmp_path, capfd, monkeypatch):
     assert list(record["per_class"]) == [str(digit) for digit in range(10)] and record["queries"] == 500
     again, _ = in_process(capfd, monkeypatch, *words)
     assert again == out
+
+
+def test_a_limit_is_taken_and_said(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("retrieve", "pixels", "--dataset", "digits", "--device", "cpu", "--workers", "0", "--output", "run")
+    in_process(capfd, monkeypatch, *words, "--limit", "40")
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["dataset"]["images"] == 40
+    assert any("40 images, evenly spread" in deviation for deviation in record["deviations"])
