@@ -351,7 +351,7 @@ def test_segment_leaves_nothing_unless_asked(tmp_path, monkeypatch, heard):
     before, loaded = torch.get_rng_state(), me.load("random:resnet18_quarter")
     result = me.segment(loaded, "digits", device="cpu", **FEW)
     assert torch.equal(before, torch.get_rng_state()) and list(tmp_path.iterdir()) == [] and heard() == ""
-    assert list(result.metrics) == ["mIoU", "pixel_accuracy"] and result.protocol == "segment/digits-linear@1"
+    assert list(result.metrics) == ["mIoU", "pixel_accuracy"] and result.protocol == "segment/digits-linear@2"
     assert result.interval["mIoU"][0] <= result.interval["mIoU"][1]
     assert "is a network in memory" in refusal(me.segment, encoder(), "digits")
     assert "encoder is a Net" in refusal(me.segment, Net(), "digits")

@@ -134,6 +134,7 @@ class SegmentConfig(Model):
     align_corners: how scores are enlarged: the corners of the map on those of the image, or edges on edges.
     mean_over: the pixels that the loss is a mean over: labelled, or all, where an ignored one counts as no loss.
     auxiliary: weight of the loss of a second head on layer3; 0 for none.
+    output_stride: a frozen ResNet is dilated until its map has this stride; other networks keep theirs.
     """
 
     protocol: str
@@ -144,6 +145,7 @@ class SegmentConfig(Model):
     align_corners: bool = False
     mean_over: Literal["labelled", "all"] = "labelled"
     auxiliary: float = Field(default=0.0, ge=0)
+    output_stride: Literal[8, 16] | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)
     batch_size: Count = 16
     optimizer: Optimizer
@@ -164,4 +166,6 @@ class SegmentConfig(Model):
             raise ValueError(f"sweep is only for frozen encoders (model linear), got {self.model}")
         if self.auxiliary and self.model != "fcn_d8":
             raise ValueError(f"auxiliary is only for model fcn_d8, got {self.model}")
+        if self.output_stride and self.model != "linear":
+            raise ValueError(f"output_stride is only for frozen encoders (model linear), got {self.model}")
         return self

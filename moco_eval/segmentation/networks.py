@@ -6,18 +6,20 @@ copied; Oquab et al. 2023, arXiv:2304.07193 (linear).
 
 import copy
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import ResNet
 
 from moco_eval.config.segmentation import SegmentConfig
 from moco_eval.data.loader import swap_colours
 from moco_eval.data.masks.samples import IGNORED
 from moco_eval.encoders.architectures import ARCHITECTURES
-from moco_eval.encoders.dilation import dilate
+from moco_eval.encoders.dilation import dilate, refine
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.network import Network, has_tokens
 from moco_eval.errors import InputError
@@ -62,11 +64,17 @@ class Frozen(nn.Module):
 
     Of a transformer these are its normalised patch tokens; its position embedding is resampled to the recipe's windows,
     filled up to whole patches on all sides.
+
+    Args:
+        side: pixels of the recipe's windows.
+        output_stride: of the map of a ResNet, whose stages are dilated where it is smaller than theirs.
     """
 
-    def __init__(self, encoder: Encoder, side: int):
+    def __init__(self, encoder: Encoder, side: int, output_stride: int | None = None):
         super().__init__()
         network = encoder.network
+        if output_stride is not None and isinstance(network.backbone, ResNet):
+            network = _of_stride(network, output_stride)
         self.last = network.stages[-1]
         self.multiple = self.last.stride if has_tokens(network.backbone) else 1
         filled = -(-side // self.multiple) * self.multiple
@@ -84,6 +92,16 @@ class Frozen(nn.Module):
         if height or width:
             images = F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
         return self.network.maps(images, [self.last.name])
+
+
+def _of_stride(network: Network, stride: int) -> Network:
+    """A copy of a ResNet's network with no map coarser than this."""
+    backbone = copy.deepcopy(network.backbone)
+    for stage in network.stages:
+        if (times := stage.stride // stride) > 1:
+            refine(backbone.get_submodule(stage.name), times)
+    stages = tuple(replace(stage, stride=min(stage.stride, stride)) for stage in network.stages)
+    return Network(backbone, stages, network.pooling, network.in_channels, network.size)
 
 
 def _of_another_size(encoder: Encoder, network: Network, side: int) -> Network:
@@ -252,7 +270,7 @@ def sweep_of(recipe: SegmentConfig) -> list[tuple[float, float]]:
 def body_of(encoder: Encoder, recipe: SegmentConfig) -> Resnet | Frozen:
     """What a recipe's heads stand on."""
     if recipe.model == "linear":
-        return Frozen(encoder, recipe.test.window or recipe.views.crop)
+        return Frozen(encoder, recipe.test.window or recipe.views.crop, recipe.output_stride)
     return Resnet(encoder, (None, (2, 2)) if recipe.model == "fcn16s" else ((1, 2), (2, 4)))
 
 

@@ -10,7 +10,7 @@ PROTOCOLS = {
     "segment/linear@1": Protocol("linear", None, None),
     "segment/linear-dinov2@1": Protocol("linear_dinov2", None, None),
     "segment/digits-fcn16s@2": Protocol("digits_fcn16s", "digits", None),
-    "segment/digits-linear@1": Protocol("digits_linear", "digits", None),
+    "segment/digits-linear@2": Protocol("digits_linear", "digits", None),
 }
 DEFAULTS = {
     "voc-aug": "voc_fcn16s_30k",

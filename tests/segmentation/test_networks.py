@@ -154,7 +154,7 @@ def test_the_loss_of_fcn_d8_counts_both_heads_and_ignored_pixels():
 def test_a_linear_head_stands_on_the_last_map_and_leaves_the_encoder_alone(arch):
     net = encoder(arch)
     before = {name: tensor.clone() for name, tensor in net.backbone.state_dict().items()}
-    config = recipe("digits_linear", "views.crop=32", "test.window=32", "test.stride=32")
+    config = recipe("digits_linear", "views.crop=32", "test.window=32", "test.stride=32", "output_stride=null")
     model = build_segmenter(net, CLASSES, config).train()
     last = net.network.stages[-1]
     pixels, masks = images(32, count=2), torch.zeros(2, 32, 32, dtype=torch.uint8)
@@ -168,6 +168,24 @@ def test_a_linear_head_stands_on_the_last_map_and_leaves_the_encoder_alone(arch)
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.backbone.state_dict().items())
     assert not any("backbone" in name or "body" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "arch, stride", [("resnet18_quarter", 8), ("resnet50_quarter", 16), ("resnet18_quarter_cifar", 8)]
+)
+def test_a_frozen_resnet_has_the_wanted_stride_and_the_same_weights(arch, stride):
+    """On the places that both grids have, nothing changes."""
+    whole = encoder(arch)
+    coarse, fine = Frozen(whole, 64), Frozen(whole, 64, output_stride=stride)
+    times = coarse.last.stride // fine.last.stride
+    assert fine.last.stride == stride and times == (1 if "cifar" in arch else 32 // stride)
+    pixels = torch.randn(1, 3, 129, 129)
+    with torch.no_grad():
+        (small,), (large,) = coarse(pixels), fine(pixels)
+    assert large.shape[2:] == (128 // stride + 1,) * 2
+    assert (large[:, :, ::times, ::times] - small).abs().max() < 1e-5 * small.abs().max()
+    for name, tensor in coarse.network.state_dict().items():
+        assert torch.equal(tensor, fine.network.state_dict()[name])
 
 
 def test_a_vit_takes_windows_of_another_size_and_ones_that_patches_do_not_fill():

@@ -73,6 +73,7 @@ def test_deviations_are_named():
         ("test={window: 64, stride: 65}", "would leave gaps"),
         ("views.scales=[2, 1]", "smallest and the largest"),
         ("auxiliary=0.4", "auxiliary is only for model fcn_d8"),
+        ("output_stride=8", "output_stride is only for frozen encoders"),
         ("sweep={lr: [1], weight_decay: [0]}", "sweep is only for frozen encoders"),
         ("schedule={kind: poly, iterations: 9, steps: [3]}", "takes no steps"),
         ("scenes.side=[40, 20]", r"scenes.side is the least and the most, got \[40, 20\]"),
