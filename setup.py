@@ -1,18 +1,39 @@
 """Installs moco_eval, pretraining and the shipped configs; pyproject.toml holds the tools' settings."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "moco_eval" / "__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION, "moco_eval/__init__.py states the version"
 
 setup(
     name="moco-eval",
-    version="0.1.0",
-    description="Trains MoCo encoders and tells how well any encoder transfers, beside the papers' own numbers",
+    version=VERSION[1],
+    description="Measures how well any encoder transfers, under the papers' own protocols, and trains MoCo encoders",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The moco-eval developers",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["self-supervised learning", "representation learning", "contrastive learning", "MoCo", "evaluation"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["moco_eval", "moco_eval.*", "pretraining"]), "moco_eval.configs"],
     package_dir={"moco_eval.configs": "configs"},

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,38 @@ def test_only_the_command_line_and_the_demo_know_both_packages():
 def test_importing_the_package_brings_no_torch():
     code = "import sys, moco_eval; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
+
+
+def at_the_top(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """What is imported with a module, in whatever order; not what a function imports when it is called."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from at_the_top(node.orelse)
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            yield from at_the_top(ast.iter_child_nodes(node))
+
+
+def libraries_of(*modules: str) -> set[str]:
+    """The libraries that come with some of our modules, by their imports and those of what they import."""
+    left, seen, libraries = set(modules), set[str](), set[str]()
+    while left:
+        seen.add(module := left.pop())
+        names = list(at_the_top(ast.parse(MODULES[module].read_text(encoding="utf-8")).body))
+        ours = {name for name in names if name.split(".")[0] in ("moco_eval", "pretraining")}
+        libraries |= {name.split(".")[0] for name in set(names) - ours} - sys.stdlib_module_names
+        left |= {str(resolved(name) or resolved(name.rpartition(".")[0])) for name in ours} - seen
+    return libraries
+
+
+LIGHT = {"click", "pydantic", "pydantic_core", "yaml"}
+
+
+def test_what_comes_with_a_command_and_with_inspect():
+    """torchvision is for its ResNets; the import of both is nearly all of the time of `inspect random:resnet18`."""
+    assert libraries_of("moco_eval.cli.main") == LIGHT
+    loaded = libraries_of("moco_eval.cli.main", "moco_eval.encoders.inspect")
+    assert loaded == LIGHT | {"torch", "torchvision", "numpy", "safetensors", "rich"}

@@ -84,6 +84,19 @@ def test_what_is_wrong_is_told_before_torch_is_imported(line, said):
     assert REFUSED[line] in words, words
 
 
+# what a network with random weights is not made of, each a part of a second or tens of MB
+NOT_FOR_INSPECT = ("timm", "sklearn", "scipy", "matplotlib", "tensorboard", "pycocotools", "simplejpeg", "tifffile")
+NOT_FOR_INSPECT += ("jinja2", "torch.utils.tensorboard", "moco_eval.data", "moco_eval.features", "moco_eval.detection")
+
+
+def test_inspect_of_random_weights_imports_what_it_needs_alone(capfd, monkeypatch):
+    """What comes with the modules themselves is in tests/test_imports.py; this is what they import when they run."""
+    for name in NOT_FOR_INSPECT:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError now
+    out, _ = in_process(capfd, monkeypatch, "inspect", "random:resnet18_quarter")
+    assert "random initialisation" in out
+
+
 def test_the_help_is_in_groups_and_cuts_nothing_off(said):
     _, _, text = said["--help"]
     assert all(title in text for title in ("Train:", "Judge an encoder:", "Encoders:", "Papers' tables:"))
