@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all check format clean
+.PHONY: help venv demo test test-all check format docs picture clean
 
 help:
 	@echo "make demo      the whole path on built-in real data, a few minutes on a CPU; writes runs/demo/report.html"
 	@echo "make test      the tests that need no GPU, no detectron2, no outside data and no minutes"
 	@echo "make test-all  those too, kills and restarts among them (twenty minutes), each skipping with its reason"
 	@echo "make check     lint and type-check"
+	@echo "make docs      the documentation as a site, build/site/index.html"
+	@echo "make picture   the picture of a report that README.md shows, from runs/demo/report.html (needs Chromium)"
 	@echo "make venv      the virtual environment alone"
 
 venv: $(READY)
@@ -42,6 +44,19 @@ check: $(READY)
 
 format: $(READY)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(VENV)/.docs-installed
+	@echo "== the pages of docs/ as a site; every link and every docstring is checked"
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html is ready; its search needs a server: $(BIN)/python -m http.server -d build/site"
+
+$(VENV)/.docs-installed: $(READY)
+	@echo "== installing what makes the site and runs the tutorial"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+picture: $(READY)
+	@$(BIN)/python tools/report_picture.py runs/demo/report.html --output docs/report.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

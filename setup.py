@@ -71,6 +71,7 @@ setup(
             "webdataset>=0.2",
             "submitit>=1.5",
         ],
+        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26", "nbconvert>=7", "ipykernel>=6.29"],
         "slurm": ["submitit>=1.5"],
         "hf": ["datasets>=2.14"],
         "peers": [

@@ -100,6 +100,8 @@ def load(
         encoder: query or key; by default the one that the method itself evaluates.
         key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.
         pixels: attributes of a Preprocessing that take the place of the method's own: {"interpolation": "bilinear"}.
+    Returns:
+        The backbone, (N, C, H, W) to (N, feature_dim), with all that must travel with it.
     Raises:
         ValueError: unreadable, unknown, or one tensor too few, too many, of another shape or not finite; senseless
             pixels.
@@ -113,8 +115,14 @@ def load(
 
 @in_python
 def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network") -> Encoder:
-    """Any network in memory as an encoder; it is left as it was, tensors and modes. See `encoders.wrap.wrap`.
+    """Any network in memory as an encoder; it is left as it was, tensors and modes.
 
+    Args:
+        net: maps (N, C, H, W) float32 to finite features (N, D), of the same D in training and in evaluation mode.
+        preprocessing: the pixels that it expects; C is the length of its mean.
+        name: what results, folders and tables call it.
+    Returns:
+        An encoder of that very network: what you train on between two calls is judged as it then is.
     Raises:
         ValueError: it takes no images of that size, or gives no features (N, D).
     """
@@ -123,8 +131,13 @@ def wrap(net: nn.Module, preprocessing: Preprocessing, *, name: str = "network")
 
 @in_python
 def images(name: str, folder: str | Path | None = None) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of a data set by its name (`moco-eval datasets`): images("cifar10", "/datasets").
+    """Training and test images of a data set by its name: images("cifar10", "/datasets").
 
+    Args:
+        name: one of those that `moco-eval datasets` lists, such as digits (built in), cifar10 or imagefolder.
+        folder: where its files are; None for what is built in, or for the folder of MOCO_EVAL_DATA.
+    Returns:
+        The training and the test split, of the same classes.
     Raises:
         ValueError: an unknown name, a missing or incomplete folder.
     """
@@ -147,11 +160,20 @@ def features(
     workers: int = 0,
     precision: str = "fp32",
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Features of clean crops, (N, D) float32 in the images' order, and their identity: all that they depend on.
+    """Features of clean crops: resized, cut from the centre, nothing drawn at random.
 
     Args:
+        encoder: of `load` or `wrap`.
+        images: N images; labels are not needed.
         feature: pooled, head, or a stage such as layer3 or blocks.8.
+        device: auto takes the GPU, or for a wrapped network the device that it lies on; cpu, cuda, cuda:1.
         cache: a folder where they are kept, and taken from the next time.
+        batch_size: images at once; it may move the last bits.
+        workers: processes that decode images; 0 decodes in this one.
+        precision: fp32, tf32 or bf16 of the forward pass; features are float32 in any case.
+    Returns:
+        Features, (N, D) float32 in the images' order, as the network gives them (not normalised), and their identity:
+            weights, images, pixels, feature and precision, on which they depend.
     Raises:
         ValueError: no such feature, or an image that cannot be read.
     """
@@ -183,14 +205,21 @@ def judge(
     """How well an encoder does under a classification protocol, fine-tuning included.
 
     Args:
+        encoder: of `load` or `wrap`.
+        train: images with labels that the classifier is fitted to.
+        test: images with labels that it is tested on, of the same classes.
         protocol: such as linear/moco-lincls@1; a shipped config such as linear/digits; or a YAML file of one's own.
         output: a run directory, with exactly what the command leaves there; None writes nothing at all.
         trials: repetitions with their own seeds, from `seed` on.
+        seed: of the first trial.
         device: auto takes the GPU, or for a wrapped network the device that it lies on.
         labels: 'N-per-class', drawn anew in each trial, '1%', '10%' or a list file; None for all.
         feature: pooled (the protocol's own, as a rule), head or a stage.
         cache: a folder where extracted features are kept.
         settings: values of the config: batch_size=64, schedule={"epochs": 10}.
+    Returns:
+        Metrics in percent with their spread over trials and their 95 % interval over test images, the deviations from
+            the protocol, and the answers: scores (N, classes), predictions (N,).
     Raises:
         ValueError: an argument that is wrong; its message names it.
         RuntimeError: the run failed: a loss or a feature that is not finite.
@@ -248,9 +277,16 @@ def detect(
         recipe: a shipped recipe or a file.
         folder: the data set's.
         output: a run directory, where a fine-tuning is also resumed; None keeps nothing.
+        engine: detectron2, torchvision, or auto: detectron2 where it is installed.
+        trials: fine-tunings with their own seeds, from `seed` on.
+        seed: of the first trial.
+        device: auto takes the GPU.
         settings: values of the recipe: schedule={"iterations": 100}.
+    Returns:
+        AP, AP50, AP75 (COCO: APbb, APmk, ...) in percent, their spread and the deviations from the recipe.
     Raises:
         ValueError: an argument that is wrong; its message names it.
+        RuntimeError: the run failed: a loss that is not finite.
     """
     _require_encoder(encoder)
     if encoder.wrapped:
@@ -285,11 +321,18 @@ def segment(
             already.
         recipe: a shipped recipe or a file.
         folder: the data set's.
-        classes, ignored: of mask-folder: a file with a class name a line, and values of pixels without a class.
+        classes: of mask-folder: a file with a class name a line.
+        ignored: of mask-folder: values of pixels without a class.
         output: a run directory, where a training is also resumed; None keeps nothing.
+        trials: trainings with their own seeds, from `seed` on.
+        seed: of the first trial.
+        device: auto takes the GPU.
         settings: values of the recipe: schedule={"iterations": 100}.
+    Returns:
+        mIoU and pixel accuracy in percent, their spread and the deviations from the recipe.
     Raises:
         ValueError: an argument that is wrong; its message names it.
+        RuntimeError: the run failed: a loss that is not finite.
     """
     _require_encoder(encoder)
     if encoder.wrapped:
@@ -313,7 +356,10 @@ def compare(a: Result | str | Path, b: Result | str | Path) -> Comparison:
     """Is B better than A? Paired over the same test images; printing it says it in words.
 
     Args:
-        a, b: results, or run directories.
+        a: a result, or a run directory.
+        b: the same, of the other encoder.
+    Returns:
+        B - A in percentage points of the data set's main metric, with its 95 % interval over test images.
     Raises:
         ValueError: they were not tested on the same images, or hold no answers.
     """
@@ -343,9 +389,12 @@ class Monitor:
     ):
         """
         Args:
-            train, test: images that it judges on.
+            train: images with labels that the classifier is fitted to.
+            test: images with labels that it is tested on.
             preprocessing: the pixels that the network expects.
+            protocol: as in `judge`.
             every: look at each so many steps or epochs, whatever the loop counts; step 0 is looked at.
+            name: what results call the network.
             settings: of `judge`, `output` apart; `history` has results to save.
         Raises:
             ValueError: an argument that `judge` refuses; images of one class only; `output`, which takes one look only.

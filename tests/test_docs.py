@@ -11,13 +11,17 @@ from commands import ROOT
 from documented import PAGES, anchors, blocks, links, name_of, prose
 from pydantic import BaseModel
 
+from moco_eval.classification.protocols import load_config
 from moco_eval.cli.main import cli
 from moco_eval.config import base, classification, detection, pretrain, segmentation
 from moco_eval.config import load as configs
 from moco_eval.config.detection import DetectConfig
+from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.index import EXTENSIONS
+from moco_eval.papers import gpu_hours
 from moco_eval.papers.tables import Table, load_table
 from moco_eval.papers.tables import tables as shipped_tables
+from tools.draw_diagrams import DIAGRAMS
 
 INDEX, PROTOCOLS = ROOT / "docs" / "README.md", ROOT / "docs" / "protocols"
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
@@ -38,6 +42,26 @@ def test_every_page_is_in_the_index_with_a_line():
     assert pages <= linked, f"docs/README.md does not name {sorted(map(name_of, pages - linked))}"
     for row in [line for line in TEXTS[INDEX].splitlines() if line.startswith("| [")]:
         assert len(row.split("|")[2].strip()) > 10, row
+
+
+def test_every_page_is_in_the_sites_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = {name_of(page).removeprefix("docs/") for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    moved = {"index.md", "pages.md", "tutorial.md", "changelog.md", "contributing.md", "security.md"}
+    assert set(leaves(nav)) == pages - {"README.md"} | moved
+
+
+def leaves(nav: object) -> list[str]:
+    """The pages of a navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in leaves(part)]
+
+
+def test_the_diagrams_are_those_that_the_program_draws():
+    for name, draw in DIAGRAMS.items():
+        assert (ROOT / "docs" / "diagrams" / f"{name}.svg").read_text(encoding="utf-8") == draw()
 
 
 def test_the_readme_leads_to_the_index():
@@ -170,6 +194,27 @@ def test_the_index_names_every_protocol_of_classification():
     }
     named = set(re.findall(r"`([a-z]+/[\w-]+@\d)`", TEXTS[INDEX]))
     assert protocols == {one for one in named if not one.startswith("detect/")}
+
+
+def published_hours(name: str) -> float:
+    """GPU-hours of a recipe at full size, as `moco-eval table` gives them."""
+    (kind,) = [one.split("/")[0] for one in SHIPPED if one.endswith(f"/{name}")]
+    if kind == "pretrain":
+        return gpu_hours._pretraining(configs.load(name, kind, PretrainConfig), "imagenet").hours
+    if kind == "detect":
+        return gpu_hours._detection(configs.load(name, kind, DetectConfig), 1).hours
+    images = (gpu_hours.images_of("imagenet", split) for split in ("train", "test"))
+    forward, trained, extracted = gpu_hours.passes(kind, load_config(name, kind), *images)
+    return gpu_hours.FORWARD * (forward + 3 * trained + extracted)
+
+
+def test_the_readmes_hours_are_those_of_the_tables():
+    section = TEXTS[ROOT / "README.md"].partition("## How long it takes")[2].partition("\n## ")[0]
+    shown = dict(re.findall(r"`([\w-]+)`: ([\d.]+)", section))
+    assert len(shown) >= 9
+    assert {name: gpu_hours.amount(published_hours(name)) for name in shown} == {
+        name: f"{number} GPU-hours" for name, number in shown.items()
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

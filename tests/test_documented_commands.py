@@ -96,6 +96,7 @@ REDUCED: list[tuple[str, str]] = [
 NOT_RUN = {
     "make": "each target is a test suite, an installation or the demo, which tests/test_demo.py runs",
     "pip": "fetches several GB",
+    "git": "clones this repository",
     "sbatch": "wants SLURM; tests/pretraining/test_resume.py runs the script with stand-ins",
 }
 

@@ -240,7 +240,8 @@ class ImageSet:
             pixels: 8-bit images, (N, H, W, 3) or grey (N, H, W), uint8.
             labels: class of each, (N,), counted from 0.
             classes: their names; by default the numbers that occur, which then may leave no gap.
-            name, split: what records and tables call the set; two sets of one name and split are told apart by content.
+            name: what records and tables call the set; two sets of one name and split are told apart by content.
+            split: which part of it this is.
         Raises:
             InputError: pixels or labels of another kind, shape or length, or labels that name no class.
         """
@@ -265,6 +266,8 @@ class ImageSet:
         Args:
             dataset: with a length and items by index; without a transform to tensors, which the preprocessing makes.
             classes: names; by default the data set's own `classes`, or the numbers that occur.
+            name: what records and tables call the set; by default its class's name.
+            split: which part of it this is.
         Raises:
             InputError: an item that is none such, or that cannot be had: its index is named.
         """
@@ -293,7 +296,10 @@ class ImageSet:
         """The images of a `datasets.Dataset`; see `from_dataset`.
 
         Args:
-            image, label: its columns.
+            image: the name of the column of images.
+            label: the name of the column of labels.
+            name: what results call the set.
+            split: which part of it this is.
         Raises:
             InputError: no such column, or as `from_dataset`.
         """
