@@ -51,6 +51,8 @@ setup(
             "submitit>=1.5",
         ],
         "slurm": ["submitit>=1.5"],
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],  # the latter two for a local store
         "hf": ["datasets>=2.14"],
         "peers": [
             "lightly>=1.5",
