@@ -73,6 +73,8 @@ setup(
         ],
         "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26", "nbconvert>=7", "ipykernel>=6.29"],
         "slurm": ["submitit>=1.5"],
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],  # the latter two for a local store
         "hf": ["datasets>=2.14"],
         "peers": [
             "lightly>=1.5",

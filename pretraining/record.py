@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: measurements, metrics, TensorBoard events."""
+"""What a run writes down as it goes: measurements, metrics, and the same for loggers."""
 
 import math
 import time
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from torch.utils.tensorboard import SummaryWriter
 
 from moco_eval.errors import RunFailed
+from moco_eval.results.loggers import Logger, TensorBoard, remotes
 from moco_eval.runtime import files
 from moco_eval.runtime.collectives import all_sum, found_by_main, gather, union
 from moco_eval.runtime.console import log, tell, warn
@@ -170,18 +170,29 @@ class Measurements:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, written by the first process; lines after `step` are cut off on resume."""
+    """metrics.jsonl and loggers, written by the first process; lines after `step` are cut off on resume."""
 
-    def __init__(self, run: Plan, output: Path, step: int, device: torch.device):
+    def __init__(self, run: Plan, output: Path, step: int, device: torch.device, logs: Sequence[str] = ()):
+        """
+        Args:
+            logs: of --log, beside TensorBoard.
+        Raises:
+            InputError: a line of metrics.jsonl is damaged, or one of `logs` cannot be opened.
+        """
         self.run, self.path, self.device = run, output / "metrics.jsonl", device
         self.recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
         self.knn: list[float] = []
-        # the line of chance, of step 0, is written anew
-        found_by_main(lambda: files.cut_lines(self.path, "step", step or -1))
-        if is_main():
-            for line in files.read_lines(self.path, "step"):
-                self._remember(line)
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self.loggers: list[Logger] = []
+        found_by_main(lambda: self._open(output, step, logs))
+
+    def _open(self, output: Path, step: int, logs: Sequence[str]) -> None:
+        """What was written before; a service that lacks some of it is sent that."""
+        files.cut_lines(self.path, "step", step or -1)  # the line of chance, of step 0, is written anew
+        services = remotes(logs, output, "pretrain", self.run.resolved())
+        self.loggers = [TensorBoard(output, purge_step=step + 1), *services]
+        for line in files.read_lines(self.path, "step"):
+            self._remember(line)
+            _send(services, line)
 
     def _remember(self, line: dict[str, Any]) -> None:
         if "loss" in line:
@@ -209,8 +220,7 @@ class Metrics:
             if line["step"] % self.run.steps_per_epoch == 0:
                 self._tell(line)
         files.append_line(self.path, line)
-        for name in line.keys() - {"step", "epoch", "alarms"}:
-            self.board.add_scalar(name, line[name], line["step"])
+        _send(self.loggers, line)
 
     def _tell(self, line: dict[str, Any]) -> None:
         """One line an epoch to stderr."""
@@ -225,6 +235,9 @@ class Metrics:
         """To the disk, before a checkpoint that relies on it."""
         files.flush(self.path)
 
-    def close(self) -> None:
-        if is_main():
-            self.board.close()
+
+def _send(loggers: Sequence[Logger], line: dict[str, Any]) -> None:
+    """The figures of a line; its kind is that of its first: chance, loss, or knn_top1."""
+    values = {name: value for name, value in line.items() if name not in ("step", "epoch", "alarms")}
+    for logger in loggers if values else ():
+        logger.send(next(iter(values)), line["step"], values)

@@ -1,7 +1,7 @@
 """The pretraining loop: views in, checkpoints out; interrupted at any step, it goes on from the last checkpoint."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from moco_eval.config.learning_rate import momentum_of_step, rate_in_pretraining
 from moco_eval.data.loader import draw_seed
 from moco_eval.errors import Interrupted, RunFailed
+from moco_eval.results.loggers import closed_after
 from moco_eval.results.run_directory import open_run
 from moco_eval.runtime.collectives import barrier, broadcast_, parallel, same_on_all_ranks
 from moco_eval.runtime.console import log, progress
@@ -29,28 +30,29 @@ from pretraining.signs import Signs
 from pretraining.views import Batch, two_views
 
 
-def pretrain(run: Plan, output: Path, device: torch.device) -> Path:
+def pretrain(run: Plan, output: Path, device: torch.device, logs: Sequence[str] = ()) -> Path:
     """Train to the end, or go on where an earlier call stopped.
 
+    Args:
+        logs: where the curves go beside TensorBoard: wandb, mlflow.
     Returns:
         The last checkpoint.
     Raises:
-        InputError: the output folder holds another run, or another command works there.
+        InputError: the output folder holds another run, another command works there, or one of `logs` cannot be opened.
         RunFailed: the loss is not finite, or too many images cannot be read.
         Interrupted: asked to stop by a signal; the state is saved.
     """
     with open_run(output, run.resolved()):
-        trainer = Trainer(run, output, device)
+        trainer = Trainer(run, output, device, logs)
         trainer.restore()
-        if is_main():
-            two_views(run.images, run.config).draw(output / "views.png")
-        try:
-            trainer.train()
-        except RunFailed as error:
-            last = trainer.checkpoints / "last.pth"
-            raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
-        finally:
-            trainer.metrics.close()
+        with closed_after(trainer.metrics.loggers):
+            if is_main():
+                two_views(run.images, run.config).draw(output / "views.png")
+            try:
+                trainer.train()
+            except RunFailed as error:
+                last = trainer.checkpoints / "last.pth"
+                raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
     return trainer.checkpoints / "last.pth"
 
 
@@ -89,8 +91,8 @@ def algorithm_1(
 class Trainer:
     """The state of a run between two steps, and the loop over them."""
 
-    def __init__(self, run: Plan, output: Path, device: torch.device):
-        self.run, self.config, self.output, self.device = run, run.config, output, device
+    def __init__(self, run: Plan, output: Path, device: torch.device, logs: Sequence[str] = ()):
+        self.run, self.config, self.output, self.device, self.logs = run, run.config, output, device, logs
         self.checkpoints = output / "checkpoints"
         deterministic(self.config.deterministic)
         torch.manual_seed(self.config.seed)  # the same weights and dictionary on every rank
@@ -113,7 +115,7 @@ class Trainer:
             log(f"resuming at step {self.step} of {self.run.steps}")
         for tensor in self.model.buffers(recurse=False):
             broadcast_(tensor)  # the dictionary; from here on every rank changes it alike
-        self.metrics = Metrics(self.run, self.output, self.step, self.device)
+        self.metrics = Metrics(self.run, self.output, self.step, self.device, self.logs)
         if self.step == 0:
             start = {"chance": self.run.chance, "queue_full_step": self.run.full_step}
             self.metrics.write({"step": 0, "epoch": 0, **start})

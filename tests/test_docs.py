@@ -32,6 +32,7 @@ FOREIGN = {
     *("--folder", "--gigabytes", "--repeats", "--measure", "--crop", "--iterations"),  # tools/benchmark_*
     *("--nodes", "--partition"),  # sbatch
     *("--shm-size", "--ipc"),  # docker
+    *("--logdir",),  # tensorboard
     *("--classifier",),  # tools/classifier_accuracy.py
 }
 

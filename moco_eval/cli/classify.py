@@ -21,6 +21,7 @@ from moco_eval.cli.options import (
     feature_options,
     json_option,
     limit_option,
+    log_option,
     name_option,
     run_options,
     split_options,
@@ -28,7 +29,17 @@ from moco_eval.cli.options import (
     try_option,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, load_encoder, pixels_of, show, tried, warn_of_rate
+from moco_eval.cli.shared import (
+    launch_again,
+    load_config,
+    load_encoder,
+    pixels_of,
+    require_logs,
+    show,
+    show_and_log,
+    tried,
+    warn_of_rate,
+)
 from moco_eval.config import load as configs
 from moco_eval.errors import InputError
 
@@ -105,6 +116,7 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     named = feature_override(row.model, options.feature)  # then the config says the feature
     first = load_config(protocol, kind, row.model, replace(options, batch_size=None), named)
     splits = opened_early(checkpoint, options)
+    require_logs(options)
 
     from moco_eval.api import judged
     from moco_eval.classification.judge import check, prepared, resolved
@@ -132,7 +144,8 @@ def classify(kind: str, checkpoint: str, protocol: str, options: Options) -> int
     with processes(options.device) as device:
         result = judged(task, config, output, device)
         if is_main():
-            show(result.record, "\n".join([str(result), *beside(result.record, output.parent)]), options)
+            text = "\n".join([str(result), *beside(result.record, output.parent)])
+            show_and_log(result.record, text, output, options)
     return 0
 
 
@@ -237,6 +250,7 @@ def _tasks_help() -> str:
     click.option("--output", type=FOLDER, help="Folder of the run directories; running again resumes."),
     extraction_options,
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan and about how long it takes."),
+    log_option,
     json_option,
 )
 def suite(
@@ -262,6 +276,7 @@ def suite(
         for checkpoint in checkpoints
     ]
     opened = [opened_early(*each) for each in wanted]
+    require_logs(options)
 
     from moco_eval.classification import suite as suites
     from moco_eval.classification.forecast import describe, forecast
@@ -280,6 +295,7 @@ def suite(
 def _run_suites(planned: list[Any], batch_size: int, options: Options) -> int:
     """Suites one after the other, with one table at the end; of several a report too."""
     from moco_eval.classification import suite as suites
+    from moco_eval.results.loggers import send_result
     from moco_eval.results.run_directory import hold
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
@@ -289,6 +305,8 @@ def _run_suites(planned: list[Any], batch_size: int, options: Options) -> int:
         for chosen, left_out, output in planned:
             with hold(output):
                 records, extraction = suites.run(chosen, chosen[0].task.cache, device, batch_size)
+                for record, item in zip(records if is_main() else (), chosen):
+                    send_result(record, item.output, options.logs)
             everything += records
             tables.append(suites.table(records, extraction, output.parent, left_out))
         if is_main() and len(planned) == 1:
@@ -401,6 +419,7 @@ def features(checkpoint: str, crops: int, split: str, options: Options) -> int:
     click.option("--output", type=FOLDER, help="Run directory; running again in the same place resumes."),
     extraction_options,
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+    log_option,
     json_option,
 )
 def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
@@ -417,6 +436,7 @@ def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
         )
     pixels_of(checkpoint, options)
     opened = _landmarks(options) if has_queries else _by_class(checkpoint, split or "test", options)
+    require_logs(options)
 
     from moco_eval.classification.retrieval import Settings
     from moco_eval.results.result import lines
@@ -442,7 +462,7 @@ def retrieve(checkpoint: str, split: str | None, options: Options) -> int:
     with processes(options.device) as device:
         record = judged(settings, output, device)
         if is_main():
-            show(record, "\n".join(lines(record)), options)
+            show_and_log(record, "\n".join(lines(record)), output, options)
     return 0
 
 

@@ -20,6 +20,7 @@ class Options:
     """What the shared options were given; a command that lacks an option finds its default here.
 
     Attributes:
+        logs: what --log says.
         overrides: what --set says, as key=value.
         pixels: what --pixels says, as key=value.
         folders: what --data says where it names data sets: NAME=FOLDER.
@@ -56,6 +57,7 @@ class Options:
     as_json: bool = False
     limit: int | None = None
     attempt: bool = False
+    logs: tuple[str, ...] = ()
 
     @property
     def called(self) -> str:
@@ -117,6 +119,15 @@ def on_machine(*precisions: str) -> Callable:
     )
 
 
+log_option = click.option(
+    "--log",
+    "logs",
+    multiple=True,
+    type=click.Choice(["wandb", "mlflow"]),
+    help="Send curves and results there, too; may be repeated.",
+)
+
+
 def of_a_run(machine: Callable) -> Callable:
     """What a command takes that has a config and a run directory."""
     return several(
@@ -125,6 +136,7 @@ def of_a_run(machine: Callable) -> Callable:
         click.option("--batch-size", type=click.IntRange(1), help="Over all processes; the learning rate is rescaled."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any config key; may be repeated."),
         click.option("--dry-run", is_flag=True, help="Check everything, print the plan, do nothing."),
+        log_option,
     )
 
 

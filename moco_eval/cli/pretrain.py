@@ -14,7 +14,7 @@ from moco_eval.cli.options import (
     try_option,
     with_options,
 )
-from moco_eval.cli.shared import launch_again, load_config, tried, warn_of_rate
+from moco_eval.cli.shared import launch_again, load_config, require_logs, tried, warn_of_rate
 from moco_eval.errors import InputError
 
 
@@ -49,6 +49,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
     require_there(options.called, options.data)
     if options.batch_size is None:
         warn_of_rate(resolved, config, "pretrain")
+    require_logs(options)
 
     if options.dry_run:
         return _planned(config, resolved, options)
@@ -76,7 +77,7 @@ def pretrain(config: str, max_restarts: int, profiled: int | None, options: Opti
             if is_main():
                 click.echo(parts.report())
             return 0
-        last = train(run, _output(config, run, options), device)
+        last = train(run, _output(config, run, options), device, options.logs)
         log(f"done: {last}")
     return 0
 

@@ -18,6 +18,14 @@ def tell_once(message: str) -> None:
         click.echo(message, err=True)
 
 
+def require_logs(options: Options) -> None:
+    """Raises InputError, in the first process, where what --log names is not there."""
+    if options.logs and os.environ.get("RANK", "0") == "0":
+        from moco_eval.results.loggers import require
+
+        require(options.logs)
+
+
 def tried(name: str, kind: str, options: Options) -> Options:
     """The options with what --try changes of a config; what is given beside it counts more."""
     if not options.attempt:
@@ -93,6 +101,14 @@ def show(records: Any, text: str, options: Options) -> None:
     click.echo(text)
 
 
+def show_and_log(record: dict[str, Any], text: str, output: Path, options: Options) -> None:
+    """A result on stdout, and where --log says."""
+    from moco_eval.results.loggers import send_result
+
+    show(record, text, options)
+    send_result(record, output, options.logs)
+
+
 def pixels_of(checkpoint: str, options: Options) -> dict[str, Any]:
     """What --pixels says; CHECKPOINT is there too. Both are looked at without torch.
 
@@ -116,6 +132,7 @@ def fine_tuned(plan: Any, cost: Any, run: Any, table: Any, task: Any, output: Pa
     from moco_eval.runtime.launch import processes
     from moco_eval.runtime.rank import is_main
 
+    require_logs(options)
     if options.nproc > 1 or options.dry_run:
         planned = plan(task, output, options.nproc)
         if options.dry_run:
@@ -127,7 +144,7 @@ def fine_tuned(plan: Any, cost: Any, run: Any, table: Any, task: Any, output: Pa
     with processes(options.device) as device:
         record = run(task, output, device)
         if is_main():
-            show(record, table(record), options)
+            show_and_log(record, table(record), output, options)
     return 0
 
 

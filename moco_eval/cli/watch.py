@@ -12,8 +12,10 @@ from moco_eval.cli.options import (
     dataset_options,
     encoder_options,
     extraction_options,
+    log_option,
     with_options,
 )
+from moco_eval.cli.shared import require_logs
 
 # options of `moco-eval suite` that are handed on, by their names in Options
 OF_DATA = ("dataset", "data", "name", "train_split", "test_split")
@@ -43,6 +45,7 @@ OF_MACHINE = ("device", "nproc", "workers", "batch_size")  # which move no numbe
         "--patience", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="End so long after the last one."
     ),
     extraction_options,
+    log_option,
 )
 def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: float | None, options: Options) -> None:
     """Judge each new checkpoint of a training while it is written, into one curve.
@@ -58,6 +61,7 @@ def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: f
     if tasks:
         tasks_named(tasks)
     open_splits(options.called, options.data, options.train_split, options.test_split)  # refused before any checkpoint
+    require_logs(options)
 
     from moco_eval.results.run_directory import hold
     from moco_eval.watch import watch as watching
@@ -66,7 +70,7 @@ def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: f
     judged = _words(options, HANDED_ON, ("--tasks", tasks), *(("--pixels", pixels) for pixels in options.pixels))
     watched = watching.Watch(folder, options.output or folder / "watch", judged, _words(options, OF_MACHINE), every)
     with hold(watched.output):
-        curve = watching.watch(watched, once, None if patience is None else 60 * patience)
+        curve = watching.watch(watched, once, None if patience is None else 60 * patience, options.logs)
         write(curve, watched.output / "curve.jsonl")
     click.echo(curve.table())
 

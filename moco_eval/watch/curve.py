@@ -33,6 +33,14 @@ class Point:
         """Its step, epoch or number; None where nothing tells."""
         return position(self.name)
 
+    def scalars(self) -> dict[str, float]:
+        """For loggers: each of its metrics by name."""
+        return {
+            f"watch/{protocol}/{metric}": value
+            for protocol, record in self.results.items()
+            for metric, value in record["metrics"].items()
+        }
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -59,14 +67,9 @@ class Curve:
             for protocol, record in point.results.items()
         ]
 
-    def scalars(self, point: Point) -> list[tuple[str, float, int]]:
-        """For TensorBoard: the name, value and x of each of a point's metrics."""
-        x = next(x for x, other in self.points if other == point)
-        return [
-            (f"watch/{protocol}/{metric}", value, x)
-            for protocol, record in point.results.items()
-            for metric, value in record["metrics"].items()
-        ]
+    def x(self, point: Point) -> int:
+        """Where a point stands."""
+        return next(x for x, other in self.points if other == point)
 
     def table(self) -> str:
         """A row for each checkpoint, the first metric of each protocol with its interval."""

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moco_eval.errors import InputError, Interrupted
+from moco_eval.results.loggers import Remote, TensorBoard, closed_after, remotes
 from moco_eval.runtime import child
 from moco_eval.runtime.console import tell
 from moco_eval.runtime.printable import shell_join
@@ -110,30 +110,41 @@ class Watch:
         return curve_of([point for point in points if point.results])
 
 
-def watch(folder: Watch, once: bool, patience: float | None) -> Curve:
+def watch(folder: Watch, once: bool, patience: float | None, logs: Sequence[str] = ()) -> Curve:
     """Judge what is there and what comes, until the patience is over or the process is told to stop.
 
     Args:
         once: end when everything that is there now has been judged.
         patience: seconds without a new checkpoint after which the watch ends; None for never.
+        logs: where the curve goes beside TensorBoard: wandb, mlflow.
     Returns:
         The curve.
     Raises:
+        InputError: one of `logs` cannot be opened.
         Interrupted: told to stop.
     """
-    board = _board(folder.output)
-    for path in _coming(folder, once, patience):
-        point = folder.judge(path)
-        if point is None:
-            continue
-        curve = folder.curve()
-        write(curve, folder.output / "curve.jsonl")
-        for name, value, x in curve.scalars(point):
-            board.add_scalar(name, value, x)
-        board.flush()
-        tell(curve.table())
-    board.close()
+    about = {"folder": str(folder.folder), "arguments": shell_join(folder.arguments)}
+    services = remotes(logs, folder.output, "watch", about)
+    board = TensorBoard(folder.output)
+    with closed_after([board, *services]):
+        _send(folder.curve(), services)  # what an earlier watch judged, and one of them lacks
+        for path in _coming(folder, once, patience):
+            point = folder.judge(path)
+            if point is None:
+                continue
+            curve = folder.curve()
+            write(curve, folder.output / "curve.jsonl")
+            board.send(point.name, curve.x(point), point.scalars())
+            _send(curve, services)
+            tell(curve.table())
     return folder.curve()
+
+
+def _send(curve: Curve, services: Sequence[Remote]) -> None:
+    """The points that a service does not have yet."""
+    for service in services:
+        for x, point in curve.points:
+            service.send(point.name, x, point.scalars())
 
 
 def _coming(folder: Watch, once: bool, patience: float | None) -> Iterator[Path]:
@@ -147,9 +158,3 @@ def _coming(folder: Watch, once: bool, patience: float | None) -> Iterator[Path]
         last = time.monotonic() if new else last
         if not new and (once or (patience is not None and time.monotonic() - last > patience)):
             return
-
-
-def _board(output: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(output / "tensorboard"))
