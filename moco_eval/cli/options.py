@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from moco_eval.errors import InputError
+
 FOLDER = click.Path(path_type=Path)
 DATASETS = (
     "digits (built in), imagefolder, imagenet, cifar10, cifar100, stl10, flowers102, pets, food101, dtd, voc07, "
@@ -165,6 +167,9 @@ try_option = click.option(
     is_flag=True,
     help="Minutes on any machine: few images and steps, a small batch, smaller images; each a deviation.",
 )
+sbatch_option = click.option(
+    "--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
 folder_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")
 name_option = click.option("--name", help="What to call a folder of your own.  [default: the folder's name]")
@@ -224,6 +229,12 @@ places_options = several(
     click.option("--released", is_flag=True, help="Take the authors' checkpoints instead of pretraining."),
     click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes of every step."),
 )
+
+
+def require_slurm(slurm: bool, sbatch: tuple[str, ...]) -> None:
+    """Raises InputError where there are options of sbatch and nothing to submit."""
+    if sbatch and not slurm:
+        raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
 
 
 def dataset_options(default: str = "imagenet") -> Callable:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moco_eval.cli.options import FOLDER, Options, places_options, with_options
+from moco_eval.cli.options import FOLDER, Options, places_options, require_slurm, sbatch_option, with_options
 from moco_eval.errors import InputError
 
 here_option = click.option(
@@ -24,11 +24,17 @@ here_option = click.option(
     show_default=True,
     help="In text, deviations are only counted as yes or no under 'as published'.",
 )
-def results(runs: Path, form: str) -> None:
+@click.option(
+    "--html", "page", type=FOLDER, metavar="FILE", help="Write one page of all runs instead, with links to them."
+)
+def results(runs: Path, form: str, page: Path | None) -> None:
     """List all your own numbers: a row for each metric of each finished run below RUNS.
 
     Example: moco-eval results runs --format csv > numbers.csv
     """
+    if page:
+        _write_page(runs, page, form)
+        return
     from moco_eval.results import listing
 
     rows = listing.rows(runs)
@@ -36,6 +42,15 @@ def results(runs: Path, form: str) -> None:
         click.echo(f"{runs} holds no finished run", err=True)
         return
     click.echo(listing.render(rows, form))
+
+
+def _write_page(runs: Path, page: Path, form: str) -> None:
+    if form != "text":
+        raise InputError(f"--html writes a page and --format {form} a list; give one of the two")
+    from moco_eval.report.board import write_board
+
+    write_board(runs, page)
+    click.echo(page)
 
 
 @click.command()
@@ -99,9 +114,7 @@ def table(table_id: str | None, list_tables: bool, commands: bool, here: bool, f
     places_options,
     here_option,
     click.option("--slurm", is_flag=True, help="Submit what is left as SLURM jobs, and end."),
-    click.option(
-        "--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated."
-    ),
+    sbatch_option,
     click.option("--dry-run", is_flag=True, help="Check everything, print the plan and the commands, do nothing."),
 )
 def reproduce(
@@ -121,8 +134,7 @@ def reproduce(
         raise InputError(
             "reproduce needs an ID; for example: moco-eval reproduce cifar10-demo --data cifar10=/datasets"
         )
-    if sbatch and not slurm:
-        raise InputError(f"--sbatch {sbatch[0]} is for SLURM jobs; add --slurm")
+    require_slurm(slurm, sbatch)
     places = _places(options)
     records = _records(places) if places.runs.is_dir() else []
     plan = chains.plan(table_id, rows, places, records)

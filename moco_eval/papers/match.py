@@ -215,7 +215,7 @@ def _ours(records: list[Record], column: Column, deviations: list[str]) -> Ours:
     repeats: dict[str, Record] = {}
     for record in records if column.trials == 1 and _config(newest["encoder"]) else [newest]:
         if _same(record, newest):
-            repeats.setdefault(str(_settings(record["encoder"])["seed"]), record)
+            repeats.setdefault(str(seed_of(record["encoder"])), record)
     runs = [record.get("run", "") for record in repeats.values()]
     if len(repeats) > 1:
         mean, std = mean_and_std([record["metrics"][column.metric] for record in repeats.values()])
@@ -229,12 +229,22 @@ def _same(record: Record, other: Record) -> bool:
 
 
 def _kind(record: Record) -> list[Any]:
-    """What repeats share: the data, the trials, and the whole pretraining but its seed and what moves no number."""
-    pretraining = record["encoder"]["pretraining"] or {}
-    data = [record["dataset"].get("fingerprint"), (pretraining.get("dataset") or {}).get("fingerprint")]
-    settings = _settings(record["encoder"]) if _config(record["encoder"]) else {}
+    """What repeats share: the data, the trials, and the pretraining but for its seed."""
+    return [record["dataset"].get("fingerprint"), len(record["trials"]), *pretraining_of(record["encoder"])]
+
+
+def pretraining_of(encoder: Record) -> list[Any]:
+    """How an encoder was pretrained, but for the seed and what moves no number: its data, batch norm and settings."""
+    pretraining = encoder["pretraining"] or {}
+    data = (pretraining.get("dataset") or {}).get("fingerprint")
+    settings = _settings(encoder) if _config(encoder) else {}
     settings = {key: value for key, value in settings.items() if not is_neutral(key)}
-    return [data, len(record["trials"]), pretraining.get("bn"), pretraining.get("processes"), settings]
+    return [data, pretraining.get("bn"), pretraining.get("processes"), settings]
+
+
+def seed_of(encoder: Record) -> int | None:
+    """Of a pretraining of ours; None of others' checkpoints."""
+    return _settings(encoder)["seed"] if _config(encoder) else None
 
 
 def _settings(encoder: Record) -> Record:

@@ -1,15 +1,10 @@
 """The page."""
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from moco_eval import __version__
-from moco_eval.errors import InputError
 from moco_eval.papers import cells
+from moco_eval.report import template
 from moco_eval.report.confusion import confusion
 from moco_eval.report.figures import curves
 from moco_eval.report.health import health
@@ -51,29 +46,11 @@ def write_report(runs: list[Path], output: Path, title: str = "moco-eval report"
     Raises:
         InputError: a path holds no finished run, a file of a run is damaged, the output cannot be written.
     """
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder; name a file in it, such as {output / 'report.html'}")
-    place = files.output_file(output)
-    page = _template().render(title=title, version=__version__, **_script(), **_contents(read_runs(runs)))
-    written = page.encode("utf-8", "backslashreplace")  # a folder's name may be no UTF-8
-    if len(written) > PAGE_BYTES:
-        warn(f"{output} has {len(written) / 1e6:.1f} MB; report on fewer runs for a lighter page")
-    files.write_text(place, written.decode("utf-8"))
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    undefined = jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html")
-
-
-def _script() -> dict[str, str]:
-    """The page's script, and its hash, by which the page allows it and no other."""
-    script = (Path(__file__).parent / "parts" / "page.js").read_text(encoding="utf-8")
-    return {"script": script, "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}
+    place = template.place_of(output, "--output", "report.html")
+    page = template.render("page.html", title=title, **_contents(read_runs(runs)))
+    if len(page) > PAGE_BYTES:
+        warn(f"{output} has {len(page) / 1e6:.1f} MB; report on fewer runs for a lighter page")
+    files.write_text(place, page.decode("utf-8"))
 
 
 def _sections(contents: dict[str, Any]) -> list[tuple[str, str, bool]]:

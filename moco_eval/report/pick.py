@@ -60,9 +60,13 @@ def has_answers(run: Run) -> bool:
 def terms(run: Run) -> tuple:
     """What two runs must share to be set against each other: protocol, labels, feature, deviations of their own."""
     assert run.record
-    dataset = run.record["dataset"]
-    settings = tuple(said for said in run.record["deviations"] if not said.startswith("encoder: "))
-    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset"), feature(run), settings
+    dataset, own = run.record["dataset"], settings(run.record)
+    return run.record["protocol"], dataset.get("labels_per_class"), dataset.get("subset"), feature(run), own
+
+
+def settings(record: dict[str, Any]) -> tuple[str, ...]:
+    """The deviations of the evaluation's own, in words; the others are its encoder's pretraining's."""
+    return tuple(said for said in record["deviations"] if not said.startswith("encoder: "))
 
 
 def preference(run: Run) -> tuple:
@@ -91,7 +95,7 @@ def description(run: Run) -> str:
 
 def unlike(run: Run, others: Sequence[Run]) -> str:
     """The settings by which a run left its protocol, where others that are shown with it did not leave it so."""
-    settings = terms(run)[-1]
-    if all(terms(other)[-1] == settings for other in others):
+    own = terms(run)[-1]
+    if all(terms(other)[-1] == own for other in others):
         return ""
-    return f"with {'; '.join(settings)}" if settings else "with the protocol's own settings"
+    return f"with {'; '.join(own)}" if own else "with the protocol's own settings"

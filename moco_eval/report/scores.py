@@ -7,7 +7,7 @@ from typing import Any
 
 from moco_eval.config.data_name import layout_of
 from moco_eval.config.protocol_name import kind_and_name
-from moco_eval.report.pick import terms
+from moco_eval.report.pick import settings, terms
 from moco_eval.report.runs import Run, sha_of
 from moco_eval.results import compare
 from moco_eval.results.record import repeats
@@ -100,7 +100,7 @@ def _key(record: dict[str, Any], metric: str) -> tuple:
     """What a column holds fixed: labels, protocol, data, metric, and the settings that left the protocol."""
     dataset = record["dataset"]
     task, _ = kind_and_name(record["protocol"])
-    own = tuple(deviation for deviation in record["deviations"] if not deviation.startswith("encoder: "))
+    own = settings(record)
     where = (layout_of(dataset["name"]), dataset.get("split"), dataset.get("fingerprint"))
     return (
         dataset.get("labels_per_class"),

@@ -41,14 +41,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B - A in `metric`, percent; `discordant` is McNemar's test, for the top-1 of single trials only."""
+    """B - A in `metric`, percent."""
 
     a: Run
     b: Run
     metric: str
     difference: float
     over_images: Difference
-    discordant: tuple[int, int, float] | None
+
+    @property
+    def discordant(self) -> tuple[int, int, float] | None:
+        """McNemar's test, for the top-1 of single trials only."""
+        return _discordant(self.metric, self.a, self.b)
 
     @property
     def verdict(self) -> str:
@@ -81,7 +85,7 @@ def compare(a: Path | Run, b: Path | Run, metric: str | None = None) -> Comparis
     metric = metric or main_metric(*runs)
     before, after = (_checked_value(run, metric) for run in runs)
     over_images = paired(metric, runs[0].answers, runs[1].answers, _resamples(runs[0]))
-    return Comparison(*runs, metric, after - before, over_images, _discordant(metric, *runs))
+    return Comparison(*runs, metric, after - before, over_images)
 
 
 def verdict(a: Path, b: Path, metric: str) -> str | None:
@@ -104,7 +108,6 @@ def _resamples(run: Run) -> int:
 
 
 def _discordant(metric: str, a: Run, b: Run) -> tuple[int, int, float] | None:
-    """McNemar's test, of the top-1 of single trials."""
     if metric != "top1" or any(len(run.record["trials"]) > 1 for run in (a, b)):
         return None
     assert isinstance(a.answers, Answers) and isinstance(b.answers, Answers)
@@ -123,6 +126,11 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder / 'result.json'} is no {SCHEMA} record")
     if record is None:
         raise InputError(f"{folder} holds no result.json, so no finished evaluation; run it to its end first")
+    return with_answers(folder, record)
+
+
+def with_answers(folder: Path, record: dict[str, Any]) -> Run:
+    """A run whose record has been read. Raises InputError where its answers are not there, or are damaged."""
     kind = kind_and_name(record["protocol"])[0]
     if kind == "detect":
         return Run(folder, record, _read_matches(folder, record))
@@ -413,8 +421,8 @@ def _verdict(done: Comparison) -> list[str]:
         f"B - A {done.difference:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] over test images, {p_words(test.p)} "
         f"(paired bootstrap, {done.resamples:,} resamples, two-sided)",
     ]
-    if done.discordant:
-        only_a, only_b, p = done.discordant
+    if discordant := done.discordant:
+        only_a, only_b, p = discordant
         lines.append(f"McNemar's exact test: {p_words(p)} (only A is right on {only_a} images, only B on {only_b})")
     if test.standard_error == 0:
         return [*lines, "No image tells the runs apart, so this test cannot say what difference it could have seen."]

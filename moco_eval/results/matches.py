@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from moco_eval import limits
 from moco_eval.errors import InputError
@@ -67,6 +66,8 @@ class Matches:
 
     def _of_class(self, label: int, own: slice, ious: Sequence[int], weights: np.ndarray) -> np.ndarray:
         """One class's AP, mean over IoUs, (R,); not a number where no image with an object is drawn."""
+        from scipy.sparse import csr_array  # not needed to compare classifications, which is done within a blink
+
         objects = np.bincount(self.object_image[self.object_label == label], minlength=self.images) @ weights
         image, right, ignored = self.image[own], self.right[own], self.ignored[own]
         peaks = np.flatnonzero(right & sum(1 << iou for iou in ious))  # precision is highest nowhere else
