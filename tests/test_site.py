@@ -107,7 +107,7 @@ def test_pages_fit_the_screen_and_load_nothing_else(address, width):
 
 SMALLER = (
     ("--quiet", "--quiet --set schedule.epochs=1"),
-    ('= me.images("digits")', '= (part.take(range(length)) for part, length in zip(me.images("digits"), (300, 100)))'),
+    ('= me.images("digits")', '= (part.take(range(length)) for part, length in zip(me.images("digits"), (200, 60)))'),
 )  # which moves the numbers; their places are those of the page
 
 
