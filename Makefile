@@ -47,7 +47,7 @@ format: $(READY)
 
 docs: $(VENV)/.docs-installed
 	@echo "== the pages of docs/ as a site; every link and every docstring is checked"
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # not with --quiet, which hides the warnings from --strict too
 	@echo "build/site/index.html is ready; its search needs a server: $(BIN)/python -m http.server -d build/site"
 
 $(VENV)/.docs-installed: $(READY)

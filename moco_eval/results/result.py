@@ -108,6 +108,10 @@ class Result:
         """The numbers in lines, as the command prints them."""
         return "\n".join(lines(self.record))
 
+    def __repr__(self) -> str:
+        """Its first number; the whole record has thousands of characters."""
+        return f"<Result {lines(self.record)[0]}>"
+
     def _repr_html_(self) -> str:
         """A table, for notebooks."""
         cell = "<td style='text-align: right'>{}</td>".format
