@@ -60,6 +60,15 @@ def quick_forecast(request, monkeypatch) -> None:
 
 
 @pytest.fixture
+def cluster(in_tmp, monkeypatch) -> Path:
+    """SLURM: jobs are kept and nothing is run, until `pretend_slurm.run_jobs`."""
+    from pretend_slurm import put
+
+    pytest.importorskip("submitit")
+    return put(in_tmp, monkeypatch)
+
+
+@pytest.fixture
 def in_tmp(tmp_path, monkeypatch) -> Path:
     """A test in an empty working directory."""
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,8 @@ from moco_eval.cli.options import (
     encoder_options,
     extraction_options,
     log_option,
+    require_slurm,
+    sbatch_option,
     with_options,
 )
 from moco_eval.cli.shared import require_logs
@@ -44,10 +46,21 @@ OF_MACHINE = ("device", "nproc", "workers", "batch_size")  # which move no numbe
     click.option(
         "--patience", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="End so long after the last one."
     ),
+    click.option("--slurm", is_flag=True, help="Judge each as a SLURM job; with --once submit them, and end."),
+    sbatch_option,
     extraction_options,
     log_option,
 )
-def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: float | None, options: Options) -> None:
+def watch(
+    folder: Path,
+    tasks: str | None,
+    every: float,
+    once: bool,
+    patience: float | None,
+    slurm: bool,
+    sbatch: tuple[str, ...],
+    options: Options,
+) -> None:
     """Judge each new checkpoint of a training while it is written, into one curve.
 
     FOLDER is a run directory of `moco-eval pretrain`, or any folder in which a trainer writes checkpoints. Every
@@ -55,6 +68,7 @@ def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: f
 
     Example: moco-eval watch runs/pretrain-digits-digits --dataset digits --tasks knn,quick
     """
+    require_slurm(slurm, sbatch)
     from moco_eval.classification.protocols import tasks as tasks_named
     from moco_eval.data.catalogue import open_splits
 
@@ -68,7 +82,8 @@ def watch(folder: Path, tasks: str | None, every: float, once: bool, patience: f
     from moco_eval.watch.curve import write
 
     judged = _words(options, HANDED_ON, ("--tasks", tasks), *(("--pixels", pixels) for pixels in options.pixels))
-    watched = watching.Watch(folder, options.output or folder / "watch", judged, _words(options, OF_MACHINE), every)
+    output, machine = options.output or folder / "watch", _words(options, OF_MACHINE)
+    watched = watching.Watch(folder, output, judged, machine, every, sbatch if slurm else None)
     with hold(watched.output):
         curve = watching.watch(watched, once, None if patience is None else 60 * patience, options.logs)
         write(curve, watched.output / "curve.jsonl")

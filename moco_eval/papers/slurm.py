@@ -1,4 +1,4 @@
-"""The steps of a chain as SLURM jobs, by submitit: each waits for the one before it, and resumes where it was ended."""
+"""Commands as SLURM jobs, by submitit: steps of a chain wait for each other, and each resumes where it was ended."""
 
 import os
 import re
@@ -26,10 +26,15 @@ GRACE = 900  # seconds between a preempted job's SIGTERM and what comes next, at
 
 
 class Job:
-    """A step on a compute node. submitit calls it, and `checkpoint` when SLURM is about to end the job."""
+    """A command on a compute node. submitit calls it, and `checkpoint` when SLURM is about to end the job.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = tuple(arguments)
+    Attributes:
+        arguments: the command line after `moco-eval`.
+        ended: the file that takes the exit code once it has ended; None where nobody asks.
+    """
+
+    def __init__(self, arguments: Sequence[str], ended: Path | None = None) -> None:
+        self.arguments, self.ended = tuple(arguments), ended
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> None:
@@ -38,6 +43,8 @@ class Job:
         code = exit_code(self.process)
         if code == 3:  # SLURM has told it to stop, and ends the job next; one that ends by itself is not requeued
             time.sleep(GRACE)
+        if self.ended:
+            files.write_text(self.ended, f"{code}\n")
         if code:
             raise RuntimeError(f"exit code {code}: {shell_join(('moco-eval', *self.arguments))}")
 
@@ -52,7 +59,7 @@ class Job:
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             except (ProcessLookupError, ChildProcessError):
                 pass  # it has ended
-        return DelayedSubmission(Job(self.arguments))
+        return DelayedSubmission(Job(self.arguments, self.ended))
 
 
 def _leave_to_submitit() -> None:
@@ -78,13 +85,29 @@ def submit(steps: Sequence[ChainStep], runs: Path, given: Sequence[str]) -> list
         if step.output in waiting:
             continue
         before = next((ids[str(other.output)] for other in steps[::-1] if other.is_before(step)), None)
-        number, earlier = _submit(executor, step, parameters, before), ids.get(str(step.output))
-        ids[str(step.output)] = number
-        files.write_json(_jobs(runs), ids)
+        number, earlier = _submit(executor, Job(step.arguments), parameters, before), ids.get(str(step.output))
+        _remember(runs, ids, step.output, number)
         notes = [f"after job {before}"] if before else []
         notes += [f"job {earlier} has not done it"] if earlier else []
         lines.append(f"job {number}: {step.command}" + (f" ({'; '.join(notes)})" if notes else ""))
     return [*lines, f"what they print: {_jobs(runs).parent}"]
+
+
+def submit_one(job: Job, output: Path, runs: Path, given: Sequence[str]) -> str:
+    """Submit a job that waits for no other; returns its number. Raises as `submit` does.
+
+    Args:
+        output: what it leaves, by which `states` knows it.
+    """
+    number = _submit(_executor(runs), job, _parameters(given), None)
+    _remember(runs, _remembered(runs), output, number)
+    return number
+
+
+def check(runs: Path, given: Sequence[str]) -> None:
+    """Raises InputError where nothing could be submitted: no submitit, no SLURM, an option that is ours to set."""
+    _executor(runs)
+    _parameters(given)
 
 
 def _executor(runs: Path) -> Any:
@@ -104,21 +127,22 @@ def _parameters(given: Sequence[str]) -> dict[str, Any]:
         key, equals, value = option.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         if key in OURS or not key:
-            raise InputError(f"--sbatch {option!r}: reproduce sets that itself; for example --sbatch partition=gpu")
+            raise InputError(f"--sbatch {option!r}: moco-eval sets that itself; for example --sbatch partition=gpu")
         if key in ONE_TASK:
-            raise InputError(f"--sbatch {option!r}: a step is one task on one machine; --nproc sets its processes")
+            raise InputError(f"--sbatch {option!r}: a job is one task on one machine; --nproc sets its processes")
         parameters[key] = value if equals else True
     return parameters
 
 
-def _submit(executor: Any, step: ChainStep, parameters: Mapping[str, Any], before: str | None) -> str:
-    more = {**parameters, "job_name": f"{NAME}{step.arguments[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
+def _submit(executor: Any, job: Job, parameters: Mapping[str, Any], before: str | None) -> str:
+    more = {**parameters, "job_name": f"{NAME}{job.arguments[0]}", "kill_on_invalid_dep": "yes", "requeue": True}
     executor.update_parameters(additional_parameters=more | ({"dependency": f"afterok:{before}"} if before else {}))
     try:
-        return str(executor.submit(Job(step.arguments)).job_id)
+        return str(executor.submit(job).job_id)
     except Exception as error:  # submitit has its own for each way in which sbatch can fail
         said = str(error).strip().splitlines()
-        raise RunFailed(f"sbatch refuses {step.command}: {said[-1] if said else type(error).__name__}") from None
+        command = shell_join(("moco-eval", *job.arguments))
+        raise RunFailed(f"sbatch refuses {command}: {said[-1] if said else type(error).__name__}") from None
 
 
 # What SLURM says
@@ -149,6 +173,11 @@ def states(runs: Path) -> dict[Path, str]:
 
 def _jobs(runs: Path) -> Path:
     return runs / "slurm/jobs.json"
+
+
+def _remember(runs: Path, ids: dict[str, str], output: Path, number: str) -> None:
+    ids[str(output)] = number
+    files.write_json(_jobs(runs), ids)
 
 
 def _remembered(runs: Path) -> dict[str, str]:

@@ -25,6 +25,9 @@ POSITIONS = {
     "number": r"(\d+)(?!.*\d)",
 }
 
+# entries in which trainers keep the same
+STORED = {"step": ("global_step", "step", "iteration", "iter"), "epoch": ("epoch", "epochs")}
+
 
 @dataclass(frozen=True)
 class State:
@@ -136,10 +139,40 @@ def position(name: str) -> tuple[str, int] | None:
     return None
 
 
+def stored_position(path: Path) -> dict[str, int]:
+    """The step and the epoch that a checkpoint says it is of, beside its weights; what it does not say is not there."""
+    from moco_eval.untrusted import read
+
+    try:
+        values = read.read(path)
+    except InputError:
+        return {}
+    meta = values.get("meta")
+    places = [values, meta if isinstance(meta, dict) else {}]
+    found = {
+        unit: next((place[key] for place in places for key in keys if _is_count(place.get(key))), None)
+        for unit, keys in STORED.items()
+    }
+    return {unit: value for unit, value in found.items() if value is not None}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**15
+
+
 def folder_name(snapshot: Snapshot) -> str:
     """The folder of a checkpoint's results: its name and the first of its hash."""
     stem = re.sub(r"[^A-Za-z0-9=._-]+", "-", snapshot.name).strip(".-")[-80:]
     return f"{stem}-{snapshot.sha256[:8]}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint by the name under which it was found first, its state then, and its step and epoch as it says."""
+
+    name: str
+    state: State
+    stored: dict[str, int]
 
 
 class Memory:
@@ -147,7 +180,9 @@ class Memory:
 
     Attributes:
         known: by name, the state of a file and the hash of what it held then.
+        found: by hash, every checkpoint that was judged, refused, or became a job: also those overwritten since.
         refused: by hash, why a checkpoint was not judged.
+        waiting: hashes of those whose judgement is a SLURM job that has not ended.
     """
 
     def __init__(self, path: Path, arguments: str):
@@ -163,12 +198,18 @@ class Memory:
             raise InputError(
                 f"{path.parent} holds a watch with {before}, and now it is {arguments}; choose another --output"
             )
+        self.known: dict[str, tuple[State, str]] = {}
+        self.found: dict[str, Found] = {}
         try:
-            known = {name: (State(*place), sha256) for name, (*place, sha256) in stored["known"].items()}
+            for name, (size, written, sha256) in stored["known"].items():
+                self.known[name] = State(size, written), _hash(sha256)
+                self.found.setdefault(sha256, Found(name, State(size, written), {}))
+            for sha256, (name, size, written, places) in stored.get("found", {}).items():
+                self.found[_hash(sha256)] = Found(str(name), State(size, written), dict(places))
+            self.refused: dict[str, str] = dict(stored.get("refused", {}))
+            self.waiting = {*stored.get("waiting", ())} & self.found.keys()
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(f"{path} is damaged; remove it: the watch then looks at every file again") from None
-        self.known: dict[str, tuple[State, str]] = known
-        self.refused: dict[str, str] = stored.get("refused", {})
 
     def has(self, name: str, state: State) -> bool:
         """Whether a file was looked into as it is now."""
@@ -178,10 +219,31 @@ class Memory:
         self.known[name] = state, sha256
         self.write()
 
+    def find(self, sha256: str, found: Found) -> None:
+        """Remember a checkpoint that is judged, refused, or submitted."""
+        self.found[sha256] = found
+        self.remember(found.name, found.state, sha256)
+
     def refuse(self, sha256: str, reason: str) -> None:
         self.refused[sha256] = reason
         self.write()
 
+    def forget(self, sha256: str) -> None:
+        """As if it had never been seen: it is looked at again."""
+        self.found.pop(sha256, None)
+        self.waiting.discard(sha256)
+        self.known = {name: (state, own) for name, (state, own) in self.known.items() if own != sha256}
+        self.write()
+
     def write(self) -> None:
         known = {name: [state.size, state.written, sha256] for name, (state, sha256) in self.known.items()}
-        files.write_json(self.path, {"arguments": self.arguments, "known": known, "refused": self.refused})
+        found = {key: [one.name, one.state.size, one.state.written, one.stored] for key, one in self.found.items()}
+        about = {"refused": self.refused, "waiting": sorted(self.waiting)}
+        files.write_json(self.path, {"arguments": self.arguments, "known": known, "found": found, **about})
+
+
+def _hash(text: str) -> str:
+    """A SHA-256, by which folders are called. Raises ValueError for anything else."""
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError(text)
+    return text

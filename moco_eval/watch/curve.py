@@ -1,7 +1,7 @@
 """The curve of a watched training: every judged checkpoint at its place, by protocol and metric."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ class Point:
         name: its file's, from the watched folder.
         written: when it was written, in nanoseconds.
         results: the record of each protocol.
+        stored: the step and the epoch that stand in it.
     """
 
     name: str
     written: int
     results: dict[str, dict[str, Any]]
+    stored: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """Its step, epoch or number; None where nothing tells."""
-        return position(self.name)
+    def at(self, unit: str) -> int | None:
+        """Its step, epoch or number: as its name says it, else as it stands in the file; None where neither tells."""
+        named = position(self.name)
+        return named[1] if named and named[0] == unit else self.stored.get(unit)
 
     def scalars(self) -> dict[str, float]:
         """For loggers: each of its metrics by name."""
@@ -46,7 +48,7 @@ class Point:
 class Curve:
     """The points in the order of the training, each with its x.
 
-    `unit` says what x is: step, epoch, number, or checkpoint, which counts them in the order of writing.
+    `unit` says what x is: step, epoch, number, or order, which counts them as they were written.
     """
 
     unit: str
@@ -91,20 +93,23 @@ def _cell(record: dict[str, Any] | None) -> str:
 
 
 def curve_of(points: Sequence[Point]) -> Curve:
-    """Points at their steps, epochs or numbers where the names of all tell these; else in the order of writing."""
-    units = {point.place[0] if point.place else None for point in points}
-    unit = units.pop() if len(units) == 1 else None
+    """Points at their steps, epochs or numbers where all have the same of these; else in the order of writing.
+
+    What the names say comes first; for names that say nothing, what stands in the files.
+    """
     written = sorted(points, key=lambda point: (point.written, point.name))
-    if unit is None:
-        return Curve("checkpoint", tuple(enumerate(written, 1)))
-    placed = [(point.place[1], point) for point in written if point.place]
-    return Curve(unit, tuple(sorted(placed, key=lambda pair: pair[0])))
+    named = [place[0] for point in written if (place := position(point.name))]
+    for unit in dict.fromkeys((*named, "step", "epoch")):
+        placed = [(x, point) for point in written if (x := point.at(unit)) is not None]
+        if placed and len(placed) == len(written):
+            return Curve(unit, tuple(sorted(placed, key=lambda pair: pair[0])))
+    return Curve("order", tuple(enumerate(written, 1)))
 
 
-def read_point(folder: Path, name: str, written: int) -> Point:
+def read_point(folder: Path, name: str, written: int, stored: Mapping[str, int]) -> Point:
     """A checkpoint with the results that its folder holds."""
     records = [run_files.read_record(place) for place in files.folders_with(folder, "result.json")]
-    return Point(name, written, {record["protocol"]: record for record in records if record})
+    return Point(name, written, {record["protocol"]: record for record in records if record}, stored)
 
 
 def write(curve: Curve, path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from commands import environment, error_line, in_process, moco_eval
+from pretend_slurm import run_jobs
 
 from moco_eval.classification.protocols import followed_by
 from moco_eval.cli import main
@@ -494,53 +495,6 @@ def test_torchrun_is_refused(in_tmp, monkeypatch):
 
 # SLURM
 
-SBATCH = """#!/bin/sh
-number=$(( $(ls cluster | grep -c sh$) + 1 ))
-cp "$1" cluster/$number.sh
-[ -e cluster/refuse ] && echo "sbatch: error: invalid partition specified: gpus" >&2 && exit 1
-echo "$number PENDING moco-eval-step" >> cluster/queue
-echo "Submitted batch job $number"
-"""
-SQUEUE = """#!/bin/sh
-echo "$@" >> cluster/asked
-[ -s cluster/queue ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
-cat cluster/queue
-"""
-SRUN = """#!/bin/sh
-while [ "${1#--}" != "$1" ]; do
-  case "$1" in --output|--error) shift 2 ;; *) shift ;; esac
-done
-exec "$@"
-"""
-
-
-@pytest.fixture
-def cluster(in_tmp, monkeypatch):
-    """SLURM's commands, as far as they are used: jobs are kept and nothing is run."""
-    pytest.importorskip("submitit")
-    (in_tmp / "bin").mkdir()
-    (in_tmp / "cluster").mkdir()
-    for name, script in {"sbatch": SBATCH, "squeue": SQUEUE, "srun": SRUN}.items():
-        (in_tmp / "bin" / name).write_text(script)
-        (in_tmp / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{in_tmp / 'bin'}:{os.environ['PATH']}")
-    return in_tmp / "cluster"
-
-
-def run_jobs(cluster):
-    """Run the scripts of the queue one after another, as SLURM would."""
-    for line in (cluster / "queue").read_text().splitlines():
-        number = line.split()[0]
-        done = subprocess.run(
-            ["bash", str(cluster / f"{number}.sh")],
-            env=environment() | {"SLURM_JOB_ID": number},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    (cluster / "queue").write_text("")
-
 
 def test_steps_become_jobs_that_wait_for_each_other(cluster, in_tmp, capfd, monkeypatch):
     table = write_table(in_tmp)
@@ -610,7 +564,8 @@ def test_a_job_runs_its_step_and_fails_with_it(in_tmp, monkeypatch):
     slurm.Job(["knn", "0"])()
     assert Path("ran").read_text() == "-m moco_eval knn 0\n"
     with pytest.raises(RuntimeError, match="exit code 2: moco-eval knn 2"):
-        slurm.Job(["knn", "2"])()
+        slurm.Job(["knn", "2"], Path("told"))()
+    assert Path("told").read_text() == "2\n"
 
 
 def test_a_job_whose_time_is_over_lets_its_step_save_and_goes_on_as_another(in_tmp, monkeypatch):

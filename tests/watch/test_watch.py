@@ -1,11 +1,20 @@
-"""`watch` on folders in which files are written, half written, overwritten, deleted; the suite itself is pretended."""
+"""`watch` on folders in which files are written, half written, overwritten, deleted.
+
+The suite itself is pretended, but for the slow tests of the whole.
+"""
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from commands import error_line
+import torch
+from commands import environment, error_line, in_process, moco_eval, start
+from pretend_slurm import run_jobs
+from torchvision.models import resnet18
 
 from moco_eval.cli import watch as cli_watch
 from moco_eval.cli.main import cli
@@ -216,6 +225,227 @@ def test_where_a_name_puts_a_checkpoint(name, place):
 
 
 def test_names_of_several_kinds_are_put_in_the_order_of_writing():
-    points = [Point("epoch_2.pth", 20, {}), Point("last.pth", 30, {}), Point("epoch_9.pth", 10, {})]
+    points = [Point("epoch_2.pth", 20, {}), Point("last.pth", 30, RESULTS), Point("epoch_9.pth", 10, {})]
     curve = curve_of(points)
-    assert curve.unit == "checkpoint" and [point.written for _, point in curve.points] == [10, 20, 30]
+    assert curve.unit == "order" and [point.written for _, point in curve.points] == [10, 20, 30]
+    assert [(line["order"], line["checkpoint"]) for line in curve.lines()] == [(3, "last.pth")]
+
+
+RESULTS = {"knn/instdisc@1": {"metrics": {"top1": 1.0}, "interval": {}, "encoder": {"sha256": "0" * 64}}}
+
+
+@pytest.mark.parametrize(
+    ("points", "unit", "places"),
+    [
+        ({"epoch_0002.pth": {"epoch": 7}, "last.pth": {"epoch": 3, "step": 60}}, "epoch", [2, 3]),
+        ({"epoch=1-step=50.ckpt": {}, "last.ckpt": {"step": 70, "epoch": 1}}, "step", [50, 70]),
+        ({"checkpoint_0199.pth.tar": {"epoch": 200}, "last.pth": {"epoch": 201}}, "epoch", [200, 201]),
+        ({"best.pth": {"step": 9}, "last.pth": {"step": 5}}, "step", [5, 9]),
+        ({"model_1.pth": {}, "last.pth": {"epoch": 3}}, "order", [1, 2]),
+    ],
+)
+def test_a_name_without_a_number_is_placed_by_what_stands_in_the_file(points, unit, places):
+    curve = curve_of([Point(name, written, {}, stored) for written, (name, stored) in enumerate(points.items())])
+    assert curve.unit == unit and [x for x, _ in curve.points] == places
+
+
+@pytest.mark.parametrize(
+    ("held", "stored"),
+    [
+        ({"epoch": 3, "state_dict": {}}, {"epoch": 3}),
+        ({"epoch": 3, "global_step": 120, "iter": 7}, {"epoch": 3, "step": 120}),
+        ({"meta": {"epoch": 4, "iter": 80}}, {"epoch": 4, "step": 80}),
+        ({"epoch": True, "step": -1, "iteration": 1.5}, {}),
+    ],
+)
+def test_the_step_and_epoch_in_a_checkpoint(held, stored, tmp_path):
+    torch.save({"weight": torch.zeros(2), **held}, tmp_path / "a.pth")
+    assert checkpoints.stored_position(tmp_path / "a.pth") == stored
+
+
+def test_what_cannot_be_read_stores_no_place(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"half")
+    assert checkpoints.stored_position(tmp_path / "a.pth") == {}
+
+
+def test_one_file_that_is_overwritten_makes_a_curve(trainer, monkeypatch):
+    suite = Suite(monkeypatch)
+    monkeypatch.setattr(checkpoints, "stored_position", lambda path: {"epoch": path.stat().st_size})
+    for size in (3, 1, 2):
+        (trainer / "last.pth").write_bytes(b"x" * size)
+        lines = once(trainer)
+    assert [(line["epoch"], line["checkpoint"], line["metrics"]["top1"]) for line in lines] == [
+        (1, "last.pth", 1.0), (2, "last.pth", 2.0), (3, "last.pth", 3.0),
+    ]  # fmt: skip
+    assert once(trainer) == lines and len(suite.judged) == 3
+
+
+# SLURM
+
+
+class Queue:
+    """In the place of SLURM: jobs wait until they are run, by what `Suite` does."""
+
+    def __init__(self, monkeypatch):
+        self.jobs: dict[Path, watch.slurm.Job] = {}
+        monkeypatch.setattr(watch.slurm, "check", lambda *_: None)
+        monkeypatch.setattr(watch.slurm, "submit_one", self.submit)
+        monkeypatch.setattr(watch.slurm, "states", lambda _: dict.fromkeys(self.jobs, "job 1, pending"))
+
+    def submit(self, job, output, runs, given):
+        self.jobs[output] = job
+        return "1"
+
+    def run(self, suite):
+        for output, job in [*self.jobs.items()]:
+            code, _ = suite.run(job.arguments)
+            job.ended.parent.mkdir(exist_ok=True)
+            job.ended.write_text(f"{code}\n")
+            del self.jobs[output]
+
+
+def submitted(folder: Path) -> list[dict]:
+    look = watch.Watch(folder, folder / "watch", (), (), every=0.01, sbatch=())
+    return watch.watch(look, once=True, patience=None).lines()
+
+
+def test_as_jobs_it_is_the_same_curve_and_nothing_is_submitted_twice(trainer, monkeypatch):
+    suite, queue = Suite(monkeypatch), Queue(monkeypatch)
+    (trainer / "a_1.pth").write_bytes(b"1")
+    assert submitted(trainer) == [] and suite.judged == [] and len(queue.jobs) == 1
+    (trainer / "a_1.pth").unlink()  # its copy waits with the job
+    (trainer / "a_2.pth").write_bytes(b"22")
+    assert submitted(trainer) == [] and len(queue.jobs) == 2
+    queue.run(suite)
+    lines = submitted(trainer)
+    assert [(line["number"], line["metrics"]["top1"]) for line in lines] == [(1, 1.0), (2, 2.0)]
+    assert submitted(trainer) == lines == once(trainer) and suite.judged == ["1", "22"] and not queue.jobs
+    assert not list((trainer / "watch/.snapshots").iterdir()) and not list((trainer / "watch/slurm").iterdir())
+
+
+def test_a_job_that_fails_or_is_cancelled_is_submitted_again_by_the_next_watch(trainer, monkeypatch):
+    suite, queue = Suite(monkeypatch), Queue(monkeypatch)
+    (trainer / "a_1.pth").write_bytes(b"1")
+    submitted(trainer)
+    suite.code = 1
+    queue.run(suite)
+    assert submitted(trainer) == [] and not queue.jobs
+    submitted(trainer)
+    assert len(queue.jobs) == 1
+    queue.jobs.clear()  # scancel
+    look = watch.Watch(trainer, trainer / "watch", (), (), every=0.01, sbatch=())
+    assert list(look.ended()) == [] and look.memory.waiting  # it may be about to tell
+    assert list(look.ended()) == [] and not look.memory.waiting
+    suite.code = 0
+    submitted(trainer)
+    queue.run(suite)
+    assert [line["metrics"]["top1"] for line in submitted(trainer)] == [1.0]
+
+
+def test_a_checkpoint_that_a_job_refuses_is_refused_once(trainer, monkeypatch):
+    suite, queue = Suite(monkeypatch), Queue(monkeypatch)
+    (trainer / "a_1.pth").write_bytes(b"half")
+    submitted(trainer)
+    queue.run(suite)
+    assert submitted(trainer) == [] == submitted(trainer) and suite.judged == ["half"] and not queue.jobs
+
+
+def test_options_of_sbatch_are_for_jobs(trainer, cluster, capfd, monkeypatch):
+    asked = ("watch", trainer, "--dataset", "digits", "--sbatch")
+    assert "--sbatch time=60 is for SLURM jobs; add --slurm" in error_line(capfd, monkeypatch, *asked, "time=60")
+    line = error_line(capfd, monkeypatch, *asked, "nodes=2", "--slurm")
+    assert "one task on one machine" in line
+
+
+# The whole of it
+
+
+@pytest.mark.slow
+def test_a_job_judges_as_the_command_does(trainer, cluster, in_tmp, capfd, monkeypatch):
+    torch.save({"epoch": 3, "state_dict": resnet18(weights=None).state_dict()}, trainer / "last.pth")
+    words = ("watch", trainer, "--dataset", "digits", "--tasks", "knn", "--every", "0.2", "--once")
+    _, err = in_process(capfd, monkeypatch, *words, "--slurm", "--sbatch", "partition=gpu")
+    assert "last.pth is judged by job 1" in err and "#SBATCH --partition=gpu" in (cluster / "1.sh").read_text()
+    run_jobs(cluster)
+    in_process(capfd, monkeypatch, *words, "--slurm")
+    (line,) = lines_of(trainer / "watch")
+    assert line["epoch"] == 3 and line["metrics"] == by_hand(trainer / "last.pth", in_tmp / "hand")["knn/instdisc@1"]
+
+
+def lines_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "curve.jsonl").read_text().splitlines()]
+
+
+def by_hand(checkpoint: Path, output: Path) -> dict[str, dict]:
+    """The metrics of each protocol by `moco-eval suite`."""
+    words = ("--dataset", "digits", "--tasks", "knn", "--output", output, "--cache", output / "features")
+    moco_eval("suite", checkpoint, *words)
+    return {(one := json.loads(path.read_text()))["protocol"]: one["metrics"] for path in output.glob("*/result.json")}
+
+
+@pytest.mark.slow
+def test_beside_a_running_pretraining_it_is_killed_and_ends_with_the_numbers_of_the_command(tmp_path):
+    """With a half-written, a deleted and an unreadable file in the same folder."""
+    run = tmp_path / "run"
+    small = ("--set", "schedule.epochs=4", "--set", "checkpoints.every=1")
+    training = start("pretrain", "digits", "--dataset", "digits", "--output", run, *small)
+    while not (run / "checkpoints").is_dir():
+        assert training.poll() is None, training.communicate()[1]
+        time.sleep(0.1)
+    words = ("watch", run, "--dataset", "digits", "--tasks", "knn", "--every", "0.3")
+    first = start(*words)
+    while not (run / "watch/curve.jsonl").is_file():
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.1)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "watch").rglob("result.json")}
+    first.kill()
+    first.communicate()
+    training.communicate()
+    assert training.returncode == 0
+    whole = (run / "checkpoints/last.pth").read_bytes()
+    (run / "checkpoints/half_9.pth").write_bytes(whole[: len(whole) // 2])
+    (run / "checkpoints/gone_9.pth").write_bytes(whole + b"x")
+    (run / "checkpoints/gone_9.pth").unlink()
+    _, err = moco_eval(*words, "--once")
+    assert "half_9.pth was not judged" in err and err.count("was not judged") == 1
+    lines = lines_of(run / "watch")
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4] and kept
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for line in lines[1:3]:
+        hand = by_hand(run / line["checkpoint"], tmp_path / f"hand{line['epoch']}")
+        assert line["metrics"] == hand[line["protocol"]]
+    moco_eval(*words, "--once")
+    assert lines_of(run / "watch") == lines
+
+
+@pytest.mark.slow
+def test_another_program_that_overwrites_its_only_file_is_watched(tmp_path):
+    """A plain loop that saves the state of its network: each version of the file is a point."""
+    loop = """
+import sys, time, torch, torchvision
+network = torchvision.models.resnet18()
+for epoch in range(1, 3):
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(0.9)
+    torch.save({"epoch": epoch, "model": network.state_dict()}, sys.argv[1])
+    while epoch < 2 and not __import__("pathlib").Path(sys.argv[1] + ".next").exists():
+        time.sleep(0.1)
+"""
+    (tmp_path / "train").mkdir()
+    file = tmp_path / "train/last.pth"
+    trainer = subprocess.Popen([sys.executable, "-c", loop, str(file)], env=environment())
+    while not file.is_file():
+        assert trainer.poll() is None
+        time.sleep(0.1)
+    words = ("watch", tmp_path / "train", "--dataset", "digits", "--tasks", "knn", "--every", "0.3")
+    watching = start(*words, "--patience", "0.5")
+    while not (tmp_path / "train/watch/curve.jsonl").is_file():
+        assert watching.poll() is None, watching.communicate()[1]
+        time.sleep(0.1)
+    file.with_name("last.pth.next").touch()
+    assert trainer.wait() == 0
+    watching.communicate(timeout=300)
+    lines = lines_of(tmp_path / "train/watch")
+    assert [(line["epoch"], line["checkpoint"]) for line in lines] == [(1, "last.pth"), (2, "last.pth")]
+    assert lines[1]["metrics"] == by_hand(file, tmp_path / "hand")["knn/instdisc@1"]
