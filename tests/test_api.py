@@ -254,6 +254,7 @@ def test_a_result_is_frozen_kept_and_read_again(few_digits, tmp_path, capfd, mon
     assert result.metrics["top1"] == pytest.approx(100 * (result.predictions == result.labels).mean())
     low, high = result.interval["top1"]
     assert low <= result.metrics["top1"] <= high
+    assert repr(result) == f"<Result {str(result).splitlines()[0]}>"
     page = result._repr_html_()
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page and "k 20 instead of 200" in page
 
