@@ -1,7 +1,8 @@
-"""What a suite would take on this machine, from at most a minute of small timed pieces of its own work.
+"""What a suite would take on this machine, time and memory, from at most a minute of small timed pieces of its work.
 
 Nothing is written. Extraction is timed on the real images and the real network; each protocol's own work on random
-features of the right shape, in pieces that are taken as proportional to their size.
+features of the right shape, in pieces that are taken as proportional to their size. Memory is what this process has
+taken: for the extraction as it grows with the batch, for a protocol with what it says that it holds.
 """
 
 import time
@@ -21,6 +22,7 @@ from moco_eval.classification.suite import Item, Need
 from moco_eval.features.cache import Source
 from moco_eval.features.extract import pixels
 from moco_eval.features.stages import network, placed
+from moco_eval.results.environment import peak_memory_mb
 from moco_eval.runtime.device import autocast
 from moco_eval.runtime.text import as_text, duration
 
@@ -29,11 +31,12 @@ SECONDS, PART = 50.0, 10.0  # of all parts of the probe together, of one at most
 
 @dataclass(frozen=True)
 class Own:
-    """What a protocol does beside the extraction: about so many seconds, and what was assumed."""
+    """What a protocol does beside the extraction: about so many seconds, what was assumed, and bytes that it holds."""
 
     protocol: str
     seconds: float
     basis: str
+    memory: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Forecast:
         dim: of the features.
         rates: images per second of this process, of clean crops (False) and training crops (True), where needed.
         own: of the tasks that are not done.
+        memory: bytes of one process, on the GPU where one is used.
         took: seconds of the probe.
     """
 
@@ -51,6 +55,7 @@ class Forecast:
     dim: int
     rates: dict[bool, float]
     own: list[Own]
+    memory: float
     took: float
     device: torch.device
     processes: int = 1
@@ -82,10 +87,19 @@ def forecast(suite: Sequence[Item], needs: list[Need], device: torch.device, pro
         left = SECONDS - (time.perf_counter() - began)
         return max(LEAST, min(PART, left / (parts - done)))
 
-    dim = dimension(suite[0].sources[0], device)
-    rates = {cropped: rate(source, device, share(done)) for done, (cropped, source) in enumerate(missing.items())}
+    dim, base = dimension(suite[0].sources[0], device), _peak(device)
+    rates, weights = dict[bool, float](), [base]
+    for done, (cropped, source) in enumerate(missing.items()):
+        rates[cropped], weight = rate(source, device, share(done), processes)
+        weights.append(weight)
     own = [own_work(item, dim, device, share(done)) for done, item in enumerate(todo, len(missing))]
-    return Forecast(needs, dim, rates, own, time.perf_counter() - began, device, processes)
+    most = max([*weights, *(base + work.memory for work in own)])
+    return Forecast(needs, dim, rates, own, most, time.perf_counter() - began, device, processes)
+
+
+def _peak(device: torch.device) -> float:
+    """Bytes that this process has taken at most."""
+    return 1e6 * peak_memory_mb(device.type)
 
 
 # Extraction
@@ -99,19 +113,31 @@ def dimension(source: Source, device: torch.device) -> int:
         return net(torch.zeros(1, source.images.channels, side, side, device=device)).flatten(1).shape[1]
 
 
-def rate(source: Source, device: torch.device, seconds: float) -> float:
-    """Images per second through the loader and the network.
+def rate(source: Source, device: torch.device, seconds: float, processes: int = 1) -> tuple[float, float]:
+    """Images per second through the loader and the network, and bytes of this process with a whole batch.
 
     In this process first, in growing batches until a sixteenth of the time is used for one; then as the extraction
     will do it, on so many images that half of the time is enough even without help from its workers.
     """
     net = placed(network(source.encoder, source.feature), source.encoder, device)
-    size, alone = 1, replace(source, workers=0)
-    while (took := _through(alone, net, size, size, device)) < seconds / 16 and size < source.batch_size:
+    size, alone, peaks = 1, replace(source, workers=0), list[tuple[int, float]]()
+    while True:
+        took = _through(alone, net, size, size, device)
+        peaks.append((size, _peak(device)))
+        if took >= seconds / 16 or size == source.batch_size:
+            break
         size = min(4 * size, source.batch_size)
     count = int(min(len(source.images), max(size, seconds / 2 * size / took)))
     batch = max(1, min(source.batch_size, count // (4 * max(1, source.workers))))
-    return count / _through(source, net, count, batch, device)
+    weight = grown(peaks, min(source.batch_size, len(source.images)) / processes)
+    return count / _through(source, net, count, batch, device), weight
+
+
+def grown(peaks: Sequence[tuple[int, float]], batch: float) -> float:
+    """Bytes with a batch, from (images, bytes) of smaller ones: as they grew from the last but one to the last."""
+    (few, less), (many, most) = peaks[-2:] if len(peaks) > 1 else (peaks[0], peaks[0])
+    growth = (most - less) / (many - few) if many > few else 0.0
+    return most + growth * max(0.0, batch - many)
 
 
 @torch.no_grad()
@@ -136,11 +162,11 @@ def own_work(item: Item, dim: int, device: torch.device, seconds: float) -> Own:
     task, config = item.ready, item.config
     images = task.training_images(config.seed)
     probe = Probe(len(images), len(task.test), dim, len(task.train.classes), device, seconds)
-    work = by_name(item.protocol).code().own_work
-    assert work is not None
-    about, basis = work(config, probe)
+    code = by_name(item.protocol).code()
+    assert code.own_work is not None and code.memory is not None
+    about, basis = code.own_work(config, probe)
     trials = f", {task.trials} trials" if task.trials > 1 else ""
-    return Own(item.protocol, task.trials * about, basis + trials)
+    return Own(item.protocol, task.trials * about, basis + trials, code.memory(config, probe))
 
 
 # How it is shown
@@ -196,7 +222,8 @@ def _in_all(plan: Forecast) -> str:
     rates = "".join(f", {rate:,.0f} images/s of {names[cropped]}" for cropped, rate in plan.rates.items())
     where = f"{plan.device}, {torch.get_num_threads()} threads" if plan.device.type == "cpu" else str(plan.device)
     several = f" in one process (of {plan.processes})" if plan.processes > 1 else ""
+    each = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
     return (
-        f"in all about {plan.total / 60:.1f} minutes: a prediction, from a probe of {plan.took:.0f} s{several} on "
-        f"{where}{rates}"
+        f"in all about {plan.total / 60:.1f} minutes and {plan.memory / 1e9:.1f} GB{each}: a prediction, from a probe "
+        f"of {plan.took:.0f} s{several} on {where}{rates}"
     )

@@ -13,6 +13,7 @@ from torch import nn
 from moco_eval.classification.neighbours import (
     Distance,
     Neighbours,
+    held,
     nearest,
     nearest_by_ranks,
     nearest_in_shares,
@@ -135,6 +136,12 @@ def own_work(config: KnnConfig, probe: Probe) -> tuple[float, str]:
     return search_seconds(probe, config.k, config.memory), f"{probe.test:,} x {probe.train:,} products"
 
 
+def memory(config: KnnConfig, probe: Probe) -> float:
+    """The search's blocks and the scores; see `task.Code`."""
+    blocks = held(probe.train, probe.test, probe.dim, config.k, probe.device, in_bytes(config.memory))
+    return blocks + 4 * probe.test * probe.classes
+
+
 def search_seconds(
     probe: Probe, k: int, memory: float | None, distance: Distance = "cosine", queries: int | None = None
 ) -> float:
@@ -171,4 +178,4 @@ def draw(task: Task, seed: int, outcome: Outcome, output: Path) -> None:
     draw_neighbours(task.training_images(seed), task.test, neighbours, output / "neighbours.png")
 
 
-CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, draw=draw)
+CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, memory=memory, draw=draw)

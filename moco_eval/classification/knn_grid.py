@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moco_eval.classification.knn import draw, in_bytes, outcome, passes, prepare, search_seconds, weights
-from moco_eval.classification.neighbours import Distance, Neighbours, Rows, nearest_by_ranks, require_enough
+from moco_eval.classification.neighbours import Distance, Neighbours, Rows, held, nearest_by_ranks, require_enough
 from moco_eval.classification.probe import ROWS, Probe
 from moco_eval.classification.task import Code, Outcome, Task, clean_features
 from moco_eval.config.classification import KnnGridConfig
@@ -166,4 +166,13 @@ def own_work(config: KnnGridConfig, probe: Probe) -> tuple[float, str]:
     return sum(searches) + votes + searches[0] * probe.test / queries, f"{len(config.distance)} leave-one-out searches"
 
 
-CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, draw=draw)
+def memory(config: KnnGridConfig, probe: Probe) -> float:
+    """The largest search's blocks, and the rows that it asks for where it draws some; see `task.Code`."""
+    k, asked = max(k for k in config.k if k < probe.train), min(probe.train, config.queries)
+    bound = in_bytes(config.memory)
+    drawn = 4 * probe.dim * asked if asked < probe.train else 0
+    searches = (held(probe.train, count, probe.dim, k, probe.device, bound) for count in (asked, probe.test))
+    return drawn + max(searches)
+
+
+CODE = Code(run_trial, passes, prepare, check, sources=clean_features, own_work=own_work, memory=memory, draw=draw)

@@ -94,8 +94,20 @@ def on_device(parts: list[Features], device: torch.device) -> Callable[[int], to
     4 GB of a CPU's memory), else one at a time.
     """
     size = sum(array.nbytes for part in parts for array in part.parts)
-    room = 4e9 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] / 2
-    return lru_cache(len(parts) if size <= room else 1)(lambda n: to_device(parts[n].stored(), device))
+    at_once = len(parts) if size <= _room(device) else 1
+    return lru_cache(at_once)(lambda n: to_device(parts[n].stored(), device))
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of features that are held at once."""
+    return 4e9 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] / 2
+
+
+def memory(config: QuickConfig, probe: Probe) -> float:
+    """The features of every kind of crop, or of one where they are too many; see `task.Code`."""
+    one = probe.train * probe.dim * (2 if config.precision == "bf16" else 4)
+    every = (1 + config.crops) * one
+    return every if every <= _room(probe.device) else one
 
 
 def own_work(config: QuickConfig, probe: Probe) -> tuple[float, str]:
@@ -115,4 +127,4 @@ def own_work(config: QuickConfig, probe: Probe) -> tuple[float, str]:
     return probe.scaled(piece, epochs * steps, probe.seconds), f"{epochs} epochs of SGD"
 
 
-CODE = Code(run_trial, passes, sources=sources, own_work=own_work)
+CODE = Code(run_trial, passes, sources=sources, own_work=own_work, memory=memory)

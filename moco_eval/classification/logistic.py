@@ -586,4 +586,12 @@ def iteration_seconds(probe: Probe, threads: int) -> float:
         return probe.scaled(piece, count, probe.seconds, min(count, 4 * probe.classes)) * probe.train / count / 5
 
 
-CODE = Code(run_trial, passes, check=check, sources=clean_features, own_work=own_work)
+def memory(_config: LogisticConfig, probe: Probe) -> float:
+    """The features in the solver's arithmetic, beside their copy on a CPU, where they are held; see `task.Code`."""
+    numbers = probe.train * probe.dim
+    if probe.device.type == "cpu":
+        return 12 * numbers if 8 * numbers <= RESIDENT else 0
+    return 4 * numbers if 4 * numbers <= torch.cuda.mem_get_info(probe.device)[0] / 2 else 0
+
+
+CODE = Code(run_trial, passes, check=check, sources=clean_features, own_work=own_work, memory=memory)

@@ -69,9 +69,20 @@ def blocks(memory: float, bank: int, queries: int, dim: int, k: int, at_once: in
     """
     rows = int(max(1, min(bank, memory / 2 // (8 * dim), memory / 2 // (8 * at_once))))
     chunk = max(1, isqrt(rows // k))
+    each = _of_a_query(rows, chunk, dim, k)
+    return Blocks(rows, int(max(1, min(queries, at_once, memory / 2 // each))), chunk)
+
+
+def _of_a_query(rows: int, chunk: int, dim: int, k: int) -> int:
+    """Bytes of one query, its products with so many bank rows, the chunks' maxima and the candidates."""
     candidates = k + chunk * min(k, -(-rows // chunk))
-    per_query = 8 * dim + 4 * (rows + 2 * LINE) + 10 * (rows // chunk) + 48 * candidates
-    return Blocks(rows, int(max(1, min(queries, at_once, memory / 2 // per_query))), chunk)
+    return 8 * dim + 4 * (rows + 2 * LINE) + 10 * (rows // chunk) + 48 * candidates
+
+
+def held(bank: int, queries: int, dim: int, k: int, device: torch.device, memory: float | None = None) -> float:
+    """Bytes that `nearest` holds at once beside queries and bank, its result included; arguments as there."""
+    cut = blocks(memory or _default_memory(device), bank, queries, dim, k, AT_ONCE[device.type])
+    return 8 * dim * cut.bank + cut.queries * _of_a_query(cut.bank, cut.chunk, dim, k) + 12 * queries * k
 
 
 def aligned(cut: Blocks, device: torch.device) -> torch.Tensor:

@@ -468,7 +468,20 @@ def low_shot_work(config: SvmConfig, probe: Probe) -> tuple[float, str]:
     return started + each * probe.classes * len(config.shots) / jobs, basis
 
 
-CODE = Code(run_trial, passes, check=check, sources=clean_features, own_work=own_work)
+def memory(_config: SvmConfig, probe: Probe) -> float:
+    """The features as they are and in float64, and a copy while they are brought to unit length; see `task.Code`."""
+    train, test = probe.train * probe.dim, probe.test * probe.dim
+    return max(20 * train + 4 * test, 12 * train + 20 * test)
+
+
+CODE = Code(run_trial, passes, check=check, sources=clean_features, own_work=own_work, memory=memory)
 LOW_SHOT = Code(
-    run_trial, passes, repeated, check, sources=clean_features, own_work=low_shot_work, summary=best_on_test
+    run_trial,
+    passes,
+    repeated,
+    check,
+    sources=clean_features,
+    own_work=low_shot_work,
+    memory=memory,
+    summary=best_on_test,
 )

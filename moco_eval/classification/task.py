@@ -145,6 +145,8 @@ class Code:
         sources: the features that all trials together take, for protocols on extracted features; None for the others.
         own_work: (config, a `probe.Probe`) to about how many seconds one trial takes beside the extraction, and what
             that assumes; timed on random features of the right shape. None where the network's passes are all.
+        memory: (config, a `probe.Probe`) to about how many bytes one trial holds beside the network, on the device that
+            holds most; of the features those that it copies, not those that stay on the disk.
         summary: (config, trials of the record) to more for the record.
         draw: (task, seed and outcome of the first trial, run directory): pictures.
         shipped: the shipped config that the protocol is held against, where it depends on the encoder or the data.
@@ -156,6 +158,7 @@ class Code:
     check: Callable[[Task, Any], None] = nothing_more
     sources: Callable[[Task, Any], list[Source]] | None = None
     own_work: Callable[[Any, Any], tuple[float, str]] | None = None
+    memory: Callable[[Any, Any], float] | None = None
     summary: Callable[[Any, list[dict[str, Any]]], dict[str, Any]] | None = None
     draw: Callable[[Task, int, Outcome, Path], None] | None = None
     shipped: Callable[[str, Task], str] = own_shipped_config

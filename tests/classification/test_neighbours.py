@@ -11,7 +11,14 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn.functional import normalize
 
 from moco_eval.classification.knn import vote
-from moco_eval.classification.neighbours import Neighbours, blocks, nearest, nearest_by_ranks, nearest_in_shares
+from moco_eval.classification.neighbours import (
+    Neighbours,
+    blocks,
+    held,
+    nearest,
+    nearest_by_ranks,
+    nearest_in_shares,
+)
 from moco_eval.data.loader import share
 from moco_eval.errors import InputError, RunFailed
 
@@ -209,6 +216,14 @@ def test_working_memory_is_bounded():
     )
     result = 500 * 50 * 12  # score and index; more of them while they are put in order
     assert int(ran.stdout) < 16e6 + 4 * result + 8e6  # 8 MB for the allocator and BLAS
+
+
+@pytest.mark.parametrize("memory", MEMORIES[2:])
+def test_what_is_held_is_within_the_bound_and_no_more_than_all_at_once(memory):
+    cpu, result = torch.device("cpu"), 12 * 500 * 50
+    most = held(4000, 500, 64, 50, cpu, memory)
+    assert result < most <= memory + result
+    assert held(4000, 500, 64, 50, cpu) == held(4000, 500, 64, 50, cpu, 1e9) < 4e7  # all at once
 
 
 # Several processes

@@ -92,7 +92,7 @@ def test_a_row_has_all_that_it_needs(protocol):
     config = load_config(row.name.name, row.name.kind)
     assert config.protocol == protocol and followed_by(row.name.name, row.name.kind) is row
     assert list(inspect.signature(code.run_trial).parameters)[:3] == ["task", "config", "seed"]
-    assert not row.short or (code.sources and code.own_work)  # what a suite takes
+    assert not row.short or (code.sources and code.own_work and code.memory)  # what a suite takes
     passes = code.passes(config, 1000, 100)
     assert passes.trained + passes.forward + passes.extracted >= 1000
     assert set(row.free) <= set(row.model.model_fields)
@@ -157,7 +157,7 @@ def test_the_suite_and_its_forecast_know_it(protocol, task, tmp_path, monkeypatc
     assert tasks(row.short[0]) == tasks(protocol) == [row]
     item = suite.Item(protocol, small(protocol), task, tmp_path / "run")
     work = forecast.own_work(item, 16, CPU, 0.05)
-    assert work.protocol == protocol and work.seconds > 0 and work.basis
+    assert work.protocol == protocol and work.seconds > 0 and work.basis and 0 < work.memory < 2e9
 
 
 @pytest.mark.parametrize("protocol", ["knn/instdisc@1", "svm/voc07-low-shot@1"])

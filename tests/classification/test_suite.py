@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ import pytest
 import torch
 from commands import error_line, in_process, moco_eval
 
-from moco_eval.classification import suite
+from moco_eval.classification import forecast, suite
 from moco_eval.classification.protocols import USUAL_TASKS, by_name, tasks
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
@@ -196,6 +197,8 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(capfd, monkeypatch, in
     assert (
         sum(line[:1] == ["train,"] for line in lines) == 1 + CROPS and "in all about" in out and "a prediction" in out
     )
+    memory = re.search(r"in all about [\d.]+ minutes and ([\d.]+) GB: a prediction", out)
+    assert memory and 0.1 < float(memory[1]) < 50  # this process is in it
 
     in_process(capfd, monkeypatch, "features", *ON_DIGITS, "--split", "train")
     in_process(capfd, monkeypatch, "suite", *ON_DIGITS, "--tasks", "grid")
@@ -206,6 +209,25 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(capfd, monkeypatch, in
     assert ["train,", "clean", "crop", "linear/quick@1", "240", "240", "0.0", "MB", "0", "s"] in lines
     assert ["test,", "clean", "crop", "linear/quick@1", "60", "60", "0.0", "MB", "0", "s"] in lines
     assert "already done: runs/suite-" in out and " of training crops" in out and "of clean crops" not in out
+
+
+def test_memory_is_what_the_batch_grows_to():
+    assert forecast.grown([(1, 100.0)], 64) == 100
+    assert forecast.grown([(1, 100.0), (4, 106.0), (16, 130.0)], 64) == 130 + 48 * 2
+    assert forecast.grown([(1, 100.0), (4, 106.0), (16, 130.0)], 8) == 130  # never less than was taken
+
+
+def test_memory_is_the_larger_of_extraction_and_protocols(monkeypatch, tmp_path):
+    """Of protocols the one that holds most, beside the process as it was before."""
+    task = Task(loading.load(ENCODER), few_digits("train"), few_digits("test"), cache=tmp_path)
+    chosen = suite.items(task, [by_name("knn/grid@1"), by_name("svm/voc07@1")], tmp_path)
+    monkeypatch.setattr(forecast, "_peak", lambda device: 10.0)
+    monkeypatch.setattr(forecast, "rate", lambda *_: (1.0, 400.0))
+    held = iter([100.0, 300.0, 500.0, 100.0])
+    monkeypatch.setattr(forecast, "own_work", lambda item, *_: forecast.Own(item.protocol, 1.0, "", next(held)))
+    needs = suite.needs(chosen, tmp_path)
+    assert forecast.forecast(chosen, needs, CPU).memory == 400
+    assert forecast.forecast(chosen, needs, CPU).memory == 510
 
 
 def test_a_dry_run_of_low_shot_and_of_bf16(capfd, monkeypatch, in_tmp):

@@ -1,5 +1,6 @@
 """Linear SVMs per class against scikit-learn called by hand, low-shot draws, and the whole protocol."""
 
+import tracemalloc
 import warnings
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from sklearn.svm import LinearSVC
 import moco_eval as me
 from moco_eval.classification import svm
 from moco_eval.classification.judge import judge
+from moco_eval.classification.probe import Probe
 from moco_eval.classification.task import Task
 from moco_eval.config import load as configs
 from moco_eval.config.classification import SvmConfig
@@ -227,3 +229,15 @@ def test_low_shot_that_draws_everything_has_nothing_to_choose_by():
     features = np.random.default_rng(0).normal(size=(8, 4))
     with pytest.raises(InputError, match="4 shots leave no training image of any class"):
         svm.fit_low_shot(features, labels, features, labels, 4, [1.0])
+
+
+def test_svms_hold_what_they_say():
+    """Features in float32, in float64, and once more while they are normalised; numpy's arrays are traced."""
+    probe = Probe(train=600, test=200, dim=512, classes=10, device=CPU, seconds=1.0)
+    train = np.ones((600, 512), np.float32)
+    tracemalloc.start()
+    svm.normalise(train)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    said = svm.memory(configs.load("voc07", "svm", SvmConfig), probe)
+    assert said - 4 * 512 * (600 + 200) == pytest.approx(most, rel=0.05)
