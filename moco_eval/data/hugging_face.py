@@ -177,7 +177,7 @@ def _opened(library: Any, wanted: HfName) -> Any:
     where = str(path.resolve()) if wanted.is_local else wanted.place
     builder = library.load_dataset_builder(where, wanted.config)
     kind = type(builder).__module__.rpartition(".")[2]
-    if kind not in TABLES:
+    if kind not in TABLES and not (kind == "cache" and not wanted.is_local):  # what an earlier download became
         way = "--dataset imagefolder --data FOLDER reads class folders; " if kind == "imagefolder" else ""
         raise InputError(
             f"{wanted.called} holds {kind}, and images are read from {' and '.join(TABLES)} here; {way}"

@@ -3,14 +3,18 @@
 import builtins
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import error_line
+from commands import environment, error_line
 from hf_tables import column_of, digits_folder, parquet, saved, table_of
+from hub_server import running
 from own_network import encoder
+from PIL import Image
 
 import moco_eval as me
 from moco_eval.data import hugging_face, tables
@@ -248,6 +252,21 @@ def test_a_parquet_file_of_another_writer(tmp_path):
     assert "are kept as string; give a column of encoded images" in refused(f"{name},image=kind", val_fraction=0.5)
 
 
+def test_a_gif_is_what_a_file_of_these_bytes_is(tmp_path):
+    """By its content, whatever its name: the first of its pictures, as in a folder of files called .png."""
+    frames = [Image.new("P", (4, 4), colour) for colour in (1, 2)]
+    frames[0].putpalette([0, 0, 0, 200, 10, 20, 30, 240, 50])
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    data = (tmp_path / "moving.gif").read_bytes()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/moving.png").write_bytes(data)
+    of_file = open_images("flat", tmp_path / "files", "pretrain").array(0)
+    column_of(datasets, tmp_path / "gif", image=four(data), label=CLASSES)
+    of_table = open_images(f"hf:{tmp_path / 'gif'}", None, "pretrain").array(1)
+    np.testing.assert_array_equal(of_table, of_file)
+    assert of_table[0, 0].tolist() == [200, 10, 20]
+
+
 # Refused
 
 
@@ -351,6 +370,35 @@ def test_a_name_of_the_hub_without_a_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert refused("hf:somebody/pets").startswith("hf:somebody/pets cannot be had from the hub (")
+
+
+OF_THE_HUB = """
+import moco_eval as me
+for name in ("hf:somebody/digits", "hf:somebody/none"):
+    try:
+        train, test = me.images(name)
+        print(train.name, train.fingerprint, test.split, test.fingerprint)
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_and_its_copy_without_a_network(hub_like, own_cache):
+    """In a process of its own, whose library is told where the hub is."""
+    train, test = (images.fingerprint for images in open_splits(f"hf:{hub_like}", None))
+    with running() as hub:
+        hub.repositories["datasets/somebody/digits"] = {
+            f"data/{path.name}": path.read_bytes() for path in hub_like.iterdir()
+        }
+        own = {name: value for name, value in environment().items() if "proxy" not in name.lower()}
+        own |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(own_cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+            told = subprocess.run([sys.executable, "-c", OF_THE_HUB], env=own | more, capture_output=True, text=True)
+            digits, none = told.stdout.splitlines()
+            assert digits == f"hf:somebody_digits {train} validation {test}" and not told.stderr
+            assert none.startswith("hf:somebody/none cannot be had from the hub (")
+        assert len(hub.downloads()) == 2
 
 
 def test_the_library_is_not_there_or_runs_scripts(disk, monkeypatch):

@@ -1,15 +1,14 @@
 """hf:ORG/NAME[/FILE] through the hub's own client, against a small hub of this machine's own."""
 
 import hashlib
-import http.server
 import json
-import threading
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from checkpoints import error, used
+from hub_server import running
 from safetensors.torch import save
 
 from moco_eval.encoders import hub
@@ -18,74 +17,20 @@ from moco_eval.encoders.load import load
 from moco_eval.encoders.sources import require_source
 from moco_eval.errors import InputError, RunFailed
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Repositories by name, each files by name; as much of the hub's answers as its client asks for."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.listed: dict[str, dict] = {}  # what is said of a file, where that is not the truth
-        self.asked: list[str] = []
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.server.asked.append(f"{self.command} {self.path}")
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        of_api = parts[:2] == ["api", "models"]
-        files = self.server.repositories.get("/".join(parts[2:4] if of_api else parts[:2]))
-        if files is None:
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if of_api:
-            return self.answer(200, json.dumps(self.about(parts[2:4], files)).encode())
-        data = files["/".join(parts[4:])]
-        return self.answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
-
-    def about(self, repo: list[str], files: dict[str, bytes]) -> dict:
-        siblings = []
-        for name, data in files.items():
-            lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-            siblings.append({"rfilename": name, "size": len(data), "lfs": lfs} | self.server.listed.get(name, {}))
-        return {"id": "/".join(repo), "sha": COMMIT, "siblings": siblings}
-
-    def answer(self, code: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *_) -> None:
-        pass
-
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A hub of nobody's and an empty cache."""
-    with Hub() as own:
-        threading.Thread(target=own.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{own.server_port}"
+    with running() as own:
         template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-        template = template.replace(huggingface_hub.constants.ENDPOINT, address)
+        template = template.replace(huggingface_hub.constants.ENDPOINT, own.address)
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", own.address)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
         yield own
-        own.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +59,9 @@ def test_weights_and_settings_come_from_the_hub_once(server, published, net, cap
     assert encoder.origin.endswith("settings of config.json, commit 0123456789 of hf:somebody/net")
     assert encoder.sha256 == hashlib.sha256(published["model.safetensors"]).hexdigest()
     assert encoder.preprocessing.size == 160 and not any("README" in path for path in server.asked)
-    downloads = [path for path in server.asked if path.startswith("GET /somebody")]
+    downloads = server.downloads()
     assert len(downloads) == 2 and load("hf:somebody/net/model.safetensors").sha256 == encoder.sha256
-    assert [path for path in server.asked if path.startswith("GET /somebody")] == downloads
+    assert server.downloads() == downloads
     assert capfd.readouterr() == ("", "")
 
 
@@ -141,7 +86,7 @@ def test_what_is_not_as_the_hub_lists_it_is_not_kept(server, published, tmp_path
 def test_a_file_beyond_the_limit_is_not_fetched(server, published):
     server.listed["model.safetensors"] = {"size": 17_000_000_000}
     assert "has 17000000" in error("hf:somebody/net")
-    assert not any(path.startswith("GET /somebody") for path in server.asked)
+    assert not server.downloads()
 
 
 def test_which_file_is_taken(server):
