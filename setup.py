@@ -75,13 +75,13 @@ setup(
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],  # the latter two for a local store
-        "hf": ["datasets>=2.14"],
+        "hf": ["datasets>=4", "huggingface_hub>=0.23"],
         "peers": [
             "lightly>=1.5",
             "pytorch-lightning>=2",
             "omegaconf>=2.3",
             "transformers>=4.40",
-            "datasets>=2.14",
+            "datasets>=4",
         ],
     },
     entry_points={"console_scripts": ["moco-eval=moco_eval.cli.main:main"]},

@@ -95,7 +95,8 @@ def load(
     """Any checkpoint, proven: every tensor accounted for, or an error.
 
     Args:
-        source: a file of any known format, random:ARCH, torchvision:ARCH[:WEIGHTS], timm:NAME, zoo:NAME or pixels.
+        source: a file of any known format, random:ARCH, torchvision:ARCH[:WEIGHTS], timm:NAME, zoo:NAME,
+            hf:ORG/NAME[/FILE] or pixels.
         arch: overrides the architecture read from the shapes.
         encoder: query or key; by default the one that the method itself evaluates.
         key: of several networks in a file, the one to take: its entry, or what its tensors' names begin with.

@@ -139,7 +139,7 @@ def of_run(run: Plan, device: torch.device) -> Planned:
 def _test_images(run: Plan) -> int:
     """Of the kNN monitor; 0 where the data have none."""
     try:
-        return len(open_splits(run.images.name, run.data)[1])
+        return len(open_splits(run.dataset, run.data)[1])
     except InputError:
         return 0
 

@@ -32,7 +32,7 @@ class Monitor:
         if self.settings is None or not images.classes:
             return None
         try:
-            train, test = open_splits(images.name, self.run.data)
+            train, test = open_splits(self.run.dataset, self.run.data)
             require_single_label(test)
             require_judgeable(train, test)
         except InputError as error:

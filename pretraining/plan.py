@@ -43,7 +43,7 @@ class Plan:
     Attributes:
         config: without any `auto` but `bn`, whose meaning here is in `bn`.
         images: the training images.
-        data: where they are; None for built-in data.
+        dataset, data: what they were opened by; no `data` for built-in ones.
         processes: R.
         bn: shuffle, split, sync or none.
         steps_per_epoch: whole batches only.
@@ -53,6 +53,7 @@ class Plan:
 
     config: PretrainConfig
     images: ImageSet
+    dataset: str
     data: Path | None
     processes: int
     bn: str
@@ -220,7 +221,7 @@ def plan(
     usual = "sync" if config.mechanism == "moco_v3" else "shuffle" if processes > 1 else "split"
     bn = config.bn if config.bn != "auto" else usual
     config = config.model_copy(update=by_device(config, device))
-    run = Plan(config, images, data, processes, bn, len(images) // config.batch_size, [], [])
+    run = Plan(config, images, dataset, data, processes, bn, len(images) // config.batch_size, [], [])
     _require_shares(run)
     run.warnings += _warnings(run) + require_whole(images, config.bad_images)
     run.warnings += passed_over(images) + doubts(images, "pass")

@@ -60,7 +60,7 @@ def cli() -> None:
       moco-eval suite my_encoder.pth --dataset imagefolder --data my_images
 
     CHECKPOINT is a file in any known format, or random:resnet50, torchvision:resnet50[:WEIGHTS], timm:NAME, zoo:NAME
-    (`moco-eval fetch --list`), pixels.
+    (`moco-eval fetch --list`), hf:ORG/NAME[/FILE], pixels.
     """
 
 

@@ -13,7 +13,7 @@ from moco_eval.errors import InputError
 FOLDER = click.Path(path_type=Path)
 DATASETS = (
     "digits (built in), imagefolder, imagenet, cifar10, cifar100, stl10, flowers102, pets, food101, dtd, voc07, "
-    "voc-folder"
+    "voc-folder, hf:PLACE"
 )  # what can be evaluated on; `moco-eval datasets` says more
 
 
@@ -171,7 +171,9 @@ sbatch_option = click.option(
     "--sbatch", multiple=True, metavar="KEY=VALUE", help="sbatch's options, with --slurm; may be repeated."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result record as JSON on stdout.")
-folder_option = click.option("--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits needs none.")
+folder_option = click.option(
+    "--data", type=FOLDER, help="The data set's folder; or MOCO_EVAL_DATA. digits and hf need none."
+)
 name_option = click.option("--name", help="What to call a folder of your own.  [default: the folder's name]")
 data_option = several(folder_option, name_option)
 encoder_options = several(
@@ -194,10 +196,10 @@ split_options = several(
         "--val-fraction",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
         metavar="SHARE",
-        help="Of an imagefolder with a single folder: test on so much of each class, drawn from seed 0.",
+        help="Of an imagefolder or hf with a single split: test on so much of each class, drawn from seed 0.",
     ),
-    click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main."),
-    click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main."),
+    click.option("--train-split", help="Of voc-folder: a list in ImageSets/Main; of hf: a split."),
+    click.option("--test-split", help="Of voc-folder: a list in ImageSets/Main; of hf: a split."),
 )
 mask_options = several(
     click.option("--classes", type=FOLDER, metavar="FILE", help="Of mask-folder: a name a line, from 0."),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moco_eval.errors import InputError
 
-OWN = ("imagefolder", "flat", "webdataset", "voc-folder", "coco-folder", "mask-folder")  # layouts of any data
+OWN = ("imagefolder", "flat", "webdataset", "voc-folder", "coco-folder", "mask-folder", "hf")  # layouts of any data
 LONGEST = 60  # letters of a name of one's own
 
 
@@ -26,11 +26,11 @@ def with_name(dataset: str, own: str | None) -> str:
     """The data set called as --name says. Raises InputError for a published set, or a name without a letter."""
     if own is None:
         return dataset
-    if dataset not in OWN:
+    if dataset not in OWN and layout_of(dataset) != "hf":
         raise InputError(f"--name {own}: {dataset} has its name; --name is for a folder of your own ({', '.join(OWN)})")
     if not readable(own):
         raise InputError(f"--name {own!r} has no letter or digit; take a name such as my-birds")
-    return f"{dataset}:{readable(own)}"
+    return f"{dataset},name={readable(own)}" if layout_of(dataset) == "hf" else f"{dataset}:{readable(own)}"
 
 
 def readable(text: str) -> str:

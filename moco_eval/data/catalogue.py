@@ -11,7 +11,7 @@ from typing import Any
 
 from moco_eval.config.data_name import called, layout_of
 from moco_eval.config.load import require_named
-from moco_eval.data import band_statistics, every_file, glance, in_memory
+from moco_eval.data import band_statistics, every_file, glance, hugging_face, in_memory
 from moco_eval.data.bands import FILE, Bands, bands_of, require_measured, with_stored, write
 from moco_eval.data.benchmarks import BENCHMARKS, read_benchmark, read_voc07, read_voc_folder
 from moco_eval.data.boxes.samples import one_line
@@ -41,7 +41,7 @@ WITH_BOXES = (
     "lvis-v1",
     "cityscapes",
 )  # detectron2 too
-NAMES = ("digits", "imagefolder", "imagenet", *IN_MEMORY, *BENCHMARKS, "voc07", "voc-folder", *UNLABELLED)
+NAMES = ("digits", "imagefolder", "imagenet", *IN_MEMORY, *BENCHMARKS, "voc07", "voc-folder", "hf", *UNLABELLED)
 # images of the published splits; a set's first two entries are what is trained on and what is tested on
 OFFICIAL: dict[tuple[str, str], int] = {
     ("digits", "train"): in_memory.DIGITS_TRAIN,
@@ -65,6 +65,7 @@ NAMED = 200  # classes that `check` names
 LAYOUTS = {
     "imagefolder": "train/CLASS/*.jpg -> val/CLASS/*.jpg",
     "voc-folder": "JPEGImages, Annotations, ImageSets/Main",
+    "hf": "hf:FOLDER, hf:FILE.parquet, hf:ORG/NAME",
     "flat": "any images, for pretraining only",
     "webdataset": "tar files, for pretraining only",
 }
@@ -84,8 +85,8 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     """Open a data set.
 
     Args:
-        name: one of NAMES; a layout of one's own may be followed by a name, as in imagefolder:pets.
-        data: its folder; None for built-in ones, or where MOCO_EVAL_DATA says it.
+        name: one of NAMES; a layout of one's own may be followed by a name, as in imagefolder:pets, and hf by a place.
+        data: its folder; None for built-in ones and hf, or where MOCO_EVAL_DATA says it.
         split: 'train' or 'test' (an imagefolder's `val/`), or 'pretrain', which is 'train' but for STL-10, where it
             is the labelled and unlabelled images together, without labels.
     Raises:
@@ -93,6 +94,8 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
     """
     full, name = name, layout_of(name)
     require_named(name, NAMES)
+    if name == "hf":
+        return hugging_face.open_both(full, data)[1] if split == "test" else hugging_face.open_training(full, data)
     if split == "pretrain" and name != "stl10":
         split = "train"
     if name == "digits":
@@ -115,10 +118,12 @@ def open_images(name: str, data: Path | None, split: str) -> ImageSet:
 
 def require_there(name: str, data: Path | None) -> None:
     """Raises InputError for an unknown data set, or where its folder is none; its images are not looked at."""
-    name = layout_of(name)
-    require_named(name, NAMES)
-    if name != "digits":
-        data_folder(name, data)
+    layout = layout_of(name)
+    require_named(layout, NAMES)
+    if layout == "hf":
+        hugging_face.require_there(name, data)
+    elif layout != "digits":
+        data_folder(layout, data)
 
 
 def open_splits(
@@ -131,24 +136,31 @@ def open_splits(
     """Training and test images, of the same classes.
 
     Args:
-        train_split, test_split: files of ImageSets/Main, of voc-folder only.
-        val_fraction: share of each class that is tested on, of an imagefolder that has a single folder.
+        train_split, test_split: files of ImageSets/Main of voc-folder, splits of hf.
+        val_fraction: share of each class that is tested on, of an imagefolder or hf that has a single split.
     Raises:
         InputError: as `open_images`; the classes differ; split names for a set whose splits are fixed.
     """
     layout = layout_of(name)
     require_named(layout, NAMES)
     if val_fraction is not None:
+        if layout == "hf":
+            return _parted(hugging_face.open_whole(name, data, val_fraction), val_fraction)
         folder = data_folder(layout, data) if layout != "digits" else Path()
-        train, test = _parted(layout, folder, val_fraction)
-        return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
+        whole = _single_folder(layout, folder, val_fraction)
+        return _parted(replace(whole, name=called(name, folder)), val_fraction)
     if layout == "voc-folder":
         folder = data_folder("voc-folder", data)
         train, test = read_voc_folder(folder, train_split, test_split)
         return replace(train, name=called(name, folder)), replace(test, name=called(name, folder))
-    if train_split or test_split:
-        raise InputError(f"--train-split and --test-split are for --dataset voc-folder; the splits of {name} are fixed")
-    train, test = (open_images(name, data, split) for split in ("train", "test"))
+    if layout == "hf":
+        train, test = hugging_face.open_both(name, data, train_split, test_split)
+    elif train_split or test_split:
+        raise InputError(
+            f"--train-split and --test-split are for --dataset voc-folder and hf; the splits of {name} are fixed"
+        )
+    else:
+        train, test = (open_images(name, data, split) for split in ("train", "test"))
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         if not odd:
@@ -347,17 +359,21 @@ def _one_folder(name: str) -> str:
     return "; --val-fraction 0.2 tests on a fifth of the images of a single folder" if name == "imagefolder" else ""
 
 
-def _parted(name: str, folder: Path, share: float) -> tuple[ImageSet, ImageSet]:
-    """One folder of class folders (`train`, or the data set's own) in two: the share of each class is tested on.
+def _single_folder(name: str, folder: Path, share: float) -> ImageSet:
+    """The images of the only folder of class folders: `train`, or the data set's own.
 
     Raises:
         InputError: another kind of data set, or one that has a split of its own.
     """
     if name != "imagefolder":
-        raise InputError(f"--val-fraction is for --dataset imagefolder; the splits of {name} are fixed")
+        raise InputError(f"--val-fraction is for --dataset imagefolder and hf; the splits of {name} are fixed")
     if own := next((one for one in TESTED_ON["imagefolder"] if (folder / one).is_dir()), None):
         raise InputError(f"--val-fraction {share:g}: {folder} has {own}/ to test on; leave the option out")
-    whole = _class_folders(name, *((folder, "train") if (folder / "train").is_dir() else (folder.parent, folder.name)))
+    return _class_folders(name, *((folder, "train") if (folder / "train").is_dir() else (folder.parent, folder.name)))
+
+
+def _parted(whole: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
+    """The images of one split in two: the share of each class is tested on."""
     assert whole.labels is not None
     rows = held_out(whole.labels, share, SPLIT_SEED)
     shares = {"train": 1 - share, "test": share}

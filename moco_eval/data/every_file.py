@@ -12,6 +12,7 @@ from moco_eval.config.base import usual_workers
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import EXTENSIONS, ImageFiles, scan
 from moco_eval.data.pixels import FORMATS
+from moco_eval.data.tables import TableImages
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import progress
 
@@ -28,7 +29,7 @@ def look(images: ImageSet, quick: bool = False) -> list[str]:
         images: of a set in memory there is nothing to say.
         quick: only the headers are read, which tells no truncated image.
     """
-    if not isinstance(images.files, ImageFiles):
+    if not isinstance(images.files, ImageFiles | TableImages):
         return []
     troubles: dict[str, list[str]] = {}
     title = f"{images.name} {images.split}: {'headers' if quick else 'every image'}"

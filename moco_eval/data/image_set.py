@@ -17,6 +17,7 @@ from moco_eval.data.bands import Bands, refuse_many_channels
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.pixels import FORMATS, as_rgb, open_image, other_than_image, pixels_in_scans, plain_jpeg, reason_of
 from moco_eval.data.shards import Shards
+from moco_eval.data.tables import TableImages
 from moco_eval.errors import InputError
 
 SAMPLE = 512  # files whose bytes tell a set from another of the same names and sizes
@@ -34,7 +35,7 @@ class ImageSet:
         fingerprint: of the whole split: sha256 over sorted relative paths and sizes (and the labels, where lists say
             them and not the folders), or over the pixels of a published set in memory, and the labels of one's own.
         pixels: (N, H, W, 3) uint8, of sets that fit in memory; otherwise
-        files: the image files, the tar files that hold them, or the data set of a Python program that gives them.
+        files: the image files, the tar files or table that hold them, or the data set of a Python program.
         labels_per_class: of a subset drawn by `few_labels`.
         damaged: what could not be listed, by name: shards that end early.
         passed_over: hidden and system files and folders beside the images, in words; empty where there are none.
@@ -51,7 +52,7 @@ class ImageSet:
     labels: np.ndarray | None = field(repr=False)
     fingerprint: str
     pixels: np.ndarray | None = field(default=None, repr=False)
-    files: ImageFiles | Shards | map_style.MapStyle | None = field(default=None, repr=False)
+    files: ImageFiles | Shards | TableImages | map_style.MapStyle | None = field(default=None, repr=False)
     labels_per_class: int | None = None
     damaged: tuple[str, ...] = ()
     passed_over: str = ""
@@ -163,11 +164,11 @@ class ImageSet:
         rows = np.asarray(rows, dtype=np.int64)
         description = f"{subset} of {self.subset}" if subset and self.subset else subset or self.subset
         files = self.files
-        assert self.pixels is not None or isinstance(files, ImageFiles | map_style.MapStyle)
+        assert self.pixels is not None or not isinstance(files, Shards)
         return replace(
             self,
             pixels=None if self.pixels is None else self.pixels[rows],
-            files=files.take(rows) if isinstance(files, ImageFiles | map_style.MapStyle) else None,
+            files=None if files is None or isinstance(files, Shards) else files.take(rows),
             labels=None if self.labels is None else self.labels[rows],
             labels_per_class=labels_per_class or self.labels_per_class,
             rows=rows if self.rows is None else self.rows[rows],

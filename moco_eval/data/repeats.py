@@ -10,6 +10,7 @@ from moco_eval import limits
 from moco_eval.data.image_set import ImageSet
 from moco_eval.data.index import ImageFiles
 from moco_eval.data.map_style import MapStyle
+from moco_eval.data.tables import TableImages
 from moco_eval.errors import InputError
 from moco_eval.runtime.console import warn
 
@@ -73,6 +74,8 @@ def _compared(train: ImageSet, test: ImageSet) -> Repeats | None:
         rows, looked = repeated_files(
             train.files.sizes, train.files.__getitem__, test.files.sizes, test.files.__getitem__
         )
+    elif isinstance(train.files, TableImages) and isinstance(test.files, TableImages):
+        rows, looked = repeated_files(train.files.sizes, train.files.reader, test.files.sizes, test.files.reader)
     elif isinstance(train.files, MapStyle) and isinstance(test.files, MapStyle):
         if train.files.dataset is not test.files.dataset:
             return None
@@ -108,7 +111,7 @@ def repeated_files(
 
     Args:
         train_sizes, test_sizes: bytes of each file, (N,).
-        train, test: the path of each file, by row.
+        train, test: the path of each file, or what reads it, by row.
     """
     by_size = [np.argsort(sizes, kind="stable") for sizes in (train_sizes, test_sizes)]
     ordered = [sizes[order] for sizes, order in zip((train_sizes, test_sizes), by_size)]
@@ -136,6 +139,8 @@ def repeated_files(
 def _piece(path: Any, size: int) -> bytes:
     """The end of a file; of one that is none or cannot be read, nothing that another file has."""
     try:
+        if callable(path):
+            return path()[-PIECE:]
         with limits.open_unbuffered(path) as file:
             file.seek(max(0, size - PIECE))
             return file.read(PIECE)
@@ -145,6 +150,8 @@ def _piece(path: Any, size: int) -> bytes:
 
 def _content(path: Any) -> bytes | None:
     try:
+        if callable(path):
+            return path()
         with limits.open_unbuffered(path, "image") as file:
             return file.read()
     except (OSError, InputError):

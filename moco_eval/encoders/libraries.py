@@ -1,10 +1,7 @@
 """Encoders that another library builds: random weights, torchvision's and timm's published ones, raw pixels."""
 
-import contextlib
 import hashlib
-import logging
 import urllib.error
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from moco_eval.encoders.architectures import (
     build_backbone,
     sized,
 )
-from moco_eval.encoders.connection import unreachable
 from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.fingerprint import probe_image
 from moco_eval.encoders.infer import expected, infer
@@ -36,7 +32,9 @@ from moco_eval.encoders.settings_files import of_timm
 from moco_eval.encoders.split import Parts, split
 from moco_eval.errors import InputError
 from moco_eval.preprocessing import Preprocessing
+from moco_eval.runtime.connection import unreachable
 from moco_eval.runtime.device import borrowed_generator
+from moco_eval.runtime.libraries import silenced
 
 
 def random_weights(arch: str, seed: int) -> Encoder:
@@ -167,7 +165,7 @@ def from_timm(rest: str, seed: int) -> Encoder:
         raise InputError(f"timm has no published weights of {rest}; {_others_of(rest)}")
     given = _reach(source, timm.get_pretrained_cfg(rest))
     try:
-        with _hub_is_quiet():
+        with silenced("huggingface_hub"):
             theirs = timm.create_model(rest, pretrained=True, num_classes=0, **given).eval()
     except Exception as error:  # whatever the hub's client raises without a network
         raise InputError(_offline(source, f"timm's weights of {rest}", error)) from None
@@ -205,18 +203,6 @@ def _reach(source: str, published: Any) -> dict[str, Any]:
     if copy is None:
         raise InputError(_offline(source, f"{hub or url} from {url}" if hub else url, reason))
     return {"pretrained_cfg_overlay": {"file": copy}}
-
-
-@contextlib.contextmanager
-def _hub_is_quiet() -> Iterator[None]:
-    """Without the hub client's lines about its attempts: what stopped it is said once, by us."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _of_timm(source: str, theirs: nn.Module) -> Encoder:

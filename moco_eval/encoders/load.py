@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from moco_eval.encoders import download, zoo
+from moco_eval.encoders import download, hub, zoo
 from moco_eval.encoders.architectures import (
     AnyArchitecture,
     Architecture,
@@ -55,7 +55,8 @@ def load(
     """Load and prove an encoder; its backbone comes back in eval mode.
 
     Args:
-        source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME`, `zoo:NAME` or `pixels`.
+        source: a checkpoint's path, `random:ARCH`, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME`, `zoo:NAME`,
+            `hf:ORG/NAME[/FILE]` or `pixels`.
         arch: overrides the architecture read from the tensors' shapes.
         encoder: 'query' or 'key' (the momentum encoder); by default the one that the method itself evaluates.
         seed: of the weights of `random:`.
@@ -86,6 +87,8 @@ def _load(
     kind, colon, rest = source.partition(":")
     if colon and kind == "zoo":
         return _from_zoo(rest, arch, encoder, key, given)
+    if colon and kind == "hf":
+        return _from_hub(rest, arch, encoder, key, given)
     if source != "pixels" and not (colon and kind in ("random", "torchvision", "timm")):
         return _from_file(source, arch, encoder, key, given)
     if key is not None:
@@ -178,6 +181,18 @@ def _from_zoo(name: str, arch: str | None, encoder: str | None, key: str | None,
     if not loaded.origin.startswith(entry.layout):
         loaded.warnings.append(f"the zoo expects {name} in the layout of {entry.layout}, not of {loaded.origin}")
     return replace(loaded, source=f"zoo:{name}", run_name=safe_name(name) + _chosen(loaded))
+
+
+def _from_hub(rest: str, arch: str | None, encoder: str | None, key: str | None, given: Mapping[str, Any]) -> Encoder:
+    """A checkpoint of Hugging Face's hub, with the files of settings that lie beside it there."""
+    path = hub.fetch(rest)
+    loaded = _from_file(str(path), arch, encoder, key, given)
+    return replace(
+        loaded,
+        source=f"hf:{rest}",
+        run_name=safe_name(f"hf-{rest}") + _chosen(loaded),
+        origin=f"{loaded.origin}, commit {hub.commit_of(path)[:10]} of hf:{hub.parse(rest).repo}",
+    )
 
 
 # What the shapes do not tell

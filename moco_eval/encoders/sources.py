@@ -7,7 +7,7 @@ from moco_eval.errors import InputError
 from moco_eval.untrusted.path import start_of
 from moco_eval.untrusted.pickle_scan import Refused
 
-KINDS = ("random", "torchvision", "timm", "zoo")
+KINDS = ("random", "torchvision", "timm", "zoo", "hf")
 _ARCHITECTURE = re.compile(r"(wide_)?resne(x)?t\d+\w*|vit_\w+")
 _PLAIN = re.compile(r"[\w-]+")  # neither a folder nor a suffix: perhaps a name
 
@@ -20,6 +20,10 @@ def require_source(source: str) -> None:
             from moco_eval.encoders import zoo
 
             zoo.entry(name)
+        if kind == "hf":
+            from moco_eval.encoders import hub
+
+            hub.parse(name)
         return
     path = Path(source)
     if not _PLAIN.fullmatch(source) or path.exists() or path.is_symlink():
@@ -37,5 +41,5 @@ def require_source(source: str) -> None:
         )
     raise InputError(
         f"{source} does not exist; CHECKPOINT is a file, or random:resnet50, torchvision:resnet50, timm:NAME, zoo:NAME "
-        "(moco-eval fetch --list), pixels"
+        "(moco-eval fetch --list), hf:ORG/NAME, pixels"
     )

@@ -25,6 +25,20 @@ def kept_quiet() -> Iterator[None]:
         warnings.showwarning, logging.Logger.callHandlers = before  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """Within, the loggers of these libraries say nothing of their attempts: what stopped one is said once, by us."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)
+
+
 def _log(_logger: logging.Logger, record: logging.LogRecord) -> None:
     if record.levelno >= logging.WARNING:
         _say(f"{record.name}: {record.getMessage()}")

@@ -11,8 +11,8 @@ import torch
 from checkpoints import error, used
 from safetensors.torch import save_file
 
-from moco_eval.encoders import connection
 from moco_eval.encoders.load import load
+from moco_eval.runtime import connection
 
 SOURCES = ("timm:resnet18", "timm:convnext_tiny.fb_in22k", "torchvision:resnet18")
 
