@@ -91,10 +91,10 @@ def train(
 
 def on_device(parts: list[Features], device: torch.device) -> Callable[[int], torch.Tensor]:
     """What gives the n-th of those features on a device: all are held there where they fit in half of what is free (in
-    4 GB of a CPU's memory), else one at a time.
+    4 GB of a machine's memory), else one at a time.
     """
     size = sum(array.nbytes for part in parts for array in part.parts)
-    room = 4e9 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] / 2
+    room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 4e9
     return lru_cache(len(parts) if size <= room else 1)(lambda n: to_device(parts[n].stored(), device))
 
 

@@ -22,7 +22,7 @@ from pretraining.train import Trainer, pretrain
 
 CPU = torch.device("cpu")
 FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "symmetric=false", "queue_size=64", "log_every=1"]
-SHORT = [*FAST, "batch_size=32", "bn_groups=2", "schedule.epochs=2", "knn=null"]
+SHORT = [*FAST, "batch_size=16", "bn_groups=2", "schedule.epochs=2", "knn=null"]
 RECORD = {
     "protocol": "knn/instdisc@1",
     "metrics": {"top1": 75.0, "top5": 90.0},
@@ -75,7 +75,7 @@ def fake(monkeypatch) -> Fake:
 
 def planned(*settings: str) -> Plan:
     config = configs.load("digits", "pretrain", PretrainConfig, [*SHORT, *settings])
-    return plan(config, "digits", None, 1, limit=128)  # four steps an epoch
+    return plan(config, "digits", None, 1, limit=64)  # four steps an epoch
 
 
 def trained(output: Path, *settings: str) -> dict:
@@ -250,7 +250,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 
 SETTINGS = [word for setting in SHORT for word in ("--set", setting)]
-PRETRAIN = ["pretrain", "digits", "--dataset", "digits", "--limit", 128, "--device", "cpu", *SETTINGS]
+PRETRAIN = ["pretrain", "digits", "--dataset", "digits", "--limit", 64, "--device", "cpu", *SETTINGS]
 KNN = ["knn", "run/checkpoints/last.pth", "--dataset", "digits", "--limit", 50, "--set", "k=5", "--device", "cpu"]
 
 
