@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ def install(gpus: int) -> None:
 
 def install_mps() -> None:
     """From here on torch.backends.mps has its device, and its generator draws nothing of its own."""
-    torch.backends.mps.is_built = torch.backends.mps.is_available = lambda: True
+    torch.backends.mps.is_built = torch.backends.mps.is_available = lru_cache(lambda: True)  # torch unwraps it
     torch.mps.get_rng_state, torch.mps.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
     torch.mps.manual_seed, torch.mps.synchronize = lambda _seed: None, lambda: None
     _install_arithmetic()
