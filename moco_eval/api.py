@@ -42,7 +42,7 @@ from moco_eval.results import compare as comparing
 from moco_eval.results.compare import Comparison
 from moco_eval.results.result import Result
 from moco_eval.runtime.console import set_verbosity, warn
-from moco_eval.runtime.device import choose_device, exact_arithmetic
+from moco_eval.runtime.device import choose_device, exact_arithmetic, forked_generator
 from moco_eval.runtime.text import without_dashes
 from moco_eval.segmentation import segment as segmentation
 from moco_eval.segmentation.task import SegmentationTask
@@ -500,7 +500,7 @@ def _device(encoder: Encoder, device: str) -> torch.device:
     wanted = there if device == "auto" else choose_device(device)
     if wanted != there and (wanted.type, wanted.index or 0) != (there.type, there.index or 0):
         raise InputError(f"device {device!r}: {encoder.source} is on {there}; move it there first, or leave out device")
-    if there.type not in ("cpu", "cuda"):
+    if there.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"{encoder.source} is on {there}; move it to the CPU or to a GPU first")
     return there
 
@@ -508,8 +508,8 @@ def _device(encoder: Encoder, device: str) -> torch.device:
 @contextlib.contextmanager
 def _process_as_it_was(device: torch.device) -> Iterator[None]:
     """What a fine-tuning draws and switches for the whole process, put back afterwards."""
-    benchmark, devices = torch.backends.cudnn.benchmark, [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    benchmark = torch.backends.cudnn.benchmark
+    with forked_generator(device):
         try:
             yield
         finally:

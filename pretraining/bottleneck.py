@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moco_eval.data.augment.two_views import TwoViews
+from moco_eval.runtime.device import wait_for
 
 NOTICED = 0.1  # share of a step's time that is worth a word
 LAUNCH_BOUND = 0.8  # share of the device's time at which its work ends as soon as it is launched
@@ -38,12 +39,6 @@ def launch_seconds(run: Callable[[], object], device: torch.device, repeats: int
         taken.append(time.perf_counter() - started)
     wait_for(device)
     return statistics.median(taken)
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def worker_seconds(views: TwoViews, items: list[tuple[int, int]]) -> tuple[float, float]:

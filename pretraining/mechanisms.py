@@ -181,9 +181,10 @@ def optimizer_for(model: Mechanism, config: PretrainConfig, device: torch.device
 
 
 def prepare(model: Mechanism, run: Plan, device: torch.device) -> Mechanism:
-    """On the device, channels last, compiled where the plan says so; names and values stay."""
+    """On the device, channels last but for MPS, compiled where the plan says so; names and values stay."""
     model.to(device)
-    model.to(memory_format=torch.channels_last)
+    if device.type != "mps":
+        model.to(memory_format=torch.channels_last)
     if run.config.compile:
         encoders = [net for name, net in model.named_children() if "encoder" in name]
         compile_(encoders, device, graphs=_may_record(run))

@@ -287,7 +287,13 @@ def of_channels(config: PretrainConfig, images: ImageSet) -> PretrainConfig:
 
 
 def by_device(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
-    """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says."""
+    """bf16 and compiled encoders on a GPU that has bf16, published arithmetic elsewhere, unless the config says.
+
+    Raises:
+        InputError: fp16 on MPS.
+    """
+    if device.type == "mps" and config.precision == "fp16":
+        raise InputError("precision fp16 wants its losses scaled, which MPS does not do; take --precision bf16 or fp32")
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
     chosen = {"precision": "bf16" if fast else "fp32", "compile": fast}
     resolved = {key: value for key, value in chosen.items() if getattr(config, key) == "auto"}

@@ -10,9 +10,9 @@ import torch
 
 from moco_eval.errors import InputError
 from moco_eval.runtime.collectives import all_sum, gather
-from moco_eval.runtime.device import to_device
+from moco_eval.runtime.device import to_device, wait_for
 from moco_eval.runtime.rank import world_size
-from pretraining.bottleneck import Parts, launch_seconds, seconds, wait_for, worker_seconds
+from pretraining.bottleneck import Parts, launch_seconds, seconds, worker_seconds
 from pretraining.plan import Plan
 from pretraining.shuffle_bn import permutation, shuffle
 from pretraining.train import Trainer
@@ -40,7 +40,7 @@ def profile(run: Plan, device: torch.device, steps: int) -> Parts:
     pinned = views.pin_memory() if device.type == "cuda" else views
     train, augment = (lambda: trainer.train_step(batch)), feed.device_part(items)
     return Parts(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        device=_name(device),
         images=images,
         steps=steps,
         loop=loop,
@@ -80,3 +80,9 @@ def exchange(trainer: Trainer, batch: Batch) -> None:
             shuffle(batch.view_k, order)
         gather(torch.zeros(len(batch.index), trainer.config.dim, device=trainer.device))
     all_sum(torch.cat([weight.grad.flatten() for weight in trainer.model.parameters() if weight.grad is not None]))
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "the CPU" if device.type == "cpu" else device.type

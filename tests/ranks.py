@@ -21,7 +21,7 @@ def run_ranks(
     """`function(*arguments)` in each rank of a group; its result must be plain or tensors.
 
     Args:
-        device: `cuda` gives each rank a twin of one; see twin.py.
+        device: `cuda` gives each rank a twin of one, `mps` the only rank; see twin.py.
     """
     multiprocessing.set_forkserver_preload(LIBRARIES)
     with private_meeting():  # each rank is told where, as the server was started in another environment
@@ -48,6 +48,10 @@ def _rank(
         import twin
 
         twin.install(ranks)
+    if device == "mps":
+        import twin
+
+        twin.install_mps()
     from moco_eval.runtime.command import running
     from moco_eval.runtime.launch import processes
 

@@ -163,7 +163,7 @@ def test_labels_per_class_are_drawn_anew_in_each_trial(few_digits):
         ({"labels": "1%"}, "labels 1% is a list of ImageNet's file names, which digits does not have"),
         ({"feature": "head"}, "network has no projection head"),
         ({"feature": "layer3"}, "feature 'layer3' is not a stage of Net"),
-        ({"device": "tpu"}, "device 'tpu' is not a device; take auto, cpu, cuda or cuda:N"),
+        ({"device": "tpu"}, "device 'tpu' is not a device; take auto, cpu, cuda, cuda:N or mps"),
         ({"protocol": "knn/instdsc@1"}, "protocol: no protocol 'knn/instdsc@1'. Did you mean 'knn/instdisc@1'?"),
         ({"protocol": None}, "protocol is a NoneType"),
         ({"protocol": "mine.yaml"}, "mine.yaml"),

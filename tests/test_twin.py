@@ -42,7 +42,6 @@ from pretraining.plan import Plan, plan
 from pretraining.profile import profile
 from pretraining.train import Trainer, pretrain
 
-CUDA = torch.device("cuda", 0)
 STEPS = 2  # that are counted, after one that is not
 
 
@@ -88,12 +87,12 @@ COPIES |= {"accumulate": 4, "bf16": 3, "moco v3": 2, "a ViT in parts": 2}
 def of(name: str, folder: Path, *settings: str) -> Plan:
     config = configs.load("digits", "pretrain", PretrainConfig, [*SMALL, *MECHANISMS[name], *settings])
     where = ("flat", folder / "images") if name == "files" else ("digits", None)
-    return plan(config, *where, world_size(), CUDA)
+    return plan(config, *where, world_size(), twin.DEVICE)
 
 
 def steps(name: str, folder: Path) -> float:
     """The loss after a few steps of the loop; the first one's notes are dropped."""
-    trainer = Trainer(of(name, folder), Path(os.devnull), CUDA)
+    trainer = Trainer(of(name, folder), Path(os.devnull), twin.DEVICE)
     batches = trainer.batches()
     for _ in range(1 + STEPS):
         trainer.train_step(next(batches))
@@ -108,7 +107,7 @@ def stopped_and_resumed(folder: Path) -> list[bool]:
     for output, stops in (("whole", (3,)), ("parts", (2, 3))):
         for step in stops:
             try:
-                pretrain(of("moco", folder, f"max_steps={step}"), folder / output, CUDA)
+                pretrain(of("moco", folder, f"max_steps={step}"), folder / output, twin.DEVICE)
             except Interrupted:
                 continue
     one, two = (
@@ -121,14 +120,16 @@ def stopped_and_resumed(folder: Path) -> list[bool]:
 def monitored(folder: Path) -> None:
     """The kNN monitor, after an epoch."""
     run = of("moco", folder, "batch_size=512", "queue_size=1024", "knn.k=5", "knn.every=1", "knn.temperature=0.1")
-    trainer = Trainer(run, Path(os.devnull), CUDA)
-    trainer.monitor(trainer.model.encoder_q, CUDA)
+    trainer = Trainer(run, Path(os.devnull), twin.DEVICE)
+    trainer.monitor(trainer.model.encoder_q, twin.DEVICE)
 
 
 def pretraining(folder: Path, names: list[str], more: bool) -> dict[str, dict]:
     """Steps of pretraining of these kinds and, where asked for, what belongs to a run, on this rank."""
     work: dict[str, Callable[[], Any]] = {name: lambda name=name: steps(name, folder) for name in names}
-    work["large batch"] = lambda: to_device(torch.zeros(LARGEST_PINNED + 1, dtype=torch.uint8).pin_memory(), CUDA).shape
+    work["large batch"] = lambda: (
+        to_device(torch.zeros(LARGEST_PINNED + 1, dtype=torch.uint8).pin_memory(), twin.DEVICE).shape
+    )
     if more:
         work |= run_and_resume(folder)
     results = {name: noted(each) for name, each in work.items()}
@@ -138,11 +139,11 @@ def pretraining(folder: Path, names: list[str], more: bool) -> dict[str, dict]:
 def run_and_resume(folder: Path) -> dict[str, Callable[[], Any]]:
     work: dict[str, Callable[[], Any]] = {}
     work |= {"resume": lambda: stopped_and_resumed(folder), "monitor": lambda: monitored(folder)}
-    work["profile"] = lambda: profile(of("files", folder), CUDA, 2).report()
+    work["profile"] = lambda: profile(of("files", folder), twin.DEVICE, 2).report()
     return work
 
 
-CASES = {  # MoCo v3 on one rank alone: SyncBN's kernels are CUDA's own, and the twin has none
+CASES = {  # MoCo v3 on one rank alone: SyncBN's kernels are twin.DEVICE's own, and the twin has none
     "one rank": (1, [*MECHANISMS], True),
     "two ranks": (2, ["moco", "memory bank", "end to end", "reference views", "files"], False),
     "two ranks, more": (2, ["moco, symmetric", "accumulate", "bf16"], True),
@@ -230,12 +231,12 @@ def classification(arch: str = "resnet18_quarter") -> dict[str, dict]:
     work: dict[str, Callable[[], Any]] = {}
     for row in PROTOCOLS:
         config = few(row.name.name, row.name.kind)
-        work[row.protocol] = lambda config=config: judge_in_memory(task, config, CUDA).record["metrics"]
+        work[row.protocol] = lambda config=config: judge_in_memory(task, config, twin.DEVICE).record["metrics"]
     some = replace(task, train=train.take(np.arange(200)), labels_per_class=4, trials=2)
-    work["few labels"] = lambda: judge_in_memory(some, few("quick", "linear"), CUDA).record["metrics"]
+    work["few labels"] = lambda: judge_in_memory(some, few("quick", "linear"), twin.DEVICE).record["metrics"]
     results = {name: noted(each) for name, each in work.items()}
-    own = wrap(load(f"random:{arch}").backbone.to(CUDA), Preprocessing(size=32, resize=32))
-    judge_in_memory(replace(task, encoder=own), few("instdisc", "knn"), CUDA)
+    own = wrap(load(f"random:{arch}").backbone.to(twin.DEVICE), Preprocessing(size=32, resize=32))
+    judge_in_memory(replace(task, encoder=own), few("instdisc", "knn"), twin.DEVICE)
     layouts = {name: channels_last(net.backbone) for name, net in (("ours", encoder), ("the caller's", own))}
     return results | {"layouts": layouts}
 
@@ -272,6 +273,32 @@ def test_a_step_of_a_classifier_waits_for_nothing_and_copies_images_and_labels(c
 def test_features_arrive_while_the_next_are_made(classified):
     for name, work in classified.items():
         assert not [line for line in work["waits"] if "features/" in line.split(" < ")[0] and "host" in line], name
+
+
+# MPS: no float64, no pinned memory, no second stream
+
+
+def on_mps(folder: Path) -> dict[str, dict]:
+    """Pretraining with its monitor, stopped and resumed; every protocol; a detector with precise BN."""
+    for number in range(64 + 16):
+        Image.effect_noise((40, 40), 10 + number).convert("RGB").save(folder / "images" / f"{number:02}.png")
+    names = ("moco", "memory bank", "end to end", "reference views", "files", "accumulate", "bf16")
+    work: dict[str, Callable[[], Any]] = {name: lambda name=name: steps(name, folder) for name in names}
+    work |= run_and_resume(folder) | {"C4": lambda: detector("C4", folder)}
+    results = {name: noted(each) for name, each in work.items()}
+    protocols = classification()
+    protocols.pop("layouts")
+    return results | protocols
+
+
+@pytest.mark.slow
+def test_no_float64_is_sent_to_mps(tmp_path):
+    (tmp_path / "images").mkdir()
+    (only,) = run_ranks(on_mps, tmp_path, tmp_path, ranks=1, device="mps")
+    errors = {name: work["error"] for name, work in only.items() if work["error"]}
+    assert not errors, "\n".join(errors.values())
+    assert all(only["resume"]["result"])
+    assert {"knn/instdisc@1", "logistic/lbfgs@1", "linear/moco-lincls@1", "svm/voc07@1"} <= only.keys()
 
 
 # Detection
@@ -312,7 +339,7 @@ def detector(name: str, folder: Path, arch: str = "resnet18_quarter") -> int:
     keypoints = tuple("abcde") if recipe.keypoints else ()
     data = DetectionData("scenes", classes, samples[:2], samples[2:], "train", "test", "", keypoints=keypoints)
     found = [
-        torchvision_engine.fine_tune_and_detect(load(f"random:{arch}"), data, longer, output, CUDA, Cost("cuda"))
+        torchvision_engine.fine_tune_and_detect(load(f"random:{arch}"), data, longer, output, twin.DEVICE, Cost("cuda"))
         for longer in (recipe, recipe)
     ]
     return sum(len(each.boxes) for each in found[-1])

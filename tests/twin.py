@@ -1,5 +1,7 @@
 """A twin of a CUDA device for a machine without one: its tensors say cuda:0 and hold their values in a CPU's memory.
 
+Or of Apple's MPS: its tensors say mps:0, and float64 is refused there.
+
 `install()` in a process of its own, never pytest's: `ranks.run_ranks(..., device="cuda")` does it in each rank,
 `environment()` in every Python process of a command, ranks included. Our code then runs as it is.
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
+DEVICE = CUDA  # or mps:0
 GPUS, REPORT = "MOCO_EVAL_TWIN_GPUS", "MOCO_EVAL_TWIN_REPORT"  # how many there seem to be; where processes report
 OURS = ("moco_eval", "pretraining")
 FACTORIES = "arange as_tensor empty eye full linspace ones rand randint randn randperm scalar_tensor tensor zeros"
@@ -64,13 +67,15 @@ class Twin(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor, requires_grad: bool = False):
+        if DEVICE.type == "mps" and values.dtype in (torch.float64, torch.complex128):
+            refuse(f"Cannot convert a MPS Tensor to {values.dtype} as the MPS framework doesn't support it")
         layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
         twin = Tensor._make_wrapper_subclass(cls, values.size(), **layout, requires_grad=requires_grad)
         twin.values = values
         return twin
 
-    device = property(lambda self: CUDA)
-    is_cuda, is_cpu = property(lambda self: True), property(lambda self: False)
+    device = property(lambda self: DEVICE)
+    is_cuda, is_cpu = property(lambda self: DEVICE == CUDA), property(lambda self: False)
 
     def __repr__(self, **_: Any) -> str:
         return f"Twin({self.values!r})"
@@ -169,8 +174,8 @@ class _Cross(torch.autograd.Function):
         return _Cross.apply(gradient)
 
 
-def _is_cuda(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
+def _is_there(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE.type
 
 
 def moving(real: Callable) -> Callable:
@@ -181,7 +186,7 @@ def moving(real: Callable) -> Callable:
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, beside, form = torch._C._nn._parse_to(*args, **kwargs)
         converted = real(tensor, dtype or tensor.dtype, copy=copy, **({"memory_format": form} if form else {}))
-        if device is None or _is_cuda(device) == isinstance(tensor, Twin):
+        if device is None or _is_there(device) == isinstance(tensor, Twin):
             return converted
         if isinstance(tensor, Twin):
             note("waits", "to the host")
@@ -196,7 +201,7 @@ def making(real: Callable) -> Callable:
     """A factory such as torch.zeros; without a device of its own it makes its result where its first argument is."""
 
     def make(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        there = _is_cuda(device) or (device is None and bool(args) and isinstance(args[0], Twin))
+        there = _is_there(device) or (device is None and bool(args) and isinstance(args[0], Twin))
         if there and isinstance(kwargs.get("generator"), torch.Generator):
             refuse(f"Expected a 'cuda' device type for generator but found 'cpu' ({real.__name__})")
         if there and real.__name__ in ("as_tensor", "tensor") and not isinstance(args[0], Twin):
@@ -225,18 +230,28 @@ def _install_tensors() -> None:
     to, load = moving(Tensor.to), torch.load
     Tensor.to, Tensor.pin_memory, Tensor.is_pinned = to, pin, is_pinned
     Tensor.cpu = lambda tensor, **_: to(tensor, "cpu")
-    Tensor.cuda = lambda tensor, device=None, non_blocking=False: to(tensor, CUDA, non_blocking=non_blocking)
+    Tensor.cuda = lambda tensor, device=None, non_blocking=False: to(tensor, DEVICE, non_blocking=non_blocking)
     Tensor.record_stream = lambda tensor, stream: None
     for name in FACTORIES.split():
         setattr(torch, name, making(getattr(torch, name)))
 
     def load_there(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
-        if callable(map_location) or not _is_cuda(map_location):
+        if callable(map_location) or not _is_there(map_location):
             return load(file, map_location=map_location, **kwargs)
         loaded = load(file, map_location="cpu", **kwargs)
-        return tree_map(lambda leaf: leaf.to(CUDA) if isinstance(leaf, Tensor) else leaf, loaded)
+        return tree_map(lambda leaf: leaf.to(DEVICE) if isinstance(leaf, Tensor) else leaf, loaded)
 
     torch.load = load_there
+
+
+def install_mps() -> None:
+    """The same for the one device that MPS is."""
+    import twin_cuda
+
+    global DEVICE
+    DEVICE = torch.device("mps", 0)
+    _install_tensors()
+    twin_cuda.install_mps()
 
 
 def environment(folder: Path, gpus: int = 1) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,15 @@ def install(gpus: int) -> None:
     _install_cuda(gpus)
     _install_loaders()
     _install_processes()
+
+
+def install_mps() -> None:
+    """From here on torch.backends.mps has its device, and its generator draws nothing of its own."""
+    torch.backends.mps.is_built = torch.backends.mps.is_available = lru_cache(lambda: True)  # torch unwraps it
+    torch.mps.get_rng_state, torch.mps.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
+    torch.mps.manual_seed, torch.mps.synchronize = lambda _seed: None, lambda: None
+    _install_arithmetic()
+    _install_loaders()
 
 
 class Stream:
@@ -90,6 +100,10 @@ def _install_cuda(gpus: int) -> None:
     cuda.synchronize = lambda *_: note("waits", "synchronize")
     cuda.current_stream, cuda.stream = Stream, contextlib.nullcontext
     cuda.Stream = cuda.Event = Stream
+    _install_arithmetic()
+
+
+def _install_arithmetic() -> None:
     autocast = torch.autocast
 
     class Autocast(autocast):

@@ -20,8 +20,7 @@ from race import Run, race, report
 from torchvision.transforms import v2
 
 from moco_eval.data.augment.steps import Fuse, fusing, unfused
-from moco_eval.runtime.device import choose_device, exact_arithmetic
-from pretraining.bottleneck import wait_for
+from moco_eval.runtime.device import choose_device, exact_arithmetic, wait_for
 from pretraining.views import RECIPES
 
 

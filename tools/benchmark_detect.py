@@ -38,8 +38,8 @@ from moco_eval.detection.task import open_digits
 from moco_eval.encoders.load import load
 from moco_eval.results.environment import hardware, peak_memory_mb
 from moco_eval.results.record import Cost
+from moco_eval.runtime.device import wait_for
 from moco_eval.runtime.launch import processes
-from pretraining.bottleneck import wait_for
 
 WARM_UP = 2  # iterations that are not counted
 

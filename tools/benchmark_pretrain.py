@@ -42,8 +42,8 @@ from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.loader import Normalise
 from moco_eval.runtime.batch_norm import replace_batch_norm
-from moco_eval.runtime.device import choose_device, exact_arithmetic
-from pretraining.bottleneck import seconds, wait_for
+from moco_eval.runtime.device import choose_device, exact_arithmetic, wait_for
+from pretraining.bottleneck import seconds
 from pretraining.mechanisms import build_encoder
 from pretraining.plan import Plan, plan
 from pretraining.train import Trainer

@@ -35,12 +35,11 @@ from moco_eval.data.masks.scenes import write_mask_scenes
 from moco_eval.encoders.load import load
 from moco_eval.results.environment import hardware, peak_memory_mb
 from moco_eval.results.record import Cost
-from moco_eval.runtime.device import autocast
+from moco_eval.runtime.device import autocast, wait_for
 from moco_eval.runtime.launch import processes
 from moco_eval.segmentation import inputs
 from moco_eval.segmentation.networks import FcnHead, auxiliary_head, build_segmenter
 from moco_eval.segmentation.train import Trainer
-from pretraining.bottleneck import wait_for
 
 WARM_UP = 2  # steps that are not counted
 CLASSES = 11

@@ -91,7 +91,7 @@ def train(
 
 def on_device(parts: list[Features], device: torch.device) -> Callable[[int], torch.Tensor]:
     """What gives the n-th of those features on a device: all are held there where they fit in half of what is free (in
-    4 GB of a CPU's memory), else one at a time.
+    4 GB of a machine's memory), else one at a time.
     """
     size = sum(array.nbytes for part in parts for array in part.parts)
     at_once = len(parts) if size <= _room(device) else 1
@@ -100,7 +100,7 @@ def on_device(parts: list[Features], device: torch.device) -> Callable[[int], to
 
 def _room(device: torch.device) -> float:
     """Bytes of features that are held at once."""
-    return 4e9 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] / 2
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 4e9
 
 
 def memory(config: QuickConfig, probe: Probe) -> float:

@@ -28,6 +28,7 @@ from moco_eval.data.label_subsets import held_out
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.results.metrics import accuracy, mean_per_class
 from moco_eval.runtime.console import warn
+from moco_eval.runtime.device import with_float64
 from moco_eval.runtime.rank import is_main
 
 Measure = Callable[[torch.Tensor, torch.Tensor], float]  # (scores, labels) to percent
@@ -93,6 +94,7 @@ def on_features(
             the path means anything.
     """
     _require_size(train)
+    asked, device = device, with_float64(device)
     settings = SolverSettings(config.tolerance, config.max_iterations)
     path = costs(config.path.low, config.path.high, config.path.count)
     points = _points(train, labels, path, config.solver, config.held_out, seed, device, settings, measure)
@@ -105,6 +107,8 @@ def on_features(
         "path": [asdict(point) for point in points],
     }
     notes["loss"] = loss(everything, labels, fit, device)
+    if asked != device:
+        notes["fitted_on"] = f"{device}, as {asked.type} has no float64"
     if troubles := _troubles(points, best, fit, settings):
         notes["deviations"] = troubles
     also = {split: scores(features, fit, device) for split, features in further.items()}
@@ -559,6 +563,7 @@ def choose(points: Sequence[PathPoint]) -> PathPoint:
 
 def own_work(config: LogisticConfig, probe: Probe) -> tuple[float, str]:
     """The iterations of L-BFGS, the path in several processes on a CPU, and starting these; see `task.Code`."""
+    probe = replace(probe, device=with_float64(probe.device))
     started, jobs = start_processes() if probe.device.type == "cpu" else (0.0, 1.0)
     part = replace(probe, seconds=max(LEAST, probe.seconds - started) / 2)
     threads = torch.get_num_threads()

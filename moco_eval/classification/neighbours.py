@@ -25,7 +25,7 @@ from moco_eval.runtime.rank import world_size
 Distance = Literal["cosine", "euclidean"]
 
 MEMORY = 1e9  # bytes of working blocks on a CPU
-AT_ONCE = {"cpu": 512, "cuda": 4096}  # queries in one product at most; more gains nothing
+AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}  # queries in one product at most; more gains nothing
 LINE = 64  # floats
 MERGED = 4096  # queries whose neighbours of all ranks are merged at once
 CLOSE = 1e-2  # squared distances below this share of the squared norms are taken again, by difference

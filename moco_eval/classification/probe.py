@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moco_eval.runtime.device import wait_for
+
 LEAST = 1.0  # seconds that a part of a forecast may take at least
 ROWS = 8192  # random features at most
 
@@ -42,8 +44,7 @@ class Probe:
         while True:
             began = time.perf_counter()
             piece(size)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            wait_for(self.device)
             took = time.perf_counter() - began
             if size >= whole or took > seconds / 6:
                 return took * whole / size

@@ -107,7 +107,7 @@ def on_machine(*precisions: str) -> Callable:
     """Where and in which of these precisions a command computes."""
     arithmetic = "Arithmetic; the config's where not given."
     return several(
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
         click.option(
             "--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes on this machine."
         ),

@@ -161,10 +161,12 @@ def load_encoder(checkpoint: str, options: Options, seed: int) -> Any:
 
 
 def launch_again(options: Options, max_restarts: int = 0) -> int:
-    """This very command in several processes. Raises InputError where one GPU would serve them all."""
+    """This very command in several processes. Raises InputError where one device would serve them all."""
     from moco_eval.errors import InputError
     from moco_eval.runtime.launch import launch
 
+    if options.device.startswith("mps"):
+        raise InputError(f"--device {options.device} takes one process; leave --nproc {options.nproc} out")
     if options.device.startswith("cuda:"):
         raise InputError(
             f"--device {options.device} puts all {options.nproc} processes on one GPU; take --device cuda, and "

@@ -352,8 +352,8 @@ def beside(loaded: Iterable[tuple[torch.Tensor, ...]], device: torch.device) -> 
     A GPU fetches them on a stream of its own, while the step before is still running.
     """
     for views, *rest in loaded:
-        if device.type == "cpu":
-            yield views, *rest
+        if device.type != "cuda":
+            yield to_device(views, device), *rest
             continue
         here, copies = torch.cuda.current_stream(device), _copy_stream(device)
         with torch.cuda.stream(copies):

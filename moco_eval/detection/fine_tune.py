@@ -21,7 +21,7 @@ from moco_eval.results.fine_tuning import FineTuning
 from moco_eval.results.record import Cost
 from moco_eval.runtime import collectives, console, rank
 from moco_eval.runtime.batch_norm import NaiveSyncBatchNorm2d, SyncBatchNorm2d
-from moco_eval.runtime.device import autocast, convolutions, to_device
+from moco_eval.runtime.device import autocast, convolutions, to_device, with_float64
 from moco_eval.runtime.seeds import seed_of
 from moco_eval.runtime.stop import Stop
 
@@ -179,7 +179,8 @@ def precise_bn(
     if not norms:
         console.log(f"precise_bn {recipe.precise_bn}: this detector has no batch norm, nothing is estimated anew")
         return
-    sums = [torch.zeros(2, norm.num_features, dtype=torch.float64, device=device) for norm in norms]
+    wide = with_float64(device)
+    sums = [torch.zeros(2, norm.num_features, dtype=torch.float64, device=wide) for norm in norms]
     counts, elements = [0] * len(norms), [0] * len(norms)
     momenta = [norm.momentum for norm in norms]
     hooks = [norm.register_forward_pre_hook(_counter(counts, place)) for place, norm in enumerate(norms)]
@@ -198,10 +199,10 @@ def precise_bn(
     for norm, momentum, hook, moments, count in zip(norms, momenta, hooks, sums, elements):
         hook.remove()
         norm.momentum = momentum
-        everywhere = collectives.all_sum(torch.tensor(count, dtype=torch.float64, device=device))
+        everywhere = collectives.all_sum(torch.tensor(count, dtype=torch.float64, device=wide))
         mean, square = collectives.all_sum(moments) / everywhere
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_((square - mean**2).clamp_min(0))
+        norm.running_mean.copy_(mean.float())
+        norm.running_var.copy_((square - mean**2).clamp_min(0).float())
 
 
 def _moments(norm: nn.Module, count: int) -> Tensor:
@@ -209,7 +210,8 @@ def _moments(norm: nn.Module, count: int) -> Tensor:
 
     Running variances are over one element less than there were, but for naive SyncBN's.
     """
-    mean, var = norm.running_mean.double(), norm.running_var.double()
+    wide = with_float64(norm.running_mean.device)
+    mean, var = norm.running_mean.to(wide).double(), norm.running_var.to(wide).double()
     if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d):
         count *= rank.world_size()
     biased = isinstance(norm, NaiveSyncBatchNorm2d) and rank.world_size() > 1

@@ -65,7 +65,8 @@ def _torch(machine: Machine) -> Check:
 def _gpus(machine: Machine) -> list[Check]:
     if not machine.gpus:
         driver = f"none visible; driver {machine.driver}" if machine.driver else "none: everything runs on the CPU"
-        return [Check("GPUs", driver)]
+        mps = "there; --device auto takes it; nothing was measured on one"
+        return [Check("GPUs", driver)] if not machine.mps else [Check("MPS", mps)]
     lines = [
         Check("driver", machine.driver or "unknown"),
         Check("GPUs", "; ".join(_names(machine))),

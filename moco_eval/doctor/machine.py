@@ -38,6 +38,7 @@ class Machine:
     Attributes:
         cuda: that torch was built for; None for a CPU build.
         driver: of NVIDIA, its version; empty where there is none.
+        mps: whether there is one of Apple's GPUs.
         links: kinds of connection between GPUs, as nvidia-smi names them (NV18, PIX, PHB, SYS).
         compiler: why torch.compile does not work; empty where it does.
         exchange: bus bandwidth of an all_reduce between all GPUs; None with fewer than two, or where it failed.
@@ -56,6 +57,7 @@ class Machine:
     cuda: str | None
     driver: str
     gpus: tuple[Gpu, ...]
+    mps: bool
     links: tuple[str, ...]
     compiler: str
     exchange: float | None
@@ -87,6 +89,7 @@ def look(photos: Path) -> Machine:
         cuda=torch.version.cuda,
         driver=_driver(),
         gpus=gpus,
+        mps=torch.backends.mps.is_available(),
         links=links_of(_output("nvidia-smi", "topo", "-m")) if len(gpus) > 1 else (),
         compiler=compile_failure(torch.device("cuda" if gpus else "cpu")),
         exchange=exchange,

@@ -16,7 +16,7 @@ from moco_eval.encoders.encoder import Encoder
 from moco_eval.encoders.naming import safe_name, sha256_of_tensors
 from moco_eval.errors import InputError, RunFailed, message_of
 from moco_eval.preprocessing import Preprocessing
-from moco_eval.runtime.device import autocast
+from moco_eval.runtime.device import autocast, forked_generator
 
 ORIGIN = "a network in memory"
 _turns: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
@@ -184,7 +184,7 @@ def _require_the_same_in_training(net: nn.Module, images: Tensor, width: int) ->
     """Raises InputError where training mode gives another width; looked at in a copy, which may not be had."""
     try:
         twin = copy.deepcopy(net).train()
-        with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []), torch.no_grad():
+        with forked_generator(images.device), torch.no_grad():
             features = twin(images)
     except (
         Exception

@@ -42,7 +42,7 @@ from moco_eval.papers.tables import Row, Table
 from moco_eval.results.environment import hardware, processor
 from moco_eval.runtime import files
 from moco_eval.runtime.console import log, warn
-from moco_eval.runtime.device import autocast, choose_device, convolutions, place
+from moco_eval.runtime.device import autocast, choose_device, convolutions, forked_generator, place, wait_for
 from moco_eval.runtime.text import duration
 from moco_eval.segmentation import evaluate, networks, train
 from moco_eval.segmentation.inputs import fitted
@@ -112,6 +112,8 @@ def machine() -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
+    if device.type == "mps":
+        return f"MPS of {processor()}"
     return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -364,7 +366,7 @@ def timed(pieces: Pieces, device: torch.device, most: float) -> Iterator[tuple[f
     Ends where memory does.
     """
     seconds = None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked_generator(device):
         torch.manual_seed(0)
         for images, run in pieces:
             if seconds is not None and seconds * images > most:
@@ -390,8 +392,7 @@ def _fastest(run: Callable[[], None], device: torch.device, most: float) -> floa
     while len(took) < 4 and sum(took) < most:
         began = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         took.append(time.perf_counter() - began)
     return min(took)
 

@@ -21,11 +21,11 @@ AMPERE = (8, 0)  # the first compute capability with bf16 and TF32
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if _mps_failure("auto") is None else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name!r} is not a device; take auto, cpu, cuda or cuda:N") from None
+        raise InputError(f"--device {name!r} is not a device; take auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {name}: no CUDA device is visible here; take --device cpu")
@@ -39,9 +39,38 @@ def choose_device(name: str) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
         torch.cuda.set_device(device)
+    elif device.type == "mps":
+        if failure := _mps_failure(name):
+            raise InputError(failure)
     elif device.type != "cpu":
-        raise InputError(f"--device {name!r} is not supported; take auto, cpu, cuda or cuda:N")
+        raise InputError(f"--device {name!r} is not supported; take auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def _mps_failure(name: str) -> str | None:
+    """Why Apple's GPU cannot be taken here; None where it can."""
+    if not torch.backends.mps.is_built():
+        return f"--device {name}: this torch has no MPS; take --device cpu"
+    if not torch.backends.mps.is_available():
+        return f"--device {name}: this machine has no MPS device; take --device cpu"
+    if name not in ("auto", "mps", "mps:0"):
+        return f"--device {name}: there is one MPS device; take --device mps"
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        return f"--device {name}: MPS has no collectives, so it takes one process; leave --nproc out"
+    return None
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """Where float64 is computed for work on a device: there, but for MPS, which has none; then on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -61,9 +90,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to fetch a tensor; what is returned waits for it. A GPU goes on meanwhile, and so does the host."""
-    if tensor.device.type != "cuda":
+    if tensor.device.type == "cpu":
         return lambda: tensor
-    if tensor.nbytes > LARGEST_PINNED:
+    if tensor.device.type != "cuda" or tensor.nbytes > LARGEST_PINNED:
         whole = tensor.cpu()
         return lambda: whole
     here, arrived = torch.empty_like(tensor, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -143,10 +172,18 @@ def borrowed_generator(seed: int | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
     """`borrowed_generator` and the generator of a device, both seeded."""
-    with borrowed_generator(seed), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with borrowed_generator(seed), forked_generator(device):
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
+
+
+def forked_generator(device: torch.device) -> Any:
+    """A context after which torch's generators, the CPU's and that of a device, are as before."""
+    kind = "mps" if device.type == "mps" else "cuda"
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=kind)
 
 
 @contextlib.contextmanager

@@ -235,6 +235,8 @@ class Segmenter(nn.Module):
         """Pixels that the mean is over, as many as this process has on average."""
         if self.recipe.mean_over == "all":
             return torch.tensor(float(masks.numel()), device=masks.device)
+        if rank.world_size() == 1:
+            return (masks != IGNORED).sum().clamp_min(1).float()  # MPS has no float64
         count = collectives.all_sum((masks != IGNORED).sum(dtype=torch.float64))
         return (count / rank.world_size()).clamp_min(1.0).float()
 

@@ -24,6 +24,7 @@ CPU = Machine(
     cuda=None,
     driver="",
     gpus=(),
+    mps=False,
     links=(),
     compiler="",
     exchange=None,

@@ -22,7 +22,7 @@ from pretraining.train import Trainer, pretrain
 
 CPU = torch.device("cpu")
 FAST = ["arch=resnet18_quarter", "views.size=32", "workers=0", "symmetric=false", "queue_size=64", "log_every=1"]
-SHORT = [*FAST, "batch_size=32", "bn_groups=2", "schedule.epochs=2", "knn=null"]
+SHORT = [*FAST, "batch_size=16", "bn_groups=2", "schedule.epochs=2", "knn=null"]
 RECORD = {
     "protocol": "knn/instdisc@1",
     "metrics": {"top1": 75.0, "top5": 90.0},
@@ -75,7 +75,7 @@ def fake(monkeypatch) -> Fake:
 
 def planned(*settings: str) -> Plan:
     config = configs.load("digits", "pretrain", PretrainConfig, [*SHORT, *settings])
-    return plan(config, "digits", None, 1, limit=128)  # four steps an epoch
+    return plan(config, "digits", None, 1, limit=64)  # four steps an epoch
 
 
 def trained(output: Path, *settings: str) -> dict:
@@ -101,19 +101,19 @@ def untimed(sent: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_and_sends_each_step_once(fake, tmp_path):
-    monitor = "knn={every: 1, k: 5}"
+    monitor = "knn={every: 2, k: 5}"
     interrupted(tmp_path, 3, monitor)
     trained(tmp_path, monitor)
     (sent,) = fake.runs.values()
     assert sent == written(tmp_path)
     assert [step for step, values in sent if "loss" in values] == list(range(1, 9))
-    assert {4, 8} <= {step for step, values in sent if "knn_top1" in values}
+    assert 8 in [step for step, values in sent if "knn_top1" in values]
     assert fake.ends == [Interrupted, None]
     assert fake.settings["config"]["queue_size"] == 64
 
 
 def test_steps_that_are_done_again_after_a_kill_are_not_sent_again(fake, tmp_path, monkeypatch):
-    """Killed at step 7, where the last checkpoint is of step 4; the curve is that of the uninterrupted run."""
+    """Killed at step 7, where the last checkpoint is of step 4; all is as in an uninterrupted run without a logger."""
     step = Trainer.train_step
 
     def killed(self, batch):
@@ -125,17 +125,12 @@ def test_steps_that_are_done_again_after_a_kill_are_not_sent_again(fake, tmp_pat
     with pytest.raises(MemoryError):
         trained(tmp_path / "killed")
     monkeypatch.setattr(Trainer, "train_step", step)
-    killed_weights, whole_weights = trained(tmp_path / "killed"), trained(tmp_path / "whole")
-    once, whole = fake.runs.values()
-    assert untimed(once) == untimed(whole) and fake.ends[0] is MemoryError
-    assert all(torch.equal(killed_weights[name], whole_weights[name]) for name in whole_weights)
-
-
-def test_a_logger_changes_neither_losses_nor_weights(fake, tmp_path):
-    logged = trained(tmp_path / "logged")
+    logged = trained(tmp_path / "killed")
     plain = torch.load(pretrain(planned(), tmp_path / "plain", CPU), weights_only=True)["state_dict"]
+    (sent,) = fake.runs.values()
+    expected = untimed(written(tmp_path / "plain"))
+    assert untimed(sent) == expected == untimed(written(tmp_path / "killed")) and fake.ends == [MemoryError, None]
     assert all(torch.equal(logged[name], plain[name]) for name in plain)
-    assert untimed(written(tmp_path / "logged")) == untimed(written(tmp_path / "plain"))
     assert not (tmp_path / "plain" / STATE).exists()
 
 
@@ -250,7 +245,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 
 SETTINGS = [word for setting in SHORT for word in ("--set", setting)]
-PRETRAIN = ["pretrain", "digits", "--dataset", "digits", "--limit", 128, "--device", "cpu", *SETTINGS]
+PRETRAIN = ["pretrain", "digits", "--dataset", "digits", "--limit", 64, "--device", "cpu", *SETTINGS]
 KNN = ["knn", "run/checkpoints/last.pth", "--dataset", "digits", "--limit", 50, "--set", "k=5", "--device", "cpu"]
 
 

@@ -262,9 +262,10 @@ def unfused(steps: Operation) -> Operation:
 def fusing(device: torch.device, wanted: bool) -> Fuse:
     """Compiles the steps of a recipe as one on a GPU, where that is wanted and works; once, and again for other shapes.
 
-    Nothing on a CPU: what is compiled is computed for all images, which costs it more than fusing spares.
+    Nothing on a CPU: what is compiled is computed for all images, which costs it more than fusing spares. Nothing on
+    MPS, where nobody has compared the pixels.
     """
-    return lru_cache(torch.compile) if wanted and device.type != "cpu" and can_compile(device) else unfused
+    return lru_cache(torch.compile) if wanted and device.type == "cuda" and can_compile(device) else unfused
 
 
 def is_for_all(images: Tensor, fuse: Fuse) -> bool:
