@@ -1,5 +1,6 @@
 """The page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moco_eval.report.pictures import detections, has, image, neighbours
 from moco_eval.report.provenance import deviations_by_protocol, provenance
 from moco_eval.report.runs import KINDS, Run, encoder_names, kind_of, read_runs, sha_of
 from moco_eval.report.scores import cautions, result_columns, summary
+from moco_eval.report.watched import last_alone, watched
 from moco_eval.results.sanity import is_small
 from moco_eval.runtime import files
 from moco_eval.runtime.console import warn
@@ -25,6 +27,7 @@ SECTIONS = (  # anchor, title, and what must be there
     ("results", "results", "columns"),
     ("papers", "beside the papers", "columns"),
     ("training", "training", "curves"),
+    ("watched", "checkpoints", "watched"),
     ("views", "views", "views"),
     ("neighbours", "neighbours", "neighbours"),
     ("maps", "maps", "maps"),
@@ -47,7 +50,8 @@ def write_report(runs: list[Path], output: Path, title: str = "moco-eval report"
         InputError: a path holds no finished run, a file of a run is damaged, the output cannot be written.
     """
     place = template.place_of(output, "--output", "report.html")
-    page = template.render("page.html", title=title, **_contents(read_runs(runs)))
+    watches = watched(runs)
+    page = template.render("page.html", title=title, **_contents(last_alone(read_runs(runs), watches), watches))
     if len(page) > PAGE_BYTES:
         warn(f"{output} has {len(page) / 1e6:.1f} MB; report on fewer runs for a lighter page")
     files.write_text(place, page.decode("utf-8"))
@@ -58,8 +62,8 @@ def _sections(contents: dict[str, Any]) -> list[tuple[str, str, bool]]:
     return [(name, title, bool(contents[shown])) for name, title, shown in SECTIONS]
 
 
-def _contents(runs: list[Run]) -> dict[str, Any]:
-    """Everything the template shows, section by section."""
+def _contents(runs: list[Run], watches: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Everything the template shows, section by section; `watches` are of `watched`."""
     names = encoder_names(runs)
     columns = result_columns(runs, names)
     kinds = {names[sha_of(run)]: kind_of(run.record["encoder"]) for run in runs if run.record}
@@ -76,6 +80,7 @@ def _contents(runs: list[Run]) -> dict[str, Any]:
         "encoders": order,
         "kinds": kinds,
         "curves": [curves(run) for run in runs if any("loss" in line for line in run.metrics)],
+        "watched": watches,
         "views": [(run.name, image(run.path / "views.png")) for run in runs if has(run, "views.png")],
         "neighbours": neighbours(runs, names, order),
         "maps": maps(runs, names, order),

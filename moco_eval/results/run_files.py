@@ -12,6 +12,9 @@ from moco_eval.results import schema
 from moco_eval.results.record import SCHEMA
 from moco_eval.runtime import files
 
+# what the lines of a file may be
+Lines = type[schema.LoggedStep] | type[schema.Iteration] | type[schema.JudgedCheckpoint]
+
 
 def is_there(path: Path) -> bool:
     """Whether something has this name: a pipe or a broken link too, which its reader then refuses."""
@@ -70,8 +73,8 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return about
 
 
-def read_metrics(path: Path, model: type[schema.LoggedStep | schema.Iteration]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl but for an unfinished last one, without its newline, which may still be written.
+def read_metrics(path: Path, model: Lines) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or curve.jsonl but for an unfinished last one, which may still be written.
 
     Raises:
         InputError: a line is damaged or not as `model` expects, or the file is too large.
@@ -88,7 +91,7 @@ def read_metrics(path: Path, model: type[schema.LoggedStep | schema.Iteration]) 
         return lines
 
 
-def _line(data: bytes, model: type[schema.LoggedStep | schema.Iteration], name: str) -> dict[str, Any]:
+def _line(data: bytes, model: Lines, name: str) -> dict[str, Any]:
     try:
         line = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):

@@ -141,6 +141,29 @@ class LoggedStep(_Expected):
         return self
 
 
+UNITS = ("step", "epoch", "number", "order")  # of a watched checkpoint's place
+
+
+class JudgedCheckpoint(_Expected):
+    """A line of a watch's curve.jsonl: a checkpoint by one protocol, at one place of UNITS."""
+
+    checkpoint: Text
+    protocol: Text
+    metrics: Numbers = Field(min_length=1)
+    interval: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]]
+    sha256: Text
+    step: Count | None = None
+    epoch: Count | None = None
+    number: Count | None = None
+    order: Count | None = None
+
+    @model_validator(mode="after")
+    def _it_has_one_place(self) -> "JudgedCheckpoint":
+        if len(self.model_fields_set & {*UNITS}) != 1 or all(getattr(self, unit) is None for unit in UNITS):
+            raise ValueError("it has no single place")
+        return self
+
+
 class Iteration(_Expected):
     """A line of a fine-tuning's metrics.jsonl: beside iteration and learning rate the loss and its parts."""
 

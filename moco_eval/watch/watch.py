@@ -153,6 +153,8 @@ class Watch:
         """Of a job that has ended; 1 of one that left the queue and has told nothing a look later: it was cancelled."""
         try:
             return int(self._told(sha256).read_text())
+        except ValueError:
+            return 1
         except FileNotFoundError:
             if not queued and sha256 in self.gone:
                 return 1

@@ -34,6 +34,7 @@ REFUSED = {
     "segment random:resnet50 --dataset digits --set modle=linear": "Did you mean 'model'?",
     "compare a b": "a is no folder",
     "results nowhere": "nowhere does not exist",
+    "results . --html page.html": "holds no finished run",
     "configs show pretrain/cifar": "Did you mean 'pretrain/cifar10'?",
 }
 

@@ -4,6 +4,7 @@ The suite itself is pretended, but for the slow tests of the whole.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import environment, error_line, in_process, moco_eval, start
+from checkpoints import network
+from commands import ROOT, environment, error_line, in_process, moco_eval, start
 from pretend_slurm import run_jobs
-from torchvision.models import resnet18
 
 from moco_eval.cli import watch as cli_watch
 from moco_eval.cli.main import cli
@@ -362,7 +363,7 @@ def test_options_of_sbatch_are_for_jobs(trainer, cluster, capfd, monkeypatch):
 
 @pytest.mark.slow
 def test_a_job_judges_as_the_command_does(trainer, cluster, in_tmp, capfd, monkeypatch):
-    torch.save({"epoch": 3, "state_dict": resnet18(weights=None).state_dict()}, trainer / "last.pth")
+    torch.save({"epoch": 3, "state_dict": network(0).state_dict()}, trainer / "last.pth")
     words = ("watch", trainer, "--dataset", "digits", "--tasks", "knn", "--every", "0.2", "--once")
     _, err = in_process(capfd, monkeypatch, *words, "--slurm", "--sbatch", "partition=gpu")
     assert "last.pth is judged by job 1" in err and "#SBATCH --partition=gpu" in (cluster / "1.sh").read_text()
@@ -422,19 +423,17 @@ def test_beside_a_running_pretraining_it_is_killed_and_ends_with_the_numbers_of_
 def test_another_program_that_overwrites_its_only_file_is_watched(tmp_path):
     """A plain loop that saves the state of its network: each version of the file is a point."""
     loop = """
-import sys, time, torch, torchvision
-network = torchvision.models.resnet18()
+import sys, time, torch
+from checkpoints import network
 for epoch in range(1, 3):
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.mul_(0.9)
-    torch.save({"epoch": epoch, "model": network.state_dict()}, sys.argv[1])
+    torch.save({"epoch": epoch, "model": network(epoch).state_dict()}, sys.argv[1])
     while epoch < 2 and not __import__("pathlib").Path(sys.argv[1] + ".next").exists():
         time.sleep(0.1)
 """
     (tmp_path / "train").mkdir()
     file = tmp_path / "train/last.pth"
-    trainer = subprocess.Popen([sys.executable, "-c", loop, str(file)], env=environment())
+    paths = {"PYTHONPATH": f"{environment()['PYTHONPATH']}{os.pathsep}{ROOT / 'tests'}"}
+    trainer = subprocess.Popen([sys.executable, "-c", loop, str(file)], env=environment() | paths)
     while not file.is_file():
         assert trainer.poll() is None
         time.sleep(0.1)
