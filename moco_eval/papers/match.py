@@ -244,7 +244,8 @@ def pretraining_of(encoder: Record) -> list[Any]:
 
 def seed_of(encoder: Record) -> int | None:
     """Of a pretraining of ours; None of others' checkpoints."""
-    return _settings(encoder)["seed"] if _config(encoder) else None
+    seed = _settings(encoder)["seed"] if _config(encoder) else None
+    return seed if isinstance(seed, int) else None
 
 
 def _settings(encoder: Record) -> Record:

@@ -20,6 +20,7 @@ from moco_eval.report.scores import cautions
 from moco_eval.results import compare, run_directory
 from moco_eval.results.record import repeats
 from moco_eval.results.sanity import chance, is_small
+from moco_eval.results.statistics import Answers
 from moco_eval.runtime import files
 from moco_eval.runtime.printable import one_line
 
@@ -215,12 +216,17 @@ def _cell(record: Record, name: str) -> tuple[str, str, str]:
 
 def _standings(ordered: Sequence[Judged], metric: str) -> list[str]:
     """What `compare` says of each run and the highest; empty where it would take long, or a run kept no answers."""
-    runs = [_answered(run) if metric == QUICK else None for run in ordered] if ordered[1:] else [None]
+    runs = [_answered(run, metric) for run in ordered] if metric == QUICK and ordered[1:] else [None] * len(ordered)
     return [
         f"{compare.compare(runs[0], run, metric).verdict} the highest" if runs[0] and run and number else ""
         for number, run in enumerate(runs)
     ]
 
 
-def _answered(run: Judged) -> compare.Run | None:
-    return compare.with_answers(run.path, run.record) if compare.has_answers(run.path, run.record) else None
+def _answered(run: Judged, metric: str) -> compare.Run | None:
+    """The run with its one class of each test image; None where it has not that metric, or kept no such answers."""
+    if metric not in run.record["metrics"] or not compare.has_answers(run.path, run.record):
+        return None
+    answered = compare.with_answers(run.path, run.record)
+    is_of_classes = isinstance(answered.answers, Answers) and answered.answers.predictions is not None
+    return answered if is_of_classes else None

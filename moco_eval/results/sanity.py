@@ -84,9 +84,9 @@ def disagreements(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any
     judged = [record for record in records if kind_and_name(record["protocol"])[0] in FROZEN]
     apart = []
     for pair in combinations(judged, 2):
-        metric = next(iter(pair[0]["metrics"]))
-        bounds = [record["interval"].get(metric) for record in pair]
-        if pair[0]["protocol"] == pair[1]["protocol"] or not all(bounds):
+        metric = next(iter(pair[0]["metrics"]), "")
+        bounds = [record["interval"].get(metric) for record in pair if metric in record["metrics"]]
+        if pair[0]["protocol"] == pair[1]["protocol"] or len(bounds) < 2 or not all(bounds):
             continue
         low, high = sorted(pair, key=lambda record: record["metrics"][metric])
         if low["interval"][metric][1] < high["interval"][metric][0]:

@@ -166,6 +166,17 @@ def test_the_words_are_those_of_compare(runs):
     assert rows["best"] == ["0.00"] and rows["unknown"] == ["-76.00"]
 
 
+def test_a_run_without_the_metric_or_without_any_has_its_row(runs):
+    judged(runs / "a", 40)
+    judged(runs / "none", metrics={}, protocol="knn/instdisc@1")
+    judged(runs / "other", metrics={"top5": 9.0}, encoder__pretraining={"config": {"seed": [1]}})
+    for name in ("a", "none", "other"):  # of one encoder, as protocols that disagree are looked for
+        changed(encoder__sha256="a" * 64)(runs / name)
+    rows = {row[0].split()[-1]: row[1:3] for table in page_of(runs).tables for row in table[1:] if len(row) > 2}
+    assert rows["a"] == ["80.00 [70.00, 90.00]", "-"] and rows["other"] == ["-", "9.00"]
+    assert 'href="runs/none/"' in (runs.parent / "page.html").read_text()
+
+
 def test_a_damaged_record_an_empty_folder_and_two_wishes_are_refused_in_a_line(runs, in_tmp, capfd, monkeypatch):
     runs.mkdir()
     asked = ("results", runs, "--html", "page.html")

@@ -18,6 +18,7 @@ from run_folders import write_run
 
 from moco_eval.errors import InputError
 from moco_eval.papers import match, tables
+from moco_eval.report.board import write_board
 from moco_eval.report.page import _contents
 from moco_eval.report.runs import read_runs
 from moco_eval.results import run_directory, run_files
@@ -141,10 +142,11 @@ def predictions(folder: Path, draw: random.Random) -> bytes:
 
 
 def read_evaluation(folder: Path, good: Path) -> None:
-    """All that the commands do with a record: table, report, compare, reading it in Python."""
+    """All that the commands do with a record: table, report, the page of all runs, compare, reading it in Python."""
     records = run_directory.read(folder)
     match.compare(tables.load_table("digits"), records)
     _contents(read_runs([folder, good]))
+    write_board(good.parent, good.parent / "page.html")
     str(compare(folder, good))
     str(Result.read(folder))
     files.write_json(good.parent / "again.json", run_files.read_record(folder))
