@@ -333,7 +333,7 @@ def test_every_name_is_listed_and_in_the_help(capfd, monkeypatch):
     assert [line.split()[0] for line in out.splitlines()] == ["NAME", *NAMES, *detected, *masked]
     assert "mean_per_class" in next(line for line in out.splitlines() if line.startswith("pets"))
     assert len(known()) == len(NAMES)
-    assert [word.split()[0] for word in options.DATASETS.split(", ")] == [
+    assert [word.split()[0].partition(":")[0] for word in options.DATASETS.split(", ")] == [
         n for n in NAMES if n not in data_sets.UNLABELLED
     ]
 
@@ -372,6 +372,6 @@ def test_pretraining_on_them_goes_without_the_monitor(tmp_path):
     from pretraining.monitor import Monitor
 
     root = voc(tmp_path / "voc", SHOWN, trainval="ba", test="dc")
-    run = SimpleNamespace(images=open_images("voc-folder", root, "train"), data=root)
+    run = SimpleNamespace(images=open_images("voc-folder", root, "train"), dataset="voc-folder", data=root)
     run.config = SimpleNamespace(knn=SimpleNamespace(every=1))
     assert Monitor(run).splits is None
