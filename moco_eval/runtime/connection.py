@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import urllib.request
 from urllib.parse import urlsplit
 
 WAIT = 1.5  # seconds for the name and the connection together
@@ -25,10 +24,12 @@ def unreachable(url: str, wait: float = WAIT) -> str | None:
 
 def _first_stop(url: str) -> tuple[str, int]:
     """Host and port that a request for this URL connects to first."""
+    from urllib.request import getproxies, proxy_bypass  # brings TLS along, which lists of names do without
+
     parts = urlsplit(url)
-    proxies = urllib.request.getproxies()
+    proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(parts.netloc):
+    if proxy and not proxy_bypass(parts.netloc):
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     return parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 80)
 
