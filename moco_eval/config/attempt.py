@@ -5,6 +5,7 @@ from typing import Any
 IMAGES, BATCH = 200, 32  # of each split; over all processes
 SMALL = 96  # pixels of a view; a ViT takes images of its own size only
 FEW, PAIR = 16, 2  # the same, of detection and segmentation
+REGIONS = {"roi.batch_per_image": 32, "rpn.post_nms_train": 200, "rpn.post_nms_test": 50}  # at most; C4 runs res5 on each
 
 
 def shrunk(kind: str, values: dict[str, Any]) -> list[str]:
@@ -36,10 +37,18 @@ def _by_iterations(kind: str, values: dict[str, Any]) -> list[str]:
         overrides.append("schedule.steps=[15]")
     if kind == "detect":
         overrides += ["precise_bn=2", "accumulate=1"]
+        overrides += [f"{name}={most}" for name, most in REGIONS.items() if _exceeds(values, name, most)]
         sizes = values.get("input", {})
         if not sizes.get("jitter") and sizes.get("min_size_test", 800) > 240:
             overrides += ["input.min_size_train=[240]", "input.min_size_test=240", "input.max_size=400"]
     return overrides
+
+
+def _exceeds(values: dict[str, Any], name: str, most: int) -> bool:
+    """Whether a recipe leaves a value at its default, which is a published one and large, or sets a larger one."""
+    section, key = name.split(".")
+    value = values.get(section, {}).get(key)
+    return not isinstance(value, int) or value > most
 
 
 def sizes_of(kind: str) -> tuple[int, int]:
