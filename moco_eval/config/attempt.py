@@ -5,7 +5,7 @@ from typing import Any
 IMAGES, BATCH = 200, 32  # of each split; over all processes
 SMALL = 96  # pixels of a view; a ViT takes images of its own size only
 FEW, PAIR = 16, 2  # the same, of detection and segmentation
-REGIONS = {"roi.batch_per_image": 32, "rpn.post_nms_train": 200, "rpn.post_nms_test": 50}  # at most; C4 runs res5 on each
+REGIONS = {"roi.batch_per_image": 32, "rpn.post_nms_train": 200, "rpn.post_nms_test": 50}  # C4 runs res5 on each
 
 
 def shrunk(kind: str, values: dict[str, Any]) -> list[str]:
