@@ -22,9 +22,13 @@ HOLD = """
 import multiprocessing, sys, time
 from pathlib import Path
 from moco_eval.runtime.lock import alone
+
+def fork():
+    print("held", flush=True)  # by now it has closed its copies
+    time.sleep(60)
+
 with alone(Path(sys.argv[1])):
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
-    print("held", flush=True)
+    multiprocessing.get_context("fork").Process(target=fork).start()
     time.sleep(60)
 """
 KNN = ["knn", "pixels", "--dataset", "digits", "--protocol", "digits"]
