@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from moco_eval.config.data_name import layout_of
@@ -53,9 +54,12 @@ class Column:
     chance: float | None = None
     scores: dict[str, Score] = field(default_factory=dict)
 
-    @property
-    def best(self) -> float:
-        return max(score.value for score in self.scores.values())
+    @cached_property
+    def leading(self) -> set[str]:
+        """The encoders to colour, where there are rivals: the highest, and those that `compare` finds level with it."""
+        highest = max(self.scores, key=lambda name: self.scores[name].value)
+        level = {name for name in self.scores if name != highest and verdict(self, name, highest) == "level with"}
+        return {highest} | level if len(self.scores) > 1 else set()
 
 
 def result_columns(runs: Sequence[Run], names: dict[str, str]) -> list[Column]:

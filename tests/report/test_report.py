@@ -192,6 +192,17 @@ def test_every_verdict_is_that_of_compare(runs):
             assert said.startswith(f"MoCo v2 (epoch 60) is {done.verdict} ")
 
 
+def test_what_is_level_with_the_highest_is_coloured_like_it(runs, page):
+    columns = _contents(read.read_runs([runs]))["columns"]
+    leading = {(column.task, column.regime): column.leading for column in columns}
+    assert leading["kNN", "all labels"] == {"raw pixels", "MoCo v2 (epoch 60)"}  # 97.4 and 97.0
+    assert leading["linear", "all labels"] == {"raw pixels"}  # of 97.0, 93.0 and 75.0
+    assert leading["detection", "all labels"] == {"MoCo v2 (epoch 60)"}  # 20 kept no answers
+    assert page.count('class="best"') == sum(map(len, leading.values()))
+    (alone,) = _contents(read.read_runs([runs / "knn-moco"]))["columns"]
+    assert alone.leading == set()
+
+
 def test_chance_stands_in_the_table_and_suspicious_numbers_above_it(runs, tmp_path):
     untrained = MOCO | {"sha256": "d" * 64, "path": "x/mine.pth", "pretraining": None}
     doubt = "every norm layer is as initialised, scale 1 (or 0) and shift 0: these weights look untrained"
