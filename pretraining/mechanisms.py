@@ -4,6 +4,8 @@ Neither was ever released; what the paper leaves open is said here and in docs/p
 which makes the mechanism of a config, and `optimizer_for`, which makes its optimiser.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -175,9 +177,21 @@ def optimizer_for(model: Mechanism, config: PretrainConfig, device: torch.device
     weights, decay, fused = model.parameters(), settings.weight_decay, device.type == "cuda"
     if settings.kind == "adamw":
         return torch.optim.AdamW(weights, settings.lr, weight_decay=decay, fused=fused)
+    if settings.kind == "lamb":
+        return lamb(weights, settings.lr, decay)
     if settings.kind == "lars":
         return Lars(weights, settings.lr, settings.sgd_momentum, decay)
     return torch.optim.SGD(weights, settings.lr, momentum=settings.sgd_momentum, weight_decay=decay, fused=fused)
+
+
+def lamb(weights: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """timm's LAMB as the paper has it: a trust ratio for every parameter, and no bound on the gradient's norm.
+
+    Source: You et al. 2020, arXiv:1904.00962, Algorithm 2.
+    """
+    from timm.optim import Lamb
+
+    return Lamb(weights, lr, weight_decay=weight_decay, max_grad_norm=None, always_adapt=True)
 
 
 def prepare(model: Mechanism, run: Plan, device: torch.device) -> Mechanism:

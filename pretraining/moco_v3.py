@@ -46,7 +46,7 @@ class MoCoV3(nn.Module):
 
     Args:
         base_encoder, momentum_encoder: two networks of one shape with their projectors, image batch to (N, C).
-        predictor: (N, C) to (N, C), for queries alone.
+        predictor: (N, C) to (N, C), for queries alone; the identity where there is none.
         momentum: m, of the coming step.
         temperature: tau.
         pixels: what is done to a batch of views on the device.
@@ -126,7 +126,8 @@ def build_v3(config: PretrainConfig, bn: str, pixels: Pixels) -> MoCoV3:
     nets = [build_encoder_v3(config, bn) for _ in range(2)]
     # a ViT's predictor ends with a batch norm, a ResNet's does not
     last = isinstance(architecture(config.arch), VisionTransformer)
-    predictor = mlp([config.dim, config.hidden_dim, config.dim], last_bn=last)
+    widths = [config.dim, config.hidden_dim, config.dim]
+    predictor = mlp(widths, config.head_bn, last_bn=last) if config.predictor else nn.Identity()
     return MoCoV3(
         nets[0],
         nets[1],
@@ -143,29 +144,30 @@ def build_encoder_v3(config: PretrainConfig, bn: str) -> nn.Module:
     assert config.hidden_dim is not None
     hidden, dim = config.hidden_dim, config.dim
     if isinstance(architecture(config.arch), VisionTransformer):
-        net = build_vit(config.arch, freeze_patches=config.freeze_patches)
-        net.head = mlp([net.num_features, hidden, hidden, dim], last_bn=True)
+        net = build_vit(config.arch, freeze_patches=config.freeze_patches, places=config.positions)
+        net.head = mlp([net.num_features, hidden, hidden, dim], config.head_bn, last_bn=True)
     else:
         net = build_resnet(config.arch, num_classes=dim)
         for module in net.modules():
             last = getattr(module, "bn3", getattr(module, "bn2", None))
             if last is not None:
                 nn.init.zeros_(last.weight)  # each block starts as the identity
-        net.fc = mlp([net.fc.in_features, hidden, dim], last_bn=True)
+        net.fc = mlp([net.fc.in_features, hidden, dim], config.head_bn, last_bn=True)
     return synchronised(net, bn)
 
 
-def mlp(widths: list[int], last_bn: bool) -> nn.Sequential:
+def mlp(widths: list[int], bn: bool, last_bn: bool) -> nn.Sequential:
     """Linear layers without bias, a batch norm and ReLU after each but the last; at the end a norm without affine part.
 
-    Source: arXiv:2104.02057, Sec. 4, "MLP heads".
+    Without `bn` there is no norm at all, and still no bias.
+    Source: arXiv:2104.02057, Sec. 4, "MLP heads"; Sec. 6.2, "BN in MLP heads".
     """
     layers: list[nn.Module] = []
     for number, (width, wider) in enumerate(pairwise(widths), start=2):
         layers.append(nn.Linear(width, wider, bias=False))
         if number < len(widths):
-            layers += [nn.BatchNorm1d(wider), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, *([nn.BatchNorm1d(widths[-1], affine=False)] if last_bn else []))
+            layers += [*([nn.BatchNorm1d(wider)] if bn else []), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *([nn.BatchNorm1d(widths[-1], affine=False)] if bn and last_bn else []))
 
 
 def synchronised(net: nn.Module, bn: str) -> nn.Module:

@@ -243,6 +243,10 @@ def _require_trainable(config: PretrainConfig) -> None:
     if isinstance(arch, Architecture):
         if config.freeze_patches:
             raise InputError(f"freeze_patches: {config.arch} has no patches; take --set freeze_patches=false")
+        if config.positions != "sincos":
+            raise InputError(
+                f"positions {config.positions}: {config.arch} has no patches to place; take --set positions=sincos"
+            )
         return
     if not isinstance(arch, VisionTransformer):
         raise InputError(f"{config.arch} is not trained here; take a ResNet or a ViT, such as vit_base_patch16_224")

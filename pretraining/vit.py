@@ -12,7 +12,7 @@ from moco_eval.encoders.conv_stem import ConvStem
 FREQUENCIES = 10000.0
 
 
-def build_vit(name: str, freeze_patches: bool) -> Any:
+def build_vit(name: str, freeze_patches: bool, places: str = "sincos") -> Any:
     """A ViT with MoCo v3's initialisation and no head.
 
     Positions are fixed; the linear layers are Xavier's, queries, keys and values each on its own; biases are 0. A stem
@@ -20,12 +20,15 @@ def build_vit(name: str, freeze_patches: bool) -> Any:
 
     Args:
         freeze_patches: the random projection of patches is not trained.
+        places: sincos; or, as in Sec. 6.2, learned from timm's random ones, or none, which are zeros that stay.
     Source: arXiv:2104.02057, Sec. 4; facebookresearch/moco-v3@c349e6e: vits.py, what it computes.
     """
     arch, net = architecture(name), build_transformer(name)
     assert isinstance(arch, VisionTransformer)
-    side = arch.size // arch.patch
-    net.pos_embed = nn.Parameter(positions(side, side, arch.dim), requires_grad=False)
+    if places != "learned":
+        side = arch.size // arch.patch
+        fixed = positions(side, side, arch.dim) * (places == "sincos")
+        net.pos_embed = nn.Parameter(fixed, requires_grad=False)
     for layer, module in net.named_modules():
         if isinstance(module, nn.Linear):
             xavier(module.weight, parts=3 if layer.endswith("qkv") else 1)

@@ -24,17 +24,19 @@ class Views(Extended):
 
 
 class Optimizer(Extended, Sgd):
-    """SGD, LARS or AdamW; `sgd_momentum` is of the first two, AdamW's betas are 0.9 and 0.999."""
+    """SGD, LARS, AdamW or LAMB; `sgd_momentum` is of the first two, the betas of the others are 0.9 and 0.999."""
 
     later: ClassVar[tuple[str, ...]] = ("kind",)
 
-    kind: Literal["sgd", "lars", "adamw"] = "sgd"
+    kind: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
 
     @model_validator(mode="after")
-    def _adamw_has_betas(self):
-        if self.kind == "adamw" and self.sgd_momentum != type(self).model_fields["sgd_momentum"].default:
+    def _adam_has_betas(self):
+        given = self.sgd_momentum != type(self).model_fields["sgd_momentum"].default
+        if given and self.kind in ("adamw", "lamb"):
             raise ValueError(
-                f"sgd_momentum {self.sgd_momentum:g} does not apply to AdamW, which has betas; leave it out"
+                f"sgd_momentum {self.sgd_momentum:g} does not apply to optimizer.kind {self.kind}, which has betas; "
+                "leave it out"
             )
         return self
 
@@ -85,9 +87,11 @@ class PretrainConfig(Extended):
     hidden_dim: of MoCo v3's projector and predictor. momentum_schedule: cosine raises m to 1 at the end, per step.
     freeze_patches: a ViT's patch projection stays random. accumulate: a batch in so many parts, one after the other; in
     MoCo v3 with the loss and the gradient of the whole batch, otherwise with BN groups and a loss of their own.
+    predictor, head_bn, positions: what MoCo v3 leaves out or changes, one at a time, in its Sec. 6.2: the prediction
+    head, the batch norms of both heads, a ViT's fixed positions.
     """
 
-    later = ("hidden_dim", "momentum_schedule", "freeze_patches")
+    later = ("hidden_dim", "momentum_schedule", "freeze_patches", "predictor", "head_bn", "positions")
 
     protocol: str
     arch: str
@@ -96,6 +100,9 @@ class PretrainConfig(Extended):
     hidden_dim: int | None = Field(None, gt=0)
     dim: int = Field(128, gt=0)
     freeze_patches: bool = False
+    predictor: bool = True
+    head_bn: bool = True
+    positions: Literal["sincos", "learned", "none"] = "sincos"
     queue_size: int = Positive
     momentum: float = Field(0.999, ge=0, le=1)
     momentum_schedule: Literal["constant", "cosine"] = "constant"
@@ -152,6 +159,9 @@ class PretrainConfig(Extended):
                 raise ValueError(f"hidden_dim is only for mechanism moco_v3, not for {self.mechanism}")
             if self.freeze_patches:
                 raise ValueError(f"freeze_patches is only for a ViT in mechanism moco_v3, not for {self.mechanism}")
+            for key in ("predictor", "head_bn", "positions"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} is only for mechanism moco_v3, not for {self.mechanism}; leave it out")
             if self.momentum_schedule == "cosine" and self.mechanism != "moco":
                 raise ValueError(f"momentum_schedule needs a momentum encoder; mechanism {self.mechanism} has none")
             return self

@@ -29,9 +29,10 @@ from pretraining.vit import build_vit, positions
 
 RANKS, N, STEPS, WARMUP, EPOCHS, PER_EPOCH = 2, 4, 20, 2, 5, 4
 CPU = torch.device("cpu")
+VIT = ["arch=vit_narrow_12h_patch8_32", "optimizer={kind: adamw, lr: 0.01, weight_decay: 0.1}"]
 SETTINGS = {
     "resnet": ["arch=resnet18_quarter", "temperature=1", "optimizer={kind: lars, lr: 0.05, weight_decay: 1.0e-4}"],
-    "vit": ["arch=vit_narrow_12h_patch8_32", "optimizer={kind: adamw, lr: 0.01, weight_decay: 0.1}"],
+    "vit": VIT,
 }
 SMALL = ["freeze_patches=false", "views.size=32", "hidden_dim=16", "dim=8", "knn=null", "momentum=0.9"]
 
@@ -301,6 +302,9 @@ def test_heads_have_the_published_layers():
         return [kinds.get(type(layer), lambda x: "relu")(layer) for layer in head]
 
     vit, resnet = (model_of(case, "none") for case in ("vit", "resnet"))
+    bare = build_v3(config(*VIT, "head_bn=false"), "sync", nn.Identity())
+    assert shapes(bare.base_encoder.head) == [(48, 16, True), "relu", (16, 16, True), "relu", (16, 8, True)]
+    assert shapes(bare.predictor) == [(8, 16, True), "relu", (16, 8, True)]
     norm, last = (16, True), (8, False)
     assert shapes(resnet.base_encoder.fc) == [(128, 16, True), norm, "relu", (16, 8, True), last]
     assert shapes(resnet.predictor) == [(8, 16, True), norm, "relu", (16, 8, True)]
@@ -311,6 +315,56 @@ def test_heads_have_the_published_layers():
     ]
     assert shapes(vit.predictor) == [(8, 16, True), norm, "relu", (16, 8, True), last]
     assert not any(block.bn2.weight.any() for block in resnet.base_encoder.layer1)
+
+
+# The paper's own variations, Sec. 6.2 and Figure 3
+
+
+def test_without_a_predictor_a_query_is_the_projected_feature():
+    model = build_v3(config(*VIT, "predictor=false"), "none", nn.Identity())
+    images = torch.randn(4, 3, 32, 32)
+    assert not list(model.predictor.parameters())
+    assert torch.equal(model.queries(images), functional.normalize(model.base_encoder(images), dim=1))
+
+
+def test_positions_are_fixed_learned_or_none():
+    fixed, learned, none = (
+        build_vit(VIT[0].removeprefix("arch="), True, kind) for kind in ("sincos", "learned", "none")
+    )
+    assert fixed.pos_embed.shape == learned.pos_embed.shape == none.pos_embed.shape
+    assert not fixed.pos_embed.requires_grad and not none.pos_embed.requires_grad and learned.pos_embed.requires_grad
+    assert fixed.pos_embed.any() and not none.pos_embed.any()
+    assert learned.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)  # timm's
+
+
+def test_lamb_gives_every_parameter_its_trust_ratio_and_bounds_no_gradient():
+    settings = config(*VIT, "optimizer={kind: lamb, lr: 0.5, weight_decay: 0.1}")
+    model = build_v3(settings, "none", nn.Identity()).double()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, 100.0) if weight.requires_grad else None
+    optimizer_for(model, settings, CPU).step()
+    for name, weight in model.named_parameters():
+        w = before[name]
+        update = 100 / (100 + 1e-6) + 0.1 * w  # both moments are without bias at the first step
+        ratio = w.norm() / update.norm() if w.any() else 1.0
+        expected = w - 0.5 * ratio * update if weight.requires_grad else w
+        assert torch.allclose(weight, expected, atol=1e-12, rtol=0), name
+
+
+def test_variations_are_trained_stopped_resumed_and_read(tmp_path):
+    settings = [*VIT, "optimizer={kind: lamb, lr: 0.01, weight_decay: 0.001}", "positions=learned", "head_bn=false"]
+    settings += ["predictor=false", "schedule.epochs=1", "schedule.warmup_epochs=0", "batch_size=512", "queue_size=512"]
+    whole = pretrain(planned(*settings), tmp_path / "whole", CPU)
+    with pytest.raises(Exception, match="saved at step 1 of 2"):
+        pretrain(planned(*settings, "max_steps=1"), tmp_path / "parts", CPU)
+    parts = pretrain(planned(*settings), tmp_path / "parts", CPU)
+    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, parts))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    start = torch.load(tmp_path / "whole" / "checkpoints" / "epoch_0000.pth", weights_only=True)["state_dict"]
+    assert not torch.equal(one["module.base_encoder.pos_embed"], start["module.base_encoder.pos_embed"])
+    assert torch.equal(load(str(whole)).backbone.pos_embed, one["module.base_encoder.pos_embed"])
+    assert {"predictor False instead of True", "head_bn False instead of True"} <= set(planned(*settings).deviations)
 
 
 # Through the trainer
@@ -375,13 +429,14 @@ def test_the_checkpoint_has_the_official_names_and_is_read_by_us_and_by_the_line
         (["bn=split"], "bn split is for shuffled keys"),
         (["head=linear"], "head linear is not MoCo v3's"),
         (["hidden_dim=null"], "has a hidden layer in its projector"),
-        (["optimizer.sgd_momentum=0.8"], "sgd_momentum 0.8 does not apply to AdamW"),
+        (["optimizer.sgd_momentum=0.8"], "sgd_momentum 0.8 does not apply to optimizer.kind adamw"),
         (["schedule.warmup_epochs=20"], "warmup_epochs 20 leave nothing of 20 epochs"),
         (["schedule.per=epoch"], "warmup_epochs 2 rise step by step"),
         (["mechanism=moco"], "hidden_dim is only for mechanism moco_v3"),
         (["views.size=64"], "takes images of 32 pixels and views.size is 64"),
         (["arch=resnet18_quarter", "freeze_patches=true"], "resnet18_quarter has no patches"),
         (["arch=vit_conv_narrow_32", "freeze_patches=true"], "the stem of vit_conv_narrow_32 is trained"),
+        (["arch=resnet18_quarter", "positions=none"], "resnet18_quarter has no patches to place"),
         (["arch=timm:resnet18"], "timm:resnet18 is not trained here"),
     ],
 )
