@@ -22,3 +22,8 @@ def message_of(error: Exception) -> str:
     """What an error says; of one that a loader process sent along with its traceback, the last line."""
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+
+def memory_of(error: Exception) -> str:
+    """What torch says of a device whose memory is full, without its long advice: that it is, and what was asked for."""
+    return ". ".join(str(error).split(". ")[:2]).rstrip(".")

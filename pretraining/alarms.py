@@ -14,6 +14,7 @@ LEAK = 99.9  # percent of pretext accuracy
 DIP = 2.0  # points of kNN below its best so far
 LEAP = 5.0  # times the median of the lines before
 SKIPPED = 0.5  # share of the steps
+RISEN = 0.1  # share of the full learning rate in the warm-up, below which a loss at chance is no wonder
 
 
 def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str, str]:
@@ -33,7 +34,9 @@ def alarms(run: Plan, lines: list[dict[str, Any]], knn: list[float]) -> dict[str
             f"features collapsed: the queries' spread is {spread:.3f} (about 1 when spread, 0 when all are alike); "
             f"{_slower(run)}"
         )
-    if loss > run.chance - CHANCE * (1 + run.config.symmetric) * run.loss_scale:
+    schedule = run.config.schedule
+    risen = lines[0]["step"] > RISEN * schedule.warmup_epochs * run.steps_per_epoch
+    if risen and loss > run.chance - CHANCE * (1 + run.config.symmetric) * run.loss_scale:
         when = "" if run.config.mechanism == "moco_v3" else " after the queue has filled"
         sounding["chance"] = f"loss at chance{when}: {loss:.3f} nats, chance {run.chance:.3f}; {_slower(run)}"
     if accuracy > LEAK and len(knn) > 1 and knn[-1] < min(knn[-2], max(knn) - 1):

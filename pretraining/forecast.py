@@ -16,7 +16,7 @@ import torch
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.data.catalogue import open_images, open_splits
-from moco_eval.encoders.architectures import Architecture, architecture, build_backbone
+from moco_eval.encoders.architectures import build_backbone
 from moco_eval.errors import InputError
 from moco_eval.papers import cost
 from moco_eval.papers.forecast import Forecast as Planned
@@ -24,7 +24,8 @@ from moco_eval.papers.forecast import Part
 from moco_eval.papers.forecast import forecast as planned
 from moco_eval.runtime.printable import shell_join
 from pretraining.bottleneck import seconds, worker_seconds
-from pretraining.plan import Plan, by_device
+from pretraining.mechanisms import build
+from pretraining.plan import Plan, by_device, smaller_step
 from pretraining.views import recipes, two_views
 
 DATA = {
@@ -98,7 +99,7 @@ def forecast(
     for probe, images in cost.pretraining(config, dataset, config.precision, processes):
         each = timed(probe)
         if each is None:
-            return Forecast(recipe, dataset, processes, config.precision, None, "memory", _smaller(config))
+            return Forecast(recipe, dataset, processes, config.precision, None, "memory", smaller_step(config))
         network += each * images / processes
     images = config.schedule.epochs * cost.images_of(dataset, "train")
     if dataset in STORED:
@@ -111,17 +112,8 @@ def forecast(
     return together(recipe, dataset, config, processes, pieces, room)
 
 
-def _smaller(config: PretrainConfig) -> str:
-    """A step that takes less memory: MoCo v3 encodes a ViT's batch in parts, and a ResNet's must become smaller."""
-    whole = config.mechanism == "moco_v3" and isinstance(architecture(config.arch), Architecture)
-    return f"--batch-size {config.batch_size // 4}" if whole else "--set accumulate=4"
-
-
 def of_run(run: Plan, device: torch.device) -> Planned:
-    """Time and memory of a planned run: its networks, and views that the device augments.
-
-    Beside the query encoder that is probed there are the key encoder and SGD's momentum, and the dictionary.
-    """
+    """Time and memory of a planned run: its networks, and views that the device augments."""
     config, images = run.config, len(run.images)
     monitored = _test_images(run) if config.knn else 0
     pieces = list(cost.pretraining_on(images, monitored, config, config.precision, run.processes))
@@ -129,11 +121,29 @@ def of_run(run: Plan, device: torch.device) -> Planned:
     parts = []
     for probe, through in pieces:
         at_once = min(probe.batch, cost.CPU_BATCH) if device.type == "cpu" else probe.batch
-        parts.append(Part(cost.encoder_pieces(replace(probe, batch=at_once), device), through, probe.batch))
+        held = probe.batch * (_passes(config) if probe.kind == "train" else 1)
+        parts.append(Part(cost.encoder_pieces(replace(probe, batch=at_once), device), through, held))
+    return planned(parts, device, run.processes, images * config.schedule.epochs * on_device, _beside(run))
+
+
+def _passes(config: PretrainConfig) -> int:
+    """Whose activations wait for the backward pass: of both views where both have a gradient; of one part at a time."""
+    if config.mechanism == "moco_v3" and config.accumulate > 1:
+        return 1
+    return 2 if config.symmetric or config.mechanism == "end_to_end" else 1
+
+
+def _beside(run: Plan) -> int:
+    """Bytes of what a training holds besides the probed backbone and its gradient.
+
+    That is all else of the model (heads, key encoder, dictionary), its gradients, and what the optimiser remembers.
+    """
     with torch.device("meta"):
-        weights = sum(one.numel() for one in build_backbone(config.arch).parameters())
-    beside = 4 * (2 * weights + config.dim * config.queue_size)
-    return planned(parts, device, run.processes, images * config.schedule.epochs * on_device, beside)
+        model, probed = build(run), build_backbone(run.config.arch)
+    everything = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    moments = 2 if run.config.optimizer.kind in ("adamw", "lamb") else 1
+    return 4 * (everything + (1 + moments) * trained - 2 * sum(one.numel() for one in probed.parameters()))
 
 
 def _test_images(run: Plan) -> int:

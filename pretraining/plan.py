@@ -29,9 +29,10 @@ CANONICAL = {
 # what a paper's table varies; all other differences from the protocol's config are deviations
 FREE_KEYS = ("arch", "mechanism", "queue_size", "momentum", "symmetric", "schedule.epochs", "bn", "bn_groups")
 
-# MoCo v3's ResNets: what the published recipe takes for each length, at batch 4096
+# MoCo v3's ResNets: what is published for each length, at batch 4096; 800 is the paper's, the others the repository's
 BY_EPOCHS = {
     300: {"optimizer.lr": 4.8, "optimizer.weight_decay": 1e-6, "momentum": 0.99},
+    800: {"optimizer.lr": 4.8, "optimizer.weight_decay": 1.5e-6, "momentum": 0.996},
     1000: {"optimizer.lr": 4.8, "optimizer.weight_decay": 1.5e-6, "momentum": 0.996},
 }
 
@@ -231,11 +232,16 @@ def plan(
 
 def _require_trainable(config: PretrainConfig) -> None:
     """Raises InputError where the mechanism does not train the network, or the views are not what it takes."""
+    arch = architecture(config.arch)
     if config.mechanism != "moco_v3":
+        if isinstance(arch, VisionTransformer):
+            raise InputError(
+                f"{config.arch} is a ViT, which MoCo v3 trains and mechanism {config.mechanism} does not; start from "
+                "moco_v3_vit_base or moco_v3_vit_small"
+            )
         resnet(config.arch)
         return
-    arch = architecture(config.arch)
-    if config.accumulate > 1 and (isinstance(arch, Architecture) or getattr(arch, "conv_stem", False)):
+    if config.accumulate > 1 and _normalises_batches(config):
         raise InputError(
             f"accumulate {config.accumulate} would give the batch norms of {config.arch} the statistics of a part of "
             "the batch; take accumulate=1, or a ViT without a stem of convolutions"
@@ -259,6 +265,19 @@ def _require_trainable(config: PretrainConfig) -> None:
         raise InputError(f"{config.arch} is {arch.dim} wide, which sin-cos positions in two halves do not fill")
     if arch.conv_stem and config.freeze_patches:
         raise InputError(f"freeze_patches: the stem of {config.arch} is trained; take --set freeze_patches=false")
+
+
+def _normalises_batches(config: PretrainConfig) -> bool:
+    """Whether the backbone has batch norms: a ResNet, or a ViT with a stem of convolutions."""
+    arch = architecture(config.arch)
+    return isinstance(arch, Architecture) or getattr(arch, "conv_stem", False)
+
+
+def smaller_step(config: PretrainConfig) -> str:
+    """The option for a step that takes less memory; MoCo v3 encodes a batch in parts only where that is exact."""
+    if config.mechanism == "moco_v3" and _normalises_batches(config):
+        return f"--batch-size {max(1, config.batch_size // 4)}"
+    return f"--set accumulate={4 * config.accumulate}"
 
 
 def of_channels(config: PretrainConfig, images: ImageSet) -> PretrainConfig:
@@ -313,9 +332,11 @@ def _require_shares(run: Plan) -> None:
             f"take --batch-size {len(run.images)} or less"
         )
     if batch % parts:
+        fewer = next(n for n in range(run.processes, 0, -1) if batch % (n * config.accumulate) == 0)
         raise InputError(
             f"batch_size {batch} does not divide among {run.processes} processes"
             + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+            + f"; take {fewer} of them, or a --batch-size that {parts} divides"
         )
     if run.bn == "split" and (batch // parts) % config.bn_groups:
         raise InputError(
@@ -354,7 +375,11 @@ def _deviations(run: Plan) -> list[str]:
         free += ("batch_size", "optimizer.lr")  # K is the batch, and the rate follows it (P1 Fig. 3)
     if config.mechanism == "moco_v3":
         free += ("accumulate",)  # refused where it is not exact
+    if getattr(architecture(config.arch), "conv_stem", False):
+        free += ("freeze_patches",)  # the official code freezes no such stem either
     differ = differences(config, canonical, free) + split_deviations(run.images)
+    if type(architecture(config.arch)) is not type(architecture(canonical.arch)):
+        differ.append(f"arch {config.arch} by the recipe of {canonical.arch}")
     if run.images.bands:
         steps = left_out(recipes(config.views)[1])
         differ.append(f"images of {run.images.channels} bands" + (f": views without {steps}" if steps else ""))

@@ -11,7 +11,7 @@ from torch import nn
 
 from moco_eval.config.learning_rate import momentum_of_step, rate_in_pretraining
 from moco_eval.data.loader import draw_seed
-from moco_eval.errors import Interrupted, RunFailed
+from moco_eval.errors import Interrupted, RunFailed, memory_of
 from moco_eval.results.loggers import closed_after
 from moco_eval.results.run_directory import open_run
 from moco_eval.runtime.collectives import barrier, broadcast_, parallel, same_on_all_ranks
@@ -24,7 +24,7 @@ from pretraining.feed import Feed
 from pretraining.mechanisms import Mechanism, build, optimizer_for, prepare, settle
 from pretraining.moco import Step
 from pretraining.monitor import Monitor
-from pretraining.plan import Plan
+from pretraining.plan import Plan, smaller_step
 from pretraining.record import Measurements, Metrics
 from pretraining.signs import Signs
 from pretraining.views import Batch, two_views
@@ -39,7 +39,7 @@ def pretrain(run: Plan, output: Path, device: torch.device, logs: Sequence[str] 
         The last checkpoint.
     Raises:
         InputError: the output folder holds another run, another command works there, or one of `logs` cannot be opened.
-        RunFailed: the loss is not finite, or too many images cannot be read.
+        RunFailed: the loss is not finite, a step does not fit into memory, or too many images cannot be read.
         Interrupted: asked to stop by a signal; the state is saved.
     """
     with open_run(output, run.resolved()):
@@ -53,6 +53,11 @@ def pretrain(run: Plan, output: Path, device: torch.device, logs: Sequence[str] 
             except RunFailed as error:
                 last = trainer.checkpoints / "last.pth"
                 raise RunFailed(f"{error}; the last good checkpoint is {last} (step {trainer.saved})") from None
+            except torch.OutOfMemoryError as error:
+                raise RunFailed(
+                    f"a step does not fit into the memory of {device} ({memory_of(error)}); take "
+                    f"{smaller_step(run.config)} in another --output, or more GPUs"
+                ) from None
     return trainer.checkpoints / "last.pth"
 
 

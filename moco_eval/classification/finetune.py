@@ -266,9 +266,10 @@ def normalised(net: nn.Module, groups: int) -> nn.Module:
 def require_whole_groups(key: str, groups: int) -> None:
     """Raises InputError for processes that do not make up whole groups of a batch."""
     if groups % (processes := world_size()):
+        fewer = next(n for n in range(processes, 0, -1) if groups % n == 0)
         raise InputError(
             f"{key} {groups} cannot be divided among {processes} processes; take a number of processes that "
-            f"divides it, or --set {key}={processes}"
+            f"divides it, such as {fewer}"
         )
 
 

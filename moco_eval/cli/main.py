@@ -13,7 +13,7 @@ import click
 
 from moco_eval import __version__
 from moco_eval.cli import classify, detect, doctor, encoders, pretrain, segment, shipped, tables, watch
-from moco_eval.errors import InputError, Interrupted, RunFailed, message_of
+from moco_eval.errors import InputError, Interrupted, RunFailed, memory_of, message_of
 from moco_eval.runtime import command
 from moco_eval.runtime.heartbeat import signs_of_life
 from moco_eval.runtime.libraries import kept_quiet
@@ -142,7 +142,7 @@ def _run() -> int:
             )
         code = 3
     except RuntimeError as error:
-        if reason := _of_loader(error):
+        if reason := _of_loader(error) or _of_memory(error):
             click.echo(f"Error: {one_line(reason)}{_of_rank()}", err=True)
             return 1
         if not _is_one_of_several() or not re.search(r"peer|[Cc]onnection|NCCL|Gloo|gloo", str(error)):
@@ -164,6 +164,13 @@ def _of_loader(error: RuntimeError) -> str | None:
     from moco_eval.data.workers import explanation
 
     return explanation(str(error))
+
+
+def _of_memory(error: RuntimeError) -> str | None:
+    """That a device's memory is full, with the way out; torch may not be imported: its error is known by its name."""
+    if type(error).__name__ != "OutOfMemoryError":
+        return None
+    return f"the memory of the device is full ({memory_of(error)}); take a smaller --batch-size, or --precision bf16"
 
 
 if __name__ == "__main__":

@@ -199,13 +199,18 @@ def architecture(name: str) -> AnyArchitecture:
     return replace(network, **dict(_arguments(name, given, ("channels",))))
 
 
+# what facebookresearch/moco-v3 calls its networks
+OFFICIAL = {"vit_small": "vit_small_12h_patch16_224", "vit_base": "vit_base_patch16_224"}
+
+
 def _plain(name: str) -> Architecture | VisionTransformer:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if match := _VIT_CONV.fullmatch(name):
         return _conv_transformer(name, match[1], int(match[2] or 224))
     if not (match := _VIT.fullmatch(name)):
-        raise InputError(f"unknown architecture {name!r}.{did_you_mean(name, names())}")
+        near = f" Did you mean {OFFICIAL[name]!r}?" if name in OFFICIAL else did_you_mean(name, names())
+        raise InputError(f"unknown architecture {name!r}.{near}")
     patch, size = int(match[2]), int(match[3])
     if not 0 < patch <= size or size % patch or size > 1024:
         raise InputError(f"{name}: {size} pixels (at most 1024) must divide into patches of {patch}")

@@ -514,7 +514,7 @@ def test_images_of_224_pixels_are_the_transfers_own(monkeypatch):
 
 def on_ranks(folder) -> dict:
     judge(vit_task(), recipe("drop_path=0"), folder / "both", CPU)
-    with pytest.raises(InputError, match=r"mixup\.groups 3 cannot be divided among 2 processes; take a number of"):
+    with pytest.raises(InputError, match=r"mixup\.groups 3 cannot be divided among 2 processes.*, such as 1$"):
         finetune.EndToEnd(vit_task(), recipe("batch_size=18", "mixup.groups=3"), 5, 0, CPU)
     paths = judge(vit_task(), recipe("drop_path=0.5", "schedule.epochs=2"), folder / "paths", CPU)
     return {"top1": paths["metrics"]["top1"]}

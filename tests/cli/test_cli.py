@@ -140,3 +140,17 @@ def test_a_signal_anywhere_is_exit_3_and_no_traceback(number, in_tmp):
     run.send_signal(number)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 3 and "Traceback" not in said and "run the same command to go on" in said
+
+
+def test_a_full_memory_is_one_line_with_the_way_out(capfd, monkeypatch):
+    """torch's error by its name, from wherever a command asks for too much."""
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def full(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 10.00 GiB")
+
+    monkeypatch.setattr("click.Group.invoke", full)
+    line = error_line(capfd, monkeypatch, "configs", code=1)
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB); take a smaller --batch-size" in line

@@ -139,8 +139,9 @@ def test_detection_recipes_lose_their_number_in_the_same_way(tmp_path):
     [
         (["batch_size=2048", "queue_size=4096"], 1, "digits has 1297 images, less than one batch of 2048"),
         (["batch_size=50"], 1, "50 per process does not divide into 4 BN groups"),
-        (["batch_size=50"], 3, "50 does not divide among 3 processes"),
+        (["batch_size=50"], 3, "50 does not divide among 3 processes; take 2 of them, or a"),
         (["arch=resnet19"], 1, "unknown architecture 'resnet19'. Did you mean 'resnet18'"),
+        (["arch=vit_base_patch16_224"], 1, "is a ViT, which MoCo v3 trains and mechanism moco does not; start"),
         (["protocol=pretrain/moco-v9@1"], 1, "unknown protocol"),
     ],
 )

@@ -15,7 +15,7 @@ from moco_eval.config.learning_rate import momentum_of_step, rate_in_pretraining
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.encoders.architectures import build_backbone
 from moco_eval.encoders.load import load
-from moco_eval.errors import InputError
+from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime.collectives import parallel
 from moco_eval.runtime.rank import rank
 from pretraining.alarms import PATIENCE, alarms
@@ -438,6 +438,7 @@ def test_the_checkpoint_has_the_official_names_and_is_read_by_us_and_by_the_line
         (["arch=vit_conv_narrow_32", "freeze_patches=true"], "the stem of vit_conv_narrow_32 is trained"),
         (["arch=resnet18_quarter", "positions=none"], "resnet18_quarter has no patches to place"),
         (["arch=timm:resnet18"], "timm:resnet18 is not trained here"),
+        (["arch=vit_small"], "unknown architecture 'vit_small'. Did you mean 'vit_small_12h_patch16_224'?"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, words):
@@ -450,9 +451,33 @@ def test_what_leaves_the_published_recipe_is_a_deviation():
     run = configs.load("moco_v3_r50", "pretrain", PretrainConfig)
     same = plan(run.model_copy(update={"batch_size": 512, "queue_size": 512}), "digits", None, 1)
     assert same.deviations == ["batch_size 512 instead of 4096"] and same.bn == "sync"
-    settings = ["schedule.epochs=1000", "optimizer.lr=4.8", "optimizer.weight_decay=1.5e-6", "momentum=0.996"]
-    longer = configs.load("moco_v3_r50", "pretrain", PretrainConfig, [*settings, "batch_size=512", "queue_size=512"])
-    assert plan(longer, "digits", None, 1).deviations == ["batch_size 512 instead of 4096"]
+    settings = ["optimizer.lr=4.8", "optimizer.weight_decay=1.5e-6", "momentum=0.996"]
+    for epochs in (800, 1000):
+        assert deviations("moco_v3_r50", f"schedule.epochs={epochs}", *settings) == []
+    assert deviations("moco_v3_r50", "schedule.epochs=800", "optimizer.lr=4.8") == [
+        "optimizer.weight_decay 1e-06 instead of 1.5e-06"
+    ]
+
+
+def deviations(name: str, *settings: str) -> list[str]:
+    """Of a shipped recipe on the digits, but for the batch that they are too few for."""
+    small = configs.load(name, "pretrain", PretrainConfig, [*settings, "batch_size=512", "queue_size=512"])
+    told = plan(small, "digits", None, 1).deviations
+    told.remove("batch_size 512 instead of 4096")
+    return told
+
+
+def test_the_recipe_of_another_kind_of_network_is_a_deviation():
+    words = "arch vit_base_patch16_224 by the recipe of resnet50"
+    assert deviations("moco_v3_r50", "arch=vit_base_patch16_224") == [words]
+    other = deviations("moco_v3_vit_base", "arch=resnet50", "freeze_patches=false")
+    assert other == ["freeze_patches False instead of True", "arch resnet50 by the recipe of vit_base_patch16_224"]
+
+
+def test_a_conv_stem_that_is_trained_is_as_published():
+    """Its official name for freezing patches, --stop-grad-conv1, does not touch it."""
+    assert deviations("moco_v3_vit_base", "arch=vit_conv_base", "freeze_patches=false") == []
+    assert deviations("moco_v3_vit_base", "freeze_patches=false") == ["freeze_patches False instead of True"]
 
 
 def test_keys_that_came_later_are_not_in_the_dump_of_a_config_of_before():
@@ -486,6 +511,36 @@ def test_alarms_go_by_moco_v3_s_own_chance():
     near = [{"step": 100 + i, "loss": run.chance - 0.001, **line} for i in range(PATIENCE)]
     assert alarms(run, near, [])["chance"].startswith(f"loss at chance: {run.chance - 0.001:.3f} nats")
     assert alarms(run, [{**one, "loss": run.chance - 0.1} for one in near], []) == {}
+
+
+def test_a_loss_at_chance_is_no_alarm_while_the_rate_is_still_small():
+    """Of 20 steps an epoch and 10 epochs of warm-up, the first 20 steps have less than a tenth of the rate."""
+    run = planned("arch=resnet18_quarter", "schedule.warmup_epochs=10")
+    assert run.steps_per_epoch == 20
+    line = {"loss": run.chance, "accuracy": 2.0, "feature_std": 0.8}
+    for first, sounds in ((1, False), (20, False), (21, True)):
+        lines = [{"step": first + i, **line} for i in range(PATIENCE)]
+        assert ("chance" in alarms(run, lines, [])) == sounds, first
+    collapsed = [{"step": 1 + i, **line, "feature_std": 0.01} for i in range(PATIENCE)]
+    assert alarms(run, collapsed, []).keys() == {"collapse"}
+
+
+FULL = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB. See the documentation"
+
+
+@pytest.mark.parametrize(
+    ("settings", "way_out"),
+    [(SETTINGS["vit"], "take --set accumulate=4 in"), (SETTINGS["resnet"], "take --batch-size 16 in")],
+)
+def test_a_step_that_does_not_fit_into_memory_says_what_to_set(settings, way_out, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("pretraining.train.algorithm_1", full)
+    with pytest.raises(RunFailed) as failed:
+        pretrain(planned(*settings, "workers=0"), tmp_path / "run", CPU)
+    words = "a step does not fit into the memory of cpu (CUDA out of memory. Tried to allocate 20.00 GiB); "
+    assert str(failed.value) == f"{words}{way_out} another --output, or more GPUs"
 
 
 def test_the_model_of_a_plan_is_moco_v3():
