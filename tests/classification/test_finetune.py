@@ -113,13 +113,15 @@ def test_lightly_is_as_published():
     assert rates[3:] == pytest.approx([0.05 * (0.001 + 0.999 / 2), 0.05 * 0.001], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("kind", ["normal", "deit", "near_zero", "uniform"])
 def test_the_new_layer_starts_as_published(kind):
+    """OpenSelfSup's N(0, 0.01), DeiT's N(0, 0.02), MAE's and iBOT's N(0, 2e-5), and torch's own."""
     layer, again = (finetune.new_head(2000, 50, kind, seed=0) for _ in range(2))
     assert torch.equal(layer.weight, again.weight) and torch.equal(layer.bias, again.bias)
     assert not torch.equal(layer.weight, finetune.new_head(2000, 50, kind, seed=1).weight)
-    if kind == "normal":
-        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02) and not layer.bias.any()
+    if kind != "uniform":
+        published = {"normal": 0.01, "deit": 0.02, "near_zero": 2e-5}[kind]
+        assert layer.weight.std().item() == pytest.approx(published, rel=0.02) and not layer.bias.any()
     else:
         assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(3 * 2000), rel=0.02)
         assert layer.weight.abs().max() <= 1 / math.sqrt(2000) and layer.bias.any()

@@ -224,7 +224,7 @@ def test_drop_path_acts_in_training_alone_and_rises_by_the_block():
     assert len({tuple(row) for row in net(images).tolist()}) == 16
 
 
-def test_the_draws_of_drop_path_are_the_steps_and_not_the_hosts():
+def test_the_draws_of_drop_path_are_the_steps_and_not_the_hosts(monkeypatch):
     work, config = vit_task(), recipe("drop_path=0.5", "mixup=null")
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     losses = []
@@ -241,12 +241,16 @@ def test_the_draws_of_drop_path_are_the_steps_and_not_the_hosts():
     other = finetune.EndToEnd(work, config, 5, 1, CPU)  # another seed; its head too
     other.net.load_state_dict(finetune.EndToEnd(work, config, 5, 0, CPU).net.state_dict())
     assert other.train_step(images, labels, 0, 8) != losses[0][0]
+    monkeypatch.setattr(finetune, "rank", lambda: 1)
+    assert finetune.EndToEnd(work, config, 5, 0, CPU).train_step(images, labels, 0, 8) != losses[0][0]
 
 
 def test_mean_pooling_is_maes():
     """The mean of the last block's patch tokens without a norm, then a new layer norm."""
-    encoder, images = load(VIT), torch.randn(5, 3, 32, 32)
-    net = adapted(load(VIT).backbone, recipe("drop_path=0", name="mae")).eval()
+    encoder, images, backbone = load(VIT), torch.randn(5, 3, 32, 32), load(VIT).backbone
+    nn.init.uniform_(backbone.norm.weight)  # as trained: it is not the new norm's
+    nn.init.uniform_(backbone.norm.bias)
+    net = adapted(backbone, recipe("drop_path=0", name="mae")).eval()
     kept = {}
     encoder.backbone.blocks[-1].register_forward_hook(lambda _module, _inputs, output: kept.update(tokens=output))
     encoder.backbone(images)
@@ -318,6 +322,26 @@ def test_mixed_images_and_labels_are_the_naive_ones(alpha, cutmix):
             assert torch.allclose(views[rows], pixels, atol=1e-5)
             assert torch.allclose(shares[rows], wanted.float(), atol=1e-6)
     assert np.array_equal(np.random.get_state()[1], numpy_before) and random.getstate() == python_before
+
+
+def test_a_process_mixes_its_own_groups(monkeypatch):
+    """The second of two processes has the second half of the batch, mixed as one process mixes it."""
+    learner = finetune.EndToEnd(vit_task(), recipe("drop_path=0"), 5, 0, CPU)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    views, shares = learner.mixed(images.clone(), labels)
+    monkeypatch.setattr(finetune, "rank", lambda: 1)
+    monkeypatch.setattr(finetune, "world_size", lambda: 2)
+    mine = learner.mixed(images[8:].clone(), labels[8:])
+    assert torch.equal(mine[0], views[8:]) and torch.equal(mine[1], shares[8:])
+
+
+def test_each_image_counts_the_same_however_the_processes_share_them(monkeypatch):
+    """Six of ten images in one of two processes, whose gradients DDP averages."""
+    learner = finetune.EndToEnd(vit_task(), recipe("drop_path=0", "mixup=null", "smoothing=0"), 5, 0, CPU)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+    wanted = nn.CrossEntropyLoss(reduction="sum")(learner.net(images), labels) * 2 / 10
+    monkeypatch.setattr(finetune, "world_size", lambda: 2)
+    assert learner.train_step(images, labels, 0, 10).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_the_loss_of_mixed_images_is_the_soft_cross_entropy():

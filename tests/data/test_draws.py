@@ -189,6 +189,14 @@ def test_crops_of_odd_images_lie_inside(height, width):
         assert (boxes == transforms.RandomResizedCrop.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))).all()
 
 
+@pytest.mark.parametrize("step", [Blur((0.1, 2.0), 0.1), Jitter(0.4, 0.4, 0.2, 0.1, p=0.8)])
+def test_how_much_is_independent_of_whether(step):
+    """Of MoCo v3's second view: what is drawn seldom is drawn from the whole range."""
+    drawn = ours(step)
+    for name in drawn.keys() - {"p"}:
+        assert abs(np.corrcoef(drawn["p"], drawn[name])[0, 1]) < 5 / np.sqrt(OURS), name
+
+
 def test_flip_and_grey_are_independent_of_the_jitter():
     """Steps take different numbers of an image's stream."""
     recipe = RECIPES["moco_v2"]

@@ -74,6 +74,7 @@ def test_a_view_belongs_to_seed_epoch_and_image_alone(photos, reference):
     together = views.__getitems__(ITEMS)[0]
     for n, item in enumerate(ITEMS):
         assert torch.equal(views.__getitems__([item])[0][:, 0], together[:, n])
+        assert not torch.equal(*together[:, n])  # two views of an image
     other = TwoViews(photos, RECIPES["moco_v2"], 32, seed=4, reference=reference)
     assert not torch.equal(other.__getitems__(ITEMS)[0], together)
 
@@ -157,7 +158,7 @@ def test_moco_v3_s_two_views_are_byol_s(config, crop_min):
     assert parts(second.reference(224)) == parts(published_v3(crop_min, 0.1, 0.2))
 
 
-def test_each_view_has_its_own_recipe_on_the_device(photos):
+def test_each_view_has_its_own_recipe_on_the_device(photos, monkeypatch):
     """The same numbers by PIL, each view by its own steps."""
     pair = RECIPES["moco_v3"], SECOND["moco_v3"]
     drawn, _, _, numbers = TwoViews(photos, pair[0], 48, seed=3, second=pair[1]).__getitems__(ITEMS)
@@ -166,6 +167,9 @@ def test_each_view_has_its_own_recipe_on_the_device(photos):
         assert (view.int() - pil.tensor(theirs).int()).abs().float().mean() < 0.6
     whole, late = (TwoViews(photos, pair[0], 48, 3, finished=done, second=pair[1]) for done in (True, False))
     cuts, *_, u = late.__getitems__(ITEMS)
+    assert torch.equal(late.finish(cuts, u.numpy()), whole.__getitems__(ITEMS)[0])
+    for module in ("steps", "two_views"):
+        monkeypatch.setattr(f"moco_eval.data.augment.{module}.is_for_all", lambda images, fuse: True)  # as on a GPU
     assert torch.equal(late.finish(cuts, u.numpy()), whole.__getitems__(ITEMS)[0])
 
 
@@ -198,6 +202,16 @@ def test_a_feed_from_memory_is_a_feed_from_workers():
     for batch, (pair, index, _, _) in zip(batches, wanted):
         assert torch.equal(batch.index, index)
         assert torch.equal(batch.view_q, pair[0]) and torch.equal(batch.view_k, pair[1])
+
+
+def test_a_feed_gives_each_view_its_own_recipe():
+    run = plan(settings("views.recipe=moco_v3"), "digits", None, 1)
+    batch, _ = next(Feed(run, CPU)(0))
+    pixels = torch.from_numpy(run.images.pixels[batch.index]).permute(0, 3, 1, 2)
+    for number, view in enumerate((batch.view_q, batch.view_k)):
+        recipe = (RECIPES, SECOND)[number]["moco_v3"]
+        u = recipe.uniforms(run.config.seed, np.zeros(8), batch.index.numpy(), number)
+        assert torch.equal(view, recipe.apply(pixels, u, 32))
 
 
 def test_the_reference_backend_feeds_published_views():

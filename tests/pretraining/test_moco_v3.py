@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from moco_eval.config import load as configs
+from moco_eval.config.batch import rescaled
 from moco_eval.config.learning_rate import momentum_of_step, rate_in_pretraining
 from moco_eval.config.pretrain import PretrainConfig
 from moco_eval.encoders.architectures import build_backbone
@@ -18,12 +19,14 @@ from moco_eval.encoders.load import load
 from moco_eval.errors import InputError, RunFailed
 from moco_eval.runtime.collectives import parallel
 from moco_eval.runtime.rank import rank
-from pretraining.alarms import PATIENCE, alarms
+from pretraining.alarms import CHANCE, PATIENCE, alarms
 from pretraining.lars import Lars
 from pretraining.mechanisms import build, optimizer_for
+from pretraining.moco import Step
 from pretraining.moco_v3 import MoCoV3, build_v3, ctr
 from pretraining.plan import Plan, plan
-from pretraining.train import algorithm_1, pretrain
+from pretraining.shuffle_bn import unit
+from pretraining.train import Trainer, algorithm_1, pretrain
 from pretraining.views import Batch
 from pretraining.vit import build_vit, positions
 
@@ -195,6 +198,17 @@ def test_a_query_s_negatives_are_the_other_view_s_keys_alone():
     assert ctr(alike, alike, 0.2)[0].item() == pytest.approx(0.4 * math.log(5), abs=1e-6)
 
 
+def test_a_step_is_both_directions_in_closed_form():
+    """Features that are given: each query of the first view finds its key, one of the two of the second does not."""
+    first, second = torch.eye(2), torch.tensor([[3.0, 0.0], [2.0, 1.0]])
+    model = MoCoV3(*(nn.Identity() for _ in range(3)), momentum=0.9, temperature=0.5)
+    step = model(Batch(first, second, torch.arange(2)), torch.Generator())
+    assert step.loss.item() == pytest.approx((naive_ctr(first, second, 0.5) + naive_ctr(second, first, 0.5)).item())
+    assert step.accuracy == 0.75
+    assert step.feature_std.item() == pytest.approx(1)  # sqrt(2) times that of 0 and 1
+    assert torch.equal(step.keys, functional.normalize(second, dim=1))
+
+
 @pytest.mark.parametrize(("name", "chance"), [("moco_v3_r50", 33.27), ("moco_v3_vit_base", 6.654)])
 def test_chance_is_4_tau_log_n(name, chance):
     settings = configs.load(name, "pretrain", PretrainConfig)
@@ -202,6 +216,12 @@ def test_chance_is_4_tau_log_n(name, chance):
     ours = planned(f"temperature={settings.temperature}", "arch=resnet18_quarter")
     assert ours.chance == pytest.approx(4 * settings.temperature * math.log(64))
     assert f"chance level of the loss: {ours.chance:.4f}" in ours.describe()
+
+
+def test_features_of_half_precision_become_unit_rows_of_fp32():
+    rows = unit(torch.randn(4, 8, dtype=torch.bfloat16))
+    assert rows.dtype == torch.float32 and torch.allclose(rows.norm(dim=1), torch.ones(4), atol=1e-6)
+    assert unit(torch.randn(4, 8, dtype=torch.float64)).dtype == torch.float64
 
 
 # The schedules
@@ -219,6 +239,12 @@ def test_rate_and_momentum_of_the_published_recipe():
     vit = configs.load("moco_v3_vit_base", "pretrain", PretrainConfig)
     assert vit.optimizer.lr == pytest.approx(1.5e-4 * 4096 / 256)
     assert rate_in_pretraining(vit.schedule, 1.0, 40 * 312, 312) == 1.0
+
+
+@pytest.mark.parametrize("name", ["moco_v3_r50", "moco_v3_vit_small", "moco_v3_vit_base"])
+def test_published_heads_are_4096_wide_and_their_features_256(name):
+    run = configs.load(name, "pretrain", PretrainConfig)
+    assert (run.hidden_dim, run.dim, run.momentum_schedule) == (4096, 256, "cosine")
 
 
 # LARS
@@ -239,6 +265,8 @@ def test_lars_is_the_specification_s_and_timm_s_is_not():
     assert not torch.allclose(one_step(timm.optim.Lars, weight, gradient, trust_coeff=0.001), expected, atol=1e-6)
     assert torch.equal(one_step(Lars, weight[0], gradient[0]), weight[0] - gradient[0])  # no decay, no ratio
     assert torch.equal(one_step(Lars, torch.zeros(2, 2), torch.ones(2, 2)), -torch.ones(2, 2))  # ratio 1
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    assert torch.equal(one_step(Lars, ones, -0.1 * ones), ones)  # decay and gradient are each other's opposite
 
 
 # ViTs
@@ -315,6 +343,18 @@ def test_heads_have_the_published_layers():
     ]
     assert shapes(vit.predictor) == [(8, 16, True), norm, "relu", (16, 8, True), last]
     assert not any(block.bn2.weight.any() for block in resnet.base_encoder.layer1)
+
+
+@pytest.mark.parametrize("arch", ["resnet18_quarter", "resnet50_quarter"])
+def test_the_blocks_of_a_resnet_start_as_the_identity(arch):
+    """The last norm of each starts at 0, the second of two or the third of three, and no other."""
+    net = build_v3(config(f"arch={arch}"), "none", nn.Identity()).base_encoder
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        features = torch.rand(2, layer[1].conv1.in_channels, 4, 4)
+        assert torch.equal(layer[1](features), features)
+    zeros = [name for name, weight in net.named_parameters() if name.endswith("weight") and not weight.any()]
+    last = "bn2" if arch == "resnet18_quarter" else "bn3"
+    assert zeros and all(name.endswith(f"{last}.weight") for name in zeros)
 
 
 # The paper's own variations, Sec. 6.2 and Figure 3
@@ -404,6 +444,25 @@ def test_stopped_and_resumed_it_ends_the_same(trained):
             assert torch.equal(value, parts["optimizer"]["state"][number][name]), name
 
 
+def test_the_trainer_takes_the_rate_and_the_momentum_of_each_step(tmp_path, monkeypatch):
+    """Two epochs of two steps; the first is the warm-up."""
+    seen, zero = [], torch.zeros(())
+
+    def noted(model, ddp, optimizer, *rest):
+        seen.append((optimizer.param_groups[0]["lr"], model.momentum))
+        return [Step(zero, zero, zero, zero)]
+
+    monkeypatch.setattr("pretraining.train.algorithm_1", noted)
+    more = ["schedule.epochs=2", "schedule.warmup_epochs=1", "batch_size=512", "queue_size=512"]
+    trainer = Trainer(planned(*SETTINGS["resnet"], *more), tmp_path, CPU)
+    nothing = Batch(*[torch.empty(0)] * 3)
+    for _ in range(4):
+        trainer.train_step(nothing)
+    rates, momenta = zip(*seen)
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.025])
+    assert momenta == pytest.approx([1 - 0.1 * (1 + math.cos(math.pi * number / 4)) / 2 for number in range(4)])
+
+
 def test_the_checkpoint_has_the_official_names_and_is_read_by_us_and_by_the_linear_script(trained):
     case, path, _ = trained
     state = torch.load(path, weights_only=True)
@@ -452,6 +511,7 @@ def test_what_leaves_the_published_recipe_is_a_deviation():
     same = plan(run.model_copy(update={"batch_size": 512, "queue_size": 512}), "digits", None, 1)
     assert same.deviations == ["batch_size 512 instead of 4096"] and same.bn == "sync"
     settings = ["optimizer.lr=4.8", "optimizer.weight_decay=1.5e-6", "momentum=0.996"]
+    assert deviations("moco_v3_r50", "schedule.epochs=300", "optimizer.lr=4.8") == []
     for epochs in (800, 1000):
         assert deviations("moco_v3_r50", f"schedule.epochs={epochs}", *settings) == []
     assert deviations("moco_v3_r50", "schedule.epochs=800", "optimizer.lr=4.8") == [
@@ -480,6 +540,15 @@ def test_a_conv_stem_that_is_trained_is_as_published():
     assert deviations("moco_v3_vit_base", "freeze_patches=false") == ["freeze_patches False instead of True"]
 
 
+def test_another_batch_carries_the_rate_and_the_keys_along():
+    """0.6 and 1.5e-4 for each 256 images; a query's candidates are those of the batch."""
+    for name, base in (("moco_v3_r50", 0.6), ("moco_v3_vit_base", 1.5e-4)):
+        values = configs.load(name, "pretrain", PretrainConfig).model_dump()
+        overrides, _ = rescaled(values, 1024)
+        run = configs.load(name, "pretrain", PretrainConfig, overrides)
+        assert (run.batch_size, run.queue_size, run.optimizer.lr) == (1024, 1024, pytest.approx(base * 4))
+
+
 def test_keys_that_came_later_are_not_in_the_dump_of_a_config_of_before():
     before = configs.load("digits", "pretrain", PretrainConfig).model_dump(mode="json")
     assert not {"hidden_dim", "momentum_schedule", "freeze_patches"} & before.keys()
@@ -503,6 +572,7 @@ def test_a_dip_of_knn_is_said_with_the_way_out():
     frozen = planned("arch=vit_narrow_patch8_32", "freeze_patches=true")
     assert "freeze_patches" not in alarms(frozen, lines, [70.0, 67.0])["instability"]
     assert alarms(vit, lines, [60.0, 70.0, 69.0]) == {} == alarms(resnet, lines, [70.0, 60.0])
+    assert "kNN dips from 70.0 to 67.9 %" in alarms(vit, lines, [70.0, 69.0, 67.9])["instability"]  # little by little
 
 
 def test_alarms_go_by_moco_v3_s_own_chance():
@@ -510,7 +580,9 @@ def test_alarms_go_by_moco_v3_s_own_chance():
     line = {"accuracy": 2.0, "feature_std": 0.8}
     near = [{"step": 100 + i, "loss": run.chance - 0.001, **line} for i in range(PATIENCE)]
     assert alarms(run, near, [])["chance"].startswith(f"loss at chance: {run.chance - 0.001:.3f} nats")
-    assert alarms(run, [{**one, "loss": run.chance - 0.1} for one in near], []) == {}
+    edge = CHANCE * 2 * 0.4  # of two losses that count 2 tau each
+    below = lambda distance: alarms(run, [{**one, "loss": run.chance - distance} for one in near], [])  # noqa: E731
+    assert "chance" in below(0.9 * edge) and below(1.1 * edge) == {}
 
 
 def test_a_loss_at_chance_is_no_alarm_while_the_rate_is_still_small():
