@@ -167,10 +167,11 @@ def test_each_view_has_its_own_recipe_on_the_device(photos, monkeypatch):
         assert (view.int() - pil.tensor(theirs).int()).abs().float().mean() < 0.6
     whole, late = (TwoViews(photos, pair[0], 48, 3, finished=done, second=pair[1]) for done in (True, False))
     cuts, *_, u = late.__getitems__(ITEMS)
-    assert torch.equal(late.finish(cuts, u.numpy()), whole.__getitems__(ITEMS)[0])
+    one_by_one = whole.__getitems__(ITEMS)[0]
+    assert torch.equal(late.finish(cuts, u.numpy()), one_by_one)
     for module in ("steps", "two_views"):
         monkeypatch.setattr(f"moco_eval.data.augment.{module}.is_for_all", lambda images, fuse: True)  # as on a GPU
-    assert torch.equal(late.finish(cuts, u.numpy()), whole.__getitems__(ITEMS)[0])
+    assert torch.equal(late.finish(cuts, u.numpy()), one_by_one)
 
 
 @pytest.mark.parametrize("reference", [False, True])
