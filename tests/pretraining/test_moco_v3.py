@@ -345,6 +345,14 @@ def test_heads_have_the_published_layers():
     assert not any(block.bn2.weight.any() for block in resnet.base_encoder.layer1)
 
 
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_momentum_encoder_starts_as_the_base_encoder(case):
+    model = build_v3(of_case(case), "sync", nn.Identity())
+    start, momentum = model.base_encoder.state_dict(), model.momentum_encoder.state_dict()
+    assert start.keys() == momentum.keys() and all(torch.equal(start[name], momentum[name]) for name in start)
+    assert not any(weight.requires_grad for weight in model.momentum_encoder.parameters())
+
+
 @pytest.mark.parametrize("arch", ["resnet18_quarter", "resnet50_quarter"])
 def test_the_blocks_of_a_resnet_start_as_the_identity(arch):
     """The last norm of each starts at 0, the second of two or the third of three, and no other."""
