@@ -74,6 +74,17 @@ def test_a_step_that_overflows_is_skipped_and_only_the_momentum_encoder_moves(ca
     assert not torch.equal(weight, before["predictor.0.weight"])
 
 
+@pytest.mark.parametrize(("size", "scale", "skipped"), [(1, 1024, 0), (math.inf, 512, 1)])
+def test_a_step_is_counted_as_skipped_only_where_its_gradient_overflows(size, scale, skipped):
+    model, scaler = model_of("resnet").float(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model.predictor[0].weight.register_hook(lambda gradient: gradient * size)
+    seen = signs.Signs(planned("arch=resnet18_quarter"), model, scaler, CPU)
+    optimizer = optimizer_for(model, of_case("resnet"), CPU)
+    seen.before_step()
+    algorithm_1(model, model, optimizer, [batch(0)], torch.Generator(), scaler)
+    assert seen.after_step() == [scale, skipped]
+
+
 def test_logits_are_fp32_also_under_fp16():
     q, k = (normalize(torch.randn(5, 16), dim=1) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.float16):
@@ -138,10 +149,10 @@ def test_only_what_has_signs_has_columns_for_them():
 
 
 def test_a_line_leaves_out_gradients_that_overflowed():
-    values = torch.tensor([[3.0, 1024, 0], [math.inf, 512, 1], [math.nan, 256, 1]])[None]
+    values = torch.tensor([[3.0, 1024, 0], [1.0, 1024, 0], [math.inf, 512, 1], [math.nan, 256, 1]])[None]
     names = [signs.GRADIENT, signs.SCALE, signs.SKIPPED]
     assert signs.of_line(names, values) == {signs.GRADIENT: 3, signs.SCALE: 256, signs.SKIPPED: 2}
-    assert signs.of_line(names, values[:, 1:]) == {signs.SCALE: 256, signs.SKIPPED: 2}
+    assert signs.of_line(names, values[:, 2:]) == {signs.SCALE: 256, signs.SKIPPED: 2}
     assert signs.of_line([], values[:, :, :0]) == {}
 
 
