@@ -1,6 +1,7 @@
 """The contrastive core, against closed forms and naive loops."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from moco_eval.config import load as configs
 from moco_eval.config.pretrain import PretrainConfig
-from moco_eval.runtime.batch_norm import SplitBatchNorm2d, SyncBatchNorm2d, split_batch_norm
+from moco_eval.runtime.batch_norm import SplitBatchNorm2d, SyncBatchNorm2d, split_batch_norm, sync_batch_norm
 from pretraining.mechanisms import build
 from pretraining.moco import MoCo, Step, info_nce
 from pretraining.plan import Plan, plan, shuffle_bytes
@@ -166,6 +167,12 @@ def test_shuffle_and_unshuffle_is_the_identity():
 def grouped(features: int, groups: int) -> nn.Module:
     """A network of one layer of split BN."""
     return split_batch_norm(nn.Sequential(nn.BatchNorm2d(features)), groups)
+
+
+@pytest.mark.parametrize("convert", [sync_batch_norm, partial(split_batch_norm, groups=2)])
+def test_a_replaced_norm_keeps_its_epsilon_and_momentum(convert):
+    (norm,) = convert(nn.Sequential(nn.BatchNorm2d(3, eps=1e-2, momentum=0.3)))
+    assert type(norm) is not nn.BatchNorm2d and (norm.eps, norm.momentum) == (1e-2, 0.3)
 
 
 def test_split_bn_is_one_bn_per_strided_group():
