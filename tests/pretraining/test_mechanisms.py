@@ -186,9 +186,9 @@ def train(case: str, accumulate: int = 1) -> dict:
 
 
 def gathered_gradient() -> torch.Tensor:
-    """Each rank weighs the gathered rows by its own number; the gradient of this rank's rows."""
+    """Each rank weighs the gathered rows by their place and by its own number; the gradient of this rank's rows."""
     rows = torch.ones(2, 3, requires_grad=True)
-    (gather_with_gradient(rows) * (rank() + 1)).sum().backward()
+    (gather_with_gradient(rows) * torch.arange(4.0)[:, None] * (rank() + 1)).sum().backward()
     return rows.grad
 
 
@@ -253,8 +253,9 @@ def test_accumulating_without_bn_is_one_batch():
 
 
 def test_the_gradient_of_gathered_rows_comes_from_every_rank(ranks):
-    for each in ranks:
-        assert torch.equal(each["gathered"], torch.full((2, 3), 3.0))
+    for number, each in enumerate(ranks):
+        places = torch.tensor([[2.0 * number], [2.0 * number + 1]])
+        assert torch.equal(each["gathered"], (3 * places).expand(2, 3))  # weighed once by 1, once by 2
 
 
 # The memory bank
