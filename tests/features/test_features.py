@@ -158,7 +158,7 @@ def test_pretraining_takes_resnets():
     from pretraining.plan import plan
 
     vit = configs.load("digits", "pretrain", PretrainConfig, [f"arch={VIT}"])
-    with pytest.raises(InputError, match=f"{VIT} is not a ResNet; this takes one of"):
+    with pytest.raises(InputError, match=f"{VIT} is a ViT, which MoCo v3 trains and mechanism moco does not"):
         plan(vit, "digits", None, 1)
 
 
