@@ -18,6 +18,7 @@ METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
 METRICS |= {name: name for name in ("AP50", "AP", "APbb", "APmk", "APkp", "mAP", "mIoU")}
 TASKS = {"linear": "linear", "knn": "kNN", "detect": "detection", "segment": "segmentation"}
 NOT_COMPARED = "not compared (a run kept no answers) with"
+_, LEVEL, _ = compare.VERDICTS
 WITHOUT_LABELS = ("detection", "segmentation")  # tasks that have no few labels
 
 
@@ -43,6 +44,7 @@ class Column:
     Attributes:
         key: the metric's name in the records; `metric` is its title.
         chance: what guessing reaches, where that is known.
+        verdicts: of pairs (encoder, rival), as far as they were asked for; see `verdict`.
     """
 
     task: str
@@ -53,12 +55,13 @@ class Column:
     key: str
     chance: float | None = None
     scores: dict[str, Score] = field(default_factory=dict)
+    verdicts: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
     @cached_property
     def leading(self) -> set[str]:
         """The encoders to colour, where there are rivals: the highest, and those that `compare` finds level with it."""
         highest = max(self.scores, key=lambda name: self.scores[name].value)
-        level = {name for name in self.scores if name != highest and verdict(self, name, highest) == "level with"}
+        level = {name for name in self.scores if name != highest and verdict(self, name, highest) == LEVEL}
         return {highest} | level if len(self.scores) > 1 else set()
 
 
@@ -193,8 +196,16 @@ def measure(column: Column) -> str:
 
 
 def verdict(column: Column, name: str, rival: str) -> str | None:
-    """What `compare` says of two encoders by this column; None where a run kept no answers to compare."""
-    return compare.verdict(column.scores[rival].run.path, column.scores[name].run.path, column.key)
+    """What `compare` says of two encoders by this column; None where a run kept no answers to compare.
+
+    It resamples the test images, so a pair is asked once; level is level in both directions.
+    """
+    if column.verdicts.get((rival, name)) == LEVEL:
+        return LEVEL
+    if (name, rival) not in column.verdicts:
+        runs = column.scores[rival].run.path, column.scores[name].run.path
+        column.verdicts[name, rival] = compare.verdict(*runs, column.key)
+    return column.verdicts[name, rival]
 
 
 def _standing(columns: Sequence[Column], name: str, rival: str) -> list[str]:

@@ -203,6 +203,15 @@ def test_what_is_level_with_the_highest_is_coloured_like_it(runs, page):
     assert alone.leading == set()
 
 
+def test_two_runs_are_resampled_once_for_the_summary_and_the_colours(runs, tmp_path, monkeypatch):
+    asked, verdict = [], compare.verdict
+    monkeypatch.setattr(compare, "verdict", lambda *pair: (asked.append(pair), verdict(*pair))[1])
+    write_report([runs], tmp_path / "report.html")
+    assert asked and len(set(asked)) == len(asked)
+    level = {frozenset(pair) for pair in asked if verdict(*pair) == "level with"}
+    assert level and sum(frozenset(pair) in level for pair in asked) == len(level)  # nor once in each direction
+
+
 def test_chance_stands_in_the_table_and_suspicious_numbers_above_it(runs, tmp_path):
     untrained = MOCO | {"sha256": "d" * 64, "path": "x/mine.pth", "pretraining": None}
     doubt = "every norm layer is as initialised, scale 1 (or 0) and shift 0: these weights look untrained"
